@@ -1,0 +1,799 @@
+"""Text to tokens to batches, and bytes on disk that can be trusted.
+
+Pre-training reads text once or a few times, in random order, forever: GPT-3 saw 300 billion tokens, Llama 2 two
+trillion. Three facts shape this file. Text costs bytes, models eat integers: a tokenizer turns one into the other,
+without loss. A run is killed sooner or later: whatever is on disk must be whole or absent, and every batch a function
+of its number. And what a model knows ends with its text: the newest date among the sources, the *knowledge cutoff*,
+travels with the tokens into every checkpoint. (What it was never told, a model still answers, fluently: hallucination
+begins here.)
+
+    files -> documents -> (drop: invalid UTF-8, empty, exact duplicates) -> train | validation, by hash of the text
+          -> tokens:  <s> document </s> <s> document </s> ...  -> shards on disk -> windows of T + 1 -> batches
+
+    tokens     x_0 x_1 x_2 ... x_{T-1}
+    targets    x_1 x_2 x_3 ... x_T                 the same window, one step later; none where x_t is </s>
+    documents  how many <s> so far, a position     attention stays within equal ids
+
+Bits per byte: loss per token depends on the tokenizer (longer tokens are harder), so runs are compared by
+
+    bpb = sum of nll / ln 2 / bytes of the targets            gzip and xz are measured in the same unit
+
+Order: window i of epoch e is permute(i, n, key(seed, e)), a keyed bijection that is computed, not stored (a Feistel
+network with cycle walking), so step n's global batch is a function of (seed, n) alone, on any number of ranks, with no
+state but a counter.
+
+On disk: everything is written to a temporary name, flushed, then renamed; a manifest that carries its own checksum
+comes last. A shard is a 32-byte header and raw integers:
+
+    magic "LLMTOKEN" | version u32 | bytes per id u32 | ids u64 | CRC32 of the ids u32 | CRC32 of the header so far u32
+
+A checkpoint is a folder: one file a writing rank in safetensors layout (8-byte length, JSON header, raw bytes) and
+manifest.json: what step, what config, and for each *full* tensor its shape, dtype and pieces (file, box, CRC32). A
+piece is (name, box, tensor), box = one (start, stop, size) a dimension; who wrote it, and under how many ranks, is
+forgotten, so any layout can read any other's. Not torch.save: it is a pickle, and it loads a flipped bit without a
+word.
+
+    symbol        in code             what
+    V             vocab_size          ids 0 .. V-1: <unk>, <s>, </s>, <pad>, 256 single bytes, then learned pieces
+    T             seq_len             positions a window
+    global batch  step n takes windows n G ... n G + G - 1 of the epochs' permutations; micro-batch and ranks divide it
+
+Sources: BPE (Sennrich 2016, arXiv:1508.07909), SentencePiece (Kudo 2018, arXiv:1808.06226); Feistel with cycle walking
+(Black and Rogaway 2002); packing without cross-document targets as in Llama 3 (arXiv:2407.21783).
+Not here: near-duplicate and quality filtering, mixing weights, tokenization across machines.
+
+run: python data.py                                            the demo
+     python data.py FILES... --out FOLDER --vocab-size 4096    prepare your own text
+"""
+
+import argparse
+import datetime
+import glob
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import sys
+import sysconfig
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+
+FORMAT_VERSION = 1
+SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+NO_TARGET = -1                       # in targets: nothing to predict here
+
+
+class DataError(ValueError):
+    """Bad sources, shards or checkpoints: one line that names the file, the rule and the value."""
+
+
+# ---- files that are whole or absent ----------------------------------------------------------------------------------
+
+def fsync_folder(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_sealed(path, content: dict):
+    """Write a JSON object with its own checksum, atomically: a temporary name, fsync, rename."""
+    path = Path(path)
+    body = json.dumps(content, indent=1, sort_keys=True)
+    sealed = json.dumps({"crc32": zlib.crc32(body.encode()), "content": content}, indent=1, sort_keys=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w") as f:
+        f.write(sealed)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+    fsync_folder(path.parent)
+
+
+def read_sealed(path, kind: str) -> dict:
+    """The content that write_sealed wrote, or DataError naming the file."""
+    try:
+        sealed = json.loads(Path(path).read_text())
+        content = sealed["content"]
+        intact = zlib.crc32(json.dumps(content, indent=1, sort_keys=True).encode()) == sealed["crc32"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a readable manifest ({type(error).__name__}: {error})") from None
+    if not intact:
+        raise DataError(f"{path}: its checksum does not match its content")
+    if content.get("kind") != kind or content.get("version") != FORMAT_VERSION:
+        raise DataError(f"{path}: must be a {kind} manifest of version {FORMAT_VERSION}, "
+                        f"got {content.get('kind')!r} version {content.get('version')!r}")
+    return content
+
+
+# ---- sources ---------------------------------------------------------------------------------------------------------
+
+TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def source_files(sources) -> list[Path]:
+    """Sorted files behind names of files, folders and globs. ["stdlib"]: this Python's own library, without its tests.
+
+    Raises DataError for a name that matches no .txt, .md, .py or .jsonl file.
+    """
+    if list(sources) == ["stdlib"]:
+        root = Path(sysconfig.get_path("stdlib"))
+        return sorted(p for p in root.rglob("*.py") if not TEST_FOLDERS & set(p.relative_to(root).parts))
+    files = set()
+    for source in sources:
+        found = [Path(source)] if Path(source).exists() else [Path(p) for p in glob.glob(str(source), recursive=True)]
+        found = [p for f in found for p in (f.rglob("*") if f.is_dir() else [f])]
+        found = [p for p in found if p.suffix in SUFFIXES and p.is_file()]
+        if not found:
+            raise DataError(f"source {str(source)!r} must match a {', '.join(SUFFIXES)} file, it matches none")
+        files.update(found)
+    return sorted(files)
+
+
+def read_documents(files, dropped: Counter):
+    """Yield each document (str) once, in order, counting what is dropped and why. A file is one document, a .jsonl
+    line too."""
+    seen = set()
+    for path in files:
+        raw = path.read_bytes()
+        for part in raw.splitlines() if path.suffix == ".jsonl" else [raw]:
+            try:
+                text = part.decode("utf-8")
+                if path.suffix == ".jsonl":
+                    text = json.loads(text)["text"] if text.strip() else ""
+                    text.encode("utf-8")                   # an escaped lone surrogate is no text, and no str is no text
+            except UnicodeError:
+                dropped["invalid UTF-8"] += 1
+                continue
+            except (ValueError, KeyError, TypeError, AttributeError):
+                dropped["no text field"] += 1
+                continue
+            if not text.strip():
+                dropped["empty"] += 1
+                continue
+            digest = text_hash(text)
+            if digest in seen:
+                dropped["duplicate"] += 1
+                continue
+            seen.add(digest)
+            yield text
+
+
+def text_hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def knowledge_cutoff(sources, files) -> str:
+    """The newest date among the sources, ISO format. File dates of an installed Python are install dates, so for the
+    standard library it is the release: Python stamps it into pydoc_data/topics.py when a release is cut."""
+    if list(sources) == ["stdlib"]:
+        topics = next((p for p in files if p.match("pydoc_data/topics.py")), None)
+        stamp = re.search(r"Sphinx on \w+ (\w+ +\d+) [\d:]+ (\d{4})", topics.read_text()[:200] if topics else "")
+        if stamp:
+            return datetime.datetime.strptime(" ".join(stamp.groups()), "%b %d %Y").date().isoformat()
+        import platform
+        return datetime.datetime.strptime(platform.python_build()[1], "%b %d %Y %H:%M:%S").date().isoformat()
+    newest = max(path.stat().st_mtime for path in files)
+    return datetime.datetime.fromtimestamp(newest, datetime.UTC).date().isoformat()
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
+
+class Tokenizer:
+    """SentencePiece BPE with byte fallback: decode(encode(s)) == s for every str, lone surrogates included.
+
+    Tokenizer(path or bytes) loads, Tokenizer.train(documents, vocab_size) learns. Attributes: vocab_size, bos_id,
+    eos_id, pad_id, sha256, token_bytes (V,) int64: bytes of text behind each id, 0 for <s>, </s>, <pad>.
+
+    >>> [t.piece(i) for i in t.encode("def f(x):")]
+    ['def', '▁f', '(', 'x', '):']
+    """
+
+    # U+2581 is SentencePiece's own mark for a space and surrogates have no UTF-8: both go as single bytes
+    SPECIAL = re.compile("([\u2581\ud800-\udfff])")
+
+    def __init__(self, model):
+        try:
+            proto = model if isinstance(model, bytes) else Path(model).read_bytes()
+            self.sp = sentencepiece.SentencePieceProcessor()
+            self.sp.LoadFromSerializedProto(proto)
+        except (OSError, RuntimeError):
+            name = "tokenizer" if isinstance(model, bytes) else model
+            raise DataError(f"{name}: not a readable SentencePiece model") from None
+        self.proto, self.sha256 = proto, hashlib.sha256(proto).hexdigest()
+        self.vocab_size = self.sp.get_piece_size()
+        self.bos_id, self.eos_id, self.pad_id = self.sp.bos_id(), self.sp.eos_id(), self.sp.pad_id()
+        self.bytes = [self.piece_bytes(i) for i in range(self.vocab_size)]
+        self.byte_ids = [self.sp.piece_to_id(f"<0x{b:02X}>") for b in range(256)]
+        self.token_bytes = np.array([len(b) for b in self.bytes])
+
+    def piece(self, i: int) -> str:
+        return self.sp.id_to_piece(i)
+
+    def piece_bytes(self, i: int) -> bytes:
+        if self.sp.is_control(i) or self.sp.is_unknown(i):
+            return b""
+        piece = self.sp.id_to_piece(i)
+        return bytes([int(piece[3:5], 16)]) if self.sp.is_byte(i) else piece.replace("\u2581", " ").encode()
+
+    @classmethod
+    def train(cls, documents, vocab_size: int) -> "Tokenizer":
+        """Learn merges from an iterable of str. Fewer pieces than asked for come back when the text has no more to
+        give."""
+        if vocab_size < 320:
+            raise DataError(f"vocab_size must be at least 320 (4 marks, 256 bytes, some pieces), got {vocab_size}")
+        documents = list(documents)
+        # rare characters stay bytes: the alphabet takes at most half of what is left after the marks and the bytes
+        alphabet = {c for c, _ in Counter("".join(documents)).most_common((vocab_size - 260) // 2)} - {"\u2581"}
+        sentences = [s for d in documents for s in split_text("".join(c for c in d if c in alphabet), 1000)]
+        if not sentences:
+            raise DataError("tokenizer: the documents must hold some text, they hold none")
+        for _ in range(2):
+            model = io.BytesIO()
+            try:
+                sentencepiece.SentencePieceTrainer.train(
+                    sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+                    byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+                    add_dummy_prefix=False, allow_whitespace_only_pieces=True, character_coverage=1.0,
+                    max_sentence_length=8192, unk_id=0, bos_id=1, eos_id=2, pad_id=3, minloglevel=2)
+                return cls(model.getvalue())
+            except RuntimeError as error:
+                limit = re.search(r"Vocabulary size too high .*<= (\d+)", str(error))
+                if not limit:
+                    raise DataError(f"tokenizer: SentencePiece refused: {str(error).splitlines()[-1]}") from None
+                vocab_size = int(limit[1])
+        raise DataError(f"tokenizer: the text is too short for {vocab_size} pieces")
+
+    def encode(self, text: str) -> list[int]:
+        parts = self.SPECIAL.split(text)
+        if len(parts) == 1:
+            return self.sp.encode(text)
+        ids = []
+        for i, part in enumerate(parts):
+            ids += [self.byte_ids[b] for b in part.encode("utf-8", "surrogatepass")] if i % 2 else self.sp.encode(part)
+        return ids
+
+    def decode(self, ids) -> str:
+        """The text behind ids; marks give nothing; bytes that are no UTF-8 (a model may write them) give U+FFFD."""
+        raw = b"".join(self.bytes[i] for i in ids)
+        try:
+            return raw.decode("utf-8", "surrogatepass")
+        except UnicodeDecodeError:
+            return raw.decode("utf-8", "replace")
+
+
+def split_text(text: str, size: int):
+    """Cut text into parts of about `size` characters at line ends (longer where a line is longer); joined, they are
+    text."""
+    part, length = [], 0
+    for line in text.splitlines(keepends=True):
+        if length and length + len(line) > size:
+            yield "".join(part)
+            part, length = [], 0
+        part.append(line)
+        length += len(line)
+    if part:
+        yield "".join(part)
+
+
+# ---- shards ----------------------------------------------------------------------------------------------------------
+
+MAGIC, HEADER = b"LLMTOKEN", struct.Struct("<8sIIQII")        # 32 bytes
+
+
+def write_shard(path, ids: np.ndarray):
+    """ids (n,) uint16 or uint32 -> one file, flushed to disk."""
+    payload = np.ascontiguousarray(ids.astype(ids.dtype.newbyteorder("<"))).data.cast("B")
+    head = HEADER.pack(MAGIC, FORMAT_VERSION, ids.itemsize, len(ids), zlib.crc32(payload), 0)
+    with open(path, "wb") as f:
+        f.write(head[:28] + struct.pack("<I", zlib.crc32(head[:28])))
+        f.write(payload)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def open_shard(path, verify: bool = True) -> np.ndarray:
+    """Memory-mapped ids (n,) of a shard. Raises DataError naming the file if it is not exactly what was written; verify
+    reads it all once (about a second a GB), otherwise only header and length are checked."""
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as f:
+            head = f.read(HEADER.size)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(head) < HEADER.size or head[:8] != MAGIC:
+        raise DataError(f"{path}: not a token shard (it must start with {MAGIC.decode()}, it has {size} bytes)")
+    _, version, itemsize, count, crc, head_crc = HEADER.unpack(head)
+    if zlib.crc32(head[:28]) != head_crc or version != FORMAT_VERSION or itemsize not in (2, 4):
+        raise DataError(f"{path}: damaged header or unknown version {version} (this program reads {FORMAT_VERSION})")
+    if count == 0:
+        raise DataError(f"{path}: holds no tokens")
+    if size != HEADER.size + count * itemsize:
+        raise DataError(f"{path}: must have {HEADER.size + count * itemsize} bytes for {count} tokens, it has {size}")
+    ids = np.memmap(path, dtype=f"<u{itemsize}", mode="r", offset=HEADER.size, shape=(count,))
+    if verify and zlib.crc32(ids.data.cast("B")) != crc:
+        raise DataError(f"{path}: its tokens do not match their checksum")
+    return ids
+
+
+# ---- prepare ---------------------------------------------------------------------------------------------------------
+
+def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fraction: float = 0.05,
+            sample_bytes: int = 8_000_000, shard_tokens: int = 2**27, log=lambda line: None) -> Path:
+    """Text to a folder of tokenizer.model, train-*.bin, val-*.bin and manifest.json -> the folder.
+
+    out: default data/NAME-KEY, KEY a fingerprint of files and settings. A folder already prepared from the same is
+    used as it is; one that holds something else is refused. The work is done in a temporary folder that is renamed at
+    the end. A document's side is decided by its own hash, so it is the same whatever else there is and in whatever
+    order; if that leaves validation empty, the document of smallest hash goes there, and a lone document is cut in
+    two at a line end. Raises DataError. """
+    files = source_files(sources)
+    stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    settings = (FORMAT_VERSION, vocab_size, val_fraction, sample_bytes, shard_tokens)
+    key = hashlib.sha256(repr((stamps, settings)).encode()).hexdigest()[:16]
+    name = re.sub(r"\W+", "-", Path(sources[0]).stem).strip("-") or "text"
+    out = Path(out) if out else Path("data") / f"{name}-{key}"
+    if out.exists():
+        if (out / "manifest.json").exists() and read_sealed(out / "manifest.json", "tokens")["key"] == key:
+            return out
+        raise DataError(f"{out}: exists and was not prepared from these sources and settings; name another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for stale in out.parent.glob(f".{out.name}.*.tmp"):                 # left by a killed preparation: nobody trusts it
+        if not process_lives(int(stale.name.split(".")[-2])):
+            shutil.rmtree(stale, ignore_errors=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+
+    # pass 1: what is there, and which side each document is on
+    dropped = Counter()
+    hashes = {text_hash(text): len(text.encode()) for text in read_documents(files, dropped)}
+    if not hashes:
+        raise DataError(f"sources {', '.join(map(str, sources))} must hold some text, dropped: {dict(dropped)}")
+    lone = len(hashes) == 1
+    val = {h for h in hashes if h % 10**6 < val_fraction * 10**6} or ({min(hashes)} if val_fraction else set())
+
+    def documents(split):
+        for text in read_documents(files, Counter()):
+            if lone:
+                cut = text.find("\n", int(len(text) * (1 - val_fraction))) + 1 or len(text)
+                if part := text[:cut] if split == "train" else text[cut:]:
+                    yield part
+            elif (text_hash(text) in val) == (split == "val"):
+                yield text
+
+    # pass 2: the tokenizer, from training documents alone, those of smallest hash up to sample_bytes
+    chosen, total = set(), 0
+    for h in sorted(hashes.keys() - (set() if lone else val)):
+        chosen.add(h)
+        total += hashes[h]
+        if total >= sample_bytes:
+            break
+    tokenizer = Tokenizer.train((t for t in documents("train") if lone or text_hash(t) in chosen), vocab_size)
+    (temporary / "tokenizer.model").write_bytes(tokenizer.proto)
+    log(f"tokenizer: {tokenizer.vocab_size} pieces from {total / 1e6:.1f} MB")
+
+    # pass 3: tokens
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    splits = {}
+    for split in ("train", "val"):
+        buffer, counts, shards = [], Counter(), []
+
+        def flush(split=split, buffer=buffer, shards=shards):
+            ids = np.concatenate(buffer)
+            write_shard(temporary / f"{split}-{len(shards):05d}.bin", ids)
+            shards.append({"file": f"{split}-{len(shards):05d}.bin", "tokens": len(ids), "crc32": zlib.crc32(ids.data)})
+            buffer.clear()
+
+        for text in documents(split):
+            ids = [tokenizer.bos_id]
+            for part in split_text(text, 2**20):                          # bounded memory for one huge file
+                ids += tokenizer.encode(part)
+            buffer.append(np.array(ids + [tokenizer.eos_id], dtype))
+            counts.update(documents=1, bytes=len(text.encode()), tokens=len(ids) + 1)
+            if sum(map(len, buffer)) >= shard_tokens:
+                flush()
+        if buffer:
+            flush()
+        splits[split] = {"documents": counts["documents"], "bytes": counts["bytes"], "tokens": counts["tokens"],
+                         "shards": shards}
+        log(f"{split}: {counts['documents']:,} documents, {counts['bytes'] / 1e6:.2f} MB, {counts['tokens']:,} tokens")
+
+    content = [(split, s["file"], s["tokens"], s["crc32"]) for split in splits for s in splits[split]["shards"]]
+    write_sealed(temporary / "manifest.json", {
+        "kind": "tokens", "version": FORMAT_VERSION, "key": key, "sources": [str(s) for s in sources],
+        "files": len(files), "dropped": dict(dropped), "splits": splits,
+        "knowledge_cutoff": knowledge_cutoff(sources, files),
+        "tokenizer": {"file": "tokenizer.model", "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+        "fingerprint": hashlib.sha256(repr((tokenizer.sha256, content)).encode()).hexdigest()})
+    try:
+        os.rename(temporary, out)
+        fsync_folder(out.parent)
+    except OSError:
+        if not (out / "manifest.json").exists():
+            raise
+        shutil.rmtree(temporary)                                          # another process was faster with the same
+    return out
+
+
+def process_lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def compressed_bpb(text: bytes) -> dict:
+    """Bits per byte that general compressors reach on the same text: a yardstick for a language model."""
+    import gzip
+    import lzma
+    return {"gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
+            "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text)}
+
+
+# ---- loader ----------------------------------------------------------------------------------------------------------
+
+def permute(i: np.ndarray, n: int, key: int) -> np.ndarray:
+    """A keyed bijection of 0 .. n-1, evaluated at i (any shape, int64): a shuffle that is computed, in O(1) memory.
+
+    Feistel network on 2b bits, 4^b >= n:  (L, R) -> (R, L xor f(R, round key)), invertible whatever f is. An image
+    outside 0 .. n-1 is put through again until it falls inside (at most 4 n candidates, so soon).
+    """
+    b = max(1, math.ceil(math.log2(max(n, 2)) / 2))
+    mask = np.uint64(2**b - 1)
+
+    def mix(x):                                                            # splitmix64's finalizer (Steele 2014)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+    with np.errstate(over="ignore"):
+        rounds = mix(np.uint64(key & (2**64 - 1)) + np.arange(1, 7, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        x = np.atleast_1d(i).astype(np.uint64)
+        walking = np.ones(x.shape, bool)
+        while walking.any():
+            left, right = x[walking] >> np.uint64(b), x[walking] & mask
+            for k in rounds:
+                left, right = right, left ^ (mix(right + k) & mask)
+            x[walking] = left << np.uint64(b) | right
+            walking = x >= n
+    return x.astype(np.int64).reshape(np.shape(i))
+
+
+class Loader:
+    """Batches from a prepared folder: an endless iterator of dict(tokens, targets, documents), each (B, T) int64.
+
+    The position counts windows of the *global* batch. Each call takes the next micro_batch_size * dp_size windows of
+    the permuted epochs and gives this rank its micro_batch_size of them, so what the ranks read together does not
+    depend on their number. Within an epoch each window comes once. targets are NO_TARGET after a document's end;
+    documents counts the documents begun in a window. Raises DataError, naming the file, for anything that is not as
+    it was written. """
+
+    def __init__(self, path, *, micro_batch_size: int, seq_len: int, dp_rank: int = 0, dp_size: int = 1, seed: int = 0,
+                 split: str = "train", verify: bool = True):
+        self.path, self.split, self.seq_len, self.seed = Path(path), split, seq_len, seed
+        self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
+        self.manifest = read_sealed(self.path / "manifest.json", "tokens")
+        self.vocab_size = self.manifest["tokenizer"]["vocab_size"]
+        self.tokenizer = Tokenizer(self.path / self.manifest["tokenizer"]["file"])
+        if self.tokenizer.sha256 != self.manifest["tokenizer"]["sha256"]:
+            raise DataError(f"{self.path / self.manifest['tokenizer']['file']}: does not match the manifest's hash")
+        self.files = [self.path / s["file"] for s in self.manifest["splits"][split]["shards"]]
+        self.shards = [open_shard(f, verify) for f in self.files]
+        for f, shard, entry in zip(self.files, self.shards, self.manifest["splits"][split]["shards"], strict=True):
+            if len(shard) != entry["tokens"]:
+                raise DataError(f"{f}: must hold {entry['tokens']} tokens as in manifest.json, it holds {len(shard)}")
+        # a window is T inputs and, one later, T targets: it shares one token with the next
+        self.first = np.cumsum([0] + [(len(s) - 1) // seq_len for s in self.shards])     # first window of each shard
+        self.num_windows, self.position = int(self.first[-1]), 0
+
+    def batch(self, order) -> dict:
+        """The windows at places `order` (B,) of the permuted epochs' endless sequence."""
+        if not self.num_windows:
+            raise DataError(f"{self.path}: its {self.split} tokens must fill a window of seq_len + 1 = "
+                            f"{self.seq_len + 1}, it has {sum(map(len, self.shards))}")
+        epoch, place = np.divmod(np.asarray(order, dtype=np.int64), self.num_windows)
+        ids = np.empty((len(place), self.seq_len + 1), np.int64)
+        for row, (e, p) in enumerate(zip(epoch, place, strict=True)):
+            key = int.from_bytes(hashlib.blake2b(f"{self.seed}/{e}".encode(), digest_size=8).digest(), "little")
+            window = int(permute(p, self.num_windows, key))
+            s = int(np.searchsorted(self.first, window, side="right")) - 1
+            at = (window - self.first[s]) * self.seq_len
+            ids[row] = self.shards[s][at:at + self.seq_len + 1]
+            if ids[row].max() >= self.vocab_size:
+                raise DataError(f"{self.files[s]}: token ids must be below vocab_size {self.vocab_size}, "
+                                f"got {ids[row].max()} near token {at}")
+        tokens, targets = ids[:, :-1], ids[:, 1:].copy()
+        targets[tokens == self.tokenizer.eos_id] = NO_TARGET
+        documents = np.cumsum(tokens == self.tokenizer.bos_id, axis=1)
+        return {k: torch.from_numpy(v) for k, v in (("tokens", tokens), ("targets", targets), ("documents", documents))}
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict:
+        first = self.position + self.dp_rank * self.micro_batch_size
+        self.position += self.micro_batch_size * self.dp_size
+        return self.batch(range(first, first + self.micro_batch_size))
+
+    def state_dict(self) -> dict:
+        return {"windows": self.position, "seed": self.seed, "seq_len": self.seq_len,
+                "fingerprint": self.manifest["fingerprint"]}
+
+    def load_state_dict(self, state: dict):
+        for name, mine in self.state_dict().items():
+            if name != "windows" and state[name] != mine:
+                raise DataError(f"{self.path}: {name} must be as when the state was saved, {state[name]}, got {mine}")
+        self.position = state["windows"]
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def write_safetensors(path, tensors: dict) -> dict:
+    """{name: tensor} -> a safetensors file, flushed; returns {name: CRC32 of its bytes}."""
+    header, offset = {}, 0
+    for name, t in tensors.items():
+        end = offset + t.numel() * t.element_size()
+        header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, end]}
+        offset = end
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    crcs = {}
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(head)) + head)
+        for name, t in tensors.items():
+            raw = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            crcs[name] = zlib.crc32(raw)
+            f.write(raw)
+        f.flush()
+        os.fsync(f.fileno())
+    return crcs
+
+
+def read_safetensors_header(path) -> dict:
+    """{name: (dtype, shape, first byte in the file, byte count)}; DataError naming the file if it is not whole."""
+    try:
+        size = os.path.getsize(path)
+        with open(path, "rb") as f:
+            length = struct.unpack("<Q", f.read(8))[0]
+            header = json.loads(f.read(length)) if length <= size else None
+        header.pop("__metadata__", None)
+        entries = {}
+        for name, entry in header.items():
+            dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            if start < 0 or 8 + length + stop > size or stop - start != math.prod(shape) * dtype.itemsize:
+                raise DataError(f"{path}: {name} must lie within its {size} bytes, it says {start} to {stop}")
+            entries[name] = dtype, shape, 8 + length + start, stop - start
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise error if isinstance(error, DataError) else DataError(f"{path}: damaged or missing ({error})") from None
+    return entries
+
+
+def piece_key(name: str, box) -> str:
+    whole = all(start == 0 and stop == size for start, stop, size in box)
+    return name if whole else f"{name}[{','.join(f'{start}:{stop}' for start, stop, _ in box)}]"
+
+
+def write_checkpoint(folder, pieces, meta: dict, *, group=None):
+    """Write pieces, an iterable of (name, box, tensor), and meta (JSON) as one checkpoint folder. Every rank of
+    `group` calls it with the pieces it owns; together they must tile every tensor, which is checked. Whole or absent:
+    a temporary folder, one file a rank, all flushed, manifest last, then the rename. A folder of that name is
+    replaced."""
+    distributed = group is not None
+    rank = torch.distributed.get_rank(group) if distributed else 0
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    if distributed:
+        torch.distributed.barrier(group)
+    pieces = [(name, tuple(map(tuple, box)), t) for name, box, t in pieces]
+    file = f"rank-{rank:05d}.safetensors"
+    crcs = write_safetensors(temporary / file, {piece_key(name, box): t for name, box, t in pieces})
+    mine = [(name, [size for _, _, size in box], DTYPE_NAMES[t.dtype],
+             {"file": file, "box": box, "crc32": crcs[piece_key(name, box)]}) for name, box, t in pieces]
+    everyone = [mine]
+    if distributed:
+        everyone = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(everyone, mine, group=group)
+    if rank == 0:
+        tensors = {}
+        for name, shape, dtype, piece in (entry for entries in everyone for entry in entries):
+            entry = tensors.setdefault(name, {"shape": shape, "dtype": dtype, "pieces": []})
+            if (entry["shape"], entry["dtype"]) != (shape, dtype):
+                raise DataError(f"{name}: its pieces must agree on shape and dtype, got {entry['shape']} and {shape}")
+            entry["pieces"].append(piece)
+        for name, entry in tensors.items():
+            boxes = [piece["box"] for piece in entry["pieces"]]
+            covered = sum(math.prod(stop - start for start, stop, _ in box) for box in boxes)
+            twice = any(overlap(a, b) is not None for a, b in itertools.combinations(boxes, 2))
+            if covered != math.prod(entry["shape"]) or twice:
+                raise DataError(f"{name}: its pieces must tile {entry['shape']} once, they hold {covered} elements")
+        write_sealed(temporary / "manifest.json",
+                     {"kind": "checkpoint", "version": FORMAT_VERSION, "meta": meta, "tensors": tensors})
+        old = folder.with_name(f".{folder.name}.old.tmp")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.rename(folder, old)
+        os.rename(temporary, folder)
+        fsync_folder(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    if distributed:
+        torch.distributed.barrier(group)
+
+
+def overlap(a, b):
+    """The intersection of two boxes as ((start, stop), ...), or None."""
+    both = tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in zip(a, b, strict=True))
+    return both if all(start < stop for start, stop in both) else None
+
+
+class Reader:
+    """A checkpoint folder: meta, names(), read(name, box). Each piece's checksum is verified before a byte of it is
+    used."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        manifest = read_sealed(self.folder / "manifest.json", "checkpoint")
+        self.meta, self.tensors, self.headers = manifest["meta"], manifest["tensors"], {}
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def load_piece(self, name: str, piece: dict) -> torch.Tensor:
+        path = self.folder / Path(piece["file"]).name
+        if path not in self.headers:
+            self.headers[path] = read_safetensors_header(path)
+        key = piece_key(name, piece["box"])
+        if key not in self.headers[path]:
+            raise DataError(f"{path}: must hold {key}, it does not")
+        dtype, shape, start, count = self.headers[path][key]
+        if (shape, DTYPE_NAMES[dtype]) != ([b - a for a, b, _ in piece["box"]], self.tensors[name]["dtype"]):
+            raise DataError(f"{path}: {key} must have the manifest's shape and dtype, it has {shape} {dtype}")
+        raw = torch.empty(count, dtype=torch.uint8)                      # torch's allocator: aligned as before the save
+        with open(path, "rb") as f:
+            f.seek(start)
+            read = f.readinto(raw.numpy().data) if count else 0
+        if read != count or zlib.crc32(raw.numpy().data) != piece["crc32"]:
+            raise DataError(f"{path}: {key} does not match its checksum")
+        return raw.view(dtype).reshape(shape)
+
+    def read(self, name: str, box=None) -> torch.Tensor:
+        """The slice `box` = ((start, stop, size), ...) of a full tensor, or all of it, from whatever pieces hold it."""
+        if name not in self.tensors:
+            raise DataError(f"{self.folder}: holds no tensor named {name}")
+        entry = self.tensors[name]
+        box = tuple((0, size, size) for size in entry["shape"]) if box is None else box
+        if [size for _, _, size in box] != entry["shape"]:
+            raise DataError(f"{self.folder}: {name} has shape {entry['shape']}, asked for a slice of {box}")
+        out = torch.empty([stop - start for start, stop, _ in box], dtype=DTYPES[entry["dtype"]])
+        for piece in entry["pieces"]:
+            common = overlap(box, piece["box"])
+            if common is None:
+                continue
+            source = tuple(slice(a - p[0], b - p[0]) for (a, b), p in zip(common, piece["box"], strict=True))
+            target = tuple(slice(a - p[0], b - p[0]) for (a, b), p in zip(common, box, strict=True))
+            out[target] = self.load_piece(name, piece)[source]
+        return out
+
+    def verify(self):
+        """Read every piece once. Raises DataError naming the first that is damaged."""
+        for name, entry in self.tensors.items():
+            for piece in entry["pieces"]:
+                self.load_piece(name, piece)
+
+
+def newest_checkpoint(folder) -> tuple[Reader | None, list[str]]:
+    """The newest intact checkpoint under `folder` (names sort by step), verified, and a line for each damaged newer
+    one."""
+    damaged = []
+    for path in sorted((p for p in Path(folder).glob("[!.]*") if p.is_dir()), reverse=True):
+        try:
+            reader = Reader(path)
+            reader.verify()
+            return reader, damaged
+        except DataError as error:
+            damaged.append(str(error))
+    return None, damaged
+
+
+# ---- demo and command line -------------------------------------------------------------------------------------------
+
+def demo():
+    """The claims of this file, measured | predicted, asserted. Needs nothing; about 15 s."""
+    import random
+    import tempfile
+    import time
+
+    def row(what, measured, predicted, ok):
+        print(f"{what:<66} {measured:>12} | {predicted:>12} | {'ok' if ok else 'WRONG'}")
+        assert ok, what
+
+    with tempfile.TemporaryDirectory() as folder:
+        print("prepare: this Python's standard library")
+        start = time.time()
+        path = prepare(["stdlib"], Path(folder) / "stdlib", 2048, log=lambda line: print("  " + line))
+        seconds = time.time() - start
+        loader = Loader(path, micro_batch_size=8, seq_len=256)
+        manifest, t = loader.manifest, loader.tokenizer
+        print(f"  {seconds:.1f} s; dropped: {manifest['dropped']}; knowledge cutoff {manifest['knowledge_cutoff']}\n")
+
+        line = "def main(argv):\n    return 0  # caf\u00e9"
+        print(f"{line!r}\n  -> {[t.piece(i) for i in t.encode(line)]}\n")
+        print(f"{'':66} {'measured':>12} | {'predicted':>12} |")
+        rng = random.Random(0)
+        alphabet = [chr(rng.randrange(0x110000)) for _ in range(500)] + list(" \t\n\r\0\u2581ab") * 60
+        strings = ["".join(rng.choices(alphabet, k=rng.randrange(40))) for _ in range(2000)]
+        same = sum(t.decode(t.encode(s)) == s for s in strings)
+        row("strings of 2000 random ones that survive encode, decode", same, 2000, same == 2000)
+
+        n = loader.num_windows
+        image = np.sort(permute(np.arange(n), n, key=7))
+        row("windows of an epoch lost or repeated by the permutation", int((image != np.arange(n)).sum()), 0,
+            (image == np.arange(n)).all())
+        ranks = [Loader(path, micro_batch_size=2, seq_len=256, dp_rank=r, dp_size=4) for r in range(4)]
+        together = torch.cat([next(r)["tokens"] for r in ranks])
+        differ = int((together != next(loader)["tokens"]).sum())
+        row("tokens of step 0 that differ between 1 rank and 4", differ, 0, differ == 0)
+
+        val = Loader(path, micro_batch_size=1, seq_len=256, split="val")
+        text = b"".join(t.bytes[i] for s in val.shards for i in s)
+        read = manifest["splits"]["val"]["bytes"]
+        row("bytes of validation text decoded from its shards", len(text), read, len(text) == read)
+        for name, bpb in compressed_bpb(text).items():
+            print(f"{'bits per byte of validation text, ' + name:<66} {bpb:>12.3f} |")
+
+        # a checkpoint written as four pieces is read back as any other slice; a flipped bit is found
+        full = torch.randn(64, 48)
+        quarters = [("w", ((a, a + 32, 64), (b, b + 24, 48)), full[a:a + 32, b:b + 24])
+                    for a in (0, 32) for b in (0, 24)]
+        write_checkpoint(Path(folder) / "run" / "step-1", quarters, {"step": 1})
+        piece = Reader(Path(folder) / "run" / "step-1").read("w", ((10, 50, 64), (20, 44, 48)))
+        differ = int((piece != full[10:50, 20:44]).sum())
+        row("elements of a slice that differ, saved in 4 pieces, read in 1", differ, 0, differ == 0)
+        file = Path(folder) / "run" / "step-1" / "rank-00000.safetensors"
+        raw = bytearray(file.read_bytes())
+        raw[-100] ^= 1
+        file.write_bytes(raw)
+        reader, damaged = newest_checkpoint(Path(folder) / "run")
+        row("intact checkpoints after one bit was flipped", int(reader is not None), 0, reader is None)
+        print("  " + damaged[-1].replace(folder, ""))
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description="Prepare text for training: tokenizer, token shards, manifest.")
+    parser.add_argument("sources", nargs="+", help="files, folders, globs (.txt, .md, .py, .jsonl), or the word stdlib")
+    parser.add_argument("--out", help="folder to make (default: under data/)")
+    parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the tokenizer (default 2048)")
+    parser.add_argument("--val-fraction", type=float, default=0.05, help="share of documents held out (default 0.05)")
+    args = parser.parse_args(argv)
+    try:
+        print(prepare(args.sources, args.out, args.vocab_size, val_fraction=args.val_fraction, log=print))
+    except DataError as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]) if sys.argv[1:] else demo())

@@ -1,0 +1,105 @@
+"""Ranks for tests, and a small prepared corpus.
+
+run_ranks(fn, n, *args) runs fn(rank, n, *args) in n processes joined by gloo, where torch.distributed is already set
+up, and returns the n results. One warm pool of processes serves the whole test run: a fresh interpreter costs seconds
+a rank, a new process group in a warm one milliseconds. The first failing rank's traceback is raised here; a rank that
+does not answer in time fails the test, and nobody is left behind. """
+
+import atexit
+import multiprocessing as mp
+import os
+import sys
+import sysconfig
+import tempfile
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+
+
+def rank_main(pipe):
+    """A pooled process: wait for (fn, rank, n, store file, args), answer (ok, result or traceback)."""
+    import torch
+    import torch.distributed as dist
+    torch.set_num_threads(1)
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            return
+        fn, rank, n, store, args = task
+        try:
+            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n,
+                                    timeout=timedelta(seconds=60))
+            try:
+                answer = True, fn(rank, n, *args)
+            finally:
+                dist.destroy_process_group()
+        except BaseException:
+            answer = False, traceback.format_exc()
+        pipe.send(answer)
+
+
+class RankPool:
+    def __init__(self):
+        self.context, self.ranks = mp.get_context("forkserver"), []
+        self.context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "numpy", "sentencepiece"])
+        atexit.register(self.close)
+
+    def close(self):
+        for process, pipe in self.ranks:
+            pipe.close()
+            process.kill()
+            process.join()
+        self.ranks = []
+
+    def run(self, fn, n, *args, timeout=120):
+        while len(self.ranks) < n:
+            ours, theirs = self.context.Pipe()
+            process = self.context.Process(target=rank_main, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self.ranks.append((process, ours))
+        with tempfile.TemporaryDirectory() as folder:
+            for rank, (_, pipe) in enumerate(self.ranks[:n]):
+                pipe.send((fn, rank, n, os.path.join(folder, "store"), args))
+            waiting, answers, failed = {pipe: rank for rank, (_, pipe) in enumerate(self.ranks[:n])}, {}, None
+            while waiting and not failed:
+                ready = mp.connection.wait(list(waiting), timeout)
+                if not ready:
+                    failed = f"ranks {sorted(waiting.values())} did not answer within {timeout} s"
+                for pipe in ready:
+                    rank = waiting.pop(pipe)
+                    try:
+                        ok, answers[rank] = pipe.recv()
+                    except EOFError:
+                        ok, answers[rank] = False, "died without a word"
+                    if not ok and not failed:
+                        failed = f"rank {rank} of {n}:\n{answers[rank]}"
+        if failed:
+            self.close()                     # the others may wait for the failed one: start afresh
+            raise AssertionError(failed)
+        return [answers[rank] for rank in range(n)]
+
+
+POOL = RankPool()
+
+
+@pytest.fixture(scope="session")
+def run_ranks():
+    yield POOL.run
+    POOL.close()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """A prepared folder: some 60 files of the standard library, vocabulary 512."""
+    library = Path(sysconfig.get_path("stdlib"))
+    files = sorted(library.glob("[a-d]*.py"))
+    return data.prepare(files, tmp_path_factory.mktemp("corpus") / "text", 512, val_fraction=0.1)

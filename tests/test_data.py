@@ -1,0 +1,497 @@
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus):
+    return data.Tokenizer(corpus / "tokenizer.model")
+
+
+# ---- tokenizer
+
+
+CORNERS = ["", " ", "  ", "\n", "\r\n", "\t", "\0", "a\0b", " lead", "trail ", "a  b   c", "\r", "\x0b\x0c",
+           "\u2028\u2029",
+           "\u2581", "a\u2581 \u2581\u2581b", "\u2585", "\u2047", "<s>", "</s><pad><unk>", "<0x41>", "\ufeffx",
+           "\ufffd",
+           "e\u0301", "\u00e9", "\U0001F469\u200d\U0001F469\u200d\U0001F467", "\ud800", "\ud83d\ude00", "\udc00\ud800",
+           "ﬁ①Å",
+           "def f(x):\n\treturn {x!r}\n", "x" * 10000, " " * 5000, "\x7f\x80\x9f\xa0\xad"]
+
+
+@pytest.mark.parametrize("text", CORNERS, ids=range(len(CORNERS)))
+def test_corner_strings_survive(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_20000_random_strings_survive(tokenizer):
+    rng = random.Random(1)
+    common = list(" \t\n\r\0\u2581\u2585abcdefg()<>0x_\u0301\u200d") + CORNERS
+    for _ in range(20000):
+        anything = [chr(rng.randrange(0x110000)) for _ in range(8)]
+        text = "".join(rng.choices(rng.choice([common, anything, common + anything]), k=rng.randrange(30)))
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text, repr(text)
+        assert tokenizer.token_bytes[ids].sum() == len(text.encode("utf-8", "surrogatepass")), repr(text)
+        assert not {0, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id} & set(ids), repr(text)
+
+
+def test_decoding_what_no_text_encodes_to(tokenizer):
+    assert tokenizer.decode([tokenizer.bos_id, tokenizer.byte_ids[0xFF], tokenizer.eos_id]) == "\ufffd"
+    assert tokenizer.decode([]) == ""
+
+
+def test_a_wide_alphabet_and_a_short_text_both_train():
+    wide = data.Tokenizer.train(["".join(chr(0x4E00 + i) for i in range(3000)) * 3], 512)
+    assert wide.vocab_size <= 512 and wide.decode(wide.encode("\u4e00\u5000\u9fa5")) == "\u4e00\u5000\u9fa5"
+    short = data.Tokenizer.train(["hello world\n"], 4096)
+    assert 260 < short.vocab_size < 400 and short.decode(short.encode("hello")) == "hello"
+    with pytest.raises(data.DataError, match="vocab_size must be at least 320"):
+        data.Tokenizer.train(["text"], 100)
+    with pytest.raises(data.DataError, match="some text"):
+        data.Tokenizer.train([], 512)
+
+
+def test_a_foreign_tokenizer_file_is_named(tmp_path):
+    (tmp_path / "x.model").write_bytes(b"\x00garbage" * 10)
+    with pytest.raises(data.DataError, match="x.model: not a readable SentencePiece model"):
+        data.Tokenizer(tmp_path / "x.model")
+
+
+# ---- prepare
+
+
+def write_corpus(folder: Path, n=60) -> Path:
+    folder.mkdir()
+    rng = random.Random(2)
+    for i in range(n):
+        words = rng.choices("the quick brown fox jumps over a lazy dog and runs home".split(), k=80)
+        (folder / f"{i:03d}.txt").write_text(f"{i} " + " ".join(words) + "\r\nend\n", newline="")
+    return folder
+
+
+def texts(folder: Path, split: str) -> list[str]:
+    manifest = data.read_sealed(folder / "manifest.json", "tokens")
+    t = data.Tokenizer(folder / "tokenizer.model")
+    ids = np.concatenate([data.open_shard(folder / s["file"]) for s in manifest["splits"][split]["shards"]]
+                         or [np.array([], int)])
+    assert len(ids) == manifest["splits"][split]["tokens"]
+    return [t.decode(d) for d in np.split(ids, (ids == t.bos_id).nonzero()[0][1:])] if len(ids) else []
+
+
+def test_every_document_comes_out_whole_once_and_on_its_side(tmp_path):
+    source = write_corpus(tmp_path / "src")
+    out = data.prepare([source], tmp_path / "out", 320, val_fraction=0.2, shard_tokens=500)
+    train, val = texts(out, "train"), texts(out, "val")
+    originals = [f.read_bytes().decode() for f in sorted(source.iterdir())]
+    assert Counter(train + val) == Counter(originals) and train and val
+    assert len(list(out.glob("train-*.bin"))) > 1
+    # the side depends on the document alone: half of the files, other order, other names
+    (tmp_path / "half").mkdir()
+    for i, text in enumerate(reversed(originals[::2])):
+        (tmp_path / "half" / f"{i}.md").write_text(text, newline="")
+    half = data.prepare([tmp_path / "half"], tmp_path / "out2", 320, val_fraction=0.2)
+    assert set(texts(half, "val")) <= set(val) and set(texts(half, "train")) <= set(train)
+
+
+def test_what_is_dropped_is_counted_and_the_manifest_says_all(tmp_path):
+    source = write_corpus(tmp_path / "src", 30)
+    (source / "bad.txt").write_bytes(b"abc \xff\xfe")
+    (source / "copy.txt").write_bytes((source / "003.txt").read_bytes())
+    (source / "empty.py").write_text(" \n")
+    (source / "ignored.bin").write_bytes(b"\0\1")
+    lines = [json.dumps({"text": "a line of its own"}), "{broken", json.dumps({"body": 1}), json.dumps({"text": 7}),
+             json.dumps({"text": "\ud800"}), json.dumps([1])]
+    (source / "lines.jsonl").write_text("\n".join(lines) + "\n")
+    os.utime(source / "003.txt", (1e9, 1e9))
+    for f in source.iterdir():
+        os.utime(f, (1.6e9, 1.6e9))
+    out = data.prepare([source], tmp_path / "out", 320)
+    m = data.read_sealed(out / "manifest.json", "tokens")
+    assert m["dropped"] == {"invalid UTF-8": 2, "duplicate": 1, "empty": 1, "no text field": 4}
+    assert m["splits"]["train"]["documents"] + m["splits"]["val"]["documents"] == 31
+    assert m["knowledge_cutoff"] == "2020-09-13" and m["files"] == 34 and m["sources"] == [str(source)]
+    assert m["tokenizer"]["sha256"] == data.Tokenizer(out / "tokenizer.model").sha256
+    bytes_in = sum(len(t.encode()) for s in ("train", "val") for t in texts(out, s))
+    assert bytes_in == m["splits"]["train"]["bytes"] + m["splits"]["val"]["bytes"]
+
+
+def test_one_document_is_cut_and_two_are_one_each(tmp_path):
+    text = "".join(f"line {i} of the only file, which is rather long\n" for i in range(400))
+    (tmp_path / "one.txt").write_text(text)
+    out = data.prepare([tmp_path / "one.txt"], tmp_path / "out", 320)
+    (train,), (val,) = texts(out, "train"), texts(out, "val")
+    assert train + val == text and 0.03 < len(val) / len(text) < 0.05 and train.endswith("\n")
+    (tmp_path / "two.txt").write_text("something else entirely " * 50)
+    out = data.prepare([str(tmp_path / "*.txt")], tmp_path / "out2", 320)
+    assert len(texts(out, "train")) == len(texts(out, "val")) == 1
+
+
+def test_prepared_once_and_another_corpus_is_refused(tmp_path):
+    source = write_corpus(tmp_path / "src", 8)
+    out = data.prepare([source], tmp_path / "out", 320)
+    before = (out / "manifest.json").stat().st_mtime_ns
+    assert data.prepare([source], out, 320) == out and (out / "manifest.json").stat().st_mtime_ns == before
+    with pytest.raises(data.DataError, match=f"{out}: exists and was not prepared from these"):
+        data.prepare([source], out, 330)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(data.DataError, match="exists"):
+        data.prepare([source], tmp_path / "mine", 320)
+    assert (out / "manifest.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("sources, message", [
+    (["/no/such/place"], "/no/such/place.*matches none"), (["*.nothing"], "matches none")])
+def test_bad_sources_are_one_line(tmp_path, sources, message):
+    with pytest.raises(data.DataError, match=message):
+        data.prepare(sources, tmp_path / "out", 320)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sources_without_text_are_one_line(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    with pytest.raises(data.DataError, match="must hold some text, dropped: {'invalid UTF-8': 1}"):
+        data.prepare([tmp_path / "a.txt"], tmp_path / "out", 320)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_killed_preparation_leaves_nothing_that_is_trusted(tmp_path):
+    source, out = write_corpus(tmp_path / "src", 400), tmp_path / "out"
+    command = [sys.executable, str(ROOT / "data.py"), str(source), "--out", str(out), "--vocab-size", "320"]
+    for delay in (0.0, 0.1):                         # after the temporary folder appears: somewhere in the three passes
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while not list(tmp_path.glob(".out.*.tmp")) and process.poll() is None:
+            time.sleep(0.005)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not out.exists() or data.Loader(out, micro_batch_size=1, seq_len=16)
+    data.prepare([source], out, 320)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "src"]
+
+
+def test_the_default_corpus_is_this_pythons_library():
+    files = data.source_files(["stdlib"])
+    names = {f.name for f in files}
+    assert {"os.py", "argparse.py", "typing.py"} <= names and not any("test" in f.parts for f in files)
+    year, month, day = map(int, data.knowledge_cutoff(["stdlib"], files).split("-"))
+    assert 2022 <= year and 1 <= month <= 12 and 1 <= day <= 31
+
+
+def test_command_line(tmp_path, capsys):
+    source = write_corpus(tmp_path / "src", 8)
+    assert data.main([str(source), "--out", str(tmp_path / "out"), "--vocab-size", "320"]) == 0
+    assert data.main([str(tmp_path / "absent")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "absent" in error
+
+
+# ---- shards
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
+def test_shards_hold_what_was_written(tmp_path, dtype):
+    ids = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, 1001, dtype)
+    data.write_shard(tmp_path / "s.bin", ids)
+    back = data.open_shard(tmp_path / "s.bin")
+    assert isinstance(back, np.memmap) and back.dtype == dtype and (back == ids).all()
+    assert (tmp_path / "s.bin").stat().st_size == 32 + ids.nbytes
+
+
+def test_every_damage_to_a_shard_is_one_line_with_its_name(tmp_path):
+    path, ids = tmp_path / "s.bin", np.arange(500, dtype=np.uint16)
+    data.write_shard(path, ids)
+    whole = path.read_bytes()
+    damaged = [whole[:n] for n in (0, 5, 31, 32, 100, len(whole) - 1)] + [whole + b"x", b"PK\3\4" + whole]
+    for at in list(range(32)) + [32, 500, len(whole) - 1]:      # one flipped bit anywhere in the header, and in the ids
+        damaged.append(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:])
+    for raw in damaged:
+        path.write_bytes(raw)
+        with pytest.raises(data.DataError, match=r"s\.bin: ") as error:
+            data.open_shard(path)
+        assert "\n" not in str(error.value)
+    data.write_shard(path, ids[:0])
+    with pytest.raises(data.DataError, match="holds no tokens"):
+        data.open_shard(path)
+    with pytest.raises(data.DataError, match="absent.bin: cannot be read"):
+        data.open_shard(tmp_path / "absent.bin")
+
+
+# ---- loader
+
+
+def test_permute_is_a_bijection_that_depends_on_the_key():
+    for n in list(range(1, 70)) + [255, 256, 257, 1000, 4097]:
+        assert sorted(data.permute(np.arange(n), n, key=n)) == list(range(n))
+    a, b = (data.permute(np.arange(5000), 5000, key=k) for k in (1, 2))
+    assert (a == b).mean() < 0.01 and (a == np.arange(5000)).mean() < 0.01
+    # places look uniform: correlation of order and image, and of neighbours, within 4 standard errors
+    for x, y in ((np.arange(5000), a), (a[:-1], a[1:]), (a, b)):
+        assert abs(np.corrcoef(x, y)[0, 1]) < 4 / 5000**0.5
+    big = data.permute(np.arange(1000) + 10**11, 10**12, key=3)
+    assert len(set(big)) == 1000 and big.min() >= 0 and big.max() < 10**12
+
+
+def loader(corpus, **kwargs):
+    return data.Loader(corpus, **{"micro_batch_size": 4, "seq_len": 32, "seed": 5} | kwargs)
+
+
+def test_an_epoch_has_every_window_once(corpus):
+    one = loader(corpus)
+    windows = np.concatenate([np.lib.stride_tricks.sliding_window_view(s, 33)[::32] for s in one.shards])
+    for epoch in (0, 1):
+        seen = one.batch(range(epoch * one.num_windows, (epoch + 1) * one.num_windows))["tokens"].numpy()
+        assert Counter(map(bytes, seen.astype(np.uint16))) == Counter(map(bytes, np.ascontiguousarray(windows[:, :32])))
+    first, second = one.batch(range(8))["tokens"], one.batch(range(one.num_windows, one.num_windows + 8))["tokens"]
+    assert not torch.equal(first, second)
+
+
+def test_the_global_batch_does_not_depend_on_the_layout(corpus):
+    reference = loader(corpus, micro_batch_size=8)
+    expected = [next(reference) for _ in range(5)]
+    for dp, micro in ((1, 4), (2, 2), (4, 1), (2, 4), (8, 1)):
+        ranks = [loader(corpus, micro_batch_size=micro, dp_rank=r, dp_size=dp) for r in range(dp)]
+        for batch in expected:
+            got = [next(r) for _ in range(8 // (micro * dp)) for r in ranks]
+            for key in batch:
+                assert torch.equal(torch.cat([g[key] for g in got]), batch[key])
+    assert not torch.equal(next(loader(corpus, seed=6))["tokens"], expected[0]["tokens"])
+
+
+def test_targets_are_the_next_tokens_and_never_cross_a_document(corpus):
+    t = data.Tokenizer(corpus / "tokenizer.model")
+    one = loader(corpus, seq_len=300)
+    ends = 0
+    for b in (one.batch([i]) for i in range(one.num_windows)):
+        tokens, targets, documents = (b[k][0] for k in ("tokens", "targets", "documents"))
+        at_end = tokens == t.eos_id
+        ends += int(at_end.sum())
+        assert (targets[at_end] == data.NO_TARGET).all()
+        assert torch.equal(targets[:-1][~at_end[:-1]], tokens[1:][~at_end[:-1]])
+        assert torch.equal(documents.diff() == 1, tokens[1:] == t.bos_id) and not (targets == t.bos_id).any()
+    assert ends > 20
+    assert b["tokens"].dtype == torch.int64
+
+
+def test_state_is_exact_to_the_next_batch(corpus):
+    one = loader(corpus, micro_batch_size=3)
+    for _ in range(one.num_windows // 3 + 5):                                # into the second epoch
+        next(one)
+    state = json.loads(json.dumps(one.state_dict()))
+    two = loader(corpus, micro_batch_size=3)
+    two.load_state_dict(state)
+    for _ in range(3):
+        assert torch.equal(next(one)["tokens"], next(two)["tokens"])
+    for change in ({"seed": 6}, {"seq_len": 16}):
+        with pytest.raises(data.DataError, match=f"{next(iter(change))} must be"):
+            loader(corpus, **change).load_state_dict(state)
+    with pytest.raises(data.DataError, match="fingerprint must be"):
+        two.load_state_dict(state | {"fingerprint": "0"})
+
+
+def copy_corpus(corpus, to) -> Path:
+    import shutil
+    return Path(shutil.copytree(corpus, to))
+
+
+def test_damage_to_a_prepared_folder_is_named(corpus, tmp_path):
+    with pytest.raises(data.DataError, match="nowhere/manifest.json: not a readable manifest"):
+        loader("nowhere")
+    folder = copy_corpus(corpus, tmp_path / "c")
+    manifest = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(re.sub(r'"tokens": \d', '"tokens": 9', manifest, count=1))
+    with pytest.raises(data.DataError, match="manifest.json: its checksum"):
+        loader(folder)
+    (folder / "manifest.json").write_text(manifest[:100])
+    with pytest.raises(data.DataError, match="manifest.json: not a readable manifest"):
+        loader(folder)
+    (folder / "manifest.json").write_text(manifest)
+    shard = folder / "train-00000.bin"
+    data.write_shard(shard, data.open_shard(shard)[:-1].copy())              # a whole shard, but another one
+    with pytest.raises(data.DataError, match=r"train-00000.bin: must hold \d+ tokens"):
+        loader(folder)
+    shard.unlink()
+    with pytest.raises(data.DataError, match="train-00000.bin: cannot be read"):
+        loader(folder)
+
+
+def test_an_id_beyond_the_vocabulary_names_the_file(corpus, tmp_path):
+    folder = copy_corpus(corpus, tmp_path / "c")
+    ids = data.open_shard(folder / "val-00000.bin").copy()
+    ids[40] = 512
+    data.write_shard(folder / "val-00000.bin", ids)
+    bad = loader(folder, split="val")
+    with pytest.raises(data.DataError,
+                       match=r"val-00000.bin: token ids must be below vocab_size 512, got 512 near token 32"):
+        for i in range(bad.num_windows):
+            bad.batch([i])
+
+
+def test_too_few_tokens_for_a_window(corpus):
+    with pytest.raises(data.DataError, match="must fill a window of seq_len"):
+        next(loader(corpus, seq_len=10**6))
+
+
+# ---- checkpoints
+
+
+def random_tiling(rng, box):
+    """Cut a box into boxes, recursively."""
+    wide = [d for d, (a, b, _) in enumerate(box) if b - a > 1]
+    if not wide or rng.random() < 0.3:
+        return [box]
+    d = rng.choice(wide)
+    a, b, size = box[d]
+    cut = rng.randrange(a + 1, b)
+    return [part for piece in ((a, cut, size), (cut, b, size)) for part in random_tiling(rng,
+                                                                                         box[:d] + (piece,
+                                                                                                    ) + box[d + 1:])]
+
+
+def slices(box):
+    return tuple(slice(a, b) for a, b, _ in box)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_tiling_is_read_back_as_any_slice(tmp_path, seed):
+    rng = random.Random(seed)
+    dtype = rng.choice([torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool])
+    shape = [rng.randrange(1, 9) for _ in range(rng.randrange(0, 5))]
+    full = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 100).to(dtype)
+    whole = tuple((0, n, n) for n in shape)
+    write = [("t", box, full[slices(box)]) for box in random_tiling(rng, whole)]
+    rng.shuffle(write)
+    data.write_checkpoint(tmp_path / "c", write, {"note": seed})
+    reader = data.Reader(tmp_path / "c")
+    reader.verify()
+    assert reader.meta == {"note": seed} and torch.equal(reader.read("t"), full) and reader.read("t").dtype == dtype
+    for box in random_tiling(rng, whole):
+        assert torch.equal(reader.read("t", box), full[slices(box)])
+
+
+def test_safetensors_is_the_oracle(tmp_path):
+    torch_io = pytest.importorskip("safetensors.torch", reason="optional: pip install safetensors")
+    tensors = {"a": torch.randn(3, 5), "b.c": torch.randn(7).bfloat16(), "d": torch.tensor(3.0), "e": torch.zeros(0, 4),
+               "f": torch.tensor([True, False]), "g": torch.randn(4, 6).T, "h": torch.randn(5).to(torch.float8_e4m3fn)}
+    data.write_safetensors(tmp_path / "ours.safetensors", tensors)
+    theirs = torch_io.load_file(tmp_path / "ours.safetensors")
+    assert theirs.keys() == tensors.keys()
+    for name, t in tensors.items():
+        assert theirs[name].dtype == t.dtype and torch.equal(theirs[name].float(), t.float())
+    torch_io.save_file({k: v.contiguous() for k, v in tensors.items()}, tmp_path / "theirs.safetensors")
+    raw = (tmp_path / "theirs.safetensors").read_bytes()
+    for name, (dtype, shape, start, count) in data.read_safetensors_header(tmp_path / "theirs.safetensors").items():
+        back = torch.frombuffer(bytearray(raw[start:start + count]) or bytearray(1),
+                                dtype=torch.uint8)[:count].view(dtype)
+        assert torch.equal(back.reshape(shape).float(), tensors[name].float())
+
+
+def simple_checkpoint(folder, value=1.0):
+    data.write_checkpoint(folder, [("w", ((0, 4, 4), (0, 3, 3)), torch.full((4, 3), value)),
+                                   ("s", (), torch.tensor(value))],
+                          {"value": value})
+    return folder
+
+
+def test_every_damage_to_a_checkpoint_is_found_and_named(tmp_path):
+    folder = simple_checkpoint(tmp_path / "c")
+    for file in ("rank-00000.safetensors", "manifest.json"):
+        path = folder / file
+        whole = path.read_bytes()
+        variants = [whole[:n] for n in (0, 4, 20, len(whole) - 1)]
+        variants += [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:] for at in range(0, len(whole), 3)]
+        for raw in variants:
+            path.write_bytes(raw)
+            try:
+                reader = data.Reader(folder)
+                reader.verify()
+                # what is still accepted is what was saved: a flip in white space, say
+                assert torch.equal(reader.read("w"), torch.ones(4, 3)) and reader.meta == {"value": 1.0}
+            except data.DataError as error:
+                assert file in str(error) and "\n" not in str(error)
+            else:
+                assert len(raw) == len(whole)
+        path.write_bytes(whole)
+    (folder / "rank-00000.safetensors").unlink()
+    with pytest.raises(data.DataError, match="rank-00000.safetensors: damaged or missing"):
+        data.Reader(folder).verify()
+
+
+def test_a_flipped_bit_in_the_numbers_is_never_loaded(tmp_path):
+    path = simple_checkpoint(tmp_path / "c") / "rank-00000.safetensors"
+    whole = path.read_bytes()
+    first = 8 + int.from_bytes(whole[:8], "little")
+    for at in range(first, len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 128]) + whole[at + 1:])
+        with pytest.raises(data.DataError, match="does not match its checksum"):
+            data.Reader(tmp_path / "c").verify()
+
+
+def test_the_newest_intact_checkpoint_is_found(tmp_path):
+    for step in (1, 2, 10):
+        simple_checkpoint(tmp_path / f"step-{step:08d}", step)
+    assert data.newest_checkpoint(tmp_path)[0].meta["value"] == 10
+    path = tmp_path / "step-00000010" / "rank-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    (tmp_path / ".step-00000011.tmp").mkdir()                       # a save that was killed
+    (tmp_path / "step-00000012").mkdir()                            # not one of ours
+    reader, damaged = data.newest_checkpoint(tmp_path)
+    assert reader.meta["value"] == 2 and len(damaged) == 2 and "step-00000010" in damaged[1]
+    simple_checkpoint(tmp_path / "step-00000010", 11.0)             # saved again: replaces the damaged one
+    assert data.newest_checkpoint(tmp_path)[0].meta["value"] == 11
+    assert data.newest_checkpoint(tmp_path / "none") == (None, [])
+
+
+@pytest.mark.parametrize("pieces, message", [
+    ([("w", ((0, 2, 4),), torch.zeros(2))], "w: its pieces must tile .*hold 2 elements"),
+    ([("w", ((0, 3, 4),), torch.zeros(3)), ("w", ((2, 3, 4),), torch.zeros(1))], "must tile"),
+    ([("w", ((0, 2, 4),), torch.zeros(2)), ("w", ((2, 4, 4),), torch.zeros(2).double())], "agree on shape and dtype")])
+def test_pieces_that_do_not_tile_are_refused(tmp_path, pieces, message):
+    with pytest.raises(data.DataError, match=message):
+        data.write_checkpoint(tmp_path / "c", pieces, {})
+    assert not (tmp_path / "c").exists()
+
+
+def test_reading_what_is_not_there(tmp_path):
+    reader = data.Reader(simple_checkpoint(tmp_path / "c"))
+    with pytest.raises(data.DataError, match="no tensor named v"):
+        reader.read("v")
+    with pytest.raises(data.DataError, match=r"w has shape \[4, 3\]"):
+        reader.read("w", ((0, 4, 5), (0, 3, 3)))
+
+
+def save_quarter(rank, n, folder):
+    import torch.distributed as dist
+    full = torch.arange(8 * 6, dtype=torch.float32).reshape(8, 6)
+    a, b = rank // 2 * 4, rank % 2 * 3
+    data.write_checkpoint(folder, [("w", ((a, a + 4, 8), (b, b + 3, 6)), full[a:a + 4, b:b + 3])], {"n": n},
+                          group=dist.group.WORLD)
+    return data.Reader(folder).read("w", ((1, 7, 8), (rank, rank + 2, 6)))
+
+
+def test_four_ranks_write_one_checkpoint(tmp_path, run_ranks):
+    full = torch.arange(48.0).reshape(8, 6)
+    for rank, got in enumerate(run_ranks(save_quarter, 4, tmp_path / "c")):
+        assert torch.equal(got, full[1:7, rank:rank + 2])
+    assert len(list((tmp_path / "c").glob("rank-*"))) == 4 and torch.equal(data.Reader(tmp_path / "c").read("w"), full)
+
+
+def test_crc_of_a_shard_is_zlibs(corpus):
+    entry = data.read_sealed(corpus / "manifest.json", "tokens")["splits"]["val"]["shards"][0]
+    assert zlib.crc32((corpus / entry["file"]).read_bytes()[32:]) == entry["crc32"]

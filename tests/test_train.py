@@ -1,0 +1,505 @@
+import ast
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import POOL, ROOT
+
+import data
+import model as net
+import train
+
+MINI = ["--n-layer", "2", "--n-head", "2", "--n-kv-head", "1", "--n-embd", "16", "--seq-len", "32", "--vocab-size",
+        "512",
+        "--global-batch-size", "8", "--micro-batch-size", "4", "--steps", "12", "--warmup-steps", "2",
+        "--eval-interval", "6",
+        "--eval-windows", "8", "--checkpoint-interval", "4", "--max-new-tokens", "8", "--log-interval", "5", "--lr", "0.01"]
+
+
+def run(corpus, out, *flags) -> tuple[int, str, str]:
+    """train.main in this process -> (exit code, stdout, stderr)."""
+    with contextlib.redirect_stdout(io.StringIO()) as o, contextlib.redirect_stderr(io.StringIO()) as e:
+        code = train.main([*MINI, "--data", str(corpus), "--out", str(out), *flags])
+    return code, o.getvalue(), e.getvalue()
+
+
+def metrics(out) -> list[dict]:
+    """Lines of metrics.jsonl without the one number that is a clock's."""
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+
+
+def steps_saved(out) -> list[int]:
+    return sorted(int(p.name.split("-")[1]) for p in (Path(out) / "checkpoints").glob("step-*"))
+
+
+def newest_tensors(out) -> dict:
+    reader, _ = data.newest_checkpoint(Path(out) / "checkpoints")
+    return {name: reader.read(name) for name in reader.names()}
+
+
+@pytest.fixture(scope="session")
+def reference(corpus, tmp_path_factory):
+    """A run that nobody disturbed, in a process of its own like those it is compared with."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    assert child(corpus, out) == 0
+    return out
+
+
+def child_main(argv, interrupt):
+    torch.set_num_threads(1)
+    sys.stdout = open(os.devnull, "w")
+
+    def strike(number):
+        os.kill(os.getpid(), number)
+
+    def on_phase(step, phase):
+        if interrupt and interrupt[0] == (step, phase):
+            strike(interrupt[1])
+
+    if interrupt and isinstance(interrupt[0], str):                  # at the n-th call of a function of data.py's
+        name, n = interrupt[0].split("#")
+        module, attribute = (os, "rename") if name == "rename" else (data, name)
+        original, calls = getattr(module, attribute), []
+
+        def counted(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == int(n):
+                strike(interrupt[1])
+            return original(*args, **kwargs)
+
+        setattr(module, attribute, counted)
+    c = train.parse_config(argv)
+    world = train.World(c)
+    sys.exit(train.train(train.resolve_precision(c, world.device), world, on_phase))
+
+
+def child(corpus, out, *flags, interrupt=None) -> int:
+    """train in a new process, struck by a signal at (step, phase) or at the n-th call of a function -> exit code."""
+    process = POOL.context.Process(target=child_main, args=([*MINI, "--data", str(corpus), "--out", str(out), *flags],
+                                                            interrupt))
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+# ---- what a run leaves
+
+
+def test_a_run_learns_and_leaves_what_it_should(reference, corpus):
+    lines = metrics(reference)
+    losses = [x["loss"] for x in lines if "loss" in x]
+    assert len(losses) == 12 and losses[0] == pytest.approx(math.log(512), abs=0.05) and losses[-1] < losses[0] - 0.1
+    assert {"step", "loss", "lr", "grad_norm"} <= lines[0].keys()
+    evaluations = [x for x in lines if "val_loss" in x]
+    assert [x["step"] for x in evaluations] == [6, 12] and all("val_bpb" in x for x in evaluations)
+    assert json.loads((reference / "config.json").read_text())["n_embd"] == 16
+    manifest = data.read_sealed(corpus / "manifest.json", "tokens")
+    card = (reference / "card.md").read_text()
+    for fact in (f"knowledge_cutoff: {manifest['knowledge_cutoff']}", f"tokens: {12 * 8 * 32}", "parameters: ",
+                 "flops: ", "sources: ",
+                 "tokens_per_parameter: ", "wall_seconds: ", "val_bpb: "):
+        assert fact in card
+    reader, damaged = data.newest_checkpoint(reference / "checkpoints")
+    assert not damaged and reader.meta["card"]["knowledge_cutoff"] == manifest["knowledge_cutoff"]
+    assert reader.meta["step"] == 12 and reader.meta["loader"]["windows"] == 12 * 8
+    assert not [p for p in reference.rglob("*") if p.suffix in (".pt", ".pkl", ".tmp")]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(reference, corpus, tmp_path):
+    out = Path(shutil.copytree(reference, tmp_path / "run"))
+    code, stdout, _ = run(corpus, out)
+    assert code == 0 and f"{out} is finished: step 12 of 12" in stdout and "bits/byte" in stdout
+    assert metrics(out) == metrics(reference) and steps_saved(out) == steps_saved(reference)
+
+
+def test_the_last_and_the_best_checkpoints_are_kept(corpus, tmp_path):
+    # a learning rate that wrecks the model after the first evaluation: step 6's is the best
+    code, _, _ = run(corpus, tmp_path / "run", "--steps", "12", "--checkpoint-interval", "2", "--eval-interval", "2",
+                     "--lr", "0.5",
+                     "--warmup-steps", "400", "--keep-checkpoints", "2", "--grad-clip", "0", "--adam-eps", "1e-8")
+    assert code == 0
+    best = min((x for x in metrics(tmp_path / "run") if "val_loss" in x), key=lambda x: x["val_loss"])["step"]
+    assert steps_saved(tmp_path / "run") == sorted({best, 10, 12})
+
+
+# ---- killed, stopped, damaged, resumed: the same run
+
+
+KILLS = [((0, "data"), 9), ((2, "update"), 9), ((4, "checkpoint"), 9), ((7, "forward_backward"), 9),
+         ((12, "checkpoint"), 9),
+         ("write_safetensors#2", 9), ("write_sealed#2", 9), ("rename#1", 9), ("rename#2", 9), ((6, "evaluate"), 9),
+         ((5, "reduce"), signal.SIGTERM), ((8, "checkpoint"), signal.SIGINT)]
+
+
+@pytest.mark.parametrize("interrupt", KILLS, ids=[f"{at}-{number}" for at, number in KILLS])
+def test_an_interrupted_run_goes_on_bit_for_bit(reference, corpus, tmp_path, interrupt):
+    out = tmp_path / "run"
+    code = child(corpus, out, interrupt=interrupt)
+    if interrupt[1] == 9:
+        assert code == -9
+    else:                                                             # asked to stop: the step is finished and saved
+        assert code == 0 and steps_saved(out)[-1] < 12 and metrics(out)[-1]["step"] == steps_saved(out)[-1]
+    assert len([x for x in metrics(out) if "loss" in x] if (out / "metrics.jsonl").exists() else []) <= 12
+    assert child(corpus, out) == 0
+    assert metrics(out) == metrics(reference)
+    ours, theirs = newest_tensors(out), newest_tensors(reference)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
+    assert not list((out / "checkpoints").glob(".*"))
+
+
+def test_killed_again_and_again(reference, corpus, tmp_path):
+    for at in (3, 5, 9, 11):
+        assert child(corpus, tmp_path / "run", interrupt=((at, "update"), 9)) == -9
+    assert child(corpus, tmp_path / "run") == 0 and metrics(tmp_path / "run") == metrics(reference)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(reference, corpus, tmp_path):
+    out = tmp_path / "run"
+    assert child(corpus, out, interrupt=((10, "data"), 9)) == -9 and steps_saved(out) == [4, 8]
+    file = out / "checkpoints" / "step-00000008" / "rank-00000.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-5] ^= 1
+    file.write_bytes(raw)
+    code, stdout, _ = run(corpus, out)
+    assert code == 0 and "resuming   at step 4" in stdout
+    assert "damaged checkpoint passed over" in stdout and str(file) in stdout
+    assert [x["step"] for x in metrics(out)] == [x["step"] for x in metrics(reference)]
+    for path in (out / "checkpoints").glob("*/manifest.json"):
+        path.write_text("{}")
+    code, _, stderr = run(corpus, out)
+    assert code == 2 and "--out must hold an intact checkpoint" in stderr and stderr.count("\n") == 1
+
+
+def test_a_torn_metrics_line_is_cut(reference, corpus, tmp_path):
+    out = tmp_path / "run"
+    assert child(corpus, out, interrupt=((10, "data"), 9)) == -9
+    with open(out / "metrics.jsonl", "a") as f:
+        f.write('{"step": 11, "lo')
+    assert child(corpus, out) == 0 and metrics(out) == metrics(reference)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--lr", "0.001"], "--lr must be 0.01 to go on with the run in"), (["--seed", "1"], "--seed must be 0"),
+    (["--steps", "13"], "--steps must be 12"), (["--resume", "never"], "--resume must be auto to go on")])
+def test_another_run_does_not_go_on_from_this_one(reference, corpus, flags, message):
+    before = metrics(reference)
+    code, _, stderr = run(corpus, reference, *flags)
+    assert code == 2 and message in stderr and stderr.count("\n") == 1 and "name another --out" in stderr
+    assert metrics(reference) == before and steps_saved(reference)[-1] == 12
+
+
+def test_what_does_not_affect_training_may_change(reference, corpus, tmp_path):
+    out = tmp_path / "run"
+    assert child(corpus, out, interrupt=((6, "data"), 9)) == -9
+    code = child(corpus, out, "--eval-interval", "0", "--checkpoint-interval", "1", "--log-interval", "1",
+                 "--recompute", "full")
+    train_lines = [x for x in metrics(reference) if "loss" in x]
+    assert code == 0 and [x for x in metrics(out) if "loss" in x] == train_lines
+
+
+def test_other_data_is_refused(reference, tmp_path):
+    (tmp_path / "other.txt").write_text("another text altogether\n" * 400)
+    other = data.prepare([tmp_path / "other.txt"], tmp_path / "other", 512)
+    code, _, stderr = run(other, reference)
+    assert code == 2 and "fingerprint must be as when the state was saved" in stderr
+
+
+def test_a_second_process_cannot_use_the_folder(corpus, tmp_path):
+    import fcntl
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, _, stderr = run(corpus, tmp_path / "run")
+    assert code == 2 and "--out must not be in use by another run" in stderr
+
+
+def test_a_non_finite_loss_stops_and_is_never_saved(corpus, tmp_path):
+    out = tmp_path / "run"
+    code, stdout, _ = run(corpus, out, "--checkpoint-interval", "1", "--eval-interval", "0", "--lr", "1e30",
+                          "--warmup-steps", "0")
+    assert code == 3 and "diverged" in stdout and "try a lower --lr" in stdout
+    reader, _ = data.newest_checkpoint(out / "checkpoints")
+    assert all(math.isfinite(x["loss"]) for x in metrics(out) if "loss" in x)
+    assert f"step {reader.meta['step'] + 1}: diverged" in stdout
+
+
+# ---- the step is plain AdamW on the mean loss, in any split
+
+
+def plain_losses(argv, steps):
+    """The textbook loop in float64: mean cross entropy of the global batch, clip_grad_norm_, AdamW without tricks."""
+    c = train.parse_config(argv)
+    gpt = net.build(c.model, c.seed, dtype=torch.float64)
+    groups = [{"params": [p for p in gpt.parameters() if p.ndim >= 2], "weight_decay": c.weight_decay},
+              {"params": [p for p in gpt.parameters() if p.ndim < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), eps=c.adam_eps, foreach=False)
+    loader = data.Loader(c.data, micro_batch_size=c.global_batch_size, seq_len=c.seq_len, seed=c.seed)
+    out = []
+    for step in range(steps):
+        batch = next(loader)
+        logits = gpt(batch["tokens"], documents=batch["documents"])
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=data.NO_TARGET)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), c.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = train.lr_at(step, c)
+        optimizer.step()
+        optimizer.zero_grad()
+        out.append((loss.item(), norm.item()))
+    return out, {p.full_name: p.detach() for p in gpt.parameters()}
+
+
+def our_losses(rank, n, argv, steps):
+    c = train.parse_config(argv)
+    world = train.World(c)
+    gpt = train.make_model(c, world.device).double()
+    optimizer = train.make_optimizer(gpt, c)
+    loader = data.Loader(c.data, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, seed=c.seed, dp_rank=rank,
+                         dp_size=n)
+    out = [train.train_step(gpt, optimizer, loader, step, c, world, False)[:2] for step in range(steps)]
+    val = data.Loader(c.data, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
+    return out, {p.full_name: p.detach() for p in gpt.parameters()}, train.evaluate(gpt, val, c, world)
+
+
+# Adam's step is g / (|g| + eps): an eps well above rounding keeps noise in the smallest gradients from being amplified
+PARITY = ["--lr", "0.02", "--grad-clip", "0.2", "--adam-eps", "1e-6"]
+
+
+@pytest.fixture(scope="session")
+def plain(corpus):
+    argv = [*MINI, *PARITY, "--data", str(corpus)]
+    losses, weights = plain_losses(argv, 5)
+    assert losses[0][1] > 0.3 and losses[-1][0] < losses[0][0] - 0.2                  # it clips, and it learns
+    return losses, weights
+
+
+@pytest.mark.parametrize("ranks, micro", [(1, 8), (1, 4), (1, 1), (2, 4), (2, 1), (4, 2)])
+def test_ranks_and_micro_batches_give_the_plain_run(corpus, plain, run_ranks, ranks, micro):
+    argv = [*MINI, *PARITY, "--data", str(corpus), "--micro-batch-size", str(micro)]
+    losses, weights = plain
+    for ours, our_weights, evaluation in run_ranks(our_losses, ranks, argv, 5):
+        for (loss, norm), (our_loss, our_norm) in zip(losses, ours, strict=True):
+            assert our_loss == pytest.approx(loss, abs=1e-10) and our_norm == pytest.approx(norm, abs=1e-10)
+        for name, w in weights.items():
+            assert (our_weights[name] - w).abs().max() < 1e-10, name
+        assert evaluation["val_targets"] > 0
+
+
+def test_evaluation_is_nats_per_token_and_bits_per_byte(corpus):
+    c = train.parse_config([*MINI, "--data", str(corpus), "--eval-windows", "0"])
+    world = train.World(c)
+    gpt = train.make_model(c, world.device)
+    val = data.Loader(corpus, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
+    got = train.evaluate(gpt, val, c, world)
+    nats, targets, text = 0.0, 0, b""
+    for i in range(val.num_windows):
+        b = val.batch([i])
+        with torch.no_grad():
+            logits = gpt(b["tokens"], documents=b["documents"])
+        nats += F.cross_entropy(logits.double().flatten(0, 1), b["targets"].flatten(), ignore_index=-1,
+                                reduction="sum").item()
+        targets += int((b["targets"] >= 0).sum())
+        text += b"".join(val.tokenizer.bytes[t] for t in b["targets"].flatten().tolist() if t >= 0)
+    assert got["val_targets"] == targets
+    assert got["val_loss"] == pytest.approx(nats / targets, rel=1e-6)
+    assert got["val_bpb"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-6)
+
+
+def test_bf16_autocast_is_near_fp32_and_keeps_float32_weights(corpus):
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        c = train.parse_config([*MINI, "--data", str(corpus), "--precision", precision])
+        world = train.World(c)
+        gpt = train.make_model(c, world.device)
+        optimizer = train.make_optimizer(gpt, c)
+        loader = data.Loader(corpus, micro_batch_size=4, seq_len=32, seed=0)
+        losses[precision] = [train.train_step(gpt, optimizer, loader, s, c, world, False)[0] for s in range(3)]
+        assert all(p.dtype == torch.float32 for p in gpt.parameters())
+    for a, b in zip(losses["fp32"], losses["bf16"], strict=True):
+        assert a != b and abs(a - b) < 2**-8 * a                                     # half an ulp of bfloat16, relative
+
+
+def test_learning_rate_schedules():
+    c = train.parse_config(["--steps", "100", "--warmup-steps", "10", "--lr", "1.0", "--min-lr-ratio", "0.1"])
+    assert [train.lr_at(s, c) for s in (0, 4, 9)] == [0.1, 0.5, 1.0] and train.lr_at(10, c) == 1.0
+    assert train.lr_at(55, c) == pytest.approx(0.55) and train.lr_at(100, c) == pytest.approx(0.1)
+    w = dataclasses.replace(c, schedule="wsd", decay_fraction=0.2)
+    assert [train.lr_at(s, w) for s in (10, 50, 80)] == [1.0, 1.0, 1.0]
+    assert train.lr_at(90, w) == pytest.approx(0.55) and train.lr_at(100, w) == pytest.approx(0.1)
+    for each in (c, w):
+        rates = [train.lr_at(s, each) for s in range(10, 101)]
+        assert rates == sorted(rates, reverse=True)
+
+
+# ---- sampling
+
+
+def test_sampling_from_a_run(reference):
+    def sample(*flags):
+        with contextlib.redirect_stdout(io.StringIO()) as o:
+            assert train.main(["--sample", "def f(", "--out", str(reference), "--max-new-tokens", "20", *flags]) == 0
+        return o.getvalue()
+
+    text = sample()
+    assert text.startswith("def f(") and len(text) > 10 and sample() == text != sample("--seed", "1")
+    assert sample("--temperature", "0") == sample("--temperature", "0", "--seed", "2")
+    reader, _ = data.newest_checkpoint(reference / "checkpoints")
+    t = data.Tokenizer(reference / "tokenizer.model")
+    gpt = train.make_model(train.Config(**reader.meta["config"]), torch.device("cpu"), reader.read)
+    ids = [t.bos_id] + t.encode("def f(")
+    expected = gpt.generate(torch.tensor([ids]), 20, temperature=0, stop=t.eos_id)[0].tolist()
+    assert sample("--temperature", "0") == t.decode(expected) + "\n"
+
+
+def test_sampling_without_a_run_is_one_line(tmp_path, capsys):
+    assert train.main(["--sample", "x", "--out", str(tmp_path / "absent")]) == 2
+    error = capsys.readouterr().err
+    assert "--out must be the folder of a run" in error and error.count("\n") == 1
+    assert not (tmp_path / "absent").exists()
+
+
+# ---- the command line
+
+
+BAD = [
+    (["--leraning-rate", "1"], "unknown argument --leraning-rate"), (["--seq-length", "8"], "the nearest is --seq-len"),
+    (["--config", "smal"], "--config must be one of .* the nearest is small"), (["--steps", "ten"], "--steps.*'ten'"),
+    (["--steps", "0"], "--steps must be at least 1, got 0"),
+    (["--lr", "nan"], "--lr must be a finite number .* got nan"),
+    (["--lr", "-1"], "--lr must be .* at least 0, got -1.0"), (["--norm", "batch"], "--norm.*batch"),
+    (["--n-embd", "30"], "--n_embd must be a multiple of n_head|--n-embd must be a multiple of n_head, got 30 and 4"),
+    (["--n-kv-head", "3"], "--n-head must be a multiple of n_kv_head, got 4 and 3"),
+    (["--top-p", "0"], r"--top-p must be in \(0, 1\]"),
+    (["--beta2", "1"], "--beta2 must be at most 1 and not 1"), (["--json"], "--json goes with --dry-run"),
+    (["--global-batch-size", "6", "--micro-batch-size", "4"],
+     "--global-batch-size must be a multiple of .*4 x 1 = 4, got 6"),
+    (["--vocab-size", "100"], "--vocab-size must be at least 320"),
+    (["--device", "warp"], "--device must be usable here, got 'warp'"),
+    (["--data", "/no/such"], "source '/no/such' must match"), (["--seed"], "--seed"),
+    (["extra"], "unknown argument extra")]
+
+
+@pytest.mark.parametrize("argv, message", BAD, ids=[" ".join(a) for a, _ in BAD])
+def test_bad_input_is_named_in_two_lines_at_most(argv, message, tmp_path, monkeypatch, capsys):
+    import re
+    monkeypatch.chdir(tmp_path)
+    assert train.main(argv) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") <= 2 and "Traceback" not in error, error
+    assert not list(tmp_path.glob("out/*/checkpoints/step-*"))
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(corpus, tmp_path):
+    code, _, stderr = run(corpus, tmp_path / "run", "--vocab-size", "500")
+    assert code == 2 and f"--vocab-size must be at least the 512 of {corpus}, got 500" in stderr
+
+
+def test_every_field_is_a_flag_with_help(capsys):
+    with pytest.raises(SystemExit) as done:
+        train.parse_config(["--help"])
+    text = capsys.readouterr().out
+    assert done.value.code == 0
+    for f in dataclasses.fields(train.Config):
+        assert "--" + f.name.replace("_", "-") in text and f.metadata["help"].split()[0] in text
+    c = train.parse_config(["--config", "small", "--no-bias", "--n-layer=3", "--tie-embeddings"])
+    assert (c.bias, c.n_layer, c.tie_embeddings, c.n_embd, c.n_kv_head, c.head_dim, c.n_ff) == (False, 3, True, 768,
+                                                                                                12, 64, 3072)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        c.steps = 3
+
+
+@pytest.mark.parametrize("name, parameters", [("small", 124e6), ("medium", 355e6), ("large", 1.36e9), ("7b", 6.74e9)])
+def test_configs_have_the_size_they_are_named_for(name, parameters):
+    c = train.parse_config(["--config", name])
+    b = train.budget(c)
+    assert b["parameters"] == pytest.approx(parameters, rel=0.01)
+    assert 15 < b["tokens_per_parameter"] < 25
+    with torch.device("meta"):
+        assert sum(p.numel() for p in net.GPT(c.model).parameters()) == b["parameters"]
+
+
+def test_tiny_divides_by_four():
+    c = train.parse_config([])
+    for value in (c.n_head, c.n_kv_head, c.n_layer, c.vocab_size, c.global_batch_size):
+        assert value % 4 == 0
+
+
+def test_dry_run_says_what_the_run_would_cost(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--dry-run", "--json", *MINI]) == 0
+    b = json.loads(capsys.readouterr().out)
+    c = train.parse_config(MINI)
+    assert b["tokens"] == 12 * 8 * 32 and b["flops"] == b["tokens"] * net.flops_per_token(c.model,
+                                                                                          32) and b["seconds"] > 0
+    gpt = train.make_model(c, torch.device("cpu"))
+    held = sum(p.untyped_storage().nbytes() for p in gpt.parameters())
+    assert b["memory_bytes"]["parameters"] == b["memory_bytes"]["gradients"] == held
+    assert b["memory_bytes"]["optimizer"] == 2 * held
+    assert train.main(["--dry-run", *MINI]) == 0
+    text = capsys.readouterr().out
+    assert "parameters" in text and "GB a rank" in text and "about" in text and not list(tmp_path.iterdir())
+
+
+# ---- launching
+
+
+def test_torchrun_is_the_same_program(reference, corpus, tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+               str(ROOT / "train.py"), *MINI,
+               "--data", str(corpus), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("bits/byte") == 3                       # one rank speaks
+    one, two = ([x["loss"] for x in metrics(out) if "loss" in x] for out in (reference, tmp_path / "run"))
+    assert one == pytest.approx(two, rel=1e-5) and steps_saved(tmp_path / "run") == steps_saved(reference)
+    # its checkpoint goes on under one process: the layout is forgotten
+    code, stdout, _ = run(corpus, tmp_path / "run")
+    assert code == 0 and "is finished" in stdout
+
+
+# ---- the house
+
+
+CONCEPTS = ["model", "flash_attn", "parallel", "zero", "precision", "scaling", "data"]
+
+
+@pytest.mark.parametrize("name", [c for c in CONCEPTS if (ROOT / f"{c}.py").exists()])
+def test_a_concept_imports_no_sibling(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    assert ast.get_docstring(tree) and f"run: python {name}.py" in ast.get_docstring(tree)
+    names = {getattr(node, "name", "") for node in tree.body}
+    assert "demo" in names
+    for top in tree.body:
+        if getattr(top, "name", "") == "demo":
+            continue
+        for node in ast.walk(top):
+            used = [a.name for a in node.names] if isinstance(node, ast.Import) else \
+                [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {u.split(".")[0] for u in used} & {*CONCEPTS, "train"}, f"{name}.py imports {used}"
+
+
+def test_no_other_top_level_file():
+    allowed = {"README.md", "requirements.txt", "train.py", "tests", "out", "data", *(f"{c}.py" for c in CONCEPTS)}
+    seen = {p.name for p in ROOT.iterdir() if not p.name.startswith((".", "__"))}
+    assert seen <= allowed, seen - allowed
+
+
+@pytest.mark.parametrize("name", ["model", "data"])
+def test_demos_run_and_assert(name):
+    done = subprocess.run([sys.executable, str(ROOT / f"{name}.py")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == "" and "predicted" in done.stdout

@@ -1,0 +1,775 @@
+"""Training: the one file that imports its siblings and wires them into a run.
+
+    python train.py                                       `tiny`, on this Python's own library: minutes on two CPU cores
+    python train.py --data "my/*.txt" --out out/mine      your text
+    python train.py --sample "def main(" --out out/tiny
+    python train.py --config 7b --dry-run            what would it cost?
+    torchrun --nproc-per-node 8 train.py --config small --data FOLDER
+
+Pre-training is one loop. A step, in order (G windows of T tokens, in micro-batches, over dp ranks):
+
+    1.  N     = number of targets in the global batch                           known from the data, one all-reduce
+    2.  for each micro-batch:  (sum of nll / N).backward()                      gradients add up to those of the mean
+    3.  sum gradients over dp                                                   never a mean of means
+    4.  loss, |grad|^2 and "please stop" in one all-reduce
+    5.  non-finite loss or norm: stop, exit code 3, nothing is saved
+    6.  grad *= min(1, clip / |grad|);   AdamW;   lr from lr_at(step)
+
+      m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2           m' = m / (1 - b1^t)      v' = v / (1 - b2^t)
+      w -= lr (m' / (sqrt(v') + eps) + wd w)
+
+Weight decay wd acts on matrices alone. The learning rate rises linearly, then falls by a cosine, or stays and falls
+in the last fifth (warmup-stable-decay).
+
+    FLOPs of a run = 6 N D + attention       MFU = those FLOPs / second / the device's peak       D = steps * G * T
+
+Training is a pure function of (seed, step): evaluation and sampling have generators of their own, and a checkpoint
+(weights, Adam's moments, the data position) continues bit for bit. The same command again goes on where the run
+stopped, after Ctrl-C, SIGTERM (both save first) or kill -9 (from the last checkpoint; metrics.jsonl is cut back to
+it).
+
+    out/RUN/   config.json   metrics.jsonl   card.md   tokenizer.model   checkpoints/step-00000400/...
+
+Exit codes: 0 done, 2 bad input, 3 diverged, 1 anything else.
+Sources: AdamW (Loshchilov 2019, arXiv:1711.05101); WSD (arXiv:2404.06395); MFU (PaLM, arXiv:2204.02311).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import fcntl
+import functools
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import data
+import model as net
+
+# ---- configs ---------------------------------------------------------------------------------------------------------
+
+
+def option(default, help, *, choices=None, affects_training=True):
+    return field(default=default, metadata={"help": help, "choices": choices, "affects_training": affects_training})
+
+
+def runtime(default, help, choices=None):
+    return option(default, help, choices=choices, affects_training=False)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every field is a flag (--seq-len for seq_len). Defaults are the `tiny` config's."""
+
+    config: str = runtime("tiny", "named set of defaults")
+    # the model, as in model.ModelConfig; 0 derives
+    vocab_size: int = option(2048, "rows of embedding and head; also the tokenizer's pieces")
+    seq_len: int = option(256, "tokens of context, T")
+    n_layer: int = option(4, "blocks")
+    n_head: int = option(4, "query heads")
+    n_kv_head: int = option(0, "key/value heads (0: n_head)")
+    head_dim: int = option(0, "dimensions a head (0: n_embd / n_head)")
+    n_embd: int = option(160, "width of the residual stream, C")
+    n_ff: int = option(0, "width of the MLP (0: 8/3 C rounded up to 64 for swiglu, 4 C for gelu)")
+    norm: str = option("rmsnorm", "normalisation", choices=("rmsnorm", "layernorm"))
+    position: str = option("rope", "position encoding", choices=("rope", "learned"))
+    mlp: str = option("swiglu", "feed-forward", choices=("swiglu", "gelu"))
+    bias: bool = option(False, "biases in linear layers and LayerNorm")
+    tie_embeddings: bool = option(False, "head and embedding share their weight")
+    qk_norm: bool = option(False, "RMSNorm on queries and keys")
+    rope_theta: float = option(10000.0, "base of the rotary frequencies")
+    norm_eps: float = option(1e-5, "epsilon of the norms")
+    # the data
+    data: str = runtime("stdlib", "prepared folder, or files, folders, globs (comma-separated), or stdlib")
+    document_mask: bool = option(True, "attend within a document only")
+    # the optimisation
+    steps: int = option(1500, "optimizer steps")
+    global_batch_size: int = option(16, "windows a step, over all ranks and micro-batches")
+    lr: float = option(2e-3, "peak learning rate")
+    min_lr_ratio: float = option(0.1, "final learning rate / peak")
+    warmup_steps: int = option(50, "steps of linear rise")
+    schedule: str = option("cosine", "after the rise", choices=("cosine", "wsd"))
+    decay_fraction: float = option(0.2, "wsd: share of the steps in the final decay")
+    weight_decay: float = option(0.1, "AdamW's, on matrices")
+    beta1: float = option(0.9, "AdamW's first-moment decay")
+    beta2: float = option(0.95, "AdamW's second-moment decay")
+    adam_eps: float = option(1e-8, "AdamW's epsilon")
+    grad_clip: float = option(1.0, "largest global gradient norm (0: no clipping)")
+    seed: int = option(0, "of weights and data order")
+    precision: str = option("auto", "bf16: matrix products in bfloat16; auto: where the accelerator has it",
+                            choices=("auto", "fp32", "bf16"))
+    # how it runs: same result, other cost
+    micro_batch_size: int = runtime(16, "windows a forward pass, each rank")
+    recompute: str = runtime("none", "activations computed again in backward", choices=("none", "selective", "full"))
+    compile: str = runtime("auto", "torch.compile each block; auto: on accelerators", choices=("auto", "on", "off"))
+    device: str = runtime("auto", "auto: this rank's accelerator, else cpu")
+    out: str = runtime("", "folder of the run (default out/CONFIG)")
+    resume: str = runtime("auto", "auto: go on where the folder's run stopped; never: refuse if it holds one",
+                          choices=("auto", "never"))
+    eval_interval: int = runtime(500, "steps between evaluations (0: only at the end)")
+    eval_windows: int = runtime(0, "validation windows an evaluation reads (0: all)")
+    checkpoint_interval: int = runtime(500, "steps between checkpoints (0: only at the end)")
+    keep_checkpoints: int = runtime(2, "newest checkpoints to keep; the best by validation loss stays too")
+    log_interval: int = runtime(1, "steps between printed lines (metrics.jsonl has all)")
+    # other things it can do
+    dry_run: bool = runtime(False, "print parameters, FLOPs, memory and expected time, then exit")
+    json: bool = runtime(False, "with --dry-run: one JSON object")
+    sample: str | None = runtime(None, "continue this text with the model in --out, then exit")
+    max_new_tokens: int = runtime(200, "sampling: tokens to add")
+    temperature: float = runtime(0.8, "sampling: 0 takes the likeliest token")
+    top_k: int = runtime(0, "sampling: among the k likeliest (0: all)")
+    top_p: float = runtime(0.95, "sampling: among the fewest that reach this probability")
+
+    @property
+    def model(self) -> net.ModelConfig:
+        return net.ModelConfig(**{f.name: getattr(self, f.name) for f in fields(net.ModelConfig)})
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.seq_len
+
+
+GPT2 = dict(norm="layernorm", position="learned", mlp="gelu", bias=True, tie_embeddings=True, vocab_size=50304,
+            seq_len=1024)
+LONG = dict(min_lr_ratio=0.1, warmup_steps=700, global_batch_size=512, eval_windows=1024, checkpoint_interval=1000)
+CONFIGS = {   # about 20 tokens a parameter (Chinchilla, arXiv:2203.15556, Table 3); learning rates of GPT-3's Table 2.1
+    "tiny": Config(log_interval=20),
+    "small": Config(config="small", **GPT2, **LONG, n_layer=12, n_head=12, n_embd=768, lr=6e-4, steps=4800),
+    "medium": Config(config="medium", **GPT2, **LONG, n_layer=24, n_head=16, n_embd=1024, lr=3e-4, steps=13500),
+    "large": Config(config="large", **LONG, vocab_size=32000, seq_len=2048, n_layer=24, n_head=16, n_embd=2048,
+                    n_ff=5632, lr=2e-4, steps=26000, micro_batch_size=8),
+    "7b": Config(config="7b", **LONG | {"global_batch_size": 1024}, vocab_size=32000, seq_len=4096, n_layer=32,
+                 n_head=32, n_embd=4096, n_ff=11008, lr=3e-4, steps=32000, micro_batch_size=1, recompute="full"),
+}
+
+
+class BadInput(ValueError):
+    """One line that names the flag, the rule and the value: exit code 2."""
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(message)
+
+
+def parse_config(argv) -> Config:
+    """Command line -> Config, with derived fields filled in. Raises BadInput."""
+    def nearest(word, words):
+        close = difflib.get_close_matches(word, words, 1)
+        return f"; the nearest is {close[0]}" if close else ""
+
+    pre = Parser(add_help=False, allow_abbrev=False)
+    pre.add_argument("--config", default="tiny")
+    name = pre.parse_known_args(argv)[0].config
+    if name not in CONFIGS:
+        raise BadInput(f"--config must be one of {', '.join(CONFIGS)}, got {name!r}{nearest(name, CONFIGS)}")
+    base = CONFIGS[name]
+    parser = Parser(prog="train.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    description=__doc__.split("\n\n")[0] + "\n\n" + __doc__.split("\n\n")[1])
+    for f in fields(Config):
+        flag, default, choices = flag_of(f.name), getattr(base, f.name), f.metadata["choices"]
+        text = f"{f.metadata['help']} [{default}]".replace("%", "%%")
+        if f.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default, help=text)
+        else:
+            kind = f.type if isinstance(f.type, type) else str
+            parser.add_argument(flag, type=kind, default=default, help=text, choices=choices,
+                                metavar=None if choices else kind.__name__.upper())
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise BadInput(f"unknown argument {flag}{nearest(flag, [flag_of(f.name) for f in fields(Config)])}")
+    return derive(Config(**vars(args)))
+
+
+def derive(c: Config) -> Config:
+    """Fill in what follows from other fields and check every value. Raises BadInput."""
+    for f in fields(Config):
+        value = getattr(c, f.name)
+        low = {"int": 0, "float": 0.0}.get(getattr(f.type, "__name__", ""))
+        if low is not None and not (math.isfinite(value) and value >= low):
+            raise BadInput(f"{f.name} must be a finite number of at least 0, got {value}")
+    for name in ("steps", "global_batch_size", "micro_batch_size", "keep_checkpoints", "log_interval", "n_head"):
+        if getattr(c, name) < 1:
+            raise BadInput(f"{name} must be at least 1, got {getattr(c, name)}")
+    for name in ("min_lr_ratio", "decay_fraction", "beta1", "beta2"):
+        if getattr(c, name) > 1 or name.startswith("beta") and getattr(c, name) == 1:
+            raise BadInput(f"{name} must be at most 1{' and not 1' * name.startswith('beta')}, got {getattr(c, name)}")
+    if c.json and not c.dry_run:
+        raise BadInput("json goes with --dry-run, got it alone")
+    if not 0 < c.top_p <= 1:
+        raise BadInput(f"top_p must be in (0, 1], got {c.top_p}")
+    if not c.head_dim and c.n_embd % c.n_head:
+        raise BadInput(f"n_embd must be a multiple of n_head, got {c.n_embd} and {c.n_head}")
+    if c.vocab_size < 320 and not Path(c.data, "manifest.json").exists():
+        raise BadInput(f"vocab_size must be at least 320 to train a tokenizer, got {c.vocab_size}")
+    wide = 64 * math.ceil(8 * c.n_embd / 3 / 64) if c.mlp == "swiglu" else 4 * c.n_embd
+    c = dataclasses.replace(c, out=c.out or f"out/{c.config}", n_kv_head=c.n_kv_head or c.n_head,
+                            head_dim=c.head_dim or c.n_embd // c.n_head, n_ff=c.n_ff or wide)
+    try:
+        assert c.model                                       # ModelConfig checks its own rules
+    except ValueError as error:
+        raise BadInput(str(error)) from None
+    return c
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+class World:
+    """This process among its peers: rank, size, device, and the group to reduce over (None: alone)."""
+
+    def __init__(self, c: Config):
+        self.rank, self.size, local = (int(os.environ.get(name, default)) for name, default in
+                                       (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if dist.is_initialized():
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        if c.device == "auto":
+            self.device = torch.device(accelerator.type, local) if accelerator else torch.device("cpu")
+        else:
+            try:
+                self.device = torch.device(c.device)
+                torch.empty(1, device=self.device)
+            except (RuntimeError, AssertionError) as error:
+                raise BadInput(f"device must be usable here, got {c.device!r}: {str(error).splitlines()[0]}") from None
+        if self.device.type != "cpu":
+            torch.accelerator.set_device_index(self.device.index or 0)
+        if c.global_batch_size % (c.micro_batch_size * self.size):
+            raise BadInput("global_batch_size must be a multiple of micro_batch_size x dp = "
+                           f"{c.micro_batch_size} x {self.size} = {c.micro_batch_size * self.size}, "
+                           f"got {c.global_batch_size}")
+        self.group = None
+        if self.size > 1:
+            if not dist.is_initialized():
+                dist.init_process_group(dist.get_default_backend_for_device(self.device))
+            self.group = dist.group.WORLD
+
+    def sum(self, tensor):
+        """All-reduce in place, where there is anybody to reduce with."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def agree(self, value):
+        """Rank 0's value, on every rank."""
+        box = [value]
+        if self.group is not None:
+            dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+
+# dense bf16 peak, FLOP/s: vendors' datasheets as collected in stas00/ml-engineering (2026-08-22)
+PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "B300": 2250e12,
+         "MI300X": 1307.4e12, "MI325X": 1300e12, "MI355X": 2500e12, "L40S": 362e12, "L4": 121e12, "4090": 165.2e12,
+         "V100": 125e12, "T4": 65e12}
+
+
+def peak_flops(device) -> tuple[float, str]:
+    """FLOP/s to hold MFU against, and where the number comes from: a table for GPUs, a short measurement elsewhere."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for key, peak in PEAKS.items():
+            if key in name:
+                return peak, f"{key} dense bf16"
+    a, best = torch.randn(1024, 1024, device=device), 0.0
+    end = time.perf_counter() + 0.3
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        best = max(best, 2 * 1024**3 / (time.perf_counter() - start))
+    return best, "measured matmul, fp32"
+
+
+def peak_memory(device) -> int:
+    """Most bytes this process has held: the allocator's on an accelerator, resident memory on a CPU."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.accelerator.max_memory_allocated(device)
+
+
+# ---- the parts of a run ----------------------------------------------------------------------------------------------
+
+def lr_at(step: int, c: Config) -> float:
+    """Learning rate of update number `step`, counted from 0."""
+    if step < c.warmup_steps:
+        return c.lr * (step + 1) / c.warmup_steps
+    low = c.lr * c.min_lr_ratio
+    if c.schedule == "cosine":
+        done = (step - c.warmup_steps) / max(1, c.steps - c.warmup_steps)
+        return low + (c.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    left = (c.steps - step) / max(1.0, c.steps * c.decay_fraction)                      # wsd
+    return low + (c.lr - low) * min(1.0, left)
+
+
+def make_model(c: Config, device, read=None) -> net.GPT:
+    """The model on the device: weights by name from keyed_init, or from read(name, box), a checkpoint's Reader.read."""
+    with torch.device("meta"):
+        gpt = net.GPT(c.model, recompute=c.recompute)
+    gpt = net.fill(gpt, read or (lambda name, box: net.keyed_init(name, box, c.seed, c.model)), device)
+    if c.compile == "on" or c.compile == "auto" and device.type != "cpu":
+        for block in gpt.model.layers.values():
+            block.compile()
+    return gpt
+
+
+def make_optimizer(gpt, c: Config):
+    matrices = [p for p in gpt.parameters() if p.ndim >= 2]
+    vectors = [p for p in gpt.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
+
+
+def resolve_precision(c: Config, device) -> Config:
+    if c.precision != "auto":
+        return c
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return dataclasses.replace(c, precision="bf16" if has_bf16 else "fp32")
+
+
+def compute_dtype(c: Config, device):
+    """bf16: matrix products in bfloat16 by autocast; weights, gradients and Adam's moments stay float32."""
+    return torch.autocast(device.type, torch.bfloat16) if c.precision == "bf16" else contextlib.nullcontext()
+
+
+def to_device(batch, c: Config, device):
+    keep = ("tokens", "targets", "documents") if c.document_mask else ("tokens", "targets")
+    return {name: batch[name].to(device, non_blocking=True) for name in keep}
+
+
+def train_step(gpt, optimizer, loader, step: int, c: Config, world: World, stop=False, on_phase=lambda *at: None):
+    """One update. Returns (loss in nats a target, gradient norm before clipping, whether any rank wants to stop)."""
+    on_phase(step, "data")
+    accum = c.global_batch_size // (c.micro_batch_size * world.size)
+    batches = [to_device(next(loader), c, world.device) for _ in range(accum)]
+    # 1. N = targets in the global batch
+    N = world.sum(sum((b["targets"] >= 0).sum() for b in batches))
+    # 2. d/dw sum(nll) / N, micro-batch by micro-batch
+    on_phase(step, "forward_backward")
+    total = torch.zeros(3, dtype=torch.float64, device=world.device)
+    for b in batches:
+        with compute_dtype(c, world.device):
+            loss, _ = gpt(b["tokens"], b["targets"], documents=b.get("documents"))
+        (loss / N).backward()
+        total[0] += loss.detach() / N
+    # 3. the sum over dp
+    on_phase(step, "reduce")
+    grads = [p.grad for p in gpt.parameters()]
+    for g in grads:
+        world.sum(g)
+    # 4. loss, |grad|^2 (replicas: the lowest rank's alone counts) and the wish to stop
+    if world.rank == 0:
+        total[1] = torch.nn.utils.get_total_norm(grads).double() ** 2
+    total[2] = stop
+    loss, sumsq, stop = world.sum(total).tolist()
+    norm = math.sqrt(sumsq) if math.isfinite(sumsq) else math.nan
+    # 5. and 6.
+    if math.isfinite(loss) and math.isfinite(norm):
+        on_phase(step, "update")
+        if c.grad_clip and norm > c.grad_clip:
+            torch._foreach_mul_(grads, c.grad_clip / norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, c)
+        optimizer.step()
+    optimizer.zero_grad()
+    return loss, norm, stop > 0
+
+
+@torch.no_grad()
+def evaluate(gpt, loader, c: Config, world: World) -> dict:
+    """Validation loss in nats a target, and bits per byte of text, over the whole split or its first eval_windows."""
+    token_bytes = torch.from_numpy(loader.tokenizer.token_bytes).to(world.device)
+    total = torch.zeros(3, dtype=torch.float64, device=world.device)
+    windows = min(loader.num_windows, c.eval_windows or loader.num_windows)
+    for first in range(world.rank * c.micro_batch_size, windows, world.size * c.micro_batch_size):
+        batch = to_device(loader.batch(range(first, min(first + c.micro_batch_size, windows))), c, world.device)
+        with compute_dtype(c, world.device):
+            _, nll = gpt(batch["tokens"], batch["targets"], documents=batch.get("documents"))
+        there = batch["targets"] >= 0
+        text = token_bytes[batch["targets"].clamp(min=0)] * there
+        total += torch.stack([nll.double().sum(), there.sum(), text.sum()])
+    nats, targets, text_bytes = world.sum(total).tolist()
+    # bpb = nats / ln 2 / bytes
+    return {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / text_bytes, "val_targets": int(targets)}
+
+
+def checkpoint_pieces(gpt, optimizer):
+    """(name, box, tensor) of every weight and of what the optimizer keeps for it: NAME.exp_avg, NAME.exp_avg_sq,
+    NAME.step."""
+    for p in gpt.parameters():
+        yield p.full_name, p.box, p
+        for key, value in optimizer.state[p].items():
+            yield f"{p.full_name}.{key}", p.box if value.shape == p.shape else (), value
+
+
+def load_optimizer(optimizer, reader):
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            for name in reader.names():
+                if name.startswith(p.full_name + ".") and "." not in (key := name[len(p.full_name) + 1:]):
+                    box = p.box if reader.tensors[name]["shape"] else ()
+                    optimizer.state[p][key] = reader.read(name, box).to(p.device)
+
+
+def generate_text(gpt, tokenizer, ids, c: Config, seed: int) -> str:
+    """The continuation of token ids, decoded."""
+    device = next(gpt.parameters()).device
+    new = gpt.generate(torch.tensor([ids], device=device), c.max_new_tokens, c.temperature, c.top_k or None, c.top_p,
+                       seed=seed, stop=tokenizer.eos_id)
+    return tokenizer.decode(new[0, len(ids):].tolist())
+
+
+# ---- the run's folder ------------------------------------------------------------------------------------------------
+
+class Folder:
+    """out/RUN: one process at a time, lines appended to metrics.jsonl, checkpoints written whole and pruned."""
+
+    def __init__(self, c: Config, world: World):
+        self.path, self.world, self.keep = Path(c.out), world, c.keep_checkpoints
+        self.checkpoints, self.metrics, self.lock = self.path / "checkpoints", None, None
+        if world.rank == 0:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / ".lock", "w")
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self.lock.close()
+                raise BadInput(f"out must not be in use by another run, {c.out} is") from None
+            for stale in self.checkpoints.glob(".*.tmp"):
+                shutil.rmtree(stale, ignore_errors=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for file in (self.metrics, self.lock):
+            if file:
+                file.close()
+
+    def newest(self) -> data.Reader | None:
+        """The newest intact checkpoint; all ranks agree which. A line for each damaged one that is passed over."""
+        step = None
+        if self.world.rank == 0:
+            reader, damaged = data.newest_checkpoint(self.checkpoints)
+            for line in damaged:
+                print(f"damaged checkpoint passed over: {line}")
+            if damaged and reader is None:
+                raise BadInput(f"out must hold an intact checkpoint to go on, {self.path} holds only damaged ones")
+            step = reader and reader.folder.name
+        step = self.world.agree(step)
+        return step and data.Reader(self.checkpoints / step)
+
+    def save(self, step: int, pieces, meta: dict):
+        data.write_checkpoint(self.checkpoints / f"step-{step:08d}", pieces, meta, group=self.world.group)
+        if self.world.rank == 0:
+            losses = {}
+            for path in sorted(self.checkpoints.glob("step-*")):
+                with contextlib.suppress(data.DataError):             # a damaged one counts as neither new nor best
+                    meta = data.Reader(path).meta
+                    evaluated = meta["evaluation"] and meta["evaluation"]["step"] == meta["step"]
+                    losses[path] = meta["evaluation"]["val_loss"] if evaluated else math.inf
+            best = min(losses, key=losses.get)
+            for path in list(losses)[:-self.keep]:
+                if path != best:
+                    shutil.rmtree(path)
+
+    def begin(self, step: int, c: Config, tokenizer):
+        """What stands beside the checkpoints, and metrics.jsonl up to `step` (a run killed later wrote more lines,
+        the last one perhaps torn), open for those to come."""
+        if self.world.rank != 0:
+            return
+        (self.path / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=1))
+        (self.path / "tokenizer.model").write_bytes(tokenizer.proto)
+        path, kept = self.path / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(ValueError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        temporary = self.path / ".metrics.tmp"
+        temporary.write_text("".join(kept))
+        os.replace(temporary, path)
+        self.metrics = open(path, "a")
+
+    def log(self, **entry):
+        if self.metrics:
+            self.metrics.write(json.dumps(entry) + "\n")
+            self.metrics.flush()
+
+
+def refuse_other_run(c: Config, saved: dict):
+    """Go on only with what was begun: every field that affects training must be as it was."""
+    for f in fields(Config):
+        if f.metadata["affects_training"] and f.name in saved and getattr(c, f.name) != saved[f.name]:
+            raise BadInput(f"{f.name} must be {saved[f.name]} to go on with the run in {c.out}, got "
+                           f"{getattr(c, f.name)}; name another --out for a new run")
+
+
+# ---- what it costs ---------------------------------------------------------------------------------------------------
+
+def budget(c: Config, world_size: int = 1) -> dict:
+    """The run in numbers, before it starts. Bytes are one rank's, FLOPs the whole run's."""
+    N, tokens = net.num_params(c.model), c.steps * c.tokens_per_step
+    low = c.precision == "bf16"
+    memory = {"parameters": 4 * N, "gradients": 4 * N, "optimizer": 8 * N,
+              "activations": net.activation_bytes(c.model, c.micro_batch_size, c.seq_len, itemsize=2 if low else 4,
+                                                  recompute=c.recompute, fused_norm=low)}
+    return {"config": dataclasses.asdict(c), "parameters": N, "embedding_parameters": c.vocab_size * c.n_embd,
+            "tokens_per_step": c.tokens_per_step, "steps": c.steps, "tokens": tokens,
+            "tokens_per_parameter": tokens / N,
+            "grad_accum_steps": c.global_batch_size // (c.micro_batch_size * world_size),
+            "flops_per_token": net.flops_per_token(c.model, c.seq_len),
+            "flops": tokens * net.flops_per_token(c.model, c.seq_len),
+            "memory_bytes": memory | {"total": sum(memory.values())}}
+
+
+def describe(b: dict, c: Config) -> str:
+    memory = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in b["memory_bytes"].items())
+    return (f"model      {c.config}: {b['parameters']:,} parameters, {b['embedding_parameters']:,} in the embedding\n"
+            f"run        {c.steps:,} steps x {b['tokens_per_step']:,} tokens = {b['tokens'] / 1e6:,.1f} M tokens, "
+            f"{b['tokens_per_parameter']:.1f} a parameter; {b['flops']:.2e} FLOPs\n"
+            f"memory     {memory} GB a rank, predicted\n")
+
+
+def time_tokens(c: Config, device) -> float:
+    """FLOP/s of forward and backward, measured for about two seconds on at most two of the config's layers."""
+    small = dataclasses.replace(c, n_layer=min(c.n_layer, 2), compile="off", recompute="none")
+    gpt = make_model(small, device, read=lambda name, box: torch.full([b - a for a, b, _ in box], 0.01))
+    batch = min(c.micro_batch_size, 16) if net.num_params(small.model) < 2e7 else 1
+    length = min(c.seq_len, 256)
+    tokens = torch.randint(c.vocab_size, (batch, length), device=device)
+    best, end = 0.0, time.perf_counter() + 2
+    while not best or time.perf_counter() < end:
+        start = time.perf_counter()
+        with compute_dtype(c, device):
+            loss, _ = gpt(tokens, tokens)
+        loss.backward()
+        loss.item()
+        best = max(best, batch * length * net.flops_per_token(small.model, length) / (time.perf_counter() - start))
+    return best
+
+
+def clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def dry_run(c: Config, world: World):
+    b = budget(c, world.size)
+    rate = time_tokens(c, world.device)
+    b |= {"flops_per_second": rate, "seconds": b["flops"] / rate / world.size}
+    if c.json:
+        print(json.dumps(b))
+        return
+    days = f" ({b['seconds'] / 86400:,.1f} days)" if b["seconds"] > 86400 else ""
+    print(describe(b, c) + f"time       about {clock(b['seconds'])}{days} on {world.size} x {world.device.type} at "
+          f"{rate / 1e9:,.0f} GFLOP/s, from a short timing")
+
+
+def card(c: Config, b: dict, manifest: dict, step: int, seconds: float) -> dict:
+    """What the model is made of: stands in every checkpoint and, at the end, in card.md."""
+    tokens = step * c.tokens_per_step
+    return {"config": c.config, "sources": manifest["sources"], "knowledge_cutoff": manifest["knowledge_cutoff"],
+            "data_fingerprint": manifest["fingerprint"], "parameters": b["parameters"], "step": step, "tokens": tokens,
+            "tokens_per_parameter": tokens / b["parameters"], "epochs": tokens / manifest["splits"]["train"]["tokens"],
+            "flops": tokens * b["flops_per_token"], "wall_seconds": round(seconds, 1), "torch": torch.__version__}
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that SIGTERM and Ctrl-C fill: the step in progress ends, is saved, and the run with it. A second Ctrl-C
+    interrupts at once."""
+    asked = []
+
+    def handler(number, frame):
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def open_data(c: Config, world: World):
+    """Loaders of both splits, from a prepared folder or from text that rank 0 prepares first."""
+    path = Path(c.data)
+    if not (path / "manifest.json").exists():
+        if world.rank == 0:
+            say = functools.partial(print, flush=True)
+            say(f"data       preparing {c.data}")
+            path = data.prepare(c.data.split(","), vocab_size=c.vocab_size, log=lambda line: say("           " + line))
+        path = world.agree(path)
+    shape = dict(micro_batch_size=c.micro_batch_size, seq_len=c.seq_len)
+    loader = data.Loader(path, **shape, seed=c.seed, dp_rank=world.rank, dp_size=world.size)
+    if loader.vocab_size > c.vocab_size:
+        raise BadInput(f"vocab_size must be at least the {loader.vocab_size} of {path}, got {c.vocab_size}")
+    return loader, data.Loader(path, **shape, split="val")
+
+
+def train(c: Config, world: World, on_phase=lambda *at: None) -> int:
+    """Train, or go on training, to c.steps. Returns the exit code. on_phase(step, phase) is called as a step proceeds:
+    "data", "forward_backward", "reduce", "update", "evaluate", "checkpoint"."""
+    start = time.perf_counter()
+    loader, val = open_data(c, world)
+    with Folder(c, world) as folder, stop_signals() as asked:
+        return run(c, world, folder, loader, val, asked, on_phase, start)
+
+
+def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_phase, start: float) -> int:
+    device, chief, manifest, tokenizer = world.device, world.rank == 0, loader.manifest, loader.tokenizer
+    say = functools.partial(print, flush=True) if chief else (lambda line: None)
+
+    # the model and its optimizer: from the newest checkpoint, or from the seed
+    reader = folder.newest()
+    step, facts, evaluation = 0, {"wall_seconds": 0.0}, None
+    if reader is not None:
+        if c.resume == "never":
+            raise BadInput(f"resume must be auto to go on with the run in {c.out}, got never; name another --out")
+        refuse_other_run(c, reader.meta["config"])
+        loader.load_state_dict(reader.meta["loader"])
+        step, facts, evaluation = (reader.meta[name] for name in ("step", "card", "evaluation"))
+    gpt = make_model(c, device, reader and reader.read)
+    optimizer = make_optimizer(gpt, c)
+    if reader is not None:
+        load_optimizer(optimizer, reader)
+    folder.begin(step, c, tokenizer)
+
+    b, (peak, peak_source) = budget(c, world.size), peak_flops(device)
+    trained_on = manifest["splits"]["train"]["tokens"]
+    say(describe(b, c) +
+        f"data       {loader.path}: {trained_on:,} training tokens, so {b['tokens'] / trained_on:.2f} epochs; "
+        f"knowledge cutoff {manifest['knowledge_cutoff']}\n"
+        f"machine    {world.size} x {device.type}, {torch.get_num_threads()} threads, {c.precision}; "
+        f"peak {peak / 1e9:,.0f} GFLOP/s ({peak_source})")
+    if b["tokens"] > 4 * trained_on:
+        say("           beyond 4 epochs repeated text teaches less and less (Muennighoff 2023, arXiv:2305.16264)")
+    if step == c.steps:
+        say(f"finished   {c.out} is finished: step {step} of {c.steps}")
+    else:
+        say(f"{'resuming' if step else 'starting'}   at step {step} of {c.steps}, "
+            f"{time.perf_counter() - start:.1f} s after the start\n")
+
+    saved, width = step if reader is not None else None, len(str(c.steps))
+    began = time.perf_counter() - facts["wall_seconds"]
+    mark, marked = time.perf_counter(), step                               # of the rate that is printed
+    while step < c.steps:
+        loss, norm, stopping = train_step(gpt, optimizer, loader, step, c, world, bool(asked), on_phase)
+        step += 1
+        done = step == c.steps
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            kept = "there was no checkpoint yet" if saved is None else f"the checkpoint of step {saved} is intact"
+            say(f"step {step}: diverged, loss {loss}, gradient norm {norm}; {kept}; try a lower --lr than {c.lr}")
+            return 3
+        rate = c.tokens_per_step * (step - marked) / (time.perf_counter() - mark)
+        folder.log(step=step, loss=loss, lr=lr_at(step - 1, c), grad_norm=norm, tokens_per_s=round(rate, 1))
+        if step % c.log_interval == 0 or done:
+            say(f"step {step:>{width}}/{c.steps}  loss {loss:7.4f}  lr {lr_at(step - 1, c):.2e}  norm {norm:7.3f}  "
+                f"{rate:9,.0f} tok/s  mfu {rate * b['flops_per_token'] / peak / world.size:5.1%}  "
+                f"{peak_memory(device) / 1e9:5.2f} GB  eta {clock((c.steps - step) * c.tokens_per_step / rate)}")
+            mark, marked = time.perf_counter(), step
+        if val.num_windows and (done or c.eval_interval and step % c.eval_interval == 0):
+            on_phase(step, "evaluate")
+            evaluation = {"step": step} | evaluate(gpt, val, c, world)
+            folder.log(**evaluation)
+            say(f"step {step:>{width}}/{c.steps}  validation {evaluation['val_loss']:.4f} nats/token, "
+                f"{evaluation['val_bpb']:.4f} bits/byte")
+            mark, marked = time.perf_counter(), step
+        if done or stopping or c.checkpoint_interval and step % c.checkpoint_interval == 0:
+            on_phase(step, "checkpoint")
+            facts = card(c, b, manifest, step, time.perf_counter() - began)
+            folder.save(step, checkpoint_pieces(gpt, optimizer) if chief else (), {
+                "step": step, "config": dataclasses.asdict(c), "loader": loader.state_dict(), "card": facts,
+                "evaluation": evaluation, "tokenizer_sha256": tokenizer.sha256})
+            saved, mark, marked = step, time.perf_counter(), step
+        if stopping and not done:
+            say(f"\nstopped at step {step} of {c.steps} and saved; the same command goes on from there")
+            return 0
+    if chief:
+        finish(gpt, val, c, folder, facts, evaluation)
+    return 0
+
+
+def finish(gpt, val, c: Config, folder: Folder, facts: dict, evaluation: dict | None):
+    """A run's end: its card, the loss beside general compressors, continuations, and where everything is."""
+    if evaluation:
+        facts = facts | {name: evaluation[name] for name in ("val_loss", "val_bpb")}
+        text = b"".join(val.tokenizer.bytes[i] for shard in val.shards for i in shard[:4_000_000])
+        yardstick = ", ".join(f"{name} {bpb:.3f}" for name, bpb in data.compressed_bpb(text).items())
+        print(f"\nvalidation {evaluation['val_loss']:.4f} nats/token = {evaluation['val_bpb']:.4f} bits/byte"
+              f"   ({yardstick} on the same text)")
+        # continue the first lines of three held-out documents
+        ids = val.shards[0][:4_000_000]
+        for n, at in enumerate((ids == val.tokenizer.bos_id).nonzero()[0][:3]):
+            prompt = ids[at:at + 16].tolist()
+            print(f"\n--- sample {n + 1} ---\n{val.tokenizer.decode(prompt)}|"
+                  f"{generate_text(gpt, val.tokenizer, prompt, c, seed=n)}")
+    else:
+        print("\nno validation: its documents do not fill one window of seq_len + 1 tokens")
+    lines = "".join(f"- {name}: {value}\n" for name, value in facts.items())
+    (folder.path / "card.md").write_text(f"# {c.out}\n\n{lines}")
+    print(f"\nwall time  {clock(facts['wall_seconds'])} of training\ncard       {folder.path / 'card.md'}\n"
+          f"checkpoint {folder.checkpoints / f'step-{c.steps:08d}'}\n"
+          f'sample it  python train.py --out {c.out} --sample "def main("')
+
+
+def sample(c: Config, world: World) -> int:
+    """--sample: continue a text with the newest checkpoint in --out. The checkpoint says what model it is."""
+    reader = None
+    if Path(c.out, "checkpoints").is_dir():
+        reader, damaged = data.newest_checkpoint(Path(c.out, "checkpoints"))
+        for line in damaged:
+            print(f"damaged checkpoint passed over: {line}", file=sys.stderr)
+    if reader is None:
+        raise BadInput(f"out must be the folder of a run with an intact checkpoint to sample from, {c.out} is not")
+    tokenizer = data.Tokenizer(Path(c.out, "tokenizer.model"))
+    if tokenizer.sha256 != reader.meta["tokenizer_sha256"]:
+        raise data.DataError(f"{c.out}/tokenizer.model: is not the one the model was trained with")
+    saved = dataclasses.replace(Config(**reader.meta["config"]), compile="off")
+    gpt = make_model(saved, world.device, reader.read)
+    ids = [tokenizer.bos_id] + tokenizer.encode(c.sample)
+    print(c.sample + generate_text(gpt, tokenizer, ids, c, c.seed))
+    return 0
+
+
+def main(argv=None) -> int:
+    try:
+        c = parse_config(sys.argv[1:] if argv is None else argv)
+        world = World(c)
+        c = resolve_precision(c, world.device)
+        if c.sample is not None:
+            return sample(c, world)
+        if c.dry_run:
+            dry_run(c, world)
+            return 0
+        return train(c, world)
+    except (BadInput, data.DataError) as error:
+        first, _, rest = str(error).partition(" ")
+        flag = flag_of(first) if first in {f.name for f in fields(Config)} else first
+        print(f"train.py: {flag} {rest}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
