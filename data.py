@@ -47,7 +47,9 @@ run: python data.py                                            the demo
 """
 
 import argparse
+import contextlib
 import datetime
+import fcntl
 import glob
 import hashlib
 import io
@@ -87,18 +89,30 @@ def fsync_folder(path):
         os.close(descriptor)
 
 
-def write_sealed(path, content: dict):
-    """Write a JSON object with its own checksum, atomically: a temporary name, fsync, rename."""
+@contextlib.contextmanager
+def locked(path, wait: bool = True):
+    """Hold a lock file; however the process ends, the system lets go of it. BlockingIOError if held and not wait."""
+    with open(path, "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+def write_atomic(path, content: str | bytes):
+    """A file with this content, or the file that was there before: a temporary name, fsync, rename."""
     path = Path(path)
-    body = json.dumps(content, indent=1, sort_keys=True)
-    sealed = json.dumps({"crc32": zlib.crc32(body.encode()), "content": content}, indent=1, sort_keys=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as f:
-        f.write(sealed)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as f:
+        f.write(content.encode() if isinstance(content, str) else content)
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
     fsync_folder(path.parent)
+
+
+def write_sealed(path, content: dict):
+    """Write a JSON object with its own checksum, atomically."""
+    body = json.dumps(content, indent=1, sort_keys=True)
+    write_atomic(path, json.dumps({"crc32": zlib.crc32(body.encode()), "content": content}, indent=1, sort_keys=True))
 
 
 def read_sealed(path, kind: str) -> dict:
@@ -274,17 +288,14 @@ class Tokenizer:
 
 
 def split_text(text: str, size: int):
-    """Cut text into parts of about `size` characters at line ends (longer where a line is longer); joined, they are
-    text."""
-    part, length = [], 0
-    for line in text.splitlines(keepends=True):
-        if length and length + len(line) > size:
-            yield "".join(part)
-            part, length = [], 0
-        part.append(line)
-        length += len(line)
-    if part:
-        yield "".join(part)
+    """Cut text into parts of at most `size` characters, at line ends where there are any; joined, they are text."""
+    start = 0
+    while start < len(text):
+        end = start + size
+        if end < len(text):
+            end = text.rfind("\n", start, end) + 1 or end
+        yield text[start:end]
+        start = end
 
 
 # ---- shards ----------------------------------------------------------------------------------------------------------
@@ -292,20 +303,22 @@ def split_text(text: str, size: int):
 MAGIC, HEADER = b"LLMTOKEN", struct.Struct("<8sIIQII")        # 32 bytes
 
 
-def write_shard(path, ids: np.ndarray):
-    """ids (n,) uint16 or uint32 -> one file, flushed to disk."""
+def write_shard(path, ids: np.ndarray) -> int:
+    """ids (n,) uint16 or uint32 -> one file, flushed to disk; returns the ids' CRC32."""
     payload = np.ascontiguousarray(ids.astype(ids.dtype.newbyteorder("<"))).data.cast("B")
-    head = HEADER.pack(MAGIC, FORMAT_VERSION, ids.itemsize, len(ids), zlib.crc32(payload), 0)
+    crc = zlib.crc32(payload)
+    head = HEADER.pack(MAGIC, FORMAT_VERSION, ids.itemsize, len(ids), crc, 0)
     with open(path, "wb") as f:
         f.write(head[:28] + struct.pack("<I", zlib.crc32(head[:28])))
         f.write(payload)
         f.flush()
         os.fsync(f.fileno())
+    return crc
 
 
-def open_shard(path, verify: bool = True) -> np.ndarray:
-    """Memory-mapped ids (n,) of a shard. Raises DataError naming the file if it is not exactly what was written; verify
-    reads it all once (about a second a GB), otherwise only header and length are checked."""
+def open_shard(path, verify: bool = True, entry: dict | None = None) -> np.ndarray:
+    """Memory-mapped ids (n,) of a shard. Raises DataError naming the file if it is not exactly what was written, or not
+    the one of the manifest's entry. verify reads it all once (a second a GB); else header and length are checked."""
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as f:
@@ -319,6 +332,9 @@ def open_shard(path, verify: bool = True) -> np.ndarray:
         raise DataError(f"{path}: damaged header or unknown version {version} (this program reads {FORMAT_VERSION})")
     if count == 0:
         raise DataError(f"{path}: holds no tokens")
+    if entry is not None and (count, crc) != (entry["tokens"], entry["crc32"]):
+        raise DataError(f"{path}: must be the manifest's shard of {entry['tokens']} tokens and CRC32 {entry['crc32']}, "
+                        f"it has {count} and {crc}")
     if size != HEADER.size + count * itemsize:
         raise DataError(f"{path}: must have {HEADER.size + count * itemsize} bytes for {count} tokens, it has {size}")
     ids = np.memmap(path, dtype=f"<u{itemsize}", mode="r", offset=HEADER.size, shape=(count,))
@@ -336,32 +352,57 @@ def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fracti
     out: default data/NAME-KEY, KEY a fingerprint of files and settings. A folder already prepared from the same is
     used as it is; one that holds something else is refused. The work is done in a temporary folder that is renamed at
     the end. A document's side is decided by its own hash, so it is the same whatever else there is and in whatever
-    order; if that leaves validation empty, the document of smallest hash goes there, and a lone document is cut in
-    two at a line end. Raises DataError. """
+    order; if that leaves a side empty, one document goes there, and a lone document is cut in two at a line end.
+    Raises DataError.
+    """
+    if not 0 <= val_fraction < 1:
+        raise DataError(f"val_fraction must be in [0, 1), got {val_fraction}")
     files = source_files(sources)
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     settings = (FORMAT_VERSION, vocab_size, val_fraction, sample_bytes, shard_tokens)
     key = hashlib.sha256(repr((stamps, settings)).encode()).hexdigest()[:16]
     name = re.sub(r"\W+", "-", Path(sources[0]).stem).strip("-") or "text"
     out = Path(out) if out else Path("data") / f"{name}-{key}"
-    if out.exists():
-        if (out / "manifest.json").exists() and read_sealed(out / "manifest.json", "tokens")["key"] == key:
-            return out
-        raise DataError(f"{out}: exists and was not prepared from these sources and settings; name another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for stale in out.parent.glob(f".{out.name}.*.tmp"):                 # left by a killed preparation: nobody trusts it
-        if not process_lives(int(stale.name.split(".")[-2])):
-            shutil.rmtree(stale, ignore_errors=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
 
+    def ready():
+        if not out.exists():
+            return False
+        if (out / "manifest.json").exists() and read_sealed(out / "manifest.json", "tokens")["key"] == key:
+            return True
+        raise DataError(f"{out}: exists and was not prepared from these sources and settings; name another --out")
+
+    if ready():
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out.parent / f".{out.name}.lock"):
+        if not ready():                                         # another process may have been faster
+            temporary = out.with_name(f".{out.name}.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)        # left by a killed preparation: not to be trusted
+            temporary.mkdir()
+            try:
+                manifest = write_tokens(temporary, files, vocab_size, val_fraction, sample_bytes, shard_tokens, log)
+                write_sealed(temporary / "manifest.json", {
+                    "kind": "tokens", "version": FORMAT_VERSION, "key": key, "sources": [str(s) for s in sources],
+                    "files": len(files), "knowledge_cutoff": knowledge_cutoff(sources, files)} | manifest)
+                os.rename(temporary, out)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            fsync_folder(out.parent)
+    return out
+
+
+def write_tokens(folder, files, vocab_size, val_fraction, sample_bytes, shard_tokens, log) -> dict:
+    """Tokenizer and shards of both splits into `folder`; returns what the manifest says of them."""
     # pass 1: what is there, and which side each document is on
     dropped = Counter()
     hashes = {text_hash(text): len(text.encode()) for text in read_documents(files, dropped)}
     if not hashes:
-        raise DataError(f"sources {', '.join(map(str, sources))} must hold some text, dropped: {dict(dropped)}")
+        raise DataError(f"{files[0]}{' ...' * (len(files) > 1)}: sources must hold text, dropped: {dict(dropped)}")
     lone = len(hashes) == 1
     val = {h for h in hashes if h % 10**6 < val_fraction * 10**6} or ({min(hashes)} if val_fraction else set())
+    if not lone and len(val) == len(hashes):
+        val.remove(max(val))
 
     def documents(split):
         for text in read_documents(files, Counter()):
@@ -380,60 +421,32 @@ def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fracti
         if total >= sample_bytes:
             break
     tokenizer = Tokenizer.train((t for t in documents("train") if lone or text_hash(t) in chosen), vocab_size)
-    (temporary / "tokenizer.model").write_bytes(tokenizer.proto)
+    write_atomic(folder / "tokenizer.model", tokenizer.proto)
     log(f"tokenizer: {tokenizer.vocab_size} pieces from {total / 1e6:.1f} MB")
 
-    # pass 3: tokens
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    splits = {}
+    # pass 3: tokens, a shard at a time
+    dtype, splits = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32, {}
     for split in ("train", "val"):
-        buffer, counts, shards = [], Counter(), []
-
-        def flush(split=split, buffer=buffer, shards=shards):
-            ids = np.concatenate(buffer)
-            write_shard(temporary / f"{split}-{len(shards):05d}.bin", ids)
-            shards.append({"file": f"{split}-{len(shards):05d}.bin", "tokens": len(ids), "crc32": zlib.crc32(ids.data)})
-            buffer.clear()
-
-        for text in documents(split):
-            ids = [tokenizer.bos_id]
-            for part in split_text(text, 2**20):                          # bounded memory for one huge file
-                ids += tokenizer.encode(part)
-            buffer.append(np.array(ids + [tokenizer.eos_id], dtype))
-            counts.update(documents=1, bytes=len(text.encode()), tokens=len(ids) + 1)
-            if sum(map(len, buffer)) >= shard_tokens:
-                flush()
-        if buffer:
-            flush()
-        splits[split] = {"documents": counts["documents"], "bytes": counts["bytes"], "tokens": counts["tokens"],
-                         "shards": shards}
+        counts, shards, buffer, held = Counter(), [], [], 0
+        for text in itertools.chain(documents(split), [None]):            # None: the end
+            if text is not None:
+                ids = [tokenizer.bos_id]
+                for part in split_text(text, 2**20):                      # bounded memory for one huge file
+                    ids += tokenizer.encode(part)
+                buffer.append(np.array(ids + [tokenizer.eos_id], dtype))
+                held += len(ids) + 1
+                counts.update(documents=1, bytes=len(text.encode()), tokens=len(ids) + 1)
+            if held and (text is None or held >= shard_tokens):
+                ids, file = np.concatenate(buffer), f"{split}-{len(shards):05d}.bin"
+                shards.append({"file": file, "tokens": held, "crc32": write_shard(folder / file, ids)})
+                buffer, held = [], 0
+        splits[split] = {name: counts[name] for name in ("documents", "bytes", "tokens")} | {"shards": shards}
         log(f"{split}: {counts['documents']:,} documents, {counts['bytes'] / 1e6:.2f} MB, {counts['tokens']:,} tokens")
 
     content = [(split, s["file"], s["tokens"], s["crc32"]) for split in splits for s in splits[split]["shards"]]
-    write_sealed(temporary / "manifest.json", {
-        "kind": "tokens", "version": FORMAT_VERSION, "key": key, "sources": [str(s) for s in sources],
-        "files": len(files), "dropped": dict(dropped), "splits": splits,
-        "knowledge_cutoff": knowledge_cutoff(sources, files),
-        "tokenizer": {"file": "tokenizer.model", "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
-        "fingerprint": hashlib.sha256(repr((tokenizer.sha256, content)).encode()).hexdigest()})
-    try:
-        os.rename(temporary, out)
-        fsync_folder(out.parent)
-    except OSError:
-        if not (out / "manifest.json").exists():
-            raise
-        shutil.rmtree(temporary)                                          # another process was faster with the same
-    return out
-
-
-def process_lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    return {"dropped": dict(dropped), "splits": splits,
+            "tokenizer": {"file": "tokenizer.model", "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+            "fingerprint": hashlib.sha256(repr((tokenizer.sha256, content)).encode()).hexdigest()}
 
 
 def compressed_bpb(text: bytes) -> dict:
@@ -480,7 +493,8 @@ class Loader:
     the permuted epochs and gives this rank its micro_batch_size of them, so what the ranks read together does not
     depend on their number. Within an epoch each window comes once. targets are NO_TARGET after a document's end;
     documents counts the documents begun in a window. Raises DataError, naming the file, for anything that is not as
-    it was written. """
+    it was written.
+    """
 
     def __init__(self, path, *, micro_batch_size: int, seq_len: int, dp_rank: int = 0, dp_size: int = 1, seed: int = 0,
                  split: str = "train", verify: bool = True):
@@ -491,11 +505,9 @@ class Loader:
         self.tokenizer = Tokenizer(self.path / self.manifest["tokenizer"]["file"])
         if self.tokenizer.sha256 != self.manifest["tokenizer"]["sha256"]:
             raise DataError(f"{self.path / self.manifest['tokenizer']['file']}: does not match the manifest's hash")
-        self.files = [self.path / s["file"] for s in self.manifest["splits"][split]["shards"]]
-        self.shards = [open_shard(f, verify) for f in self.files]
-        for f, shard, entry in zip(self.files, self.shards, self.manifest["splits"][split]["shards"], strict=True):
-            if len(shard) != entry["tokens"]:
-                raise DataError(f"{f}: must hold {entry['tokens']} tokens as in manifest.json, it holds {len(shard)}")
+        entries = self.manifest["splits"][split]["shards"]
+        self.files = [self.path / entry["file"] for entry in entries]
+        self.shards = [open_shard(f, verify, entry) for f, entry in zip(self.files, entries, strict=True)]
         # a window is T inputs and, one later, T targets: it shares one token with the next
         self.first = np.cumsum([0] + [(len(s) - 1) // seq_len for s in self.shards])     # first window of each shard
         self.num_windows, self.position = int(self.first[-1]), 0
@@ -506,16 +518,18 @@ class Loader:
             raise DataError(f"{self.path}: its {self.split} tokens must fill a window of seq_len + 1 = "
                             f"{self.seq_len + 1}, it has {sum(map(len, self.shards))}")
         epoch, place = np.divmod(np.asarray(order, dtype=np.int64), self.num_windows)
+        window = np.empty_like(place)
+        for e in np.unique(epoch):
+            window[epoch == e] = permute(place[epoch == e], self.num_windows, text_hash(f"{self.seed}/{e}"))
+        shard = np.searchsorted(self.first, window, side="right") - 1
+        start = (window - self.first[shard]) * self.seq_len
         ids = np.empty((len(place), self.seq_len + 1), np.int64)
-        for row, (e, p) in enumerate(zip(epoch, place, strict=True)):
-            key = int.from_bytes(hashlib.blake2b(f"{self.seed}/{e}".encode(), digest_size=8).digest(), "little")
-            window = int(permute(p, self.num_windows, key))
-            s = int(np.searchsorted(self.first, window, side="right")) - 1
-            at = (window - self.first[s]) * self.seq_len
+        for row, (s, at) in enumerate(zip(shard, start, strict=True)):
             ids[row] = self.shards[s][at:at + self.seq_len + 1]
-            if ids[row].max() >= self.vocab_size:
-                raise DataError(f"{self.files[s]}: token ids must be below vocab_size {self.vocab_size}, "
-                                f"got {ids[row].max()} near token {at}")
+        if ids.size and ids.max() >= self.vocab_size:
+            row = int(ids.max(axis=1).argmax())
+            raise DataError(f"{self.files[shard[row]]}: token ids must be below vocab_size {self.vocab_size}, "
+                            f"got {ids.max()} near token {start[row]}")
         tokens, targets = ids[:, :-1], ids[:, 1:].copy()
         targets[tokens == self.tokenizer.eos_id] = NO_TARGET
         documents = np.cumsum(tokens == self.tokenizer.bos_id, axis=1)
@@ -596,18 +610,23 @@ def piece_key(name: str, box) -> str:
 def write_checkpoint(folder, pieces, meta: dict, *, group=None):
     """Write pieces, an iterable of (name, box, tensor), and meta (JSON) as one checkpoint folder. Every rank of
     `group` calls it with the pieces it owns; together they must tile every tensor, which is checked. Whole or absent:
-    a temporary folder, one file a rank, all flushed, manifest last, then the rename. A folder of that name is
-    replaced."""
+    a temporary folder, one file a rank, all flushed, manifest last, then the rename. Raises DataError."""
     distributed = group is not None
     rank = torch.distributed.get_rank(group) if distributed else 0
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
+    pieces = [(name, tuple(map(tuple, box)), t) for name, box, t in pieces]
+    for name, box, t in pieces:
+        check_box(name, box, [size for _, _, size in box])
+        if list(t.shape) != [stop - start for start, stop, _ in box]:
+            raise DataError(f"{name}: its piece must have the shape of its box {box}, got {list(t.shape)}")
+    if folder.exists():
+        raise DataError(f"{folder}: a checkpoint must be written to a new folder, this one exists")
     if rank == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     if distributed:
         torch.distributed.barrier(group)
-    pieces = [(name, tuple(map(tuple, box)), t) for name, box, t in pieces]
     file = f"rank-{rank:05d}.safetensors"
     crcs = write_safetensors(temporary / file, {piece_key(name, box): t for name, box, t in pieces})
     mine = [(name, [size for _, _, size in box], DTYPE_NAMES[t.dtype],
@@ -631,15 +650,16 @@ def write_checkpoint(folder, pieces, meta: dict, *, group=None):
                 raise DataError(f"{name}: its pieces must tile {entry['shape']} once, they hold {covered} elements")
         write_sealed(temporary / "manifest.json",
                      {"kind": "checkpoint", "version": FORMAT_VERSION, "meta": meta, "tensors": tensors})
-        old = folder.with_name(f".{folder.name}.old.tmp")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.rename(folder, old)
         os.rename(temporary, folder)
         fsync_folder(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
     if distributed:
         torch.distributed.barrier(group)
+
+
+def check_box(name: str, box, shape):
+    """box must be a slice of a tensor of this shape."""
+    if [size for _, _, size in box] != list(shape) or not all(0 <= start <= stop <= size for start, stop, size in box):
+        raise DataError(f"{name}: box must be (start, stop, size) within shape {list(shape)}, got {box}")
 
 
 def overlap(a, b):
@@ -671,9 +691,12 @@ class Reader:
         if (shape, DTYPE_NAMES[dtype]) != ([b - a for a, b, _ in piece["box"]], self.tensors[name]["dtype"]):
             raise DataError(f"{path}: {key} must have the manifest's shape and dtype, it has {shape} {dtype}")
         raw = torch.empty(count, dtype=torch.uint8)                      # torch's allocator: aligned as before the save
-        with open(path, "rb") as f:
-            f.seek(start)
-            read = f.readinto(raw.numpy().data) if count else 0
+        try:
+            with open(path, "rb") as f:
+                f.seek(start)
+                read = f.readinto(raw.numpy().data) if count else 0
+        except OSError as error:
+            raise DataError(f"{path}: {key} cannot be read ({error.strerror})") from None
         if read != count or zlib.crc32(raw.numpy().data) != piece["crc32"]:
             raise DataError(f"{path}: {key} does not match its checksum")
         return raw.view(dtype).reshape(shape)
@@ -684,8 +707,7 @@ class Reader:
             raise DataError(f"{self.folder}: holds no tensor named {name}")
         entry = self.tensors[name]
         box = tuple((0, size, size) for size in entry["shape"]) if box is None else box
-        if [size for _, _, size in box] != entry["shape"]:
-            raise DataError(f"{self.folder}: {name} has shape {entry['shape']}, asked for a slice of {box}")
+        check_box(name, box, entry["shape"])
         out = torch.empty([stop - start for start, stop, _ in box], dtype=DTYPES[entry["dtype"]])
         for piece in entry["pieces"]:
             common = overlap(box, piece["box"])
@@ -703,17 +725,16 @@ class Reader:
                 self.load_piece(name, piece)
 
 
-def newest_checkpoint(folder) -> tuple[Reader | None, list[str]]:
-    """The newest intact checkpoint under `folder` (names sort by step), verified, and a line for each damaged newer
-    one."""
-    damaged = []
-    for path in sorted((p for p in Path(folder).glob("[!.]*") if p.is_dir()), reverse=True):
+def newest_checkpoint(folder) -> tuple[Reader | None, dict]:
+    """The newest intact checkpoint step-* under `folder`, verified; and {path: what is wrong} of damaged newer ones."""
+    damaged = {}
+    for path in sorted(Path(folder).glob("step-*"), reverse=True):
         try:
             reader = Reader(path)
             reader.verify()
             return reader, damaged
         except DataError as error:
-            damaged.append(str(error))
+            damaged[path] = str(error)
     return None, damaged
 
 
@@ -777,7 +798,7 @@ def demo():
         file.write_bytes(raw)
         reader, damaged = newest_checkpoint(Path(folder) / "run")
         row("intact checkpoints after one bit was flipped", int(reader is not None), 0, reader is None)
-        print("  " + damaged[-1].replace(folder, ""))
+        print("  " + damaged[file.parent].replace(folder, ""))
 
 
 def main(argv):

@@ -132,21 +132,24 @@ def sdpa_attention(q, k, v, *, causal=True, documents=None):
     """Default attention: torch's, with a mask where it is needed. q (B, H, T, D); k, v (B, K, S, D) -> (B, H, T, D).
 
     Query i sits at key position i + S - T (the last query sees the last key); documents (B, T) int: attention within
-    equal ids only, T = S. Same contract as flash_attn.flash_attention.
+    equal ids only, T = S.
     """
     T, S = q.shape[-2], k.shape[-2]
     square = causal and T == S and documents is None
-    mask = None
-    if not square and T > 1:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device)                             # (T, S)
+    mask = getattr(documents, "mask", None)           # kept on the ids it was made from: the layers share one
+    if mask is None and not square and T > 1:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device)                                   # (T, S)
         mask = mask.tril(S - T) if causal else mask
         if documents is not None:
-            mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])         # (B, 1, T, S)
+            mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])               # (B, 1, T, S)
+        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
+        if documents is not None:
+            documents.mask = mask
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=square, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class KVCache:
-    """Keys and values of the tokens already read, one pair per attention layer: a new token costs one row, not T."""
+    """Keys and values of the tokens already read, one pair an attention layer: a new token is projected alone."""
 
     def __init__(self):
         self.length = 0
@@ -249,21 +252,25 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     so it is computed while the chunk's logits are still there: 3 matrix products, as for the plain head, and no
     logits kept. Backward multiplies by g. (Recomputing the logits in backward costs a fourth product and keeps less:
     not dW.) Both gradients stay in the accumulation dtype (float32, or float64) until g has scaled them: fp16 would
-    lose small ones. """
+    lose small ones.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, targets, weights, rows, with_grad):
-        N = x.shape[0]
+        ctx.dtypes, N, device = (x.dtype, weight.dtype), x.shape[0], x.device
         acc = torch.promote_types(x.dtype, torch.float32)
-        nll = torch.empty(N, dtype=acc, device=x.device)
-        dx = torch.empty(x.shape, dtype=acc, device=x.device) if with_grad else None
-        dw = torch.zeros(weight.shape, dtype=acc, device=x.device) if with_grad else None
+        if torch.is_autocast_enabled(device.type):                        # cast once, not once a chunk
+            low = torch.get_autocast_dtype(device.type)
+            x, weight = x.to(low), weight.to(low)
+        nll = torch.empty(N, dtype=acc, device=device)
+        dx = torch.empty(x.shape, dtype=acc, device=device) if with_grad else None
+        dw = torch.zeros(weight.shape, dtype=acc, device=device) if with_grad else None
         for lo in range(0, N, rows):
             at = slice(lo, min(lo + rows, N))
-            target, w = targets[at, None], weights[at, None]                                   # (n, 1)
+            target, w = targets[at, None], weights[at, None]                                         # (n, 1)
             has_target = target >= 0
             index = target.clamp(min=0)
-            z = (x[at] @ weight.T).to(acc)                                                     # (n, V), the only logits
+            z = (x[at] @ weight.T).to(acc)                                                           # (n, V)
             z -= z.amax(dim=1, keepdim=True)
             z_target = z.gather(1, index)
             p = z.exp_()
@@ -273,12 +280,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if with_grad:
                 # dz = w (p / sum p - onehot)
                 w = w * has_target
-                dz = p.mul_(w / total).scatter_add_(1, index, -w).to(weight.dtype)             # (n, V)
-                dx[at] = dz @ weight                                                           # (n, C)
-                dw += dz.T @ x[at]                                                             # (V, C)
+                dz = p.mul_(w / total).scatter_add_(1, index, -w).to(weight.dtype)                   # (n, V)
+                dx[at] = dz @ weight                                                                 # (n, C)
+                dw += dz.T @ x[at]                                                                   # (V, C)
         if with_grad:
             ctx.save_for_backward(dx, dw)
-        ctx.dtypes = x.dtype, weight.dtype
         ctx.mark_non_differentiable(nll)
         return (weights * nll).sum(), nll
 
@@ -294,10 +300,12 @@ def chunked_cross_entropy(x, weight, targets, weights=None, rows=None):
     (N,).
 
     Returns (loss, nll): loss = sum of weights * nll, differentiable in x and weight; nll (N,) detached, 0 without
-    target. `rows` logits rows live at a time (default: about 2 million logits, 8 MB). """
-    if targets.numel() and int(targets.max()) >= weight.shape[0]:
+    target. `rows` rows of logits live at a time; default: 2 million logits on a CPU (8 MB, near its caches), 64 million
+    elsewhere.
+    """
+    if targets.device.type == "cpu" and targets.numel() and int(targets.max()) >= weight.shape[0]:   # a GPU would wait
         raise ValueError(f"targets must be below vocab_size {weight.shape[0]}, got {int(targets.max())}")
-    rows = rows or max(1, 2**21 // weight.shape[0])
+    rows = rows or max(1, (2**21 if x.device.type == "cpu" else 2**26) // weight.shape[0])
     if weights is None:
         weights = torch.ones(targets.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     return ChunkedCrossEntropy.apply(x, weight, targets, weights, rows, torch.is_grad_enabled())
@@ -350,7 +358,8 @@ class GPT(nn.Module):
         targets (B, T) int, negative where there is none. loss: the differentiable *sum* of weights * nll over the
         micro-batch, so that a step's loss is one sum divided once, however it is split. weights (B, T), default 1.
         nll (B, T), detached, nats. documents (B, T): positions attend within equal ids. hidden: the stage before's
-        output. """
+        output.
+        """
         m, start, T = self.model, 0 if cache is None else cache.length, tokens.shape[1]
         x = hidden
         if m.embed_tokens is not None:
@@ -411,9 +420,8 @@ def sample_token(logits, temperature, top_k, top_p, generator):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p is not None:
         p, order = logits.softmax(-1).sort(descending=True, stable=True)
-        # a token goes when the likelier ones alone already reach top_p; the first always stays
-        drop = (p.cumsum(-1) - p >= top_p).scatter(1, order, p.cumsum(-1) - p >= top_p)
-        logits = logits.masked_fill(drop, -math.inf)
+        drop = p.cumsum(-1) - p >= top_p              # the likelier ones alone already reach top_p; the first stays
+        logits = logits.masked_fill(drop.scatter(1, order, drop), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)
 
 
@@ -434,7 +442,8 @@ def keyed_init(full_name: str, box, seed: int, config: ModelConfig) -> torch.Ten
 
     The full tensor, in row-major order, is cut into chunks of 2**20 elements; chunk c is drawn from its own
     counter-based generator keyed by (seed, name, c). So any slice costs the chunks it touches, one at a time, and is
-    equal bit for bit to the same slice of the whole, whoever asks for it. """
+    equal bit for bit to the same slice of the whole, whoever asks for it.
+    """
     shape = [stop - start for start, stop, _ in box]
     if full_name.endswith("norm.weight"):
         return torch.ones(shape)
@@ -517,8 +526,8 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 
 
 def activation_bytes(config: ModelConfig, micro_batch_size: int, seq_len: int, *, itemsize: int = 4,
-                     recompute: str = "none", fused_norm: bool = False) -> int:
-    """Bytes kept from forward to backward for one micro-batch, with default attention and no documents mask.
+                     recompute: str = "none", fused_norm: bool = False, document_mask: bool = False) -> int:
+    """Bytes kept from forward to backward for one micro-batch, with default attention and all in one dtype.
 
     Per token and block, in elements: the inputs of 2 norms and of the linears behind them, q k v and o, the MLP's
     intermediates (4 F for SwiGLU, 2 F for GELU). RMSNorm keeps x / rms beside x unless its kernel is fused. The head
@@ -536,7 +545,8 @@ def activation_bytes(config: ModelConfig, micro_batch_size: int, seq_len: int, *
     per_token = {"none": block * itemsize + lse, "selective": block * itemsize, "full": c.n_embd * itemsize}[recompute]
     head = (n * c.n_embd + c.vocab_size * c.n_embd) * max(itemsize, 4)                         # dx and dW
     positions = 8 * seq_len if c.position == "learned" else 0                               # int64 indices of the table
-    return n * (c.n_layer * per_token + norm * itemsize) + rope + positions + head
+    mask = n * seq_len * itemsize if document_mask else 0                                      # one for all layers
+    return n * (c.n_layer * per_token + norm * itemsize) + rope + positions + head + mask
 
 
 # ---- Hugging Face names ----------------------------------------------------------------------------------------------
@@ -545,6 +555,8 @@ def config_from_hf(hf: dict) -> ModelConfig:
     """A config.json of Llama, Qwen3 or GPT-2 (as a dict) -> ModelConfig. Raises ValueError for another model_type."""
     kind, get = hf.get("model_type"), hf.get
     if kind == "gpt2":
+        if hf["activation_function"] not in ("gelu_new", "gelu_pytorch_tanh"):
+            raise ValueError(f"activation_function must be gelu_new, got {hf['activation_function']!r}")
         C, H = hf["n_embd"], hf["n_head"]
         return ModelConfig(hf["vocab_size"], hf["n_positions"], hf["n_layer"], H, H, C // H, C, get("n_inner") or 4 * C,
                            norm="layernorm", position="learned", mlp="gelu", bias=True,
@@ -552,9 +564,13 @@ def config_from_hf(hf: dict) -> ModelConfig:
     if kind not in ("llama", "qwen3"):
         raise ValueError(f"model_type must be one of llama, qwen3, gpt2, got {kind!r}")
     H, C = hf["num_attention_heads"], hf["hidden_size"]
-    rope = get("rope_parameters") or {"rope_type": "default", "rope_theta": get("rope_theta", 10000.0)}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_type must be default, got {rope['rope_type']!r}")
+    rope = {"rope_theta": get("rope_theta") or 10000.0} | (get("rope_scaling") or {}) | (get("rope_parameters") or {})
+    for name, value, allowed in (("rope_type", rope.get("rope_type", rope.get("type")), (None, "default")),
+                                 ("hidden_act", get("hidden_act"), ("silu",)),
+                                 ("mlp_bias", get("mlp_bias", False), (get("attention_bias", False),)),
+                                 ("use_sliding_window", get("use_sliding_window"), (None, False))):
+        if value not in allowed:
+            raise ValueError(f"{name} must be {allowed[-1]}, got {value!r}")
     return ModelConfig(hf["vocab_size"], hf["max_position_embeddings"], hf["num_hidden_layers"], H,
                        get("num_key_value_heads") or H, get("head_dim") or C // H, C, hf["intermediate_size"],
                        bias=get("attention_bias", False), tie_embeddings=get("tie_word_embeddings", False),
@@ -617,6 +633,7 @@ def demo():
             flops_per_token(config, 128))
         row("loss of the untrained model, nats a token | log V", loss.item() / tokens.numel(), math.log(2048), 0.01)
         for mode in ("none", "selective"):
+            # what the graph holds: the storages of saved tensors, without the model's own and the batch
             saved, mine = {}, {p.data_ptr() for p in (tokens, targets, *model.parameters())}
 
             def keep(t, saved=saved, mine=mine):

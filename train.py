@@ -37,12 +37,13 @@ Sources: AdamW (Loshchilov 2019, arXiv:1711.05101); WSD (arXiv:2404.06395); MFU 
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import difflib
-import fcntl
 import functools
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -80,7 +81,7 @@ class Config:
     n_head: int = option(4, "query heads")
     n_kv_head: int = option(0, "key/value heads (0: n_head)")
     head_dim: int = option(0, "dimensions a head (0: n_embd / n_head)")
-    n_embd: int = option(160, "width of the residual stream, C")
+    n_embd: int = option(96, "width of the residual stream, C")
     n_ff: int = option(0, "width of the MLP (0: 8/3 C rounded up to 64 for swiglu, 4 C for gelu)")
     norm: str = option("rmsnorm", "normalisation", choices=("rmsnorm", "layernorm"))
     position: str = option("rope", "position encoding", choices=("rope", "learned"))
@@ -94,11 +95,11 @@ class Config:
     data: str = runtime("stdlib", "prepared folder, or files, folders, globs (comma-separated), or stdlib")
     document_mask: bool = option(True, "attend within a document only")
     # the optimisation
-    steps: int = option(1500, "optimizer steps")
-    global_batch_size: int = option(16, "windows a step, over all ranks and micro-batches")
-    lr: float = option(2e-3, "peak learning rate")
+    steps: int = option(2000, "optimizer steps")
+    global_batch_size: int = option(8, "windows a step, over all ranks and micro-batches")
+    lr: float = option(3e-3, "peak learning rate")
     min_lr_ratio: float = option(0.1, "final learning rate / peak")
-    warmup_steps: int = option(50, "steps of linear rise")
+    warmup_steps: int = option(100, "steps of linear rise")
     schedule: str = option("cosine", "after the rise", choices=("cosine", "wsd"))
     decay_fraction: float = option(0.2, "wsd: share of the steps in the final decay")
     weight_decay: float = option(0.1, "AdamW's, on matrices")
@@ -110,7 +111,7 @@ class Config:
     precision: str = option("auto", "bf16: matrix products in bfloat16; auto: where the accelerator has it",
                             choices=("auto", "fp32", "bf16"))
     # how it runs: same result, other cost
-    micro_batch_size: int = runtime(16, "windows a forward pass, each rank")
+    micro_batch_size: int = runtime(8, "windows a forward pass, each rank")
     recompute: str = runtime("none", "activations computed again in backward", choices=("none", "selective", "full"))
     compile: str = runtime("auto", "torch.compile each block; auto: on accelerators", choices=("auto", "on", "off"))
     device: str = runtime("auto", "auto: this rank's accelerator, else cpu")
@@ -207,6 +208,10 @@ def derive(c: Config) -> Config:
     for name in ("steps", "global_batch_size", "micro_batch_size", "keep_checkpoints", "log_interval", "n_head"):
         if getattr(c, name) < 1:
             raise BadInput(f"{name} must be at least 1, got {getattr(c, name)}")
+    if c.seed >= 2**63:
+        raise BadInput(f"seed must be below 2**63, got {c.seed}")
+    if not c.rope_theta:
+        raise BadInput("rope_theta must be above 0, got 0.0")
     for name in ("min_lr_ratio", "decay_fraction", "beta1", "beta2"):
         if getattr(c, name) > 1 or name.startswith("beta") and getattr(c, name) == 1:
             raise BadInput(f"{name} must be at most 1{' and not 1' * name.startswith('beta')}, got {getattr(c, name)}")
@@ -238,26 +243,31 @@ class World:
                                        (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         if dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        if c.device == "auto":
-            self.device = torch.device(accelerator.type, local) if accelerator else torch.device("cpu")
-        else:
-            try:
-                self.device = torch.device(c.device)
-                torch.empty(1, device=self.device)
-            except (RuntimeError, AssertionError) as error:
-                raise BadInput(f"device must be usable here, got {c.device!r}: {str(error).splitlines()[0]}") from None
-        if self.device.type != "cpu":
-            torch.accelerator.set_device_index(self.device.index or 0)
+        name = c.device
+        if name == "auto":        # not Apple's: no float64 there for the sums below, and untried
+            accelerator = torch.accelerator.current_accelerator(check_available=True)
+            name = accelerator.type if accelerator and accelerator.type != "mps" else "cpu"
+        try:
+            self.device = torch.device(name)
+            if self.device.type != "cpu":
+                if self.device.index is None:
+                    self.device = torch.device(name, local % torch.accelerator.device_count())
+                torch.accelerator.set_device_index(self.device.index)
+            torch.zeros(1, device=self.device).item()
+        except (RuntimeError, AssertionError, ZeroDivisionError, NotImplementedError) as error:
+            raise BadInput(f"device must be usable here, got {name!r}: {str(error).splitlines()[0]}") from None
         if c.global_batch_size % (c.micro_batch_size * self.size):
             raise BadInput("global_batch_size must be a multiple of micro_batch_size x dp = "
                            f"{c.micro_batch_size} x {self.size} = {c.micro_batch_size * self.size}, "
                            f"got {c.global_batch_size}")
-        self.group = None
+        self.group = self.host = None
         if self.size > 1:
             if not dist.is_initialized():
-                dist.init_process_group(dist.get_default_backend_for_device(self.device))
+                dist.init_process_group(dist.get_default_backend_for_device(self.device),
+                                        device_id=None if self.device.type == "cpu" else self.device)
             self.group = dist.group.WORLD
+            # objects, files and long waits go over the hosts: rank 0 may prepare data for hours
+            self.host = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
 
     def sum(self, tensor):
         """All-reduce in place, where there is anybody to reduce with."""
@@ -265,12 +275,19 @@ class World:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def agree(self, value):
-        """Rank 0's value, on every rank."""
-        box = [value]
-        if self.group is not None:
-            dist.broadcast_object_list(box, src=0, group=self.group)
-        return box[0]
+    def first(self, work):
+        """work() done by rank 0 alone: its result on every rank, or its BadInput or DataError raised on every rank."""
+        answer = [None, None]
+        if self.rank == 0:
+            try:
+                answer = [work(), None]
+            except (BadInput, data.DataError) as error:
+                answer = [None, error]
+        if self.host is not None:
+            dist.broadcast_object_list(answer, src=0, group=self.host)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
 
 
 # dense bf16 peak, FLOP/s: vendors' datasheets as collected in stas00/ml-engineering (2026-08-22)
@@ -283,8 +300,9 @@ def peak_flops(device) -> tuple[float, str]:
     """FLOP/s to hold MFU against, and where the number comes from: a table for GPUs, a short measurement elsewhere."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
+        words = set(re.split(r"[\s-]", name))
         for key, peak in PEAKS.items():
-            if key in name:
+            if set(key.split()) <= words:
                 return peak, f"{key} dense bf16"
     a, best = torch.randn(1024, 1024, device=device), 0.0
     end = time.perf_counter() + 0.3
@@ -316,12 +334,16 @@ def lr_at(step: int, c: Config) -> float:
     return low + (c.lr - low) * min(1.0, left)
 
 
+def compiles(c: Config, device) -> bool:
+    return c.compile == "on" or c.compile == "auto" and device.type != "cpu"
+
+
 def make_model(c: Config, device, read=None) -> net.GPT:
     """The model on the device: weights by name from keyed_init, or from read(name, box), a checkpoint's Reader.read."""
     with torch.device("meta"):
         gpt = net.GPT(c.model, recompute=c.recompute)
     gpt = net.fill(gpt, read or (lambda name, box: net.keyed_init(name, box, c.seed, c.model)), device)
-    if c.compile == "on" or c.compile == "auto" and device.type != "cpu":
+    if compiles(c, device):
         for block in gpt.model.layers.values():
             block.compile()
     return gpt
@@ -351,8 +373,9 @@ def to_device(batch, c: Config, device):
     return {name: batch[name].to(device, non_blocking=True) for name in keep}
 
 
-def train_step(gpt, optimizer, loader, step: int, c: Config, world: World, stop=False, on_phase=lambda *at: None):
-    """One update. Returns (loss in nats a target, gradient norm before clipping, whether any rank wants to stop)."""
+def train_step(gpt, optimizer, loader, step: int, c: Config, world: World, asked=(), on_phase=lambda *at: None):
+    """One update. Returns (loss in nats a target, gradient norm before clipping, whether any rank was `asked` to stop).
+    A non-finite loss or norm changes nothing."""
     on_phase(step, "data")
     accum = c.global_batch_size // (c.micro_batch_size * world.size)
     batches = [to_device(next(loader), c, world.device) for _ in range(accum)]
@@ -374,7 +397,7 @@ def train_step(gpt, optimizer, loader, step: int, c: Config, world: World, stop=
     # 4. loss, |grad|^2 (replicas: the lowest rank's alone counts) and the wish to stop
     if world.rank == 0:
         total[1] = torch.nn.utils.get_total_norm(grads).double() ** 2
-    total[2] = stop
+    total[2] = bool(asked)
     loss, sumsq, stop = world.sum(total).tolist()
     norm = math.sqrt(sumsq) if math.isfinite(sumsq) else math.nan
     # 5. and 6.
@@ -407,9 +430,14 @@ def evaluate(gpt, loader, c: Config, world: World) -> dict:
     return {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / text_bytes, "val_targets": int(targets)}
 
 
+def is_finite(gpt, world: World) -> bool:
+    """Whether every weight is: the last update of a run has no later loss to tell."""
+    bad = torch.stack([p.detach().isfinite().logical_not().any() for p in gpt.parameters()]).any().double()
+    return world.sum(bad).item() == 0
+
+
 def checkpoint_pieces(gpt, optimizer):
-    """(name, box, tensor) of every weight and of what the optimizer keeps for it: NAME.exp_avg, NAME.exp_avg_sq,
-    NAME.step."""
+    """(name, box, tensor) of every weight and of what the optimizer keeps for it: NAME.exp_avg, NAME.step, ..."""
     for p in gpt.parameters():
         yield p.full_name, p.box, p
         for key, value in optimizer.state[p].items():
@@ -426,11 +454,14 @@ def load_optimizer(optimizer, reader):
 
 
 def generate_text(gpt, tokenizer, ids, c: Config, seed: int) -> str:
-    """The continuation of token ids, decoded."""
+    """The continuation of token ids, decoded, printable."""
     device = next(gpt.parameters()).device
-    new = gpt.generate(torch.tensor([ids], device=device), c.max_new_tokens, c.temperature, c.top_k or None, c.top_p,
-                       seed=seed, stop=tokenizer.eos_id)
-    return tokenizer.decode(new[0, len(ids):].tolist())
+    # a length that grows by one would be compiled again and again
+    eager = torch.compiler.set_stance("force_eager") if compiles(c, device) else contextlib.nullcontext()
+    with eager:
+        new = gpt.generate(torch.tensor([ids], device=device), c.max_new_tokens, c.temperature, c.top_k or None,
+                           c.top_p, seed=seed, stop=tokenizer.eos_id)
+    return tokenizer.decode(new[0, len(ids):].tolist()).encode("utf-8", "replace").decode()
 
 
 # ---- the run's folder ------------------------------------------------------------------------------------------------
@@ -440,51 +471,55 @@ class Folder:
 
     def __init__(self, c: Config, world: World):
         self.path, self.world, self.keep = Path(c.out), world, c.keep_checkpoints
-        self.checkpoints, self.metrics, self.lock = self.path / "checkpoints", None, None
-        if world.rank == 0:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path / ".lock", "w")
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self.lock.close()
-                raise BadInput(f"out must not be in use by another run, {c.out} is") from None
-            for stale in self.checkpoints.glob(".*.tmp"):
-                shutil.rmtree(stale, ignore_errors=True)
+        self.checkpoints, self.held = self.path / "checkpoints", contextlib.ExitStack()
+        self.metrics = None
 
     def __enter__(self):
+        self.world.first(self.open)
         return self
 
     def __exit__(self, *error):
-        for file in (self.metrics, self.lock):
-            if file:
-                file.close()
+        self.held.close()
+
+    def open(self):
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.held.enter_context(data.locked(self.path / ".lock", wait=False))
+        except BlockingIOError:
+            raise BadInput(f"out must not be in use by another run, {self.path} is") from None
+        except OSError as error:
+            raise BadInput(f"out must be a folder that can be written, {self.path}: {error.strerror}") from None
+        for stale in self.checkpoints.glob(".*.tmp"):                     # of a save that was killed
+            shutil.rmtree(stale)
 
     def newest(self) -> data.Reader | None:
-        """The newest intact checkpoint; all ranks agree which. A line for each damaged one that is passed over."""
-        step = None
-        if self.world.rank == 0:
+        """The newest intact checkpoint; all ranks agree which. Damaged newer ones are named and put aside."""
+        def find():
             reader, damaged = data.newest_checkpoint(self.checkpoints)
-            for line in damaged:
+            for path, line in damaged.items():
+                if reader is not None:
+                    path.rename(path.with_name(f"damaged-{path.name}-{int(time.time())}"))
                 print(f"damaged checkpoint passed over: {line}")
             if damaged and reader is None:
                 raise BadInput(f"out must hold an intact checkpoint to go on, {self.path} holds only damaged ones")
-            step = reader and reader.folder.name
-        step = self.world.agree(step)
-        return step and data.Reader(self.checkpoints / step)
+            return reader and reader.folder
+
+        path = self.world.first(find)
+        return path and data.Reader(path)
 
     def save(self, step: int, pieces, meta: dict):
-        data.write_checkpoint(self.checkpoints / f"step-{step:08d}", pieces, meta, group=self.world.group)
+        """Write a checkpoint, then drop what is neither among the newest nor the best of those evaluated."""
+        data.write_checkpoint(self.checkpoints / f"step-{step:08d}", pieces, meta, group=self.world.host)
         if self.world.rank == 0:
             losses = {}
             for path in sorted(self.checkpoints.glob("step-*")):
-                with contextlib.suppress(data.DataError):             # a damaged one counts as neither new nor best
+                with contextlib.suppress(data.DataError):                 # damaged since: left alone
                     meta = data.Reader(path).meta
                     evaluated = meta["evaluation"] and meta["evaluation"]["step"] == meta["step"]
                     losses[path] = meta["evaluation"]["val_loss"] if evaluated else math.inf
             best = min(losses, key=losses.get)
             for path in list(losses)[:-self.keep]:
-                if path != best:
+                if path != best or losses[path] == math.inf:
                     shutil.rmtree(path)
 
     def begin(self, step: int, c: Config, tokenizer):
@@ -492,17 +527,15 @@ class Folder:
         the last one perhaps torn), open for those to come."""
         if self.world.rank != 0:
             return
-        (self.path / "config.json").write_text(json.dumps(dataclasses.asdict(c), indent=1))
-        (self.path / "tokenizer.model").write_bytes(tokenizer.proto)
+        data.write_atomic(self.path / "config.json", json.dumps(dataclasses.asdict(c), indent=1))
+        data.write_atomic(self.path / "tokenizer.model", tokenizer.proto)
         path, kept = self.path / "metrics.jsonl", []
         for line in path.read_text().splitlines() if path.exists() else []:
             with contextlib.suppress(ValueError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-        temporary = self.path / ".metrics.tmp"
-        temporary.write_text("".join(kept))
-        os.replace(temporary, path)
-        self.metrics = open(path, "a")
+        data.write_atomic(path, "".join(kept))
+        self.metrics = self.held.enter_context(open(path, "a"))
 
     def log(self, **entry):
         if self.metrics:
@@ -521,12 +554,12 @@ def refuse_other_run(c: Config, saved: dict):
 # ---- what it costs ---------------------------------------------------------------------------------------------------
 
 def budget(c: Config, world_size: int = 1) -> dict:
-    """The run in numbers, before it starts. Bytes are one rank's, FLOPs the whole run's."""
+    """The run in numbers, before it starts. Bytes are one rank's, in float32 (bf16's activations are fewer); FLOPs the
+    whole run's."""
     N, tokens = net.num_params(c.model), c.steps * c.tokens_per_step
-    low = c.precision == "bf16"
     memory = {"parameters": 4 * N, "gradients": 4 * N, "optimizer": 8 * N,
-              "activations": net.activation_bytes(c.model, c.micro_batch_size, c.seq_len, itemsize=2 if low else 4,
-                                                  recompute=c.recompute, fused_norm=low)}
+              "activations": net.activation_bytes(c.model, c.micro_batch_size, c.seq_len, recompute=c.recompute,
+                                                  document_mask=c.document_mask)}
     return {"config": dataclasses.asdict(c), "parameters": N, "embedding_parameters": c.vocab_size * c.n_embd,
             "tokens_per_step": c.tokens_per_step, "steps": c.steps, "tokens": tokens,
             "tokens_per_parameter": tokens / N,
@@ -541,15 +574,16 @@ def describe(b: dict, c: Config) -> str:
     return (f"model      {c.config}: {b['parameters']:,} parameters, {b['embedding_parameters']:,} in the embedding\n"
             f"run        {c.steps:,} steps x {b['tokens_per_step']:,} tokens = {b['tokens'] / 1e6:,.1f} M tokens, "
             f"{b['tokens_per_parameter']:.1f} a parameter; {b['flops']:.2e} FLOPs\n"
-            f"memory     {memory} GB a rank, predicted\n")
+            f"memory     {memory} GB a rank, predicted in float32\n")
 
 
 def time_tokens(c: Config, device) -> float:
-    """FLOP/s of forward and backward, measured for about two seconds on at most two of the config's layers."""
-    small = dataclasses.replace(c, n_layer=min(c.n_layer, 2), compile="off", recompute="none")
+    """FLOP/s of forward and backward, from a few passes of the model cut to one layer; on a CPU, over few tokens."""
+    small = dataclasses.replace(c, n_layer=1, tie_embeddings=True, compile="off")
+    batch, length = c.micro_batch_size, c.seq_len
+    if device.type == "cpu":
+        batch, length = (batch if net.num_params(small.model) < 2e7 else 1), min(length, 256)
     gpt = make_model(small, device, read=lambda name, box: torch.full([b - a for a, b, _ in box], 0.01))
-    batch = min(c.micro_batch_size, 16) if net.num_params(small.model) < 2e7 else 1
-    length = min(c.seq_len, 256)
     tokens = torch.randint(c.vocab_size, (batch, length), device=device)
     best, end = 0.0, time.perf_counter() + 2
     while not best or time.perf_counter() < end:
@@ -557,7 +591,7 @@ def time_tokens(c: Config, device) -> float:
         with compute_dtype(c, device):
             loss, _ = gpt(tokens, tokens)
         loss.backward()
-        loss.item()
+        loss.detach().item()
         best = max(best, batch * length * net.flops_per_token(small.model, length) / (time.perf_counter() - start))
     return best
 
@@ -569,8 +603,9 @@ def clock(seconds: float) -> str:
 
 
 def dry_run(c: Config, world: World):
-    b = budget(c, world.size)
-    rate = time_tokens(c, world.device)
+    b, rate = budget(c, world.size), time_tokens(c, world.device)
+    if world.rank != 0:
+        return
     b |= {"flops_per_second": rate, "seconds": b["flops"] / rate / world.size}
     if c.json:
         print(json.dumps(b))
@@ -599,7 +634,8 @@ def stop_signals():
 
     def handler(number, frame):
         asked.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -611,13 +647,14 @@ def stop_signals():
 
 def open_data(c: Config, world: World):
     """Loaders of both splits, from a prepared folder or from text that rank 0 prepares first."""
-    path = Path(c.data)
-    if not (path / "manifest.json").exists():
-        if world.rank == 0:
-            say = functools.partial(print, flush=True)
-            say(f"data       preparing {c.data}")
-            path = data.prepare(c.data.split(","), vocab_size=c.vocab_size, log=lambda line: say("           " + line))
-        path = world.agree(path)
+    def find():
+        if Path(c.data, "manifest.json").exists():
+            return Path(c.data)
+        print(f"data       preparing {c.data}", flush=True)
+        return data.prepare(c.data.split(","), vocab_size=c.vocab_size,
+                            log=lambda line: print("           " + line, flush=True))
+
+    path = world.first(find)
     shape = dict(micro_batch_size=c.micro_batch_size, seq_len=c.seq_len)
     loader = data.Loader(path, **shape, seed=c.seed, dp_rank=world.rank, dp_size=world.size)
     if loader.vocab_size > c.vocab_size:
@@ -640,7 +677,7 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
 
     # the model and its optimizer: from the newest checkpoint, or from the seed
     reader = folder.newest()
-    step, facts, evaluation = 0, {"wall_seconds": 0.0}, None
+    step, facts, evaluation, stopping = 0, {"wall_seconds": 0.0}, None, False
     if reader is not None:
         if c.resume == "never":
             raise BadInput(f"resume must be auto to go on with the run in {c.out}, got never; name another --out")
@@ -671,38 +708,53 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
     saved, width = step if reader is not None else None, len(str(c.steps))
     began = time.perf_counter() - facts["wall_seconds"]
     mark, marked = time.perf_counter(), step                               # of the rate that is printed
-    while step < c.steps:
-        loss, norm, stopping = train_step(gpt, optimizer, loader, step, c, world, bool(asked), on_phase)
-        step += 1
-        done = step == c.steps
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            kept = "there was no checkpoint yet" if saved is None else f"the checkpoint of step {saved} is intact"
-            say(f"step {step}: diverged, loss {loss}, gradient norm {norm}; {kept}; try a lower --lr than {c.lr}")
-            return 3
-        rate = c.tokens_per_step * (step - marked) / (time.perf_counter() - mark)
-        folder.log(step=step, loss=loss, lr=lr_at(step - 1, c), grad_norm=norm, tokens_per_s=round(rate, 1))
-        if step % c.log_interval == 0 or done:
-            say(f"step {step:>{width}}/{c.steps}  loss {loss:7.4f}  lr {lr_at(step - 1, c):.2e}  norm {norm:7.3f}  "
-                f"{rate:9,.0f} tok/s  mfu {rate * b['flops_per_token'] / peak / world.size:5.1%}  "
-                f"{peak_memory(device) / 1e9:5.2f} GB  eta {clock((c.steps - step) * c.tokens_per_step / rate)}")
-            mark, marked = time.perf_counter(), step
-        if val.num_windows and (done or c.eval_interval and step % c.eval_interval == 0):
+
+    def diverged(what: str) -> int:
+        kept = "there was no checkpoint yet" if saved is None else f"the checkpoint of step {saved} is intact"
+        say(f"step {step}: diverged, {what}; {kept}; try a lower --lr than {c.lr}")
+        return 3
+
+    while True:
+        # evaluate, where it is due and was not done (by a run that was stopped here, say)
+        due = step == c.steps or step and c.eval_interval and step % c.eval_interval == 0
+        done = evaluation and evaluation["step"] == step
+        if due and not done and val.num_windows and (step == c.steps or not stopping):
             on_phase(step, "evaluate")
             evaluation = {"step": step} | evaluate(gpt, val, c, world)
+            if not math.isfinite(evaluation["val_loss"]):
+                return diverged(f"validation loss {evaluation['val_loss']}")
             folder.log(**evaluation)
             say(f"step {step:>{width}}/{c.steps}  validation {evaluation['val_loss']:.4f} nats/token, "
                 f"{evaluation['val_bpb']:.4f} bits/byte")
             mark, marked = time.perf_counter(), step
-        if done or stopping or c.checkpoint_interval and step % c.checkpoint_interval == 0:
+        # save, where it is due
+        due = step == c.steps or stopping or step and c.checkpoint_interval and step % c.checkpoint_interval == 0
+        if due and step != saved:
+            if not is_finite(gpt, world):
+                return diverged("a weight is not finite")
             on_phase(step, "checkpoint")
             facts = card(c, b, manifest, step, time.perf_counter() - began)
             folder.save(step, checkpoint_pieces(gpt, optimizer) if chief else (), {
                 "step": step, "config": dataclasses.asdict(c), "loader": loader.state_dict(), "card": facts,
                 "evaluation": evaluation, "tokenizer_sha256": tokenizer.sha256})
             saved, mark, marked = step, time.perf_counter(), step
-        if stopping and not done:
+        if step == c.steps:
+            break
+        if stopping:
             say(f"\nstopped at step {step} of {c.steps} and saved; the same command goes on from there")
             return 0
+        # one step
+        loss, norm, stopping = train_step(gpt, optimizer, loader, step, c, world, asked, on_phase)
+        step += 1
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return diverged(f"loss {loss}, gradient norm {norm}")
+        rate = c.tokens_per_step * (step - marked) / (time.perf_counter() - mark)
+        folder.log(step=step, loss=loss, lr=lr_at(step - 1, c), grad_norm=norm, tokens_per_s=round(rate, 1))
+        if step % c.log_interval == 0 or step == c.steps:
+            say(f"step {step:>{width}}/{c.steps}  loss {loss:7.4f}  lr {lr_at(step - 1, c):.2e}  norm {norm:7.3f}  "
+                f"{rate:9,.0f} tok/s  mfu {rate * b['flops_per_token'] / peak / world.size:5.1%}  "
+                f"{peak_memory(device) / 1e9:5.2f} GB  eta {clock((c.steps - step) * c.tokens_per_step / rate)}")
+            mark, marked = time.perf_counter(), step
     if chief:
         finish(gpt, val, c, folder, facts, evaluation)
     return 0
@@ -710,12 +762,14 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
 
 def finish(gpt, val, c: Config, folder: Folder, facts: dict, evaluation: dict | None):
     """A run's end: its card, the loss beside general compressors, continuations, and where everything is."""
+    facts = facts | {name: evaluation[name] for name in ("val_loss", "val_bpb") if evaluation}
+    lines = "".join(f"- {name}: {value}\n" for name, value in facts.items())
+    data.write_atomic(folder.path / "card.md", f"# {c.out}\n\n{lines}")
     if evaluation:
-        facts = facts | {name: evaluation[name] for name in ("val_loss", "val_bpb")}
         text = b"".join(val.tokenizer.bytes[i] for shard in val.shards for i in shard[:4_000_000])
         yardstick = ", ".join(f"{name} {bpb:.3f}" for name, bpb in data.compressed_bpb(text).items())
         print(f"\nvalidation {evaluation['val_loss']:.4f} nats/token = {evaluation['val_bpb']:.4f} bits/byte"
-              f"   ({yardstick} on the same text)")
+              f"   ({yardstick} on the validation text)")
         # continue the first lines of three held-out documents
         ids = val.shards[0][:4_000_000]
         for n, at in enumerate((ids == val.tokenizer.bos_id).nonzero()[0][:3]):
@@ -724,8 +778,6 @@ def finish(gpt, val, c: Config, folder: Folder, facts: dict, evaluation: dict | 
                   f"{generate_text(gpt, val.tokenizer, prompt, c, seed=n)}")
     else:
         print("\nno validation: its documents do not fill one window of seq_len + 1 tokens")
-    lines = "".join(f"- {name}: {value}\n" for name, value in facts.items())
-    (folder.path / "card.md").write_text(f"# {c.out}\n\n{lines}")
     print(f"\nwall time  {clock(facts['wall_seconds'])} of training\ncard       {folder.path / 'card.md'}\n"
           f"checkpoint {folder.checkpoints / f'step-{c.steps:08d}'}\n"
           f'sample it  python train.py --out {c.out} --sample "def main("')
@@ -733,11 +785,11 @@ def finish(gpt, val, c: Config, folder: Folder, facts: dict, evaluation: dict | 
 
 def sample(c: Config, world: World) -> int:
     """--sample: continue a text with the newest checkpoint in --out. The checkpoint says what model it is."""
-    reader = None
-    if Path(c.out, "checkpoints").is_dir():
-        reader, damaged = data.newest_checkpoint(Path(c.out, "checkpoints"))
-        for line in damaged:
-            print(f"damaged checkpoint passed over: {line}", file=sys.stderr)
+    if world.rank != 0:
+        return 0
+    reader, damaged = data.newest_checkpoint(Path(c.out, "checkpoints"))
+    for line in damaged.values():
+        print(f"damaged checkpoint passed over: {line}", file=sys.stderr)
     if reader is None:
         raise BadInput(f"out must be the folder of a run with an intact checkpoint to sample from, {c.out} is not")
     tokenizer = data.Tokenizer(Path(c.out, "tokenizer.model"))

@@ -3,7 +3,8 @@
 run_ranks(fn, n, *args) runs fn(rank, n, *args) in n processes joined by gloo, where torch.distributed is already set
 up, and returns the n results. One warm pool of processes serves the whole test run: a fresh interpreter costs seconds
 a rank, a new process group in a warm one milliseconds. The first failing rank's traceback is raised here; a rank that
-does not answer in time fails the test, and nobody is left behind. """
+does not answer in time fails the test, and nobody is left behind.
+"""
 
 import atexit
 import multiprocessing as mp

@@ -143,6 +143,45 @@ def test_one_document_is_cut_and_two_are_one_each(tmp_path):
     assert len(texts(out, "train")) == len(texts(out, "val")) == 1
 
 
+def visible(folder) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+
+
+def test_a_failed_preparation_does_not_stand_in_the_way(tmp_path):
+    source = write_corpus(tmp_path / "src", 8)
+    for wrong in (dict(vocab_size=100), dict(val_fraction=1.0), dict(val_fraction=-0.1),
+                  dict(val_fraction=float("nan"))):
+        with pytest.raises(data.DataError, match=f"{next(iter(wrong))} must be"):
+            data.prepare([source], tmp_path / "out", **{"vocab_size": 320} | wrong)
+    (tmp_path / ".out.tmp").mkdir()
+    (tmp_path / ".out.tmp" / "train-00000.bin").write_bytes(b"left by a killed one")
+    data.prepare([source], tmp_path / "out", 320)
+    assert visible(tmp_path) == ["out", "src"] and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_both_sides_have_a_document(tmp_path):
+    for n in range(2, 12):
+        source = write_corpus(tmp_path / f"src{n}", n)
+        out = data.prepare([source], tmp_path / f"out{n}", 320, val_fraction=0.999 if n % 2 else 0.001)
+        train, val = texts(out, "train"), texts(out, "val")
+        assert train and val and len(train + val) == n
+
+
+def test_text_without_line_ends_trains_and_survives(tmp_path):
+    (tmp_path / "line.txt").write_text("one endless line of words and more words " * 3000)
+    cjk = ["".join(chr(0x4E00 + (i * j) % 97) for i in range(4000)) for j in range(2, 9)]
+    (tmp_path / "cjk.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in cjk))
+    out = data.prepare([str(tmp_path / "*.*")], tmp_path / "out", 400, val_fraction=0.3)
+    t = data.Tokenizer(out / "tokenizer.model")
+    line = (tmp_path / "line.txt").read_text()
+    assert line in texts(out, "train") + texts(out, "val")
+    assert len(t.encode(line)) < len(line) / 2                     # it was learned from
+    for size in (1, 7, 1000):
+        for text in ("", "a", "ab\n\ncd\n" * 50, line[:5000]):
+            parts = list(data.split_text(text, size))
+            assert "".join(parts) == text and all(0 < len(p) <= size for p in parts)
+
+
 def test_prepared_once_and_another_corpus_is_refused(tmp_path):
     source = write_corpus(tmp_path / "src", 8)
     out = data.prepare([source], tmp_path / "out", 320)
@@ -166,9 +205,9 @@ def test_bad_sources_are_one_line(tmp_path, sources, message):
 
 def test_sources_without_text_are_one_line(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff")
-    with pytest.raises(data.DataError, match="must hold some text, dropped: {'invalid UTF-8': 1}"):
+    with pytest.raises(data.DataError, match="a.txt: sources must hold text, dropped: {'invalid UTF-8': 1}"):
         data.prepare([tmp_path / "a.txt"], tmp_path / "out", 320)
-    assert not (tmp_path / "out").exists()
+    assert visible(tmp_path) == ["a.txt"] and not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_killed_preparation_leaves_nothing_that_is_trusted(tmp_path):
@@ -176,14 +215,14 @@ def test_a_killed_preparation_leaves_nothing_that_is_trusted(tmp_path):
     command = [sys.executable, str(ROOT / "data.py"), str(source), "--out", str(out), "--vocab-size", "320"]
     for delay in (0.0, 0.1):                         # after the temporary folder appears: somewhere in the three passes
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while not list(tmp_path.glob(".out.*.tmp")) and process.poll() is None:
+        while not (tmp_path / ".out.tmp").exists() and process.poll() is None:
             time.sleep(0.005)
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert not out.exists() or data.Loader(out, micro_batch_size=1, seq_len=16)
     data.prepare([source], out, 320)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "src"]
+    assert visible(tmp_path) == ["out", "src"] and not list(tmp_path.glob(".*.tmp"))
 
 
 def test_the_default_corpus_is_this_pythons_library():
@@ -271,7 +310,8 @@ def test_the_global_batch_does_not_depend_on_the_layout(corpus):
             got = [next(r) for _ in range(8 // (micro * dp)) for r in ranks]
             for key in batch:
                 assert torch.equal(torch.cat([g[key] for g in got]), batch[key])
-    assert not torch.equal(next(loader(corpus, seed=6))["tokens"], expected[0]["tokens"])
+    other = next(loader(corpus, micro_batch_size=8, seed=6))["tokens"]
+    assert other.shape == expected[0]["tokens"].shape and not torch.equal(other, expected[0]["tokens"])
 
 
 def test_targets_are_the_next_tokens_and_never_cross_a_document(corpus):
@@ -323,24 +363,41 @@ def test_damage_to_a_prepared_folder_is_named(corpus, tmp_path):
         loader(folder)
     (folder / "manifest.json").write_text(manifest)
     shard = folder / "train-00000.bin"
-    data.write_shard(shard, data.open_shard(shard)[:-1].copy())              # a whole shard, but another one
-    with pytest.raises(data.DataError, match=r"train-00000.bin: must hold \d+ tokens"):
-        loader(folder)
+    ids = data.open_shard(shard).copy()
+    for other in (ids[:-1], ids[::-1]):                                     # a whole shard, but another one
+        data.write_shard(shard, other)
+        with pytest.raises(data.DataError, match=r"train-00000.bin: must be the manifest's shard of \d+ tokens"):
+            loader(folder)
     shard.unlink()
     with pytest.raises(data.DataError, match="train-00000.bin: cannot be read"):
         loader(folder)
+
+
+def replace_val(folder, ids, times=1):
+    """Make `ids` the validation shard of a prepared folder, listed `times` times."""
+    manifest = data.read_sealed(folder / "manifest.json", "tokens")
+    crc = data.write_shard(folder / "val-00000.bin", ids)
+    manifest["splits"]["val"]["shards"] = [{"file": "val-00000.bin", "tokens": len(ids), "crc32": crc}] * times
+    data.write_sealed(folder / "manifest.json", manifest)
 
 
 def test_an_id_beyond_the_vocabulary_names_the_file(corpus, tmp_path):
     folder = copy_corpus(corpus, tmp_path / "c")
     ids = data.open_shard(folder / "val-00000.bin").copy()
     ids[40] = 512
-    data.write_shard(folder / "val-00000.bin", ids)
+    replace_val(folder, ids)
     bad = loader(folder, split="val")
     with pytest.raises(data.DataError,
                        match=r"val-00000.bin: token ids must be below vocab_size 512, got 512 near token 32"):
         for i in range(bad.num_windows):
             bad.batch([i])
+
+
+@pytest.mark.parametrize("tokens, windows", [(33, 1), (64, 1), (65, 2), (32, 0)])
+def test_every_token_that_fits_is_in_a_window(corpus, tmp_path, tokens, windows):
+    folder = copy_corpus(corpus, tmp_path / "c")
+    replace_val(folder, data.open_shard(folder / "val-00000.bin")[:tokens].copy(), times=2)
+    assert loader(folder, split="val").num_windows == 2 * windows
 
 
 def test_too_few_tokens_for_a_window(corpus):
@@ -452,28 +509,75 @@ def test_the_newest_intact_checkpoint_is_found(tmp_path):
     (tmp_path / ".step-00000011.tmp").mkdir()                       # a save that was killed
     (tmp_path / "step-00000012").mkdir()                            # not one of ours
     reader, damaged = data.newest_checkpoint(tmp_path)
-    assert reader.meta["value"] == 2 and len(damaged) == 2 and "step-00000010" in damaged[1]
-    simple_checkpoint(tmp_path / "step-00000010", 11.0)             # saved again: replaces the damaged one
-    assert data.newest_checkpoint(tmp_path)[0].meta["value"] == 11
-    assert data.newest_checkpoint(tmp_path / "none") == (None, [])
+    assert reader.meta["value"] == 2 and [p.name for p in damaged] == ["step-00000012", "step-00000010"]
+    assert "step-00000010" in damaged[path.parent]
+    with pytest.raises(data.DataError, match="step-00000010: a checkpoint must be written to a new folder"):
+        simple_checkpoint(path.parent)
+    assert data.newest_checkpoint(tmp_path / "none") == (None, {})
+
+
+def test_a_disk_that_fails_to_read_is_damage(tmp_path, monkeypatch):
+    folder = simple_checkpoint(tmp_path / "step-00000001")
+    reader, real = data.Reader(folder), open
+    reader.verify()
+
+    def failing(path, *args):
+        if str(path).endswith(".safetensors"):
+            raise OSError(5, "Input/output error")
+        return real(path, *args)
+
+    monkeypatch.setattr("builtins.open", failing)
+    with pytest.raises(data.DataError, match="rank-00000.safetensors: .* cannot be read .Input/output error"):
+        reader.verify()
+    assert data.newest_checkpoint(tmp_path)[0] is None
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "corpus"])
+def test_everything_is_on_disk_before_its_name_is(tmp_path, monkeypatch, what):
+    """Each file is flushed (fsync) before the rename that makes it visible, and the folder after."""
+    source = write_corpus(tmp_path / "src", 8)
+    events, fsync, rename = [], os.fsync, os.rename
+
+    def logged_fsync(descriptor):
+        events.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def logged_rename(old, new):
+        events.append(("rename", str(old), sorted(p.name for p in Path(old).iterdir())))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "rename", logged_rename)
+    if what == "checkpoint":
+        simple_checkpoint(tmp_path / "out")
+    else:
+        data.prepare([source], tmp_path / "out", 320)
+    at = next(i for i, e in enumerate(events) if e[0] == "rename")
+    _, temporary, files = events[at]
+    flushed = {Path(path).name.removeprefix(".").removesuffix(".tmp") for _, path in events[:at]}
+    assert len(files) >= 2 and set(files) <= flushed
+    assert ("fsync", temporary) in events[:at] and ("fsync", str(tmp_path)) in events[at:]
 
 
 @pytest.mark.parametrize("pieces, message", [
     ([("w", ((0, 2, 4),), torch.zeros(2))], "w: its pieces must tile .*hold 2 elements"),
     ([("w", ((0, 3, 4),), torch.zeros(3)), ("w", ((2, 3, 4),), torch.zeros(1))], "must tile"),
-    ([("w", ((0, 2, 4),), torch.zeros(2)), ("w", ((2, 4, 4),), torch.zeros(2).double())], "agree on shape and dtype")])
+    ([("w", ((0, 2, 4),), torch.zeros(2)), ("w", ((2, 4, 4),), torch.zeros(2).double())], "agree on shape and dtype"),
+    ([("w", ((0, 2, 4),), torch.zeros(2)), ("w", ((4, 6, 4),), torch.zeros(2))], "w: box must be .* within shape"),
+    ([("w", ((0, 4, 4), (0, 3, 3)), torch.zeros(3, 4))], "w: its piece must have the shape of its box")])
 def test_pieces_that_do_not_tile_are_refused(tmp_path, pieces, message):
     with pytest.raises(data.DataError, match=message):
         data.write_checkpoint(tmp_path / "c", pieces, {})
-    assert not (tmp_path / "c").exists()
+    assert visible(tmp_path) == []
 
 
 def test_reading_what_is_not_there(tmp_path):
     reader = data.Reader(simple_checkpoint(tmp_path / "c"))
     with pytest.raises(data.DataError, match="no tensor named v"):
         reader.read("v")
-    with pytest.raises(data.DataError, match=r"w has shape \[4, 3\]"):
-        reader.read("w", ((0, 4, 5), (0, 3, 3)))
+    for box in (((0, 4, 5), (0, 3, 3)), ((0, 6, 4), (0, 3, 3)), ((-1, 2, 4), (0, 3, 3)), ((0, 4, 4),)):
+        with pytest.raises(data.DataError, match=r"w: box must be \(start, stop, size\) within shape \[4, 3\]"):
+            reader.read("w", box)
 
 
 def save_quarter(rank, n, folder):

@@ -101,6 +101,21 @@ def test_logits_and_gradients_equal_hugging_faces(config):
             assert torch.equal(read(p.full_name, box), g[1:3, 2:5])
 
 
+def test_models_that_are_not_ours_are_refused():
+    llama = dict(model_type="llama", vocab_size=9, max_position_embeddings=9, num_hidden_layers=1,
+                 num_attention_heads=2,
+                 hidden_size=8, intermediate_size=9, rms_norm_eps=1e-6, hidden_act="silu", rope_theta=5e5)
+    assert net.config_from_hf(llama).rope_theta == 5e5 and net.config_from_hf(llama | {"head_dim": 6}).head_dim == 6
+    for change, message in (
+            ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type must be default, got 'llama3'"),
+            ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be default, got 'yarn'"),
+            ({"attention_bias": True}, "mlp_bias must be True, got False"),
+            ({"hidden_act": "gelu"}, "hidden_act must be silu"),
+            ({"model_type": "mamba"}, "model_type must be one of llama, qwen3, gpt2, got 'mamba'")):
+        with pytest.raises(ValueError, match=message):
+            net.config_from_hf(llama | change)
+
+
 # ---- the loss
 
 
@@ -342,8 +357,10 @@ def test_flops_are_what_torch_counts(config):
 
 
 @every_setting
+@pytest.mark.parametrize("document_mask", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_activations_are_counted_to_the_byte(config, recompute):
+def test_activations_are_counted_to_the_byte(config, recompute, document_mask):
+    documents = torch.arange(20).div(8, rounding_mode="floor").expand(2, -1) if document_mask else None
     model = build(config, recompute=recompute)
     tokens, targets = random_tokens(config, 2, 20)
     outside = {t.untyped_storage().data_ptr() for t in (tokens, targets, *model.parameters())}
@@ -364,8 +381,13 @@ def test_activations_are_counted_to_the_byte(config, recompute):
         for block in model.model.layers.values():
             block.register_forward_pre_hook(hold_inputs)
     with saved_tensors_hooks(hold, lambda t: t):
-        loss, _ = model(tokens, targets)
-    assert sum(size for size, _ in held.values()) == net.activation_bytes(config, 2, 20, recompute=recompute)
+        loss, _ = model(tokens, targets, documents=documents)
+    if document_mask:
+        outside.add(documents.data_ptr())
+        hold(documents.mask)
+        held.pop(documents.data_ptr(), None)
+    assert sum(size for size, _ in held.values()) == net.activation_bytes(config, 2, 20, recompute=recompute,
+                                                                          document_mask=document_mask)
 
 
 # ---- generation

@@ -20,11 +20,9 @@ import data
 import model as net
 import train
 
-MINI = ["--n-layer", "2", "--n-head", "2", "--n-kv-head", "1", "--n-embd", "16", "--seq-len", "32", "--vocab-size",
-        "512",
-        "--global-batch-size", "8", "--micro-batch-size", "4", "--steps", "12", "--warmup-steps", "2",
-        "--eval-interval", "6",
-        "--eval-windows", "8", "--checkpoint-interval", "4", "--max-new-tokens", "8", "--log-interval", "5", "--lr", "0.01"]
+MINI = """--n-layer 2 --n-head 2 --n-kv-head 1 --n-embd 16 --seq-len 32 --vocab-size 512 --global-batch-size 8
+--micro-batch-size 4 --steps 12 --warmup-steps 2 --lr 0.01 --eval-interval 6 --eval-windows 8 --checkpoint-interval 4
+--max-new-tokens 8 --log-interval 5 --device cpu""".split()
 
 
 def run(corpus, out, *flags) -> tuple[int, str, str]:
@@ -126,13 +124,14 @@ def test_a_finished_run_says_so_and_changes_nothing(reference, corpus, tmp_path)
 
 
 def test_the_last_and_the_best_checkpoints_are_kept(corpus, tmp_path):
-    # a learning rate that wrecks the model after the first evaluation: step 6's is the best
-    code, _, _ = run(corpus, tmp_path / "run", "--steps", "12", "--checkpoint-interval", "2", "--eval-interval", "2",
-                     "--lr", "0.5",
-                     "--warmup-steps", "400", "--keep-checkpoints", "2", "--grad-clip", "0", "--adam-eps", "1e-8")
+    # the learning rate rises until it wrecks the model: an early evaluation is the best, and its checkpoint stays
+    code, _, _ = run(corpus, tmp_path / "run", "--checkpoint-interval", "2", "--eval-interval", "2", "--lr", "400",
+                     "--warmup-steps", "400", "--keep-checkpoints", "2")
     assert code == 0
     best = min((x for x in metrics(tmp_path / "run") if "val_loss" in x), key=lambda x: x["val_loss"])["step"]
-    assert steps_saved(tmp_path / "run") == sorted({best, 10, 12})
+    assert best not in (10, 12) and steps_saved(tmp_path / "run") == [best, 10, 12]
+    code, _, _ = run(corpus, tmp_path / "other", "--checkpoint-interval", "2", "--eval-interval", "0")
+    assert code == 0 and steps_saved(tmp_path / "other") == [10, 12]
 
 
 # ---- killed, stopped, damaged, resumed: the same run
@@ -183,6 +182,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(reference, cor
     assert code == 2 and "--out must hold an intact checkpoint" in stderr and stderr.count("\n") == 1
 
 
+def test_a_damaged_checkpoint_does_not_count_as_a_newer_one(corpus, tmp_path):
+    out = tmp_path / "run"
+    flags = ["--keep-checkpoints", "1", "--eval-interval", "0"]
+    assert child(corpus, out, *flags, interrupt=((7, "data"), 9)) == -9 and steps_saved(out) == [4]
+    shutil.copytree(out / "checkpoints" / "step-00000004", out / "checkpoints" / "step-00000011")
+    (out / "checkpoints" / "step-00000011" / "rank-00000.safetensors").write_bytes(b"")
+    assert child(corpus, out, *flags, interrupt=((5, "reduce"), signal.SIGTERM)) == 0
+    assert steps_saved(out) == [6] and len(list((out / "checkpoints").glob("damaged-step-00000011-*"))) == 1
+
+
 def test_a_torn_metrics_line_is_cut(reference, corpus, tmp_path):
     out = tmp_path / "run"
     assert child(corpus, out, interrupt=((10, "data"), 9)) == -9
@@ -199,6 +208,19 @@ def test_another_run_does_not_go_on_from_this_one(reference, corpus, flags, mess
     code, _, stderr = run(corpus, reference, *flags)
     assert code == 2 and message in stderr and stderr.count("\n") == 1 and "name another --out" in stderr
     assert metrics(reference) == before and steps_saved(reference)[-1] == 12
+
+
+def test_every_field_that_affects_training_is_compared():
+    c = train.parse_config([])
+    for f in dataclasses.fields(train.Config):
+        saved = dataclasses.asdict(c) | {f.name: "another"}
+        if f.metadata["affects_training"]:
+            with pytest.raises(train.BadInput,
+                               match=f"{f.name} must be another to go on with the run in out/tiny, got "):
+                train.refuse_other_run(c, saved)
+        else:
+            train.refuse_other_run(c, saved)
+    train.refuse_other_run(c, json.loads(json.dumps(dataclasses.asdict(c))))
 
 
 def test_what_does_not_affect_training_may_change(reference, corpus, tmp_path):
@@ -218,29 +240,45 @@ def test_other_data_is_refused(reference, tmp_path):
 
 
 def test_a_second_process_cannot_use_the_folder(corpus, tmp_path):
-    import fcntl
     (tmp_path / "run").mkdir()
-    with open(tmp_path / "run" / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with data.locked(tmp_path / "run" / ".lock"):
         code, _, stderr = run(corpus, tmp_path / "run")
     assert code == 2 and "--out must not be in use by another run" in stderr
 
 
-def test_a_non_finite_loss_stops_and_is_never_saved(corpus, tmp_path):
+@pytest.mark.parametrize("flags", [["--lr", "1e30", "--grad-clip", "0"], ["--lr", "3e38", "--steps", "1"],
+                                   ["--lr", "1e30", "--steps", "1", "--norm", "layernorm", "--eval-interval", "0"],
+                                   ["--lr", "1e30", "--checkpoint-interval", "1"]])
+def test_a_diverged_model_stops_and_is_never_saved(corpus, tmp_path, flags):
+    """Also when the last update is the one that breaks it, and no later loss tells."""
     out = tmp_path / "run"
-    code, stdout, _ = run(corpus, out, "--checkpoint-interval", "1", "--eval-interval", "0", "--lr", "1e30",
-                          "--warmup-steps", "0")
-    assert code == 3 and "diverged" in stdout and "try a lower --lr" in stdout
+    code, stdout, _ = run(corpus, out, "--warmup-steps", "0", *flags)
+    assert code == 3 and "diverged" in stdout and "try a lower --lr than" in stdout
+    assert all(math.isfinite(x.get("loss", 0)) and math.isfinite(x.get("val_loss", 0)) for x in metrics(out))
     reader, _ = data.newest_checkpoint(out / "checkpoints")
-    assert all(math.isfinite(x["loss"]) for x in metrics(out) if "loss" in x)
-    assert f"step {reader.meta['step'] + 1}: diverged" in stdout
+    if reader:
+        assert all(reader.read(name).isfinite().all() for name in reader.names())
+    else:
+        assert "there was no checkpoint yet" in stdout
+
+
+def test_a_non_finite_step_changes_nothing(corpus):
+    c = train.parse_config([*MINI, "--data", str(corpus)])
+    world = train.World(c)
+    gpt = train.make_model(c, world.device)
+    gpt.lm_head.weight.data[3, 3] = math.inf
+    optimizer, loader = train.make_optimizer(gpt, c), data.Loader(corpus, micro_batch_size=4, seq_len=32)
+    before = [p.clone() for p in gpt.parameters()]
+    loss, norm, _ = train.train_step(gpt, optimizer, loader, 0, c, world)
+    assert not (math.isfinite(loss) and math.isfinite(norm)) and not optimizer.state
+    assert all(torch.equal(a, p) and p.grad is None for a, p in zip(before, gpt.parameters(), strict=True))
 
 
 # ---- the step is plain AdamW on the mean loss, in any split
 
 
 def plain_losses(argv, steps):
-    """The textbook loop in float64: mean cross entropy of the global batch, clip_grad_norm_, AdamW without tricks."""
+    """The textbook loop in float64: mean cross entropy of the global batch, clip, AdamW without tricks."""
     c = train.parse_config(argv)
     gpt = net.build(c.model, c.seed, dtype=torch.float64)
     groups = [{"params": [p for p in gpt.parameters() if p.ndim >= 2], "weight_decay": c.weight_decay},
@@ -253,7 +291,9 @@ def plain_losses(argv, steps):
         logits = gpt(batch["tokens"], documents=batch["documents"])
         loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=data.NO_TARGET)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(gpt.parameters(), c.grad_clip)
+        norm = torch.cat([p.grad.flatten() for p in gpt.parameters()]).norm()
+        for p in gpt.parameters():                     # torch's clip_grad_norm_ divides by norm + 1e-6
+            p.grad.mul_(min(1.0, c.grad_clip / norm.item()))
         for group in optimizer.param_groups:
             group["lr"] = train.lr_at(step, c)
         optimizer.step()
@@ -281,21 +321,58 @@ PARITY = ["--lr", "0.02", "--grad-clip", "0.2", "--adam-eps", "1e-6"]
 @pytest.fixture(scope="session")
 def plain(corpus):
     argv = [*MINI, *PARITY, "--data", str(corpus)]
-    losses, weights = plain_losses(argv, 5)
+    (losses, weights), (_, _, evaluation) = plain_losses(argv, 5), our_losses(0, 1, argv, 5)
     assert losses[0][1] > 0.3 and losses[-1][0] < losses[0][0] - 0.2                  # it clips, and it learns
-    return losses, weights
+    return losses, weights, evaluation
 
 
 @pytest.mark.parametrize("ranks, micro", [(1, 8), (1, 4), (1, 1), (2, 4), (2, 1), (4, 2)])
 def test_ranks_and_micro_batches_give_the_plain_run(corpus, plain, run_ranks, ranks, micro):
     argv = [*MINI, *PARITY, "--data", str(corpus), "--micro-batch-size", str(micro)]
-    losses, weights = plain
+    losses, weights, plain_evaluation = plain
     for ours, our_weights, evaluation in run_ranks(our_losses, ranks, argv, 5):
         for (loss, norm), (our_loss, our_norm) in zip(losses, ours, strict=True):
             assert our_loss == pytest.approx(loss, abs=1e-10) and our_norm == pytest.approx(norm, abs=1e-10)
         for name, w in weights.items():
             assert (our_weights[name] - w).abs().max() < 1e-10, name
-        assert evaluation["val_targets"] > 0
+        assert evaluation == pytest.approx(plain_evaluation, rel=1e-10) and evaluation["val_targets"] > 200
+
+
+def stopped_run(rank, n, argv, stop_at):
+    """Train; rank 1 alone is asked to stop at step stop_at."""
+    def on_phase(step, phase):
+        if rank == 1 and (step, phase) == (stop_at, "data"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    c = train.parse_config(argv)
+    with contextlib.redirect_stdout(io.StringIO()):
+        return train.train(train.resolve_precision(c, torch.device("cpu")), train.World(c), on_phase)
+
+
+def test_two_ranks_stop_together_and_go_on(corpus, tmp_path, run_ranks):
+    argv = [*MINI, "--data", str(corpus), "--micro-batch-size", "4"]
+    assert run_ranks(stopped_run, 2, [*argv, "--out", str(tmp_path / "whole")], None) == [0, 0]
+    assert run_ranks(stopped_run, 2, [*argv, "--out", str(tmp_path / "run")], 6) == [0, 0]
+    assert steps_saved(tmp_path / "run") == [4, 7]
+    assert run_ranks(stopped_run, 2, [*argv, "--out", str(tmp_path / "run")], None) == [0, 0]
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "whole")
+    ours, theirs = newest_tensors(tmp_path / "run"), newest_tensors(tmp_path / "whole")
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def refused_run(rank, n, argv):
+    c = train.parse_config(argv)
+    with pytest.raises((train.BadInput, data.DataError)) as error:
+        train.train(c, train.World(c))
+    return str(error.value)
+
+
+def test_all_ranks_are_told_what_the_first_finds_wrong(corpus, tmp_path, run_ranks):
+    with data.locked(tmp_path / ".lock"):
+        for line in run_ranks(refused_run, 2, [*MINI, "--data", str(corpus), "--out", str(tmp_path)]):
+            assert "out must not be in use by another run" in line
+    for line in run_ranks(refused_run, 2, [*MINI, "--data", str(tmp_path / "absent"), "--out", str(tmp_path)]):
+        assert "absent' must match" in line
 
 
 def test_evaluation_is_nats_per_token_and_bits_per_byte(corpus):
@@ -316,6 +393,21 @@ def test_evaluation_is_nats_per_token_and_bits_per_byte(corpus):
     assert got["val_targets"] == targets
     assert got["val_loss"] == pytest.approx(nats / targets, rel=1e-6)
     assert got["val_bpb"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-6)
+
+
+def test_the_document_mask_can_be_turned_off(corpus):
+    loader = data.Loader(corpus, micro_batch_size=1, seq_len=64)
+    batches = (loader.batch([i]) for i in range(loader.num_windows))
+    batch = next(b for b in batches if (b["documents"][0, 20:40].diff() == 1).any())          # a boundary in the middle
+    losses = {}
+    for flag in ("--document-mask", "--no-document-mask"):
+        c = train.parse_config([*MINI, flag])
+        gpt = train.make_model(c, torch.device("cpu"))
+        for p in gpt.parameters():
+            p.data.mul_(20)
+        b = train.to_device(batch, c, torch.device("cpu"))
+        losses[flag] = gpt(b["tokens"], b["targets"], documents=b.get("documents"))[0].item()
+    assert abs(losses["--document-mask"] - losses["--no-document-mask"]) > 0.1
 
 
 def test_bf16_autocast_is_near_fp32_and_keeps_float32_weights(corpus):
@@ -364,6 +456,15 @@ def test_sampling_from_a_run(reference):
     assert sample("--temperature", "0") == t.decode(expected) + "\n"
 
 
+def test_sampling_wants_the_models_own_tokenizer(reference, tmp_path, capsys):
+    out = Path(shutil.copytree(reference, tmp_path / "run"))
+    (out / "tokenizer.model").write_bytes(data.Tokenizer.train(["other text\n" * 9], 400).proto)
+    assert train.main(["--sample", "x", "--out", str(out)]) == 2
+    assert "tokenizer.model: is not the one the model was trained with" in capsys.readouterr().err
+    (out / "tokenizer.model").unlink()
+    assert train.main(["--sample", "x", "--out", str(out)]) == 2
+
+
 def test_sampling_without_a_run_is_one_line(tmp_path, capsys):
     assert train.main(["--sample", "x", "--out", str(tmp_path / "absent")]) == 2
     error = capsys.readouterr().err
@@ -388,6 +489,9 @@ BAD = [
      "--global-batch-size must be a multiple of .*4 x 1 = 4, got 6"),
     (["--vocab-size", "100"], "--vocab-size must be at least 320"),
     (["--device", "warp"], "--device must be usable here, got 'warp'"),
+    (["--device", "meta"], "--device must be usable here, got 'meta'"),
+    (["--seed", str(2**63)], "--seed must be below"),
+    (["--rope-theta", "0"], "--rope-theta must be above 0"),
     (["--data", "/no/such"], "source '/no/such' must match"), (["--seed"], "--seed"),
     (["extra"], "unknown argument extra")]
 
@@ -400,6 +504,12 @@ def test_bad_input_is_named_in_two_lines_at_most(argv, message, tmp_path, monkey
     error = capsys.readouterr().err
     assert re.search(message, error) and error.count("\n") <= 2 and "Traceback" not in error, error
     assert not list(tmp_path.glob("out/*/checkpoints/step-*"))
+
+
+def test_an_out_that_is_a_file_is_one_line(corpus, tmp_path):
+    (tmp_path / "run").write_text("")
+    code, _, stderr = run(corpus, tmp_path / "run")
+    assert code == 2 and "--out must be a folder that can be written" in stderr and stderr.count("\n") == 1
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(corpus, tmp_path):
@@ -496,6 +606,21 @@ def test_no_other_top_level_file():
     allowed = {"README.md", "requirements.txt", "train.py", "tests", "out", "data", *(f"{c}.py" for c in CONCEPTS)}
     seen = {p.name for p in ROOT.iterdir() if not p.name.startswith((".", "__"))}
     assert seen <= allowed, seen - allowed
+
+
+def test_the_readme_has_no_blanks():
+    import re
+    assert not re.findall(r"@\w+@", (ROOT / "README.md").read_text())
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_and_sample_without_a_warning(corpus, tmp_path):
+    losses = []
+    for flag in ("off", "on"):
+        code, stdout, stderr = run(corpus, tmp_path / flag, "--compile", flag, "--n-layer", "10")
+        assert code == 0 and stderr == "" and "sample" in stdout
+        losses.append([x["loss"] for x in metrics(tmp_path / flag) if "loss" in x])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["model", "data"])
