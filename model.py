@@ -282,7 +282,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 w = w * has_target
                 dz = p.mul_(w / total).scatter_add_(1, index, -w).to(weight.dtype)                   # (n, V)
                 dx[at] = dz @ weight                                                                 # (n, C)
-                dw += dz.T @ x[at]                                                                   # (V, C)
+                if dw.dtype == dz.dtype:
+                    dw.addmm_(dz.T, x[at])                                                           # (V, C)
+                else:
+                    dw += dz.T @ x[at]
         if with_grad:
             ctx.save_for_backward(dx, dw)
         ctx.mark_non_differentiable(nll)
@@ -291,8 +294,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, _):
-        dx, dw = ctx.saved_tensors
-        return (dx * g).to(ctx.dtypes[0]), (dw * g).to(ctx.dtypes[1]), None, None, None, None
+        dx, dw = ctx.saved_tensors                     # scaled in place: a second backward is an error, not a wrong result
+        return dx.mul_(g).to(ctx.dtypes[0]), dw.mul_(g).to(ctx.dtypes[1]), None, None, None, None
 
 
 def chunked_cross_entropy(x, weight, targets, weights=None, rows=None):
@@ -301,11 +304,11 @@ def chunked_cross_entropy(x, weight, targets, weights=None, rows=None):
 
     Returns (loss, nll): loss = sum of weights * nll, differentiable in x and weight; nll (N,) detached, 0 without
     target. `rows` rows of logits live at a time; default: 2 million logits on a CPU (8 MB, near its caches), 64 million
-    elsewhere.
+    elsewhere, and at least 256 rows, since each chunk adds to all of dW.
     """
     if targets.device.type == "cpu" and targets.numel() and int(targets.max()) >= weight.shape[0]:   # a GPU would wait
         raise ValueError(f"targets must be below vocab_size {weight.shape[0]}, got {int(targets.max())}")
-    rows = rows or max(1, (2**21 if x.device.type == "cpu" else 2**26) // weight.shape[0])
+    rows = rows or max(256, (2**21 if x.device.type == "cpu" else 2**26) // weight.shape[0])
     if weights is None:
         weights = torch.ones(targets.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     return ChunkedCrossEntropy.apply(x, weight, targets, weights, rows, torch.is_grad_enabled())

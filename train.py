@@ -570,11 +570,12 @@ def budget(c: Config, world_size: int = 1) -> dict:
 
 
 def describe(b: dict, c: Config) -> str:
-    memory = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in b["memory_bytes"].items())
+    unit, scale = ("GB", 1e9) if b["memory_bytes"]["total"] > 1e9 else ("MB", 1e6)
+    memory = ", ".join(f"{name} {size / scale:.1f}" for name, size in b["memory_bytes"].items())
     return (f"model      {c.config}: {b['parameters']:,} parameters, {b['embedding_parameters']:,} in the embedding\n"
             f"run        {c.steps:,} steps x {b['tokens_per_step']:,} tokens = {b['tokens'] / 1e6:,.1f} M tokens, "
             f"{b['tokens_per_parameter']:.1f} a parameter; {b['flops']:.2e} FLOPs\n"
-            f"memory     {memory} GB a rank, predicted in float32\n")
+            f"memory     {memory} {unit} a rank, predicted in float32\n")
 
 
 def time_tokens(c: Config, device) -> float:

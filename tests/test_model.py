@@ -141,6 +141,14 @@ def test_chunked_cross_entropy_is_cross_entropy(rows, weighted):
         assert torch.equal(chunked_cross_entropy(x, w, targets, weights, rows)[0], loss)
 
 
+def test_a_second_backward_is_refused_not_wrong():
+    x, w = torch.randn(3, 2, requires_grad=True), torch.randn(5, 2, requires_grad=True)
+    loss, _ = chunked_cross_entropy(x, w, torch.tensor([0, 1, 2]))
+    (0.5 * loss).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_cross_entropy_stands_large_logits_and_names_bad_targets():
     x, w = torch.full((2, 1), 1e4), torch.tensor([[1.0], [-1.0], [0.5]])
     loss, nll = chunked_cross_entropy(x, w, torch.tensor([0, 1]))

@@ -560,7 +560,7 @@ def test_dry_run_says_what_the_run_would_cost(tmp_path, monkeypatch, capsys):
     assert b["memory_bytes"]["optimizer"] == 2 * held
     assert train.main(["--dry-run", *MINI]) == 0
     text = capsys.readouterr().out
-    assert "parameters" in text and "GB a rank" in text and "about" in text and not list(tmp_path.iterdir())
+    assert "parameters" in text and "MB a rank" in text and "about" in text and not list(tmp_path.iterdir())
 
 
 # ---- launching

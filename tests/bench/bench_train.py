@@ -7,7 +7,7 @@
   start      seconds of `python train.py --help`, beside `import torch`
 """
 
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -55,11 +55,13 @@ def head_variants(N, C, V):
 
 
 def peak_bytes(variant, N, C, V) -> int:
-    """Growth of this process's resident peak over one forward and backward."""
-    f = head_variants(N, C, V)[variant]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Growth of this process's resident peak over forward and backward (ru_maxrss would start at the parent's)."""
+    def peak():
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+    f, before = head_variants(N, C, V)[variant], peak()
     f()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return peak() - before
 
 
 def main():
