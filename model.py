@@ -283,7 +283,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 dz = p.mul_(w / total).scatter_add_(1, index, -w).to(weight.dtype)                   # (n, V)
                 dx[at] = dz @ weight                                                                 # (n, C)
                 if dw.dtype == dz.dtype:
-                    dw.addmm_(dz.T, x[at])                                                           # (V, C)
+                    torch.addmm(dw, dz.T, x[at], out=dw)                                             # (V, C)
                 else:
                     dw += dz.T @ x[at]
         if with_grad:
@@ -294,7 +294,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, _):
-        dx, dw = ctx.saved_tensors                     # scaled in place: a second backward is an error, not a wrong result
+        dx, dw = ctx.saved_tensors                # scaled in place: a second backward is an error, not a wrong result
         return dx.mul_(g).to(ctx.dtypes[0]), dw.mul_(g).to(ctx.dtypes[1]), None, None, None, None
 
 
