@@ -24,9 +24,9 @@ in the last fifth (warmup-stable-decay).
     FLOPs of a run = 6 N D + attention       MFU = those FLOPs / second / the device's peak       D = steps * G * T
 
 Training is a pure function of (seed, step): evaluation and sampling have generators of their own, and a checkpoint
-(weights, Adam's moments, the data position) continues bit for bit. The same command again goes on where the run
-stopped, after Ctrl-C, SIGTERM (both save first) or kill -9 (from the last checkpoint; metrics.jsonl is cut back to
-it).
+(weights, Adam's moments, the data position) continues bit for bit on a CPU, on a GPU as far as its kernels are
+deterministic. The same command again goes on where the run stopped, after Ctrl-C, SIGTERM (both save first) or kill -9
+(from the last checkpoint; metrics.jsonl is cut back to it).
 
     out/RUN/   config.json   metrics.jsonl   card.md   tokenizer.model   checkpoints/step-00000400/...
 
