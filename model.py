@@ -136,7 +136,8 @@ def sdpa_attention(q, k, v, *, causal=True, documents=None):
     """
     T, S = q.shape[-2], k.shape[-2]
     square = causal and T == S and documents is None
-    mask = getattr(documents, "mask", None)           # kept on the ids it was made from: the layers share one
+    made, key = getattr(documents, "masks", {}), (causal, q.dtype)
+    mask = made.get(key)                              # kept on the ids it was made from: the layers share one
     if mask is None and not square and T > 1:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device)                                   # (T, S)
         mask = mask.tril(S - T) if causal else mask
@@ -144,7 +145,7 @@ def sdpa_attention(q, k, v, *, causal=True, documents=None):
             mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])               # (B, 1, T, S)
         mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
         if documents is not None:
-            documents.mask = mask
+            documents.masks = made | {key: mask}
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=square, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -382,11 +383,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-                 top_p: float | None = None, seed: int = 0, stop: int | None = None, use_cache: bool = True):
+                 top_p: float | None = None, seed: int = 0, stop: int | None = None, vocab_size: int | None = None,
+                 use_cache: bool = True):
         """Continue tokens (B, T) int by up to max_new_tokens -> (B, T + new). temperature 0 takes the likeliest token.
 
         top_k keeps the k likeliest; top_p the fewest whose probabilities reach p. Generation ends early once every row
-        has produced `stop`. A context that fills seq_len is cut to its later half, with or without the cache, so the
+        has produced `stop`. Ids of vocab_size and above are never taken: a tokenizer may have fewer pieces than the
+        model has rows. A context that fills seq_len is cut to its later half, with or without the cache, so the
         cached and the uncached result are the same. Raises ValueError for an empty prompt or values out of range.
         """
         for name, value, rule, ok in (
@@ -404,6 +407,8 @@ class GPT(nn.Module):
                 context, cache = context[:, -max(1, self.config.seq_len // 2):], KVCache()
             unread = context[:, cache.length:] if use_cache else context
             logits = self(unread, cache=cache if use_cache else None)[:, -1]                   # (B, V)
+            if vocab_size is not None:
+                logits[:, vocab_size:] = -math.inf
             token = sample_token(logits, temperature, top_k, top_p, generator)                 # (B, 1)
             if stop is not None:
                 token = token.masked_fill(ended[:, None], stop)

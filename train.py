@@ -165,7 +165,7 @@ def flag_of(name: str) -> str:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise BadInput(message)
+        raise BadInput(message.removeprefix("argument "))
 
 
 def parse_config(argv) -> Config:
@@ -221,7 +221,7 @@ def derive(c: Config) -> Config:
         raise BadInput(f"top_p must be in (0, 1], got {c.top_p}")
     if not c.head_dim and c.n_embd % c.n_head:
         raise BadInput(f"n_embd must be a multiple of n_head, got {c.n_embd} and {c.n_head}")
-    if c.vocab_size < 320 and not Path(c.data, "manifest.json").exists():
+    if c.vocab_size < 320 and c.sample is None and not Path(c.data, "manifest.json").exists():
         raise BadInput(f"vocab_size must be at least 320 to train a tokenizer, got {c.vocab_size}")
     wide = 64 * math.ceil(8 * c.n_embd / 3 / 64) if c.mlp == "swiglu" else 4 * c.n_embd
     c = dataclasses.replace(c, out=c.out or f"out/{c.config}", n_kv_head=c.n_kv_head or c.n_head,
@@ -283,6 +283,8 @@ class World:
                 answer = [work(), None]
             except (BadInput, data.DataError) as error:
                 answer = [None, error]
+            except OSError as error:
+                answer = [None, data.DataError(f"{error.filename}: {error.strerror}")]
         if self.host is not None:
             dist.broadcast_object_list(answer, src=0, group=self.host)
         if answer[1] is not None:
@@ -460,7 +462,7 @@ def generate_text(gpt, tokenizer, ids, c: Config, seed: int) -> str:
     eager = torch.compiler.set_stance("force_eager") if compiles(c, device) else contextlib.nullcontext()
     with eager:
         new = gpt.generate(torch.tensor([ids], device=device), c.max_new_tokens, c.temperature, c.top_k or None,
-                           c.top_p, seed=seed, stop=tokenizer.eos_id)
+                           c.top_p, seed=seed, stop=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
     return tokenizer.decode(new[0, len(ids):].tolist()).encode("utf-8", "replace").decode()
 
 
@@ -611,8 +613,8 @@ def dry_run(c: Config, world: World):
     if c.json:
         print(json.dumps(b))
         return
-    days = f" ({b['seconds'] / 86400:,.1f} days)" if b["seconds"] > 86400 else ""
-    print(describe(b, c) + f"time       about {clock(b['seconds'])}{days} on {world.size} x {world.device.type} at "
+    took = f"{b['seconds'] / 86400:,.1f} days" if b["seconds"] > 86400 else clock(b["seconds"])
+    print(describe(b, c) + f"time       about {took} on {world.size} x {world.device.type} at "
           f"{rate / 1e9:,.0f} GFLOP/s, from a short timing")
 
 
@@ -649,7 +651,7 @@ def stop_signals():
 def open_data(c: Config, world: World):
     """Loaders of both splits, from a prepared folder or from text that rank 0 prepares first."""
     def find():
-        if Path(c.data, "manifest.json").exists():
+        if Path(c.data, "manifest.json").exists() and Path(c.data, "tokenizer.model").exists():
             return Path(c.data)
         print(f"data       preparing {c.data}", flush=True)
         return data.prepare(c.data.split(","), vocab_size=c.vocab_size,
@@ -683,6 +685,9 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
         if c.resume == "never":
             raise BadInput(f"resume must be auto to go on with the run in {c.out}, got never; name another --out")
         refuse_other_run(c, reader.meta["config"])
+        if loader.state_dict()["fingerprint"] != reader.meta["loader"]["fingerprint"]:
+            raise BadInput(f"data must be the text that the run in {c.out} began with, {c.data} is another or has "
+                           "changed; name another --out")
         loader.load_state_dict(reader.meta["loader"])
         step, facts, evaluation = (reader.meta[name] for name in ("step", "card", "evaluation"))
     gpt = make_model(c, device, reader and reader.read)
@@ -698,6 +703,8 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
         f"knowledge cutoff {manifest['knowledge_cutoff']}\n"
         f"machine    {world.size} x {device.type}, {torch.get_num_threads()} threads, {c.precision}; "
         f"peak {peak / 1e9:,.0f} GFLOP/s ({peak_source})")
+    if c.warmup_steps >= c.steps:
+        say(f"           all {c.steps} steps are warm-up: --warmup-steps is {c.warmup_steps}")
     if b["tokens"] > 4 * trained_on:
         say("           beyond 4 epochs repeated text teaches less and less (Muennighoff 2023, arXiv:2305.16264)")
     if step == c.steps:
@@ -716,10 +723,9 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
         return 3
 
     while True:
-        # evaluate, where it is due and was not done (by a run that was stopped here, say)
+        # evaluate, where it is due and the checkpoint that was read does not hold it; a stop waits for it
         due = step == c.steps or step and c.eval_interval and step % c.eval_interval == 0
-        done = evaluation and evaluation["step"] == step
-        if due and not done and val.num_windows and (step == c.steps or not stopping):
+        if due and val.num_windows and not (evaluation and evaluation["step"] == step):
             on_phase(step, "evaluate")
             evaluation = {"step": step} | evaluate(gpt, val, c, world)
             if not math.isfinite(evaluation["val_loss"]):
@@ -819,6 +825,9 @@ def main(argv=None) -> int:
         flag = flag_of(first) if first in {f.name for f in fields(Config)} else first
         print(f"train.py: {flag} {rest}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train.py: interrupted", file=sys.stderr)
+        return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -392,7 +392,8 @@ def test_activations_are_counted_to_the_byte(config, recompute, document_mask):
         loss, _ = model(tokens, targets, documents=documents)
     if document_mask:
         outside.add(documents.data_ptr())
-        hold(documents.mask)
+        (mask,) = documents.masks.values()
+        hold(mask)
         held.pop(documents.data_ptr(), None)
     assert sum(size for size, _ in held.values()) == net.activation_bytes(config, 2, 20, recompute=recompute,
                                                                           document_mask=document_mask)
@@ -434,6 +435,24 @@ def test_top_k_and_top_p_keep_the_set_they_say():
     assert set(support(top_p=0.7)) == {1, 3}                                   # 0.4 + 0.3 reach 0.7
     assert set(support(top_p=0.71)) == {1, 2, 3} and set(support(top_k=3, top_p=0.5)) == {1, 3}
     assert abs(support(top_k=2)[1] - 4 / 7) < 4 * (4 / 7 * 3 / 7 / 300) ** 0.5
+
+
+def test_ids_without_a_piece_are_never_generated():
+    model = random_model(SETTINGS["llama"])
+    tokens, _ = random_tokens(model.config, 4, 5)
+    for how in (dict(temperature=0), dict(temperature=2.0)):
+        assert model.generate(tokens % 20, 20, vocab_size=20, **how).max() < 20
+        assert model.generate(tokens, 20, **how)[:, 5:].max() >= 20
+
+
+def test_the_kept_mask_is_the_one_asked_for():
+    documents = torch.tensor([[0, 0, 1]])
+    q = torch.randn(1, 1, 3, 4)
+    for causal in (True, False, True):
+        for dtype in (torch.float32, torch.float64):
+            again, fresh = (net.sdpa_attention(*[q.to(dtype)] * 3, causal=causal, documents=d)
+                            for d in (documents, documents.clone()))
+            assert again.dtype == dtype and torch.equal(again, fresh)
 
 
 def test_generation_stops_row_by_row():

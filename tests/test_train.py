@@ -159,6 +159,13 @@ def test_an_interrupted_run_goes_on_bit_for_bit(reference, corpus, tmp_path, int
     assert not list((out / "checkpoints").glob(".*"))
 
 
+def test_stopped_at_an_evaluation_then_killed(reference, corpus, tmp_path):
+    out = tmp_path / "run"
+    assert child(corpus, out, interrupt=((5, "data"), signal.SIGTERM)) == 0 and steps_saved(out)[-1] == 6
+    assert child(corpus, out, interrupt=((7, "data"), 9)) == -9
+    assert child(corpus, out) == 0 and metrics(out) == metrics(reference)
+
+
 def test_killed_again_and_again(reference, corpus, tmp_path):
     for at in (3, 5, 9, 11):
         assert child(corpus, tmp_path / "run", interrupt=((at, "update"), 9)) == -9
@@ -236,7 +243,7 @@ def test_other_data_is_refused(reference, tmp_path):
     (tmp_path / "other.txt").write_text("another text altogether\n" * 400)
     other = data.prepare([tmp_path / "other.txt"], tmp_path / "other", 512)
     code, _, stderr = run(other, reference)
-    assert code == 2 and "fingerprint must be as when the state was saved" in stderr
+    assert code == 2 and "--data must be the text that the run in" in stderr and stderr.count("\n") == 1
 
 
 def test_a_second_process_cannot_use_the_folder(corpus, tmp_path):
@@ -248,7 +255,9 @@ def test_a_second_process_cannot_use_the_folder(corpus, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--lr", "1e30", "--grad-clip", "0"], ["--lr", "3e38", "--steps", "1"],
                                    ["--lr", "1e30", "--steps", "1", "--norm", "layernorm", "--eval-interval", "0"],
-                                   ["--lr", "1e30", "--checkpoint-interval", "1"]])
+                                   ["--lr", "1e30", "--checkpoint-interval", "1"],
+                                   ["--lr", "1e30", "--weight-decay", "1e10", "--eval-interval", "0",
+                                    "--checkpoint-interval", "1"]])
 def test_a_diverged_model_stops_and_is_never_saved(corpus, tmp_path, flags):
     """Also when the last update is the one that breaks it, and no later loss tells."""
     out = tmp_path / "run"
@@ -463,6 +472,13 @@ def test_sampling_wants_the_models_own_tokenizer(reference, tmp_path, capsys):
     assert "tokenizer.model: is not the one the model was trained with" in capsys.readouterr().err
     (out / "tokenizer.model").unlink()
     assert train.main(["--sample", "x", "--out", str(out)]) == 2
+
+
+def test_a_text_too_short_for_the_vocabulary_trains_and_samples(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"a short text, line {i}\n" for i in range(300)))
+    code, stdout, _ = run(tmp_path / "a.txt", tmp_path / "run", "--vocab-size", "4096", "--temperature", "2",
+                          "--seq-len", "16")
+    assert code == 0 and "sample 1" in stdout
 
 
 def test_sampling_without_a_run_is_one_line(tmp_path, capsys):
