@@ -498,6 +498,7 @@ def test_learned_positions_end_and_bad_recompute():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")               # torch.compile warns itself, inside, of what users do not see
 def test_compiled_blocks_give_the_same_loss():
     config = SETTINGS["llama"]
     tokens, targets = random_tokens(config)

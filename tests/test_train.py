@@ -630,6 +630,7 @@ def test_the_readme_has_no_blanks():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")               # torch.compile warns itself, inside, of what users do not see
 def test_compiled_blocks_train_and_sample_without_a_warning(corpus, tmp_path):
     losses = []
     for flag in ("off", "on"):
