@@ -1,11 +1,11 @@
 """Text to tokens to batches, and bytes on disk that can be trusted.
 
 Pre-training reads text once or a few times, in random order, forever: GPT-3 saw 300 billion tokens, Llama 2 two
-trillion. Three facts shape this file. Text costs bytes, models eat integers: a tokenizer turns one into the other,
-without loss. A run is killed sooner or later: whatever is on disk must be whole or absent, and every batch a function
-of its number. And what a model knows ends with its text: the newest date among the sources, the *knowledge cutoff*,
-travels with the tokens into every checkpoint. (What it was never told, a model still answers, fluently: hallucination
-begins here.)
+trillion (arXiv:2005.14165, 2307.09288). Three facts shape this file. Text costs bytes, models eat integers: a tokenizer
+turns one into the other, without loss. A run is killed sooner or later: whatever is on disk must be whole or absent,
+and every batch a function of its number. And what a model knows ends with its text: the newest date among the sources,
+the *knowledge cutoff*, travels with the tokens into every checkpoint. (What it was never told, a model still answers,
+fluently: hallucination begins here.)
 
     files -> documents -> (drop: invalid UTF-8, empty, exact duplicates) -> train | validation, by hash of the text
           -> tokens:  <s> document </s> <s> document </s> ...  -> shards on disk -> windows of T + 1 -> batches
@@ -22,8 +22,8 @@ Order: window i of epoch e is permute(i, n, key(seed, e)), a keyed bijection tha
 network with cycle walking), so step n's global batch is a function of (seed, n) alone, on any number of ranks, with no
 state but a counter.
 
-On disk: everything is written to a temporary name, flushed, then renamed; a manifest that carries its own checksum
-comes last. A shard is a 32-byte header and raw integers:
+On disk: tokens and checkpoints are written under a temporary name, flushed, then renamed; a manifest that carries its
+own checksum comes last. A shard is a 32-byte header and raw integers:
 
     magic "LLMTOKEN" | version u32 | bytes per id u32 | ids u64 | CRC32 of the ids u32 | CRC32 of the header so far u32
 
@@ -431,7 +431,7 @@ def write_tokens(folder, files, vocab_size, val_fraction, sample_bytes, shard_to
         for text in itertools.chain(documents(split), [None]):            # None: the end
             if text is not None:
                 ids = [tokenizer.bos_id]
-                for part in split_text(text, 2**20):                      # bounded memory for one huge file
+                for part in split_text(text, 2**20):                      # not all of a huge file at once
                     ids += tokenizer.encode(part)
                 buffer.append(np.array(ids + [tokenizer.eos_id], dtype))
                 held += len(ids) + 1

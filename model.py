@@ -660,6 +660,7 @@ def demo():
         row("sampled tokens that differ with and without the cache", int((cached != plain).sum()), 0)
         print()
 
+    assert math.floor(math.log(2048) * 10) == 76 and round(4096 * 50304 * 4 / 1e6) == 824      # the docstring's numbers
     config = settings["llama"]
     whole = keyed_init("model.embed_tokens.weight", ((0, 2048, 2048), (0, 128, 128)), 0, config)
     part = keyed_init("model.embed_tokens.weight", ((700, 900, 2048), (64, 96, 128)), 0, config)

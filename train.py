@@ -2,8 +2,8 @@
 
     python train.py                                       `tiny`, on this Python's own library: minutes on two CPU cores
     python train.py --data "my/*.txt" --out out/mine      your text
-    python train.py --sample "def main(" --out out/tiny
-    python train.py --config 7b --dry-run            what would it cost?
+    python train.py --out out/tiny --sample "def main("   continue a text
+    python train.py --config 7b --dry-run                 what would it cost?
     torchrun --nproc-per-node 8 train.py --config small --data FOLDER
 
 Pre-training is one loop. A step, in order (G windows of T tokens, in micro-batches, over dp ranks):
