@@ -534,12 +534,14 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 
 
 def activation_bytes(config: ModelConfig, micro_batch_size: int, seq_len: int, *, itemsize: int = 4,
-                     recompute: str = "none", fused_norm: bool = False, document_mask: bool = False) -> int:
+                     recompute: str = "none", fused_norm: bool = False, document_mask: bool = False,
+                     score_matrices: int = 0) -> int:
     """Bytes kept from forward to backward for one micro-batch, with default attention and all in one dtype.
 
     Per token and block, in elements: the inputs of 2 norms and of the linears behind them, q k v and o, the MLP's
     intermediates (4 F for SwiGLU, 2 F for GELU). RMSNorm keeps x / rms beside x unless its kernel is fused. The head
-    keeps the gradients of its input and weight instead of logits. "full" keeps one C a block.
+    keeps the gradients of its input and weight instead of logits. "full" keeps one C a block. An attention that is no
+    flash attention keeps score_matrices of H T numbers a token and block besides.
     """
     c, n = config, micro_batch_size * seq_len
     rms_copies = 1 if fused_norm else 2
@@ -549,6 +551,7 @@ def activation_bytes(config: ModelConfig, micro_batch_size: int, seq_len: int, *
     mlp = (4 if c.mlp == "swiglu" else 2) * c.n_ff
     block = 2 * norm + 2 * c.n_embd + qk_norm + q + 2 * kv + q + mlp                           # q k v, o, ...
     lse = 4 * c.n_head                                                                         # float32 always
+    lse += score_matrices * c.n_head * seq_len * itemsize
     rope = 2 * seq_len * (c.head_dim // 2) * itemsize if c.position == "rope" else 0
     per_token = {"none": block * itemsize + lse, "selective": block * itemsize, "full": c.n_embd * itemsize}[recompute]
     head = (n * c.n_embd + c.vocab_size * c.n_embd) * max(itemsize, 4)                         # dx and dW

@@ -56,6 +56,7 @@ import torch
 import torch.distributed as dist
 
 import data
+import flash_attn
 import model as net
 
 # ---- configs ---------------------------------------------------------------------------------------------------------
@@ -113,6 +114,8 @@ class Config:
     # how it runs: same result, other cost
     micro_batch_size: int = runtime(8, "windows a forward pass, each rank")
     recompute: str = runtime("none", "activations computed again in backward", choices=("none", "selective", "full"))
+    attention: str = runtime("auto", "kernel; auto: triton on a GPU, sdpa elsewhere",
+                             choices=("auto", *flash_attn.BACKENDS))
     compile: str = runtime("auto", "torch.compile each block; auto: on accelerators", choices=("auto", "on", "off"))
     device: str = runtime("auto", "auto: this rank's accelerator, else cpu")
     out: str = runtime("", "folder of the run (default out/CONFIG)")
@@ -342,8 +345,12 @@ def compiles(c: Config, device) -> bool:
 
 def make_model(c: Config, device, read=None) -> net.GPT:
     """The model on the device: weights by name from keyed_init, or from read(name, box), a checkpoint's Reader.read."""
+    backend = flash_attn.resolve_backend(c.attention, device)
+    attention = functools.partial(flash_attn.flash_attention, backend=backend)
+    if backend == "sdpa":                                # the model's own, which shares one mask among its layers
+        attention = net.sdpa_attention
     with torch.device("meta"):
-        gpt = net.GPT(c.model, recompute=c.recompute)
+        gpt = net.GPT(c.model, attention, recompute=c.recompute)
     gpt = net.fill(gpt, read or (lambda name, box: net.keyed_init(name, box, c.seed, c.model)), device)
     if compiles(c, device):
         for block in gpt.model.layers.values():
@@ -358,11 +365,17 @@ def make_optimizer(gpt, c: Config):
     return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
 
 
-def resolve_precision(c: Config, device) -> Config:
-    if c.precision != "auto":
-        return c
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return dataclasses.replace(c, precision="bf16" if has_bf16 else "fp32")
+def resolve(c: Config, device) -> Config:
+    """auto -> what it means on this device. Raises BadInput for an attention that cannot run there."""
+    precision, attention = c.precision, c.attention
+    if precision == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "fp32"
+    try:
+        attention = flash_attn.resolve_backend(attention, device)
+    except RuntimeError as error:
+        raise BadInput(f"attention must be one that runs here: {error}") from None
+    return dataclasses.replace(c, precision=precision, attention=attention)
 
 
 def compute_dtype(c: Config, device):
@@ -561,7 +574,8 @@ def budget(c: Config, world_size: int = 1) -> dict:
     N, tokens = net.num_params(c.model), c.steps * c.tokens_per_step
     memory = {"parameters": 4 * N, "gradients": 4 * N, "optimizer": 8 * N,
               "activations": net.activation_bytes(c.model, c.micro_batch_size, c.seq_len, recompute=c.recompute,
-                                                  document_mask=c.document_mask)}
+                                                  document_mask=c.document_mask and c.attention in ("auto", "sdpa"),
+                                                  score_matrices=2 * (c.attention == "reference"))}
     return {"config": dataclasses.asdict(c), "parameters": N, "embedding_parameters": c.vocab_size * c.n_embd,
             "tokens_per_step": c.tokens_per_step, "steps": c.steps, "tokens": tokens,
             "tokens_per_parameter": tokens / N,
@@ -802,7 +816,7 @@ def sample(c: Config, world: World) -> int:
     tokenizer = data.Tokenizer(Path(c.out, "tokenizer.model"))
     if tokenizer.sha256 != reader.meta["tokenizer_sha256"]:
         raise data.DataError(f"{c.out}/tokenizer.model: is not the one the model was trained with")
-    saved = dataclasses.replace(Config(**reader.meta["config"]), compile="off")
+    saved = dataclasses.replace(Config(**reader.meta["config"]), compile="off", attention=c.attention)
     gpt = make_model(saved, world.device, reader.read)
     ids = [tokenizer.bos_id] + tokenizer.encode(c.sample)
     print(c.sample + generate_text(gpt, tokenizer, ids, c, c.seed))
@@ -813,7 +827,7 @@ def main(argv=None) -> int:
     try:
         c = parse_config(sys.argv[1:] if argv is None else argv)
         world = World(c)
-        c = resolve_precision(c, world.device)
+        c = resolve(c, world.device)
         if c.sample is not None:
             return sample(c, world)
         if c.dry_run:

@@ -80,7 +80,7 @@ def child_main(argv, interrupt):
         setattr(module, attribute, counted)
     c = train.parse_config(argv)
     world = train.World(c)
-    sys.exit(train.train(train.resolve_precision(c, world.device), world, on_phase))
+    sys.exit(train.train(train.resolve(c, world.device), world, on_phase))
 
 
 def child(corpus, out, *flags, interrupt=None) -> int:
@@ -355,7 +355,7 @@ def stopped_run(rank, n, argv, stop_at):
 
     c = train.parse_config(argv)
     with contextlib.redirect_stdout(io.StringIO()):
-        return train.train(train.resolve_precision(c, torch.device("cpu")), train.World(c), on_phase)
+        return train.train(train.resolve(c, torch.device("cpu")), train.World(c), on_phase)
 
 
 def test_two_ranks_stop_together_and_go_on(corpus, tmp_path, run_ranks):
@@ -402,6 +402,17 @@ def test_evaluation_is_nats_per_token_and_bits_per_byte(corpus):
     assert got["val_targets"] == targets
     assert got["val_loss"] == pytest.approx(nats / targets, rel=1e-6)
     assert got["val_bpb"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-6)
+
+
+def test_every_attention_gives_the_same_losses(corpus, tmp_path):
+    """torch's own, the tiled and the textbook: two steps of a model with document masks."""
+    losses = {}
+    for attention in ("sdpa", "torch", "reference"):
+        code, _, stderr = run(corpus, tmp_path / attention, "--steps", "2", "--attention", attention)
+        assert code == 0, stderr
+        losses[attention] = [x["loss"] for x in metrics(tmp_path / attention) if "loss" in x]
+    assert losses["torch"] == pytest.approx(losses["sdpa"], rel=1e-5)
+    assert losses["reference"] == pytest.approx(losses["sdpa"], rel=1e-5)
 
 
 def test_the_document_mask_can_be_turned_off(corpus):
@@ -640,7 +651,7 @@ def test_compiled_blocks_train_and_sample_without_a_warning(corpus, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["model", "data"])
+@pytest.mark.parametrize("name", ["model", "data", "flash_attn"])
 def test_demos_run_and_assert(name):
     done = subprocess.run([sys.executable, str(ROOT / f"{name}.py")], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

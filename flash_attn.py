@@ -1,0 +1,1098 @@
+"""Attention without the matrix: FlashAttention, forward and backward, in torch and in Triton.
+
+    s = q k^T * sm_scale        p = softmax(s)        o = p v             q (T, D); k, v (S, D); s, p (T, S); o (T, D)
+
+The products are cheap; the matrix between them is not. At T = S = 8192 one head's s is 134 MB in half precision, and
+the textbook program below moves it ten times forward and thirteen times backward, over a memory bus (HBM) that moves
+one number in the time the tensor cores take for hundreds of multiplications. So: never write it. Three ideas.
+
+1. Tiling. A program takes BLOCK_M queries and walks over the keys BLOCK_N at a time. The tile of scores lives in
+   registers and on-chip memory (SRAM) and is dropped; HBM sees q, k, v, o and one number a row.
+
+2. Online softmax. A softmax needs its row's maximum and sum, and the row is never all there. Keep them as they come:
+
+       m' = max(m, max_j s_j)     alpha = exp(m - m')     l' = alpha l + sum_j exp(s_j - m')
+                                                          o' = alpha o + sum_j exp(s_j - m') v_j
+   and at the end  o / l  and  lse = m + log l.  Nothing is approximated.
+
+3. Recomputation. Backward needs p again. Keeping it would be the matrix again, so it is made again, tile by tile, from
+   q, k and the one number a row that forward kept:  p_ij = exp(s_ij - lse_i).
+
+       dv = p^T do      dp = do v^T      ds = p * (dp - delta)      dq = ds k * sm_scale      dk = ds^T q * sm_scale
+       delta_i = sum_j p_ij dp_ij = sum_d do_id o_id                      (Dao 2022, section 3.1 and appendix B)
+
+    symbol   in code      what                                 shape          dtype
+    q k v o  q k v o      queries, keys, values, output        (B, H, T, D)   any float; k, v (B, H_kv, S, D)
+    m_i l_i  m_i l_i      running maximum, running sum         rows           float32, or float64 for float64
+    lse      lse          log sum exp of a row                 (B, H, T)      the same; -inf where no key is visible
+    delta    delta        rowsum(do * o), minus dlse           (B, H, T)      the same
+    alpha    alpha        what a new maximum does to the old   rows           the same
+    B_r B_c  BLOCK_M BLOCK_N   queries, keys of a tile
+
+Which keys a query sees. Query i sits at key position i + S - T: the last query at the last key. All the masks here
+(causal, sliding window, packed documents, uneven ends) let a query see *an interval of keys*, and a key *an interval of
+queries*. `limits` computes both, four integers a row, in a few lines of torch; the kernels know nothing else. A tile
+outside every row's interval is skipped, a tile inside all of them needs no mask, and the rest is compared with its
+limits. Want another mask of this kind (a prefix, a chunk)? Change `limits`.
+
+What it costs, T = S, forward / backward:  FLOPs 4 T^2 D / 10 T^2 D a head (recomputing s is the fifth product; two
+separate backward kernels make it seven: 14 T^2 D), halved by causality. Memory O(T). HBM bytes: `traffic`, below.
+
+Map: limits - attention_reference - online softmax - the tiled version in torch - the Triton kernels - flash_attention,
+the function to call - traffic - demo. Not here: dropout, ALiBi and other score changes, paged KV caches, FP8.
+
+Sources: FlashAttention (Dao 2022, arXiv:2205.14135); FlashAttention-2 (Dao 2023, 2307.08691): loops swapped;
+online softmax (Milakov and Gimelshein 2018, 1805.02867); GQA (2305.13245); Triton (Tillet 2019).
+
+run: python flash_attn.py
+"""
+
+import ctypes
+import functools
+import math
+import os
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")       # the demo then runs the kernels in triton's interpreter
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:                                      # no wheels outside Linux: the other backends work
+    triton = None
+
+LOG2E = math.log2(math.e)                                # exp(x) = exp2(x * LOG2E); hardware and vector units have exp2
+INTERPRET = triton is not None and triton.knobs.runtime.interpret
+
+
+# ---- which keys a query sees -----------------------------------------------------------------------------------------
+
+def runs(x: Tensor):
+    """x (B, L) -> the first and the last position of the unbroken run of equal values around each, (B, L) each."""
+    at, new = torch.arange(x.shape[1], device=x.device), x[:, 1:] != x[:, :-1]
+    starts, ends = F.pad(new, (1, 0), value=True), F.pad(new, (0, 1), value=True)
+    return (torch.where(starts, at, 0).cummax(1).values,
+            torch.where(ends, at, x.shape[1]).flip(1).cummin(1).values.flip(1))
+
+
+def document_spans(documents: Tensor) -> Tensor:
+    """documents (B, L) int -> (4, B, L): first and last position of the same id, first and last of the unbroken run.
+
+    The two pairs differ only where an id comes back after another one. `first` is also an id itself: equal ids have
+    equal firsts.
+    """
+    ids, order = documents.sort(stable=True)
+    first, last = (torch.empty_like(order).scatter(1, order, order.gather(1, edge)) for edge in runs(ids))
+    return torch.stack((first, last, *runs(documents)))
+
+
+def interval(n, other, behind, ahead, spans, device):
+    """For each of the n positions of one side, the interval it sees of the other side's `other`: (4, B or 1, n) int32.
+
+    [0], [1]: start and stop of what it sees.  [2], [3]: the same, and there nothing else hides anything, which is less
+    only where a document's id comes back.  behind, ahead: how far from its own place it sees.
+    """
+    at = torch.arange(n, device=device) + other - n
+    start, stop = (at - behind).clamp(0, other), (at + ahead + 1).clamp(0, other)
+    bounds = torch.stack((start, stop, start, stop))[:, None]                                        # (4, 1, n)
+    if spans is not None:
+        L = spans.shape[-1]
+        first, last, run_first, run_last = spans[:, :, L - n:] - (L - other)                         # (B, n) each
+        bounds = torch.stack((torch.maximum(start, first), torch.minimum(stop, last + 1),
+                              torch.maximum(start, run_first), torch.minimum(stop, run_last + 1)))
+    return bounds.to(torch.int32).contiguous()
+
+
+class Limits(NamedTuple):
+    rows: Tensor               # (4, B or 1, T) int32: the keys of each query
+    columns: Tensor            # (4, B or 1, S) int32: the queries of each key
+    ids: Tensor | None         # (B, L) int32, L = max(T, S): queries are its last T, keys its last S; None without
+
+
+def limits(T, S, causal, window, documents, device) -> Limits:
+    """The mask, as intervals. Made once for a shape, or for a tensor of ids: the layers of a model share them."""
+    if documents is None:
+        return _limits(T, S, causal, window, None, device)
+    made, key = documents.__dict__.setdefault("limits", {}), (T, S, causal, window, documents._version)
+    if key not in made:
+        made[key] = _limits.__wrapped__(T, S, causal, window, documents, device)
+    return made[key]
+
+
+@functools.lru_cache(maxsize=64)
+def _limits(T, S, causal, window, documents, device):
+    far, spans = T + S, None if documents is None else document_spans(documents)
+    back = far if window is None else window - 1
+    front = far if window is None and not causal else 0
+    return Limits(interval(T, S, back, front, spans, device), interval(S, T, front, back, spans, device),
+                  None if spans is None else spans[0].to(torch.int32).contiguous())
+
+
+def tiles(bounds: Tensor, block: int, step: int) -> Tensor:
+    """What a program that holds `block` positions walks over in steps of `step`: (B or 1, blocks, 4) ints.
+
+    (lo, full_lo, full_hi, hi): in [lo, hi) are all tiles that anyone sees, in [full_lo, full_hi) those that all see
+    whole. lo, full_lo, full_hi are multiples of step, and the kernels compute the same.
+    """
+    n = bounds.shape[-1]
+    last = torch.arange(-(-n // block) * block, device=bounds.device).clamp(max=n - 1)
+    start, stop, full_start, full_stop = bounds[:, :, last].unflatten(-1, (-1, block))              # (B, blocks, block)
+    lo, hi = start.amin(-1) // step * step, stop.amax(-1)
+    full_lo, full_hi = (full_start.amax(-1) + step - 1) // step * step, full_stop.amin(-1) // step * step
+    none = full_hi <= full_lo
+    return torch.stack((lo, full_lo.where(~none, lo), full_hi.where(~none, lo), hi.maximum(lo)), -1)
+
+
+# ---- the plain version -----------------------------------------------------------------------------------------------
+
+def visible(T, S, causal, window, documents, device) -> Tensor:
+    """The mask as the matrix that flash attention never writes: (T, S) or (B, T, S) bool."""
+    i, j = torch.arange(T, device=device)[:, None] + S - T, torch.arange(S, device=device)
+    mask = j <= i if causal or window is not None else torch.ones(T, S, dtype=torch.bool, device=device)
+    if window is not None:
+        mask = mask & (j > i - window)
+    if documents is not None:
+        L = documents.shape[1]
+        mask = mask & (documents[:, L - T:, None] == documents[:, None, L - S:])
+    return mask
+
+
+def attention_reference(q, k, v, *, causal, sm_scale=None, window=None, documents=None):
+    """The textbook, in any dtype, differentiated by autograd. Arguments and errors as flash_attention -> o as q."""
+    return flash_attention(q, k, v, causal=causal, sm_scale=sm_scale, window=window, documents=documents,
+                           backend="reference")
+
+
+def reference(q, k, v, causal, sm_scale, window, documents, return_lse=False):
+    """-> o, lse or None.  HBM traffic beside q, k, v, o: 10 passes over a (B, H, T, S) matrix forward, 13 back:
+    dp = do v^T 1, dv 1, the masks' gradients 2 and 2, softmax's 3, the scale's 2, dq 1, dk 1."""
+    T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)       # each K/V head serves `group` query heads
+    s = q @ k.mT                                                                # write 1
+    s = s * sm_scale                                                            # read 1, write 1
+    hidden = ~visible(T, S, causal, window, documents, q.device)
+    hidden = hidden[:, None] if documents is not None else hidden
+    s = s.masked_fill(hidden, -math.inf)                                        # read 1, write 1
+    p = s.softmax(-1)                                                           # read 1, write 1; NaN in an empty row
+    p = p.masked_fill(hidden, 0)                                                # so: (read 1, write 1)
+    o = p @ v                                                                   # read 1
+    return o, s.logsumexp(-1).to(torch.promote_types(q.dtype, torch.float32)) if return_lse else None
+
+
+# ---- online softmax, the idea in twenty lines ------------------------------------------------------------------------
+
+def online_softmax_row(s, v):
+    """One row: scores s (S), values v (S, D) -> softmax(s) @ v (D), reading each score once, keeping two numbers."""
+    m, l, o = -math.inf, 0.0, torch.zeros_like(v[0])
+    for s_j, v_j in zip(s.tolist(), v, strict=True):
+        m_new = max(m, s_j)
+        alpha = math.exp(m - m_new)                  # what was summed so far was relative to the old maximum
+        p = math.exp(s_j - m_new)
+        l = alpha * l + p
+        o = alpha * o + p * v_j
+        m = m_new
+    return o / l
+
+
+def online_softmax(s, v, block):
+    """The same for rows, a block of columns at a time: s (T, S), v (S, D) -> (o (T, D), lse (T))."""
+    m_i, l_i = s.new_full((len(s), 1), -math.inf), s.new_zeros(len(s), 1)
+    o = s.new_zeros(len(s), v.shape[1])
+    for s_ij, v_j in zip(s.split(block, 1), v.split(block), strict=True):
+        m_new = torch.maximum(m_i, s_ij.amax(1, keepdim=True))
+        alpha, p = torch.exp(m_i - m_new), torch.exp(s_ij - m_new)
+        l_i = alpha * l_i + p.sum(1, keepdim=True)
+        o = alpha * o + p @ v_j
+        m_i = m_new
+    return o / l_i, (m_i + l_i.log())[:, 0]
+
+
+# ---- the tiled version in torch --------------------------------------------------------------------------------------
+#
+# The algorithm of the kernels, in any dtype: their oracle, and on a CPU a fast path, whose SRAM is the cache. A tile is
+# 256 x 256 float32 scores: 256 KB. `heads` of them are worked on at once where T is short. The query heads that share a
+# K/V head are rows of one tile.
+
+TILE = 256
+
+
+def without_autocast(function):
+    """The tiles choose their own dtypes; autocast would change them inside an operator too."""
+    @functools.wraps(function)
+    def run(x, *args):
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args)
+    return run
+
+
+def tile_plan(q, k, causal, window, documents):
+    """What forward and backward share: the mask, the list of (batch, heads, rows, tiles) to do, how to view x."""
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    at = limits(T, S, causal, window, documents, q.device)
+    Bm = 1 if documents is None else B                     # without documents all batches see alike: only more heads
+    heads = max(1, TILE * TILE * Bm // (min(TILE, T) * min(TILE, S) * H // K))
+    ranges = tiles(at.rows, TILE, TILE).tolist()
+    work = [(b, slice(h, h + heads), slice(i * TILE, min((i + 1) * TILE, T)), ranges[b][i])
+            for b in range(Bm) for h in range(0, B * K // Bm, heads) for i in range(len(ranges[b]))]
+
+    def fold(x):                                          # (B, heads, n, D) -> (Bm, B K / Bm, group, n, D), accumulator
+        return x.to(torch.promote_types(q.dtype, torch.float32)).reshape(Bm, B * K // Bm, -1, x.shape[2], D)
+    return at, work, fold
+
+
+def hidden_tile(at: Limits, b, rows, columns, T, S):
+    """True where the tile's row must not see its column: (rows, columns) bool."""
+    j = torch.arange(columns.start, columns.stop, device=at.rows.device)
+    hidden = (j < at.rows[0, b, rows, None]) | (j >= at.rows[1, b, rows, None])
+    return hidden if at.ids is None else hidden | (at.ids[b, -T:][rows, None] != at.ids[b, -S:][None, columns])
+
+
+@without_autocast
+def flash_forward_torch(q, k, v, causal, sm_scale, window, documents):
+    """-> o as q, lse (B, H, T) in the accumulator dtype."""
+    (B, H, T, _), S = q.shape, k.shape[2]
+    at, work, fold = tile_plan(q, k, causal, window, documents)
+    qs, kf, vf = fold(q) * (sm_scale * LOG2E), fold(k)[:, :, 0], fold(v)[:, :, 0]       # base 2 from here on
+    of, lse = torch.empty_like(qs), qs.new_empty(qs.shape[:-1])
+    for b, h, rows, (lo, full_lo, full_hi, hi) in work:
+        q_i = qs[b, h, :, rows].flatten(1, 2)                                                        # (heads, M, D)
+        m_i, l_i = q_i.new_full((*q_i.shape[:2], 1), -math.inf), q_i.new_zeros(*q_i.shape[:2], 1)
+        acc = torch.zeros_like(q_i)
+        for j in range(lo, hi, TILE):
+            columns = slice(j, min(j + TILE, S))
+            s = torch.bmm(q_i, kf[b, h, columns].mT)                                                 # (heads, M, N)
+            full = full_lo <= j < full_hi
+            if not full:
+                hidden = hidden_tile(at, b, rows, columns, T, S)
+                s.unflatten(1, (-1, hidden.shape[0])).masked_fill_(hidden, -math.inf)
+            # m' = max(m, max s)
+            m_new = torch.maximum(m_i, s.amax(-1, keepdim=True))
+            safe = m_new if full else m_new.masked_fill(m_new == -math.inf, 0)      # no key yet: exp2(-inf - 0) = 0
+            # p = exp(s - m'), alpha = exp(m - m')
+            p, alpha = s.sub_(safe).exp2_(), (m_i - safe).exp2_()
+            # l' = alpha l + sum p, o' = alpha o + p v
+            l_i = l_i.mul_(alpha).add_(p.sum(-1, keepdim=True))
+            acc.mul_(alpha).baddbmm_(p, vf[b, h, columns])
+            m_i = m_new
+        # o = o / l, lse = m + log l; an empty row has l = 0 and m = -inf
+        of[b, h, :, rows] = (acc / l_i.masked_fill(l_i == 0, 1)).view_as(of[b, h, :, rows])
+        lse[b, h, :, rows] = ((m_i + l_i.log2()) / LOG2E).view_as(lse[b, h, :, rows])
+    o = torch.empty_like(q)
+    return o.copy_(of.view(o.shape)), lse.view(B, H, T)
+
+
+@without_autocast
+def flash_backward_torch(do, dlse, q, k, v, o, lse, causal, sm_scale, window, documents):
+    """-> dq, dk, dv as q, k, v."""
+    T, S = q.shape[2], k.shape[2]
+    at, work, fold = tile_plan(q, k, causal, window, documents)
+    qs, kf, vf, dof = fold(q) * (sm_scale * LOG2E), fold(k)[:, :, 0], fold(v)[:, :, 0], fold(do)
+    # delta = rowsum(do * o); lse is an output too, and d lse / d s = p: its gradient joins as delta - dlse
+    minus_delta = fold(dlse[..., None].expand_as(o))[..., :1] - (dof * fold(o)).sum(-1, keepdim=True)
+    minus_lse = lse.view(minus_delta.shape) * -LOG2E
+    minus_lse.masked_fill_(minus_lse == math.inf, -math.inf)                        # empty row: p = exp2(-inf) = 0
+    dqf, dkf, dvf = torch.empty_like(qs), torch.zeros_like(kf), torch.zeros_like(vf)
+    for b, h, rows, (lo, full_lo, full_hi, hi) in work:
+        q_i, do_i, lse_i, delta_i = (x[b, h, :, rows].flatten(1, 2) for x in (qs, dof, minus_lse, minus_delta))
+        dq_i = torch.zeros_like(q_i)
+        for j in range(lo, hi, TILE):
+            columns = slice(j, min(j + TILE, S))
+            k_j, v_j = kf[b, h, columns], vf[b, h, columns]
+            # p = exp(s - lse)
+            p = torch.baddbmm(lse_i, q_i, k_j.mT).exp2_()                                            # (heads, M, N)
+            if not full_lo <= j < full_hi:
+                hidden = hidden_tile(at, b, rows, columns, T, S)
+                p.unflatten(1, (-1, hidden.shape[0])).masked_fill_(hidden, 0)
+            # dv = p^T do
+            dvf[b, h, columns].baddbmm_(p.mT, do_i)
+            # ds = p * (dp - delta), dp = do v^T
+            ds = torch.baddbmm(delta_i, do_i, v_j.mT).mul_(p)
+            # dq = ds k, dk = ds^T q
+            dq_i.baddbmm_(ds, k_j)
+            dkf[b, h, columns].baddbmm_(ds.mT, q_i)
+        dqf[b, h, :, rows] = dq_i.mul_(sm_scale).view_as(dqf[b, h, :, rows])
+    dkf /= LOG2E                                                                    # q_i carried sm_scale * LOG2E
+    return tuple(torch.empty_like(x).copy_(dx.view_as(x)) for x, dx in ((q, dqf), (k, dkf), (v, dvf)))
+
+
+# ---- the Triton kernels ----------------------------------------------------------------------------------------------
+#
+# Four kernels, each of which writes what it owns and nothing else: no atomics, so the same bits every time.
+#
+#     kernel            a program owns                    and walks over
+#     _attn_fwd         BLOCK_M queries of a head         the keys: o, lse
+#     _bwd_preprocess   BLOCK_M queries of a head         nothing: delta, and lse in base 2
+#     _bwd_dkdv         BLOCK_N keys of a K/V head        the queries of every head that shares it: dk, dv
+#     _bwd_dq           BLOCK_M queries of a head         the keys: dq
+#
+# Full tiles come first, in a loop that knows no mask and is pipelined (num_stages: the next tiles are under way while
+# this one is multiplied). Then the tiles at the edges, not pipelined: two pipelined loops would make ptxas run every
+# Hopper matrix product (wgmma) alone. Offsets inside a tile are 32-bit where the tensor's strides allow it, its base
+# is a 64-bit pointer. Scores and sums are float32 (float64 for float64); p and ds are cast to the inputs' dtype, for
+# the tensor cores. A head dimension that is no power of two is padded with zeros.
+
+if triton is not None:
+    @triton.jit
+    def _source(base, stride_row, stop_row, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+                TMA: tl.constexpr):
+        """What _load reads tiles of a (rows, D) matrix from: its address, or a descriptor for the copy engine."""
+        if TMA:
+            source = tl.make_tensor_descriptor(base, shape=[stop_row, D], strides=[tl.cast(stride_row, tl.int64), 1],
+                                               block_shape=[BLOCK, BLOCK_D])
+        else:
+            source = base
+        return source
+
+    @triton.jit
+    def _load(source, start, rows, d, stride_row, stride_d, stop_row, D: tl.constexpr, CHECK: tl.constexpr,
+              TMA: tl.constexpr):
+        """Rows start + rows of a (stop_row, D) matrix, 0 outside. CHECK: some of the rows may be outside."""
+        if TMA:
+            x = source.load([start, 0])
+        else:
+            row, column = (start + rows)[:, None], d[None, :]
+            at = source + row * stride_row + column * stride_d
+            if CHECK:
+                x = tl.load(at, mask=(row < stop_row) & (column < D), other=0.0)
+            elif d.shape[0] != D:
+                x = tl.load(at, mask=column < D, other=0.0)
+            else:
+                x = tl.load(at)
+        return x
+
+    @triton.jit
+    def _store(base, tile, rows, d, stride_row, stride_d, stop_row, D: tl.constexpr):
+        at = base + rows[:, None] * stride_row + d[None, :] * stride_d
+        tl.store(at, tile.to(base.dtype.element_ty), mask=(rows[:, None] < stop_row) & (d[None, :] < D))
+
+    @triton.jit
+    def _range(bounds, plane, at, STEP: tl.constexpr):
+        """bounds (4, n) at positions `at` -> (lo, full_lo, full_hi, hi) as in tiles()."""
+        lo, hi = tl.min(tl.load(bounds + at), 0) // STEP * STEP, tl.max(tl.load(bounds + plane + at), 0)
+        full_lo = tl.cdiv(tl.max(tl.load(bounds + 2 * plane + at), 0), STEP) * STEP
+        full_hi = tl.min(tl.load(bounds + 3 * plane + at), 0) // STEP * STEP
+        if full_hi <= full_lo:
+            full_lo = lo
+            full_hi = lo
+        return lo, full_lo, full_hi, hi
+
+    @triton.jit
+    def _fwd_tile(q, k, v, m_i, l_i, acc, hidden, scale: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+        # s = q k^T
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)                     # (M, N)
+        if MASKED:
+            s = tl.where(hidden, -float("inf"), s)
+        # m' = max(m, max s)
+        m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
+        safe = m_new
+        if MASKED:
+            safe = tl.where(m_new == -float("inf"), 0.0, m_new)                  # no key yet: exp2(-inf - 0) = 0
+        # p = exp(s - m'), alpha = exp(m - m')
+        p = tl.exp2(s * scale - safe[:, None])
+        alpha = tl.exp2(m_i - safe)
+        # l' = alpha l + sum p, o' = alpha o + p v
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION, out_dtype=acc.dtype)
+        return m_new, l_i, acc
+
+    @triton.jit
+    def _attn_fwd(q, k, v, o, lse, bounds, ids,
+                  qb, qh, qt, qd, kb, kh, kt, kd, vb, vh, vt, vd, ob, oh, ot, od, bounds_b, bounds_plane,
+                  T, S, L, SCALE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                  INDEX: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        ACC: tl.constexpr = lse.dtype.element_ty
+        scale: tl.constexpr = SCALE * 1.4426950408889634
+        h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+        start_m = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * BLOCK_M   # a causal mask's long rows first
+        m, n = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_N).to(INDEX)
+        d = tl.arange(0, BLOCK_D).to(INDEX)
+        rows = (T - start_m).to(tl.int32)                                                # that exist: BLOCK_M or fewer
+        i = tl.minimum(m, rows - 1).to(tl.int32)
+        bounds += b * bounds_b + start_m
+        lo, full_lo, full_hi, hi = _range(bounds, bounds_plane, i, BLOCK_N)
+        k = _source(k + b * kb + h // GROUP * kh, kt, S, D, BLOCK_N, BLOCK_D, TMA)
+        v = _source(v + b * vb + h // GROUP * vh, vt, S, D, BLOCK_N, BLOCK_D, TMA)
+        q_i = _load(q + b * qb + h * qh + start_m * qt, 0, m, d, qt, qd, rows, D, True, False)             # (M, D)
+        m_i, l_i = tl.full([BLOCK_M], -float("inf"), ACC), tl.zeros([BLOCK_M], ACC)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+        for j in tl.range(full_lo, full_hi, BLOCK_N):
+            k_j = _load(k, j, n, d, kt, kd, S, D, False, TMA)                       # (N, D)
+            v_j = _load(v, j, n, d, vt, vd, S, D, False, TMA)
+            m_i, l_i, acc = _fwd_tile(q_i, k_j, v_j, m_i, l_i, acc, None, scale, False, PRECISION)
+        start, stop = tl.load(bounds + i), tl.load(bounds + bounds_plane + i)           # only now: registers are scarce
+        id_i = tl.load(ids + b * L + L - T + start_m + i) if ids is not None else 0
+        for j0 in tl.range(lo, hi - (full_hi - full_lo), BLOCK_N, num_stages=1):
+            j = j0 if j0 < full_lo else j0 + (full_hi - full_lo)
+            k_j = _load(k, j, n, d, kt, kd, S, D, True, TMA)
+            v_j = _load(v, j, n, d, vt, vd, S, D, True, TMA)
+            at = j + tl.arange(0, BLOCK_N)
+            hidden = (at[None, :] < start[:, None]) | (at[None, :] >= stop[:, None])
+            if ids is not None:
+                id_j = tl.load(ids + b * L + L - S + at, mask=at < S, other=-1)
+                hidden |= id_i[:, None] != id_j[None, :]
+            m_i, l_i, acc = _fwd_tile(q_i, k_j, v_j, m_i, l_i, acc, hidden, scale, True, PRECISION)
+        # o = o / l, lse = m + log l; an empty row has l = 0 and m = -inf
+        l_i = tl.where(l_i == 0, 1.0, l_i)
+        acc = acc / l_i[:, None]
+        _store(o + b * ob + h * oh + start_m * ot, acc, m, d, ot, od, rows, D)
+        lse += (b * tl.num_programs(1) + h) * T + start_m
+        tl.store(lse + m, (m_i + tl.log2(l_i)) * 0.6931471805599453, mask=m < rows)
+
+    @triton.jit
+    def _bwd_preprocess(o, do, lse, dlse, delta, lse2, ob, oh, ot, od, dob, doh, dot, dod, lb, lh, lt,
+                        T, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
+        h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+        m, d = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D).to(tl.int64)
+        ACC: tl.constexpr = lse.dtype.element_ty
+        o_i = _load(o + b * ob + h * oh, 0, m, d, ot, od, T, D, True, False).to(ACC)                        # (M, D)
+        do_i = _load(do + b * dob + h * doh, 0, m, d, dot, dod, T, D, True, False).to(ACC)
+        row, inside = (b * tl.num_programs(1) + h) * T + m, m < T
+        # delta = rowsum(do * o); lse is an output too, and d lse / d s = p: its gradient joins as delta - dlse
+        dlse_i = tl.load(dlse + b * lb + h * lh + m * lt, mask=inside, other=0.0)
+        tl.store(delta + row, tl.sum(o_i * do_i, 1) - dlse_i, mask=inside)
+        lse_i = tl.load(lse + row, mask=inside, other=0.0)
+        # an empty row: p = exp2(s - inf) = 0
+        tl.store(lse2 + row, tl.where(lse_i == -float("inf"), float("inf"), lse_i * 1.4426950408889634), mask=inside)
+
+    @triton.jit
+    def _dkdv_tile(q, do, lse, delta, k, v, dk, dv, hidden, scale: tl.constexpr, MASKED: tl.constexpr,
+                   PRECISION: tl.constexpr):
+        # p = exp(s - lse), all of it transposed: keys are rows
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=dk.dtype)                      # (N, M)
+        p = tl.exp2(s * scale - lse[None, :])
+        if MASKED:
+            p = tl.where(hidden, 0.0, p)
+        # dv = p^T do
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION, out_dtype=dk.dtype)             # (N, D)
+        # ds = p * (dp - delta), dp = do v^T
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION, out_dtype=dk.dtype)                    # (N, M)
+        ds = p * (dp - delta[None, :])
+        # dk = ds^T q
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION, out_dtype=dk.dtype)              # (N, D)
+        return dk, dv
+
+    @triton.jit
+    def _bwd_dkdv(q, k, v, do, dk, dv, lse2, delta, bounds, ids,
+                  qb, qh, qt, qd, kb, kh, kt, kd, vb, vh, vt, vd, dob, doh, dot, dod,
+                  dkb, dkh, dkt, dkd, dvb, dvh, dvt, dvd, bounds_b, bounds_plane,
+                  T, S, L, SCALE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                  INDEX: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        ACC: tl.constexpr = lse2.dtype.element_ty
+        scale: tl.constexpr = SCALE * 1.4426950408889634
+        h_kv, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+        start_n = tl.program_id(0).to(tl.int64) * BLOCK_N
+        m, n = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_N).to(INDEX)
+        d = tl.arange(0, BLOCK_D).to(INDEX)
+        columns = (S - start_n).to(tl.int32)
+        j = tl.minimum(n, columns - 1).to(tl.int32)
+        bounds += b * bounds_b + start_n
+        lo, full_lo, full_hi, hi = _range(bounds, bounds_plane, j, BLOCK_M)
+        k_j = _load(k + b * kb + h_kv * kh + start_n * kt, 0, n, d, kt, kd, columns, D, True, False)       # (N, D)
+        v_j = _load(v + b * vb + h_kv * vh + start_n * vt, 0, n, d, vt, vd, columns, D, True, False)
+        dk_j, dv_j = tl.zeros([BLOCK_N, BLOCK_D], ACC), tl.zeros([BLOCK_N, BLOCK_D], ACC)
+        for g in range(GROUP):
+            h = h_kv * GROUP + g
+            q_h = _source(q + b * qb + h * qh, qt, T, D, BLOCK_M, BLOCK_D, TMA)
+            do_h = _source(do + b * dob + h * doh, dot, T, D, BLOCK_M, BLOCK_D, TMA)
+            row = (b * tl.num_programs(1) * GROUP + h) * T
+            lse_h, delta_h = lse2 + row, delta + row
+            for i in tl.range(full_lo, full_hi, BLOCK_M):
+                q_i = _load(q_h, i, m, d, qt, qd, T, D, False, TMA)                 # (M, D)
+                do_i = _load(do_h, i, m, d, dot, dod, T, D, False, TMA)
+                lse_i, delta_i = tl.load(lse_h + i + m), tl.load(delta_h + i + m)                      # (M)
+                dk_j, dv_j = _dkdv_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dk_j, dv_j, None, scale, False, PRECISION)
+            start, stop = tl.load(bounds + j), tl.load(bounds + bounds_plane + j)
+            id_j = tl.load(ids + b * L + L - S + start_n + j) if ids is not None else 0
+            for i0 in tl.range(lo, hi - (full_hi - full_lo), BLOCK_M, num_stages=1):
+                i = i0 if i0 < full_lo else i0 + (full_hi - full_lo)
+                q_i = _load(q_h, i, m, d, qt, qd, T, D, True, TMA)
+                do_i = _load(do_h, i, m, d, dot, dod, T, D, True, TMA)
+                at = i + tl.arange(0, BLOCK_M)
+                lse_i = tl.load(lse_h + at, mask=at < T, other=0.0)
+                delta_i = tl.load(delta_h + at, mask=at < T, other=0.0)
+                hidden = (at[None, :] < start[:, None]) | (at[None, :] >= stop[:, None])               # (N, M)
+                if ids is not None:
+                    id_i = tl.load(ids + b * L + L - T + at, mask=at < T, other=-1)
+                    hidden |= id_j[:, None] != id_i[None, :]
+                dk_j, dv_j = _dkdv_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dk_j, dv_j, hidden, scale, True, PRECISION)
+        _store(dk + b * dkb + h_kv * dkh + start_n * dkt, dk_j * SCALE, n, d, dkt, dkd, columns, D)
+        _store(dv + b * dvb + h_kv * dvh + start_n * dvt, dv_j, n, d, dvt, dvd, columns, D)
+
+    @triton.jit
+    def _dq_tile(q, do, lse, delta, k, v, dq, hidden, scale: tl.constexpr, MASKED: tl.constexpr,
+                 PRECISION: tl.constexpr):
+        # p = exp(s - lse)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=dq.dtype)                      # (M, N)
+        p = tl.exp2(s * scale - lse[:, None])
+        if MASKED:
+            p = tl.where(hidden, 0.0, p)
+        # ds = p * (dp - delta), dp = do v^T
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=dq.dtype)                    # (M, N)
+        ds = p * (dp - delta[:, None])
+        # dq = ds k
+        return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=dq.dtype)            # (M, D)
+
+    @triton.jit
+    def _bwd_dq(q, k, v, do, dq, lse2, delta, bounds, ids,
+                qb, qh, qt, qd, kb, kh, kt, kd, vb, vh, vt, vd, dob, doh, dot, dod, dqb, dqh, dqt, dqd,
+                bounds_b, bounds_plane,
+                T, S, L, SCALE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                INDEX: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        ACC: tl.constexpr = lse2.dtype.element_ty
+        scale: tl.constexpr = SCALE * 1.4426950408889634
+        h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+        start_m = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * BLOCK_M
+        m, n = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_N).to(INDEX)
+        d = tl.arange(0, BLOCK_D).to(INDEX)
+        rows = (T - start_m).to(tl.int32)
+        i = tl.minimum(m, rows - 1).to(tl.int32)
+        bounds += b * bounds_b + start_m
+        lo, full_lo, full_hi, hi = _range(bounds, bounds_plane, i, BLOCK_N)
+        k = _source(k + b * kb + h // GROUP * kh, kt, S, D, BLOCK_N, BLOCK_D, TMA)
+        v = _source(v + b * vb + h // GROUP * vh, vt, S, D, BLOCK_N, BLOCK_D, TMA)
+        row = (b * tl.num_programs(1) + h) * T + start_m
+        q_i = _load(q + b * qb + h * qh + start_m * qt, 0, m, d, qt, qd, rows, D, True, False)             # (M, D)
+        do_i = _load(do + b * dob + h * doh + start_m * dot, 0, m, d, dot, dod, rows, D, True, False)
+        lse_i, delta_i = tl.load(lse2 + row + i), tl.load(delta + row + i)                             # (M)
+        dq_i = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+        for j in tl.range(full_lo, full_hi, BLOCK_N):
+            k_j = _load(k, j, n, d, kt, kd, S, D, False, TMA)                       # (N, D)
+            v_j = _load(v, j, n, d, vt, vd, S, D, False, TMA)
+            dq_i = _dq_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dq_i, None, scale, False, PRECISION)
+        start, stop = tl.load(bounds + i), tl.load(bounds + bounds_plane + i)           # only now: registers are scarce
+        id_i = tl.load(ids + b * L + L - T + start_m + i) if ids is not None else 0
+        for j0 in tl.range(lo, hi - (full_hi - full_lo), BLOCK_N, num_stages=1):
+            j = j0 if j0 < full_lo else j0 + (full_hi - full_lo)
+            k_j = _load(k, j, n, d, kt, kd, S, D, True, TMA)
+            v_j = _load(v, j, n, d, vt, vd, S, D, True, TMA)
+            at = j + tl.arange(0, BLOCK_N)
+            hidden = (at[None, :] < start[:, None]) | (at[None, :] >= stop[:, None])
+            if ids is not None:
+                id_j = tl.load(ids + b * L + L - S + at, mask=at < S, other=-1)
+                hidden |= id_i[:, None] != id_j[None, :]
+            dq_i = _dq_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dq_i, hidden, scale, True, PRECISION)
+        _store(dq + b * dqb + h * dqh + start_m * dqt, dq_i * SCALE, m, d, dqt, dqd, rows, D)
+
+
+# BLOCK_M, BLOCK_N, num_warps, num_stages: what autotune tries, by what a row of a tile takes. All of them fit and none
+# spills registers in its hot loop: tests/bench/bench_flash_static.py compiles them and reads the machine code.
+CONFIGS = {
+    "tma": {           # NVIDIA compute capability 9.0 and above, tiles through the copy engine
+        128: {"_attn_fwd": [(128, 128, 8, 2), (128, 64, 4, 3)], "_bwd_dkdv": [(64, 128, 8, 2), (64, 64, 4, 2)],
+              "_bwd_dq": [(128, 64, 4, 2), (128, 128, 8, 2)]},
+        256: {"_attn_fwd": [(128, 128, 8, 2), (64, 128, 4, 2)], "_bwd_dkdv": [(64, 128, 8, 2)],
+              "_bwd_dq": [(128, 128, 8, 2), (128, 64, 8, 2)]},
+        512: {"_attn_fwd": [(128, 64, 8, 2)], "_bwd_dkdv": [(32, 32, 4, 2)], "_bwd_dq": [(32, 32, 4, 2)]}},
+    "pointers": {      # 8.0, and where strides are not multiples of 16 bytes
+        128: {"_attn_fwd": [(128, 128, 8, 2), (128, 64, 4, 3)], "_bwd_dkdv": [(64, 128, 8, 2), (64, 64, 4, 2)],
+              "_bwd_dq": [(128, 32, 4, 2), (128, 64, 8, 2)]},
+        256: {"_attn_fwd": [(128, 64, 8, 2)], "_bwd_dkdv": [(32, 64, 4, 2), (64, 64, 8, 2)],
+              "_bwd_dq": [(64, 64, 4, 2), (128, 32, 8, 2)]},
+        512: {"_attn_fwd": [(64, 64, 8, 2), (64, 32, 4, 2)], "_bwd_dkdv": [(32, 32, 4, 2)],
+              "_bwd_dq": [(64, 32, 4, 2), (32, 32, 4, 2)]}},
+    "hip": {           # AMD: 64 KB of LDS, 512 registers
+        256: {"_attn_fwd": [(128, 64, 4, 1), (64, 64, 4, 1)], "_bwd_dkdv": [(64, 64, 4, 1), (32, 64, 4, 1)],
+              "_bwd_dq": [(64, 64, 4, 1), (64, 32, 4, 1)]},
+        512: {"_attn_fwd": [(64, 64, 4, 1)], "_bwd_dkdv": [(32, 32, 4, 1)], "_bwd_dq": [(64, 32, 4, 1)]}},
+    # float32 without tf32 has no tensor cores to run on: small tiles, and they spill above a head dimension of 64
+    "ieee": {1024: dict.fromkeys(("_attn_fwd", "_bwd_dkdv", "_bwd_dq"), [(16, 16, 4, 2)])},
+}
+PINNED = {}            # kernel name -> (BLOCK_M, BLOCK_N, num_warps, num_stages): use these and try no others
+TMA = None             # None: where the chip has it and strides allow; False, True: as said
+
+
+def configs(name, row_bytes, chip):
+    """The triton.Configs that autotune chooses from."""
+    if name in PINNED:
+        choices = [PINNED[name]]
+    else:
+        choices = next((table[name] for limit, table in CONFIGS[chip].items() if row_bytes <= limit), [(16, 16, 4, 1)])
+    return [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
+            for m, n, warps, stages in choices]
+
+
+@functools.cache
+def tuned(name, row_bytes, chip, size_class):
+    """The kernel, timed with each of its configurations at the first call of this kind."""
+    return triton.autotune(configs(name, row_bytes, chip), key=[])(globals()[name])
+
+
+def arguments(name, matrices, vectors, at, sm_scale, capability):
+    """What the three large kernels are called with: matrices q, k, v, ... (B, heads, n, D), vectors of numbers a row,
+    the mask. capability: (major, minor) of an NVIDIA chip, (0, 0) elsewhere -> args, options."""
+    q, k = matrices[:2]
+    (H, T, D), (K, S) = q.shape[1:], k.shape[1:3]
+    bounds = at.columns if name == "_bwd_dkdv" else at.rows
+    strides = [x.stride() for x in matrices]
+    args = (*matrices, *vectors, bounds, at.ids, *sum(strides, ()),
+            bounds.stride(1) if bounds.shape[1] > 1 else 0, bounds.stride(0), T, S, max(T, S))
+    aligned = all(x.stride(3) == 1 and not (x.data_ptr() | x.itemsize * (x.stride(0) | x.stride(1) | x.stride(2))) % 16
+                  for x in matrices[:4])
+    wide = max((x.shape[2] + 256) * x.stride(2) + D * x.stride(3) for x in matrices) >= 2**31
+    return args, dict(SCALE=sm_scale, GROUP=H // K, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)),
+                      INDEX=tl.int64 if wide else tl.int32,
+                      TMA=aligned and (capability >= (9, 0) if TMA is None else TMA),
+                      PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32")
+
+
+def launch(name, matrices, vectors, at, sm_scale):
+    """Run _attn_fwd, _bwd_dkdv or _bwd_dq."""
+    q, k = matrices[:2]
+    shared, block = (k, "BLOCK_N") if name == "_bwd_dkdv" else (q, "BLOCK_M")       # whose positions the programs share
+    cuda = not INTERPRET and not torch.version.hip
+    args, options = arguments(name, matrices, vectors, at, sm_scale, torch.cuda.get_device_capability(q.device) if cuda
+                              else (0, 0))
+    if options["TMA"] and not INTERPRET:                   # descriptors made by a kernel live in memory it is given
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=q.device))
+    grid = lambda meta: (triton.cdiv(shared.shape[2], meta[block]), shared.shape[1], shared.shape[0])
+    chip = ("ieee" if q.dtype == torch.float32 and options["PRECISION"] == "ieee" else
+            "hip" if torch.version.hip else "tma" if options["TMA"] else "pointers")
+    kind = name, options["BLOCK_D"] * q.itemsize, chip
+    if INTERPRET or name in PINNED:
+        globals()[name][grid](*args, **options, **configs(*kind)[0].all_kwargs())
+    else:
+        tuned(*kind, shared.shape[2].bit_length())[grid](*args, **options)
+
+
+def flash_forward_triton(q, k, v, causal, sm_scale, window, documents):
+    at = limits(q.shape[2], k.shape[2], causal, window, documents, q.device)
+    o = torch.empty_like(q)
+    lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    launch("_attn_fwd", (q, k, v, o), (lse,), at, sm_scale)
+    return o, lse
+
+
+def flash_backward_triton(do, dlse, q, k, v, o, lse, causal, sm_scale, window, documents):
+    (B, H, T, D), block_m, block_d = q.shape, 64, max(16, triton.next_power_of_2(q.shape[3]))
+    at = limits(T, k.shape[2], causal, window, documents, q.device)
+    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    _bwd_preprocess[(triton.cdiv(T, block_m), H, B)](
+        o, do, lse, dlse, delta, lse2, *o.stride(), *do.stride(), *dlse.stride(), T, D, block_d, block_m)
+    launch("_bwd_dkdv", (q, k, v, do, dk, dv), (lse2, delta), at, sm_scale)
+    launch("_bwd_dq", (q, k, v, do, dq), (lse2, delta), at, sm_scale)
+    return dq, dk, dv
+
+
+# ---- the function to call --------------------------------------------------------------------------------------------
+
+class _Flash(torch.autograd.Function):
+    """What the two Functions share: keep q, k, v, o and lse, a number a row; never s or p."""
+
+    @staticmethod
+    def run(ctx, backend, q, k, v, causal, sm_scale, window, documents):
+        ctx.shapes = [x.shape for x in (q, k, v)]
+        q, k, v, sm_scale = check(q, k, v, sm_scale, window, documents, resolve_backend(backend, q.device))
+        forward, ctx.kernels = KERNELS[backend]
+        ctx.options = causal, sm_scale, window, documents
+        o, lse = forward(q, k, v, *ctx.options)
+        ctx.save_for_backward(q, k, v, o, lse)
+        return o.view(ctx.shapes[0]), lse.view(ctx.shapes[0][:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do, dlse):
+        o, lse = ctx.saved_tensors[3:]
+        grads = ctx.kernels(do.view_as(o), dlse.view_as(lse), *ctx.saved_tensors, *ctx.options)
+        return *(dx.view(shape) for dx, shape in zip(grads, ctx.shapes, strict=True)), None, None, None, None
+
+
+class FlashAttentionTorch(_Flash):
+    """(o, lse) = FlashAttentionTorch.apply(q, k, v, causal, sm_scale, window, documents): tiles in torch, any dtype."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, causal=True, sm_scale=None, window=None, documents=None):
+        return _Flash.run(ctx, "torch", q, k, v, causal, sm_scale, window, documents)
+
+
+class FlashAttentionTriton(_Flash):
+    """(o, lse) = FlashAttentionTriton.apply(q, k, v, causal, sm_scale, window, documents): the Triton kernels."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, causal=True, sm_scale=None, window=None, documents=None):
+        return _Flash.run(ctx, "triton", q, k, v, causal, sm_scale, window, documents)
+
+
+# The same two functions as torch.library operators: torch.compile sees one node and its output's shape (the fake), and
+# activation checkpointing and autograd go through them as through any operator.
+
+@torch.library.custom_op("flash_attn::forward", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, sm_scale: float, window: int | None,
+             documents: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    return KERNELS[backend][0](q, k, v, causal, sm_scale, window, documents)
+
+
+@_forward.register_fake
+def _(q, k, v, *_):
+    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@torch.library.custom_op("flash_attn::backward", mutates_args=())
+def _backward(do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool,
+              sm_scale: float, window: int | None, documents: Tensor | None,
+              backend: str) -> tuple[Tensor, Tensor, Tensor]:
+    return KERNELS[backend][1](do, dlse, q, k, v, o, lse, causal, sm_scale, window, documents)
+
+
+@_backward.register_fake
+def _(do, dlse, q, k, v, *_):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _setup(ctx, inputs, output):
+    *qkv, ctx.causal, ctx.sm_scale, ctx.window, documents, ctx.backend = inputs
+    ctx.save_for_backward(*qkv, *output, documents)
+
+
+def _differentiate(ctx, do, dlse):
+    *tensors, documents = ctx.saved_tensors
+    return *_backward(do, dlse, *tensors, ctx.causal, ctx.sm_scale, ctx.window, documents, ctx.backend), *[None] * 5
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError("flash_attention has no second derivative: use backend=\"reference\" for a double backward")
+
+
+_forward.register_autograd(_differentiate, setup_context=_setup)
+_backward.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
+
+
+def sdpa(q, k, v, causal, sm_scale, window, documents):
+    """torch's own attention; what it has no argument for, it is given as a matrix."""
+    T, S, plain = q.shape[2], k.shape[2], window is None and documents is None
+    square, mask = causal and T == S and plain, None
+    if not square and not (plain and (T == 1 or not causal)):
+        mask = visible(T, S, causal, window, documents, q.device)
+        mask = mask if documents is None else mask[:, None]                                      # (T, S), (B, 1, T, S)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=square, scale=sm_scale,
+                                          enable_gqa=q.shape[1] != k.shape[1])
+
+
+def check(q, k, v, sm_scale, window, documents, backend):
+    """The inputs as (B, H, T, D) and the scale; raises ValueError (an argument) or RuntimeError (a backend that cannot
+    run here): one line, before anything runs."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim not in (3, 4) or x.ndim != q.ndim:
+            raise ValueError(f"{name} must be (B, H, T, D), or all three (B, T, D), got {tuple(x.shape)}")
+        if not x.is_floating_point() or x.dtype != q.dtype:
+            raise ValueError(f"q, k, v must be of one floating-point dtype, got {q.dtype} and {name} {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"q, k, v must be on one device, got {q.device} and {name} on {x.device}")
+        if min(x.shape) < 1:
+            raise ValueError(f"{name} must have no dimension of size 0, got {tuple(x.shape)}")
+    if q.ndim == 3:
+        q, k, v = q[:, None], k[:, None], v[:, None]
+    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+    if k.shape != v.shape or k.shape[0] != B or k.shape[3] != D:
+        raise ValueError(f"k and v must be (B, H_kv, S, D) with the B and D of q {tuple(q.shape)}, "
+                         f"got {tuple(k.shape)} and {tuple(v.shape)}")
+    if H % K:
+        raise ValueError(f"q's heads must be a multiple of k's, got {H} and {K}")
+    if D > 256:
+        raise ValueError(f"head_dim must be at most 256, got {D}")
+    sm_scale = D ** -0.5 if sm_scale is None else float(sm_scale)
+    if not 0 < sm_scale < math.inf:
+        raise ValueError(f"sm_scale must be above 0 and finite, got {sm_scale}")
+    if window is not None and window < 1:
+        raise ValueError(f"window must be at least 1 key, or None, got {window}")
+    if documents is not None:
+        if documents.shape != (B, max(T, S)) or documents.is_floating_point() or documents.device != q.device:
+            raise ValueError(f"documents must be ({B}, {max(T, S)}) whole numbers on {q.device}, "
+                             f"got {tuple(documents.shape)} {documents.dtype} on {documents.device}")
+    if backend == "triton" and not INTERPRET and q.dtype == torch.float64:
+        raise RuntimeError(f"backend triton runs float64 only under TRITON_INTERPRET=1; {OTHERS}")
+    return q, k, v, sm_scale
+
+
+KERNELS = {"torch": (flash_forward_torch, flash_backward_torch),
+           "triton": (flash_forward_triton, flash_backward_triton)}
+BACKENDS = ("triton", "torch", "sdpa", "reference")
+OTHERS = "the others are torch, sdpa, reference"
+
+
+def resolve_backend(backend: str, device: torch.device, return_lse=False) -> str:
+    """The backend that runs for tensors on this device. Raises ValueError for an unknown name, RuntimeError for triton
+    where it cannot run."""
+    if backend == "auto":
+        backend = "triton" if device.type == "cuda" else "torch" if return_lse else "sdpa"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "sdpa" and return_lse:
+        raise ValueError("return_lse: backend sdpa gives no lse; triton, torch and reference do")
+    if backend == "triton" and triton is None:
+        raise RuntimeError(f"backend triton: no triton package is installed here; {OTHERS}")
+    if backend == "triton" and not INTERPRET and device.type != "cuda":
+        raise RuntimeError(f"backend triton needs tensors on a GPU, or TRITON_INTERPRET=1, got {device}; {OTHERS}")
+    return backend
+
+
+def flash_attention(q, k, v, *, causal=True, sm_scale=None, window=None, documents=None, return_lse=False,
+                    backend="auto"):
+    """softmax(q k^T * sm_scale, over the visible keys) v.  Differentiable once, in q, k, v (and through lse).
+
+    q            (B, H, T, D), any strides; float16, bfloat16, float32 or float64; D up to 256
+    k, v         (B, H_kv, S, D), H a multiple of H_kv.  (B, T, D) for all three is one head
+    causal       query i, which sits at key position i + S - T, sees keys up to there
+    sm_scale     default 1 / sqrt(D)
+    window       only the last `window` keys up to there: a window looks back alone, causal or not
+    documents    (B, max(T, S)) int ids, of queries the last T, of keys the last S: attention within equal ids only
+    return_lse   also lse (B, H, T), float32 (float64 for float64): log sum exp of a row's scaled scores
+    backend      "triton" (a GPU, or TRITON_INTERPRET=1), "torch" (tiled), "sdpa" (torch's own; gives no lse),
+                 "reference". "auto": triton on a GPU, elsewhere sdpa, or torch for return_lse
+    -> o (B, H, T, D) as q, or (o, lse). A query that sees no key gets o = 0, lse = -inf and no gradient.
+
+    Raises ValueError for a wrong argument, RuntimeError for a backend that cannot run here. Under autocast the inputs
+    are cast as for torch's own attention.
+    """
+    device, shape = q.device.type, q.shape
+    backend = resolve_backend(backend, q.device, return_lse)
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    q, k, v, sm_scale = check(q, k, v, sm_scale, window, documents, backend)
+    mask = causal, sm_scale, window, documents
+    if backend == "sdpa":
+        return sdpa(q, k, v, *mask).view(shape)
+    o, lse = reference(q, k, v, *mask, return_lse) if backend == "reference" else _forward(q, k, v, *mask, backend)
+    return (o.view(shape), lse.view(shape[:-1])) if return_lse else o.view(shape)
+
+
+# ---- HBM traffic: the formula and a counter --------------------------------------------------------------------------
+
+def traffic(q, k, at: Limits, blocks) -> dict:
+    """Bytes that each kernel asks of memory, {kernel: (requested, distinct)}.
+
+    q, k: tensors of the shapes and dtype asked about (the meta device will do); blocks: {kernel: (BLOCK_M, BLOCK_N)}.
+    requested: every tile counted each time it is loaded; a K/V tile that is still in the L2 cache costs HBM nothing.
+    distinct: every byte that a launch touches counted once: what HBM moves if the caches hold all that is shared. The
+    truth lies between. Scores appear in neither. (Dao 2022, theorem 2, has the order: T S D^2 / SRAM size.)
+    """
+    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    w, a = q.itemsize, torch.promote_types(q.dtype, torch.float32).itemsize
+    ids = 4 if at.ids is not None else 0
+
+    def walk(bounds, block, step, stop):
+        """Positions of the other side that all programs of one head of all batches load; and those in masked tiles."""
+        lo, full_lo, full_hi, hi = tiles(bounds, block, step).unbind(-1)
+        end = (((hi + step - 1) // step * step).clamp(max=stop)).where(hi > lo, lo)
+        repeat = B // bounds.shape[1]
+        return int((end - lo).sum()) * repeat, int((end - lo - full_hi + full_lo).sum()) * repeat
+
+    rows, columns = B * H * T, B * K * S
+    q_all, k_all = rows * D * w, columns * D * w
+    shared = sum(x.nbytes for x in (at.rows, at.ids) if x is not None)
+    result = {}
+    for name, own, touched in (
+            ("_attn_fwd", rows * (2 * D * w + a + 24 + ids), 2 * q_all + 2 * k_all + rows * a),
+            ("_bwd_dq", rows * (3 * D * w + 2 * a + 24 + ids), 3 * q_all + 2 * k_all + rows * 2 * a)):
+        seen, masked = walk(at.rows, *blocks[name], S)
+        result[name] = own + H * (seen * 2 * D * w + masked * ids), touched + shared
+    seen, masked = walk(at.columns, *blocks["_bwd_dkdv"][::-1], T)
+    own = columns * (4 * D * w + 16 + (8 + ids) * H // K)
+    result["_bwd_dkdv"] = (own + H * (seen * (2 * D * w + 2 * a) + masked * ids),
+                           2 * q_all + 4 * k_all + rows * 2 * a + shared - at.rows.nbytes + at.columns.nbytes)
+    result["_bwd_preprocess"] = 2 * (rows * (2 * D * w + 4 * a),)
+    return result
+
+
+class Traffic:
+    """with Traffic(tensors) as counted: what the kernels inside, run by Triton's interpreter, load and store.
+
+    counted.requested[kernel], .distinct[kernel] in bytes; lanes that are masked off do not count, lanes of one load
+    that name one address count once, distinct bytes are whole 32-byte sectors, the unit in which HBM is read. An
+    address outside all the tensors raises IndexError: a kernel that leaves them reads garbage without a word.
+    """
+
+    def __init__(self, tensors):
+        storages = [x.untyped_storage() for x in tensors]
+        self.spans = [(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages]
+        self.requested, self.sectors, self.kernel = {}, {}, None
+
+    @property
+    def distinct(self):
+        return {kernel: 32 * len(torch.cat(found).unique()) for kernel, found in self.sectors.items()}
+
+    def see(self, pointers, mask):
+        itemsize = pointers.get_element_ty().primitive_bitwidth // 8
+        at = torch.from_numpy(pointers.data.astype("int64")[mask.data.astype("bool")]).unique()
+        outside = len(at) - int(sum(((a <= at) & (at + itemsize <= b)).sum() for a, b in self.spans))
+        if outside:
+            raise IndexError(f"{self.kernel} touches {outside} addresses outside its tensors")
+        self.requested[self.kernel] = self.requested.get(self.kernel, 0) + len(at) * itemsize
+        self.sectors.setdefault(self.kernel, []).append((at // 32).unique())
+
+    def __enter__(self):
+        from unittest.mock import patch
+
+        from triton.runtime import interpreter
+        builder, grid = interpreter.InterpreterBuilder, interpreter.GridExecutor
+        load, store, call = builder.create_masked_load, builder.create_masked_store, grid.__call__
+
+        def counted_load(builder, pointers, mask, *rest, **options):
+            self.see(pointers, mask)
+            return load(builder, pointers, mask, *rest, **options)
+
+        def counted_store(builder, pointers, value, mask, *rest, **options):
+            self.see(pointers, mask)
+            return store(builder, pointers, value, mask, *rest, **options)
+
+        def named_call(grid, *args, **kwargs):
+            self.kernel = grid.fn.__name__
+            return call(grid, *args, **kwargs)
+
+        self.patches = [patch.object(builder, "create_masked_load", counted_load),
+                        patch.object(builder, "create_masked_store", counted_store),
+                        patch.object(grid, "__call__", named_call)]
+        for each in self.patches:
+            each.start()
+        return self
+
+    def __exit__(self, *_):
+        for each in self.patches:
+            each.stop()
+
+
+# ---- demo ------------------------------------------------------------------------------------------------------------
+
+def count_passes(function, q, k, v, do):
+    """How often a (B, H, T, S) matrix crosses the memory bus in forward and in backward: every operator of autograd's
+    reads its inputs and writes its outputs. On the meta device: nothing is computed."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+    scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+
+    class Count(TorchDispatchMode):
+        passes = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **(kwargs or {}))
+            sides = [[x for x in tree_leaves(side) if isinstance(x, Tensor)] for side in ((args, kwargs), out)]
+            storages = [{x.untyped_storage()._cdata for x in side} for side in sides]
+            if not storages[0] & storages[1]:                                     # no view
+                self.passes += sum(x.numel() == scores and x.dtype != torch.bool for side in sides for x in side)
+            return out
+
+    with Count() as forward:
+        o = function(q, k, v)
+    with Count() as backward:
+        o.backward(do)
+    return forward.passes, backward.passes
+
+
+def peak_growth(run):
+    """Bytes by which this process's resident peak grows in run(); None where /proc does not tell."""
+    def status(field):
+        return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) * 1024
+    try:
+        ctypes.CDLL(None).malloc_trim(0)                                          # what was freed before is given back
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")                                                          # the peak starts from here
+        before = status("VmRSS")
+    except (OSError, AttributeError):
+        run()
+        return None
+    run()
+    return max(0, status("VmHWM") - before)
+
+
+def demo():
+    """The claims of this file, measured | predicted, asserted. CPU, under half a minute."""
+    import time
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    print("online softmax, largest error against softmax(s) v:")
+    s, v = draw(5, 37) * 10, draw(37, 8)
+    rows = torch.stack([online_softmax_row(row, v) for row in s])
+    for name, o in (("a score at a time", rows), ("8 at a time", online_softmax(s, v, 8)[0])):
+        error = (o - s.softmax(1) @ v).abs().max().item()
+        print(f"    {name:<20} {error:.1e}")
+        assert error < 1e-12
+
+    print("\nlargest error against float64 / that of plain torch in the same dtype          o      dq      dk      dv")
+    cases = [("torch", T, causal, dtype) for T in (1, 64, 203) for causal in (False, True)
+             for dtype in (torch.float32, torch.bfloat16)]
+    if triton is not None:
+        cases += [("triton", T, causal, dtype) for T, causal in ((64, False), (113, True))
+                  for dtype in (torch.float32, torch.float16)]
+    for backend, T, causal, dtype in cases:
+        exact = [draw(1, 2, T, 32).to(dtype).double() for _ in range(4)]
+        results = {}
+        for name, kind, how in (("exact", torch.float64, "reference"), ("plain", dtype, "reference"),
+                                ("ours", dtype, backend)):
+            q, k, v, do = (x.to(kind, copy=True).requires_grad_() for x in exact)
+            o = flash_attention(q, k, v, causal=causal, backend=how)
+            results[name] = [x.double() for x in (o, *torch.autograd.grad(o, (q, k, v), do))]
+        cells = []
+        for i, (truth, plain, ours) in enumerate(zip(*results.values(), strict=True)):
+            error, bound = (ours - truth).abs().max().item(), (plain - truth).abs().max().item()
+            cells.append(f"{error / bound:7.2f}" if bound else f"{error:7.0e}")
+            assert error <= (3 if i else 2) * bound + 1e-6, (backend, T, causal, dtype)
+        print(f"    {backend:<7} T {T:<4} {'causal' if causal else 'full':<7} {str(dtype)[6:]:<38}", *cells)
+
+    print("\nHBM traffic, counted | predicted")
+    meta = [torch.empty(2, 4, 64, 32, device="meta", requires_grad=True) for _ in range(3)]
+    textbook = lambda q, k, v: attention_reference(q, k, v, causal=True)
+    forward, backward = count_passes(textbook, *meta, torch.empty_like(meta[0]))
+    print(f"    textbook, passes over the score matrix: forward {forward} | 10, backward {backward} | 13")
+    assert (forward, backward) == (10, 13)
+    if INTERPRET:
+        q, k, v, do, o, dq, dk, dv = (torch.randn(1, 2, 128, 32, dtype=torch.float16) for _ in range(8))
+        lse, delta = torch.zeros(1, 2, 128), torch.zeros(1, 2, 128)
+        at = limits(128, 128, True, None, None, q.device)
+        blocks = {name: choices[0][:2] for name, choices in CONFIGS["pointers"][128].items()}
+        with Traffic([q, k, v, do, o, dq, dk, dv, lse, delta, at.rows, at.columns]) as counted:
+            launch("_attn_fwd", (q, k, v, o), (lse,), at, 0.1)
+            launch("_bwd_dkdv", (q, k, v, do, dk, dv), (lse, delta), at, 0.1)
+            launch("_bwd_dq", (q, k, v, do, dq), (lse, delta), at, 0.1)
+        formula = traffic(q, k, at, blocks)
+        for name, requested in counted.requested.items():
+            print(f"    {name:<10} bytes requested {requested:,} | {formula[name][0]:,}   distinct "
+                  f"{counted.distinct[name]:,} | {formula[name][1]:,}")
+            assert (requested, counted.distinct[name]) == formula[name]
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print("\ncausal, 4 heads of 64, float32, one thread: forward + backward" if device == "cpu" else
+          "\ncausal, 16 heads of 64, bfloat16: forward + backward")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for T in (512, 1024, 2048) if device == "cpu" else (1024, 4096, 16384):
+        cells, peaks = [], {}
+        for backend in ("reference", "torch", "sdpa") if device == "cpu" else ("triton", "sdpa"):
+            heads, dtype = (4, torch.float32) if device == "cpu" else (16, torch.bfloat16)
+            shape = dict(size=(1, heads, T, 64), device=device, dtype=dtype, requires_grad=True)
+            q, k, v, do = (torch.randn(**shape) for _ in range(4))
+
+            def run(q=q, k=k, v=v, do=do, backend=backend):
+                torch.autograd.grad(flash_attention(q, k, v, backend=backend), (q, k, v), do)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+
+            peaks[backend] = peak_growth(run)
+            times = []
+            for _ in range(3):
+                start = time.perf_counter()
+                run()
+                times.append(time.perf_counter() - start)
+            seconds = sorted(times)[1]
+            cells.append(f"{backend} {seconds:7.3f} s" + (f" {peaks[backend] / 1e6:6.0f} MB" if peaks[backend] else ""))
+            if device == "cuda":                               # 4 T^2 D forward, 10 backward, half of it by causality
+                cells[-1] += f" {7 * heads * T * T * 64 / seconds / 1e12:.0f} TFLOP/s"
+        print(f"    T {T:<6} " + "    ".join(cells))
+    if peaks.get("reference"):
+        assert peaks["reference"] > 3 * peaks["torch"], "the textbook should need several times the memory"
+    torch.set_num_threads(threads)
+
+
+if __name__ == "__main__":
+    demo()

@@ -1,0 +1,357 @@
+"""flash_attn.py against plain torch. Without a GPU the Triton kernels run in Triton's interpreter, made exact for
+bfloat16 by tests/interpreter.py."""
+
+import functools
+import itertools
+import os
+import random
+import subprocess
+import sys
+
+import interpreter
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+
+import flash_attn
+from flash_attn import FlashAttentionTorch, FlashAttentionTriton, attention_reference, flash_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = ("_attn_fwd", "_bwd_dkdv", "_bwd_dq")
+if flash_attn.INTERPRET:
+    interpreter.install()
+
+
+def oracle(q, k, v, causal, sm_scale, window, documents):
+    """Softmax attention written again, in another way: -> o, lse. An empty row gives 0 and -inf."""
+    B, H, T, D = q.shape
+    K, S = k.shape[1:3]
+    mask = torch.zeros(B, 1, T, S, dtype=torch.bool)
+    for b, i, j in itertools.product(range(B), range(T), range(S)):
+        place = i + S - T
+        sees = j <= place if causal or window else True
+        sees &= place - j < window if window else True
+        if documents is not None:
+            L = documents.shape[1]
+            sees &= bool(documents[b, L - T + i] == documents[b, L - S + j])
+        mask[b, 0, i, j] = sees
+    mask = mask.to(q.device)
+    k, v = (x[:, :, None].expand(B, K, H // K, S, D).reshape(B, H, S, D) for x in (k, v))
+    s = torch.einsum("bhtd,bhsd->bhts", q, k) * sm_scale
+    s = s.masked_fill(~mask, -torch.inf)
+    e = (s - s.amax(-1, keepdim=True).detach().clamp(min=-1e30)).exp()
+    l = e.sum(-1, keepdim=True)
+    return torch.einsum("bhts,bhsd->bhtd", e / l.where(l > 0, 1), v), s.logsumexp(-1)
+
+
+def make(B, H, K, T, S, D, dtype=torch.float64, documents=None, seed=0, scale=1.0):
+    """q, k, v, do, dlse, ids: non-contiguous, as a model makes them; do partly expanded."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda heads, n: (torch.randn(B, n, heads, D, generator=generator, dtype=torch.float64) * scale).to(
+        DEVICE, dtype).transpose(1, 2)
+    q, k, v, do = draw(H, T), draw(K, S), draw(K, S), draw(H, T)
+    dlse = torch.randn(B, H, T, generator=generator, dtype=torch.float64)
+    dlse = dlse.to(DEVICE, torch.promote_types(dtype, torch.float32))
+    ids = None
+    if documents:
+        ids = torch.randint(0, 4, (B, max(T, S)), generator=generator).to(DEVICE)
+        ids = ids.sort(1, descending=True).values if documents == "packed" else ids
+    return q, k, v, do, dlse, ids
+
+
+def gradients(function, q, k, v, do, dlse, *options):
+    """o, lse, dq, dk, dv of function(q, k, v, *options) -> (o, lse); lse of empty rows takes no gradient."""
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    o, lse = function(q, k, v, *options)
+    there = lse.isfinite()
+    loss = (o * do).sum() + (lse[there] * dlse[there]).sum()
+    return o.detach(), lse.detach(), *torch.autograd.grad(loss, (q, k, v))
+
+
+def tile(monkeypatch, m, n, tma=False):
+    monkeypatch.setattr(flash_attn, "PINNED", dict.fromkeys(KERNELS, (m, n, 4, 1)))
+    monkeypatch.setattr(flash_attn, "TMA", tma)
+
+
+OPTIONS = [(causal, window, documents) for causal in (False, True) for window in (None, 1, 20)
+           for documents in (None, "packed", "mixed")]
+SHAPES = [(33, 33), (1, 40), (50, 20), (20, 50)]                          # T, S
+
+
+# ---- the tiled version in torch --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("T, S", SHAPES)
+@pytest.mark.parametrize("causal, window, documents", OPTIONS)
+def test_tiled_and_reference_equal_the_oracle(causal, window, documents, T, S, monkeypatch):
+    monkeypatch.setattr(flash_attn, "TILE", 16)
+    *tensors, ids = make(2, 6, 2, T, S, 8, documents=documents)
+    options = causal, 0.3, window, ids
+    expected = gradients(oracle, *tensors, *options)
+    for backend in ("torch", "reference"):
+        ours = gradients(lambda q, k, v, causal, sm_scale, window, ids, b=backend: flash_attention(
+            q, k, v, causal=causal, sm_scale=sm_scale, window=window, documents=ids, return_lse=True, backend=b),
+            *tensors, *options)
+        for name, a, b in zip(("o", "lse", "dq", "dk", "dv"), ours, expected, strict=True):
+            assert (a - b).abs().nan_to_num(0 if name == "lse" else torch.inf).max() < 1e-12, (backend, name)
+
+
+@pytest.mark.parametrize("causal, window, documents", OPTIONS)
+def test_gradcheck(causal, window, documents, monkeypatch):
+    monkeypatch.setattr(flash_attn, "TILE", 4)
+    T, S = (5, 7) if window == 1 else (7, 7)                              # no empty rows: gradcheck cannot take -inf
+    q, k, v, _, _, ids = make(1, 2, 1, T, S, 3, documents=documents)
+    if ids is not None and T != S:
+        ids = ids.sort(1).values * 0
+    q, k, v = (x.contiguous().requires_grad_() for x in (q, k, v))
+    assert torch.autograd.gradcheck(lambda *qkv: FlashAttentionTorch.apply(*qkv, causal, 0.4, window, ids), (q, k, v))
+
+
+def test_sdpa_is_the_outside_oracle():
+    q, k, v, do, _, _ = make(2, 4, 2, 37, 37, 16)
+    for backend in flash_attn.BACKENDS:
+        o = flash_attention(q, k, v, backend=backend)
+        torch.testing.assert_close(o, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
+    for window, documents in ((9, None), (None, "packed"), (5, "mixed")):
+        ids = make(2, 4, 2, 37, 37, 16, documents=documents)[-1]
+        a, b = (flash_attention(q, k, v, window=window, documents=ids, backend=x) for x in ("sdpa", "torch"))
+        torch.testing.assert_close(a, b)
+
+
+# ---- the Triton kernels ----------------------------------------------------------------------------------------------
+
+def case_list(n, seed):
+    """n random cases: every option, odd lengths and head dimensions, several tiles, pointers and descriptors."""
+    rng, cases = random.Random(seed), []
+    for i in range(n):
+        T, S = rng.choice([(33, 33), (1, 40), (50, 20), (20, 50), (17, 64), (64, 64), (1, 1), (48, 48)])
+        K, group = rng.choice([(1, 1), (2, 1), (1, 2), (2, 3)])
+        cases.append((rng.choice([1, 2]), K * group, K, T, S, rng.choice([8, 16, 5, 24, 32]),
+                      rng.random() < 0.6, rng.choice([None, None, 1, 7, 20]), rng.choice([None, "packed", "mixed"]),
+                      *rng.choice([(16, 16), (32, 16), (16, 32)]), rng.random() < 0.4, i))
+    return cases
+
+
+def check_case(monkeypatch, B, H, K, T, S, D, causal, window, documents, m, n, tma, seed):
+    tile(monkeypatch, m, n, tma)
+    *tensors, ids = make(B, H, K, T, S, D, documents=documents, seed=seed)
+    options = causal, 0.3, window, ids
+    ours, expected = (gradients(f.apply, *tensors, *options) for f in (FlashAttentionTriton, FlashAttentionTorch))
+    for name, a, b in zip(("o", "lse", "dq", "dk", "dv"), ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12, msg=lambda msg, name=name: f"{name}: {msg}")
+
+
+needs_interpreter = pytest.mark.skipif(not flash_attn.INTERPRET, reason="float64 kernels run in the interpreter alone")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("case", case_list(40, 1))
+def test_kernels_equal_tiled(case, monkeypatch):
+    check_case(monkeypatch, *case)
+
+
+@pytest.mark.slow
+@needs_interpreter
+@pytest.mark.parametrize("case", case_list(260, 2))
+def test_kernels_equal_tiled_many(case, monkeypatch):
+    check_case(monkeypatch, *case)
+
+
+BIG = [(113, 203), (128, 217), (108, 256), (1, 147), (64, 800), (255, 256)]
+
+
+def check_rounding(monkeypatch, dtype, T, S, D, causal, m=64, n=64):
+    """Our error against float64 is at most 2x (gradients 3x) that of plain torch in the same dtype, plus a tiny
+    constant: plain torch may hit a result exactly."""
+    tile(monkeypatch, m, n)
+    *tensors, _ = make(1, 2, 1, T, S, D, dtype)
+    options = causal, D ** -0.5, None, None
+    plain = lambda q, k, v, c, *_: flash_attention(q, k, v, causal=c, backend="reference", return_lse=True)
+    exact = gradients(plain, *(x.double() for x in tensors), *options)
+    theirs, ours = (gradients(f, *tensors, *options) for f in (plain, FlashAttentionTriton.apply))
+    for i, name in enumerate(("o", "lse", "dq", "dk", "dv")):
+        there = exact[i].isfinite()
+        error, bound = ((x[i].double() - exact[i])[there].abs().max().item() for x in (ours, theirs))
+        assert error <= (3 if i > 1 else 2) * bound + 2e-6, (name, error, bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("T, S, D, causal", [(113, 203, 40, True), (64, 70, 64, False)])
+def test_rounding(dtype, T, S, D, causal, monkeypatch):
+    check_rounding(monkeypatch, dtype, T, S, D, causal)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("T, S", BIG)
+@pytest.mark.parametrize("D, causal", [(32, True), (59, False), (80, True), (96, False), (111, True), (128, False),
+                                       (256, True)])
+def test_rounding_many(dtype, T, S, D, causal, monkeypatch):
+    check_rounding(monkeypatch, dtype, T, S, D, causal)
+
+
+def test_a_very_negative_lse_shows_missing_tail_masks(monkeypatch):
+    """Padded keys score 0; with lse = -300 an unmasked one would have p = exp(300)."""
+    tile(monkeypatch, 16, 16)
+    q, k, v, do, dlse, _ = make(1, 1, 1, 20, 20, 16, torch.float32)
+    q, k = q.abs() * 10, -k.abs() * 10
+    ours, expected = (gradients(f.apply, q, k, v, do, dlse, False, 1.0, None, None) for f in
+                      (FlashAttentionTriton, FlashAttentionTorch))
+    assert expected[1].max() < -300
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_expanded_gradient_and_repeatable_bits(monkeypatch):
+    tile(monkeypatch, 16, 16)
+    q, k, v, *_ = make(1, 2, 1, 20, 20, 16, torch.float32)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    runs = [torch.autograd.grad(flash_attention(q, k, v, backend="triton").sum(), (q, k, v)) for _ in range(2)]
+    plain = torch.autograd.grad(flash_attention(q, k, v, backend="reference").sum(), (q, k, v))
+    for a, b, c in zip(*runs, plain, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, c)
+
+
+@needs_interpreter
+def test_offsets_beyond_2_to_the_31():
+    """A row stride of 2**27: row 20 lies 2**31 elements behind row 4. Nothing is allocated but the pages touched."""
+    block = torch.empty(2**27 * 33, dtype=torch.float16, device="meta")
+    assert flash_attn.arguments("_attn_fwd", [block.as_strided((1, 1, 33, 16), (0, 0, 2**27, 1))] * 4, (None,),
+                                flash_attn.limits(33, 33, True, None, None, "cpu"), 1.0, (0, 0))[1]["INDEX"] \
+        is flash_attn.tl.int64
+    q, k, v, *_ = make(1, 1, 1, 33, 33, 16, torch.float16)
+    far = torch.empty(2**27 * 33, dtype=torch.float16).as_strided((1, 1, 33, 16), (0, 0, 2**27, 1)).copy_(k)
+    with interpreter.strict_int32():
+        o = flash_attn.flash_forward_triton(q, far, v, True, 0.3, None, None)[0]
+    assert torch.equal(o, flash_attn.flash_forward_triton(q, k, v, True, 0.3, None, None)[0])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("T, S, K, group, D, m, n, causal, window, documents, tma", [
+    (64, 64, 1, 1, 16, 16, 16, True, None, None, False), (72, 72, 2, 2, 24, 16, 32, True, None, None, False),
+    (72, 96, 1, 2, 16, 32, 16, True, 20, "packed", False), (96, 96, 2, 1, 16, 32, 16, False, None, "mixed", False),
+    (64, 64, 2, 1, 16, 16, 16, True, None, "packed", True)])
+def test_traffic_is_the_formula(T, S, K, group, D, m, n, causal, window, documents, tma, monkeypatch):
+    tile(monkeypatch, m, n, tma)
+    q, k, v, do, dlse, ids = make(2, K * group, K, T, S, D, torch.float32, documents)
+    q, k, v, do = (x.contiguous() for x in (q, k, v, do))
+    o, lse, delta, lse2 = torch.empty_like(q), *(torch.zeros_like(dlse) for _ in range(3))
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    at = flash_attn.limits(T, S, causal, window, ids, q.device)
+    named = [q, k, v, do, dlse, o, lse, delta, lse2, dq, dk, dv, at.rows, at.columns] + ([at.ids] if documents else [])
+    with flash_attn.Traffic(named) as counted:
+        flash_attn.launch("_attn_fwd", (q, k, v, o), (lse,), at, 0.3)
+        flash_attn._bwd_preprocess[(2, K * group, 2)](o, do, lse, dlse, delta, lse2, *o.stride(), *do.stride(),
+                                                      *dlse.stride(), T, D, 32, 64)
+        flash_attn.launch("_bwd_dkdv", (q, k, v, do, dk, dv), (lse2, delta), at, 0.3)
+        flash_attn.launch("_bwd_dq", (q, k, v, do, dq), (lse2, delta), at, 0.3)
+    formula = flash_attn.traffic(q, k, at, dict.fromkeys(KERNELS, (m, n)))
+    assert {name: (counted.requested[name], counted.distinct[name]) for name in formula} == formula
+    with pytest.raises(Exception, match="outside its tensors"), flash_attn.Traffic(named[1:]):
+        flash_attn.launch("_attn_fwd", (q, k, v, o), (lse,), at, 0.3)
+
+
+def test_tiles_skip_what_no_one_sees():
+    """Three packed documents of 32, in tiles of 16: each query tile visits its own document's two key tiles, whole."""
+    ids = torch.arange(96).div(32, rounding_mode="floor")[None] * -7
+    ranges = flash_attn.tiles(flash_attn.limits(96, 96, False, None, ids, ids.device).rows, 16, 16)[0].tolist()
+    assert ranges == [[d * 32, d * 32, d * 32 + 32, d * 32 + 32] for d in range(3) for _ in range(2)]
+    ranges = flash_attn.tiles(flash_attn.limits(64, 64, True, 16, None, ids.device).rows, 16, 16)[0].tolist()
+    assert [(lo, hi) for lo, _, _, hi in ranges] == [(0, 16), (0, 32), (16, 48), (32, 64)]
+
+
+# ---- flash_attention, the function -----------------------------------------------------------------------------------
+
+def test_one_head_lse_and_decode():
+    q, k, v, *_ = make(2, 1, 1, 9, 9, 8)
+    o, lse = flash_attention(q[:, 0], k[:, 0], v[:, 0], return_lse=True)
+    assert o.shape == (2, 9, 8) and lse.shape == (2, 9)
+    torch.testing.assert_close(o, attention_reference(q, k, v, causal=True)[:, 0])
+    torch.testing.assert_close(FlashAttentionTorch.apply(q[:, 0], k[:, 0], v[:, 0])[0], o)
+    for backend in flash_attn.BACKENDS:                                   # the last query alone: a decode step
+        torch.testing.assert_close(flash_attention(q[:, :, -1:], k, v, backend=backend)[:, 0, 0], o[:, -1])
+
+
+@pytest.mark.filterwarnings("default")                                    # torch.compile's own
+def test_operator_compile_checkpoint_autocast():
+    q, k, v, do, _, ids = make(1, 2, 1, 20, 20, 8, torch.float32, "packed")
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    torch.library.opcheck(torch.ops.flash_attn.forward.default, (q, k, v, True, 0.3, None, ids, "torch"))
+    f = lambda q, k, v: flash_attention(q.sin(), k, v, documents=ids, backend="torch") * 2
+    plain = f(q, k, v), *torch.autograd.grad(f(q, k, v), (q, k, v), do)
+    for other in (torch.compile(f, fullgraph=True),
+                  functools.partial(torch.utils.checkpoint.checkpoint, f, use_reentrant=False)):
+        o = other(q, k, v)
+        for a, b in zip((o, *torch.autograd.grad(o, (q, k, v), do)), plain, strict=True):
+            torch.testing.assert_close(a, b)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        o = flash_attention(q, k, v, documents=ids, backend="torch")
+    assert o.dtype == torch.bfloat16 and torch.autograd.grad(o, q, do.bfloat16())[0].dtype == torch.float32
+
+
+def test_second_derivatives_are_refused():
+    q, k, v, *_ = (x.requires_grad_() for x in make(1, 1, 1, 5, 5, 4)[:3])
+    first, = torch.autograd.grad(flash_attention(q, k, v, backend="torch").square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        first.sum().backward()
+
+
+X = torch.zeros(2, 4, 8, 16)
+
+
+@pytest.mark.parametrize("q, k, v, options, message", [
+    (X[0, 0], X, X, {}, r"q must be \(B, H, T, D\)"), (X, X[0], X, {}, "k must be"),
+    (X, X[:, :3], X[:, :3], {}, "multiple of k's"), (X, X, X[:, :, :4], {}, "k and v must be"),
+    (X, X[:1], X[:1], {}, "k and v must be"), (X, X.half(), X, {}, "one floating-point dtype"),
+    (X.long(), X.long(), X.long(), {}, "floating-point dtype"), (X, X.to("meta"), X, {}, "one device"),
+    (X[:, :, :0], X, X, {}, "size 0"), (torch.zeros(1, 1, 2, 257),) * 3 + ({}, "at most 256"),
+    (X, X, X, {"window": -1}, "window must be at least 1"), (X, X, X, {"window": 0}, "window must be at least 1"),
+    (X, X, X, {"sm_scale": -1.0}, "sm_scale"), (X, X, X, {"backend": "cuda"}, "backend must be one"),
+    (X, X, X, {"documents": torch.zeros(2, 7, dtype=torch.long)}, "documents must be"),
+    (X, X, X, {"documents": torch.zeros(2, 8)}, "documents must be"),
+    (X, X, X, {"backend": "sdpa", "return_lse": True}, "gives no lse")])
+def test_bad_input_is_one_line(q, k, v, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        flash_attention(q, k, v, **options)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without one")
+@pytest.mark.parametrize("before, message", [
+    ("import sys; sys.modules['triton'] = None", "no triton package is installed"),
+    ("pass", "needs tensors on a GPU, or TRITON_INTERPRET=1")])
+def test_triton_where_it_cannot_run(before, message):
+    code = f"""{before}
+import torch, flash_attn
+x = torch.ones(1, 1, 4, 8)
+assert flash_attn.flash_attention(x, x, x, backend="torch").shape == x.shape
+flash_attn.flash_attention(x, x, x, backend="triton")"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert message in answer.stderr and "the others are torch, sdpa, reference" in answer.stderr
+
+
+def read_machine_code(*flags):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    answer = subprocess.run([sys.executable, "tests/bench/bench_flash_static.py", *flags], cwd=ROOT, env=environment,
+                            capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+
+
+@pytest.mark.skipif(flash_attn.triton is None, reason="no triton package here")
+def test_machine_code():
+    read_machine_code("--quick")
+
+
+@pytest.mark.slow
+def test_machine_code_of_every_configuration():
+    read_machine_code()
+
+
+def test_online_softmax():
+    s, v = torch.randn(5, 37, dtype=torch.float64) * 20, torch.randn(37, 8, dtype=torch.float64)
+    o, lse = flash_attn.online_softmax(s, v, 8)
+    torch.testing.assert_close(o, s.softmax(1) @ v)
+    torch.testing.assert_close(lse, s.logsumexp(1))
+    torch.testing.assert_close(flash_attn.online_softmax_row(s[0], v), o[0])
