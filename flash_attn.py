@@ -219,7 +219,7 @@ def online_softmax(s, v, block):
 # 256 x 256 float32 scores: 256 KB. `heads` of them are worked on at once where T is short. The query heads that share a
 # K/V head are rows of one tile.
 
-TILE = 256
+TILE_M, TILE_N = 256, 256                                  # queries, keys
 
 
 def without_autocast(function):
@@ -232,45 +232,45 @@ def without_autocast(function):
 
 
 def tile_plan(q, k, causal, window, documents):
-    """What forward and backward share: the mask, the list of (batch, heads, rows, tiles) to do, how to view x."""
+    """What forward and backward share: the (batch, heads, rows, tiles) to go through, a tile's mask, how to view x."""
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
     at = limits(T, S, causal, window, documents, q.device)
     Bm = 1 if documents is None else B                     # without documents all batches see alike: only more heads
-    heads = max(1, TILE * TILE * Bm // (min(TILE, T) * min(TILE, S) * H // K))
-    ranges = tiles(at.rows, TILE, TILE).tolist()
-    work = [(b, slice(h, h + heads), slice(i * TILE, min((i + 1) * TILE, T)), ranges[b][i])
-            for b in range(Bm) for h in range(0, B * K // Bm, heads) for i in range(len(ranges[b]))]
+    heads = max(1, TILE_M * TILE_N // (min(TILE_M, T) * min(TILE_N, S) * (H // K)))
+    work = [(b, slice(h, h + heads), slice(i * TILE_M, min((i + 1) * TILE_M, T)), walk)
+            for b, ranges in enumerate(tiles(at.rows, TILE_M, TILE_N).tolist()) for i, walk in enumerate(ranges)
+            for h in range(0, B * K // Bm, heads)]
+
+    @functools.lru_cache(maxsize=16)                       # the heads come one after the other
+    def hidden(b, i, j):
+        """True where query i, i + 1, ... must not see key j, j + 1, ...: (rows, columns) bool."""
+        rows = torch.arange(i, min(i + TILE_M, T), device=q.device)
+        columns = torch.arange(j, min(j + TILE_N, S), device=q.device)
+        mask = (columns < at.rows[0, b, rows, None]) | (columns >= at.rows[1, b, rows, None])
+        return mask if at.ids is None else mask | (at.ids[b, -T:][rows, None] != at.ids[b, -S:][None, columns])
 
     def fold(x):                                          # (B, heads, n, D) -> (Bm, B K / Bm, group, n, D), accumulator
         return x.to(torch.promote_types(q.dtype, torch.float32)).reshape(Bm, B * K // Bm, -1, x.shape[2], D)
-    return at, work, fold
-
-
-def hidden_tile(at: Limits, b, rows, columns, T, S):
-    """True where the tile's row must not see its column: (rows, columns) bool."""
-    j = torch.arange(columns.start, columns.stop, device=at.rows.device)
-    hidden = (j < at.rows[0, b, rows, None]) | (j >= at.rows[1, b, rows, None])
-    return hidden if at.ids is None else hidden | (at.ids[b, -T:][rows, None] != at.ids[b, -S:][None, columns])
+    return work, hidden, fold
 
 
 @without_autocast
 def flash_forward_torch(q, k, v, causal, sm_scale, window, documents):
     """-> o as q, lse (B, H, T) in the accumulator dtype."""
     (B, H, T, _), S = q.shape, k.shape[2]
-    at, work, fold = tile_plan(q, k, causal, window, documents)
+    work, hidden, fold = tile_plan(q, k, causal, window, documents)
     qs, kf, vf = fold(q) * (sm_scale * LOG2E), fold(k)[:, :, 0], fold(v)[:, :, 0]       # base 2 from here on
     of, lse = torch.empty_like(qs), qs.new_empty(qs.shape[:-1])
     for b, h, rows, (lo, full_lo, full_hi, hi) in work:
         q_i = qs[b, h, :, rows].flatten(1, 2)                                                        # (heads, M, D)
         m_i, l_i = q_i.new_full((*q_i.shape[:2], 1), -math.inf), q_i.new_zeros(*q_i.shape[:2], 1)
         acc = torch.zeros_like(q_i)
-        for j in range(lo, hi, TILE):
-            columns = slice(j, min(j + TILE, S))
+        for j in range(lo, hi, TILE_N):
+            columns = slice(j, min(j + TILE_N, S))
             s = torch.bmm(q_i, kf[b, h, columns].mT)                                                 # (heads, M, N)
             full = full_lo <= j < full_hi
             if not full:
-                hidden = hidden_tile(at, b, rows, columns, T, S)
-                s.unflatten(1, (-1, hidden.shape[0])).masked_fill_(hidden, -math.inf)
+                s.unflatten(1, (-1, rows.stop - rows.start)).masked_fill_(hidden(b, rows.start, j), -math.inf)
             # m' = max(m, max s)
             m_new = torch.maximum(m_i, s.amax(-1, keepdim=True))
             safe = m_new if full else m_new.masked_fill(m_new == -math.inf, 0)      # no key yet: exp2(-inf - 0) = 0
@@ -290,25 +290,25 @@ def flash_forward_torch(q, k, v, causal, sm_scale, window, documents):
 @without_autocast
 def flash_backward_torch(do, dlse, q, k, v, o, lse, causal, sm_scale, window, documents):
     """-> dq, dk, dv as q, k, v."""
-    T, S = q.shape[2], k.shape[2]
-    at, work, fold = tile_plan(q, k, causal, window, documents)
+    S = k.shape[2]
+    work, hidden, fold = tile_plan(q, k, causal, window, documents)
     qs, kf, vf, dof = fold(q) * (sm_scale * LOG2E), fold(k)[:, :, 0], fold(v)[:, :, 0], fold(do)
     # delta = rowsum(do * o); lse is an output too, and d lse / d s = p: its gradient joins as delta - dlse
-    minus_delta = fold(dlse[..., None].expand_as(o))[..., :1] - (dof * fold(o)).sum(-1, keepdim=True)
+    minus_delta = (dof * fold(o)).sum(-1, keepdim=True).neg_()
+    minus_delta += dlse.reshape(minus_delta.shape)
     minus_lse = lse.view(minus_delta.shape) * -LOG2E
     minus_lse.masked_fill_(minus_lse == math.inf, -math.inf)                        # empty row: p = exp2(-inf) = 0
     dqf, dkf, dvf = torch.empty_like(qs), torch.zeros_like(kf), torch.zeros_like(vf)
     for b, h, rows, (lo, full_lo, full_hi, hi) in work:
         q_i, do_i, lse_i, delta_i = (x[b, h, :, rows].flatten(1, 2) for x in (qs, dof, minus_lse, minus_delta))
         dq_i = torch.zeros_like(q_i)
-        for j in range(lo, hi, TILE):
-            columns = slice(j, min(j + TILE, S))
+        for j in range(lo, hi, TILE_N):
+            columns = slice(j, min(j + TILE_N, S))
             k_j, v_j = kf[b, h, columns], vf[b, h, columns]
             # p = exp(s - lse)
             p = torch.baddbmm(lse_i, q_i, k_j.mT).exp2_()                                            # (heads, M, N)
             if not full_lo <= j < full_hi:
-                hidden = hidden_tile(at, b, rows, columns, T, S)
-                p.unflatten(1, (-1, hidden.shape[0])).masked_fill_(hidden, 0)
+                p.unflatten(1, (-1, rows.stop - rows.start)).masked_fill_(hidden(b, rows.start, j), 0)
             # dv = p^T do
             dvf[b, h, columns].baddbmm_(p.mT, do_i)
             # ds = p * (dp - delta), dp = do v^T

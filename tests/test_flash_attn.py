@@ -84,7 +84,8 @@ SHAPES = [(33, 33), (1, 40), (50, 20), (20, 50)]                          # T, S
 @pytest.mark.parametrize("T, S", SHAPES)
 @pytest.mark.parametrize("causal, window, documents", OPTIONS)
 def test_tiled_and_reference_equal_the_oracle(causal, window, documents, T, S, monkeypatch):
-    monkeypatch.setattr(flash_attn, "TILE", 16)
+    monkeypatch.setattr(flash_attn, "TILE_M", 16)
+    monkeypatch.setattr(flash_attn, "TILE_N", 8)
     *tensors, ids = make(2, 6, 2, T, S, 8, documents=documents)
     options = causal, 0.3, window, ids
     expected = gradients(oracle, *tensors, *options)
@@ -98,7 +99,8 @@ def test_tiled_and_reference_equal_the_oracle(causal, window, documents, T, S, m
 
 @pytest.mark.parametrize("causal, window, documents", OPTIONS)
 def test_gradcheck(causal, window, documents, monkeypatch):
-    monkeypatch.setattr(flash_attn, "TILE", 4)
+    monkeypatch.setattr(flash_attn, "TILE_M", 4)
+    monkeypatch.setattr(flash_attn, "TILE_N", 3)
     T, S = (5, 7) if window == 1 else (7, 7)                              # no empty rows: gradcheck cannot take -inf
     q, k, v, _, _, ids = make(1, 2, 1, T, S, 3, documents=documents)
     if ids is not None and T != S:

@@ -38,8 +38,8 @@ def peak(backend, T, mask) -> int:
 
 
 def main():
-    print(f"{'mask':<10} {'T':>6}  {'textbook':>9} {'tiled':>8} {'sdpa':>8}   {'textbook':>9} {'tiled':>8} {'sdpa':>8}  "
-          " tiled beside textbook, sdpa")
+    print(f"{'mask':<10} {'T':>6}  {'textbook':>9} {'tiled':>8} {'sdpa':>8}   {'textbook':>9} {'tiled':>8} {'sdpa':>8} "
+          "  tiled beside textbook, sdpa")
     for mask, T in [("causal", 2**n) for n in range(8, 14)] + [("window", LONGEST), ("documents", LONGEST)]:
         names = ("reference", "torch", "sdpa") if mask == "causal" else ("torch", "sdpa")
         runs, times = {name: step(name, T, mask) for name in names}, {name: [] for name in names}
