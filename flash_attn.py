@@ -297,7 +297,6 @@ def flash_backward_torch(do, dlse, q, k, v, o, lse, causal, sm_scale, window, do
     minus_delta = (dof * fold(o)).sum(-1, keepdim=True).neg_()
     minus_delta += dlse.reshape(minus_delta.shape)
     minus_lse = lse.view(minus_delta.shape) * -LOG2E
-    minus_lse.masked_fill_(minus_lse == math.inf, -math.inf)                        # empty row: p = exp2(-inf) = 0
     dqf, dkf, dvf = torch.empty_like(qs), torch.zeros_like(kf), torch.zeros_like(vf)
     for b, h, rows, (lo, full_lo, full_hi, hi) in work:
         q_i, do_i, lse_i, delta_i = (x[b, h, :, rows].flatten(1, 2) for x in (qs, dof, minus_lse, minus_delta))
@@ -458,8 +457,8 @@ if triton is not None:
         dlse_i = tl.load(dlse + b * lb + h * lh + m * lt, mask=inside, other=0.0)
         tl.store(delta + row, tl.sum(o_i * do_i, 1) - dlse_i, mask=inside)
         lse_i = tl.load(lse + row, mask=inside, other=0.0)
-        # an empty row: p = exp2(s - inf) = 0
-        tl.store(lse2 + row, tl.where(lse_i == -float("inf"), float("inf"), lse_i * 1.4426950408889634), mask=inside)
+        # in base 2, for exp2; an empty row's is -inf, and all its scores are hidden
+        tl.store(lse2 + row, lse_i * 1.4426950408889634, mask=inside)
 
     @triton.jit
     def _dkdv_tile(q, do, lse, delta, k, v, dk, dv, hidden, scale: tl.constexpr, MASKED: tl.constexpr,
