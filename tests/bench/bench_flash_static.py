@@ -1,6 +1,6 @@
 """The machine code of flash_attn.py's kernels, read without a GPU: python tests/bench/bench_flash_static.py [--quick]
 
-Every configuration that autotune may pick is compiled ahead of time for sm_80, sm_90 and sm_100, fp16, head dimensions
+Every configuration that autotune may pick is compiled ahead of time for sm_80, 90, 100, gfx942, fp16, head dimensions
 64 and 128 (one mask or another is the same machine code: masks are data), and must launch, must not spill registers in
 its hot loop (nor anywhere on sm_90 and sm_100; 48 bytes outside loops on sm_80), must multiply on tensor cores with
 float32 sums and, on sm_90, without serialising its wgmmas. --quick: the first configuration each, head dimension 128.
@@ -25,6 +25,7 @@ import flash_attn  # noqa: E402
 # (chip, head dim) -> forward, dkdv + dq of the tutorial; its backward at 128 spills: 1304 bytes (sm_90), 6 kB (sm_80)
 TUTORIAL = {(90, 64): (265, 604), (90, 128): (264, 1298), (80, 64): (346, 978), (80, 128): (556, 6731)}
 BOUND = {(90, 64): (265, 600), (90, 128): (264, 700), (80, 64): (346, 800), (80, 128): (600, 1350)}
+CHIPS = {80: "pointers", 90: "tma", 100: "tma", "gfx942": "hip"}            # chip -> table of configurations
 DOTS = {"_attn_fwd": 2, "_bwd_dkdv": 4, "_bwd_dq": 3}                     # matrix products a tile
 
 
@@ -37,13 +38,16 @@ def compiled(name, chip, D, config, dtype=torch.float16, group=1, documents=Fals
     matrices, vectors = {"_attn_fwd": ((q, k, v, o), (rows,)), "_bwd_dkdv": ((q, k, v, do, k, v), (rows, rows)),
                          "_bwd_dq": ((q, k, v, do, q), (rows, rows))}[name]
     args, options = flash_attn.arguments(name, matrices, vectors, flash_attn.Limits(bounds, bounds, ids), D ** -0.5,
-                                         divmod(chip, 10))
+                                         (0, 0) if isinstance(chip, str) else divmod(chip, 10))
     return mc.compile_for(chip, getattr(flash_attn, name), *args, **options, **config.all_kwargs())
 
 
 def check(report, chip, where):
     assert report.launchable, f"{where}: {report.limits}"
     assert not report.hot.spills, f"{where}: {report.hot.spills} spill instructions in the hot loop"
+    if chip == "gfx942":
+        assert not report.stack and report.hot.count("v_mfma_f32_32x32x8_f16", "v_mfma_f32_16x16x16_f16"), where
+        return
     assert report.stack <= (48 if chip == 80 else 0), f"{where}: {report.stack} bytes of spilled registers"
     assert not report.wgmma_serialized, f"{where}: wgmma serialised"
     for loop in report.loops:
@@ -56,15 +60,15 @@ def main(quick):
     sums = {}
     print(f"{'kernel':<10} {'chip':<6} {'D':>4}  {'M x N, warps, stages':<22} {'per 1024':>8} {'registers':>9} "
           f"{'spilled':>7} {'shared':>7} {'blocks/SM':>9}")
-    for chip, D, (name, dots) in itertools.product((80, 90, 100), (128,) if quick else (64, 128), DOTS.items()):
+    for chip, D, (name, dots) in itertools.product(CHIPS, (128,) if quick else (64, 128), DOTS.items()):
         counts = []
-        for config in flash_attn.configs(name, 2 * D, "tma" if chip >= 90 else "pointers")[:1 if quick else None]:
+        for config in flash_attn.configs(name, 2 * D, CHIPS[chip])[:1 if quick else None]:
             report = mc.analyse(compiled(name, chip, D, config))
             m, n, warps = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"], config.num_warps
-            check(report, chip, f"{name} sm_{chip} D {D} {m} x {n}, {warps} warps")
+            check(report, chip, f"{name} {chip} D {D} {m} x {n}, {warps} warps")
             counts.append(mc.per_1024(report.hot, m * n, 2 * D * dots, warps))
             tile = f"{m} x {n}, {warps}, {config.num_stages}"
-            print(f"{name:<10} sm_{chip:<3} {D:>4}  {tile:<22} {counts[-1]:>8.0f} {report.registers:>9} "
+            print(f"{name:<10} {chip:<6} {D:>4}  {tile:<22} {counts[-1]:>8.0f} {report.registers:>9} "
                   f"{report.stack:>7} {report.shared:>7} {report.blocks:>9}", flush=True)
         sums[chip, D, name] = min(counts)
     print("\nper 1024 scores: ours | bound | the tutorial's")
