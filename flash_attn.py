@@ -337,38 +337,42 @@ def flash_backward_torch(do, dlse, q, k, v, o, lse, causal, sm_scale, window, do
 # the tensor cores. A head dimension that is no power of two is padded with zeros.
 
 if triton is not None:
+    LN2 = tl.constexpr(math.log(2))                          # SCALE is sm_scale * log2(e): scores and lse are in base 2
+
     @triton.jit
-    def _source(base, stride_row, stop_row, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    def _matrix(x, stride, b, h, start, n, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
                 TMA: tl.constexpr):
-        """What _load reads tiles of a (rows, D) matrix from: its address, or a descriptor for the copy engine."""
+        """The (n, D) matrix of head (b, h) from row `start` on: its address, or a descriptor for the copy engine."""
+        base = x + b * stride[0] + h * stride[1] + start * stride[2]
         if TMA:
-            source = tl.make_tensor_descriptor(base, shape=[stop_row, D], strides=[tl.cast(stride_row, tl.int64), 1],
+            matrix = tl.make_tensor_descriptor(base, shape=[n, D], strides=[tl.cast(stride[2], tl.int64), 1],
                                                block_shape=[BLOCK, BLOCK_D])
         else:
-            source = base
-        return source
+            matrix = base
+        return matrix
 
     @triton.jit
-    def _load(source, start, rows, d, stride_row, stride_d, stop_row, D: tl.constexpr, CHECK: tl.constexpr,
-              TMA: tl.constexpr):
-        """Rows start + rows of a (stop_row, D) matrix, 0 outside. CHECK: some of the rows may be outside."""
+    def _load(matrix, stride, start, n, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+              INDEX: tl.constexpr, CHECK: tl.constexpr, TMA: tl.constexpr):
+        """BLOCK rows of it from `start` on, 0 outside of (n, D). CHECK: some of the rows may be outside."""
         if TMA:
-            x = source.load([start, 0])
+            tile = matrix.load([start, 0])
         else:
-            row, column = (start + rows)[:, None], d[None, :]
-            at = source + row * stride_row + column * stride_d
+            row, d = (start + tl.arange(0, BLOCK).to(INDEX))[:, None], tl.arange(0, BLOCK_D).to(INDEX)[None, :]
+            at = matrix + row * stride[2] + d * stride[3]
             if CHECK:
-                x = tl.load(at, mask=(row < stop_row) & (column < D), other=0.0)
-            elif d.shape[0] != D:
-                x = tl.load(at, mask=column < D, other=0.0)
+                tile = tl.load(at, mask=(row < n) & (d < D), other=0.0)
+            elif BLOCK_D != D:
+                tile = tl.load(at, mask=d < D, other=0.0)
             else:
-                x = tl.load(at)
-        return x
+                tile = tl.load(at)
+        return tile
 
     @triton.jit
-    def _store(base, tile, rows, d, stride_row, stride_d, stop_row, D: tl.constexpr):
-        at = base + rows[:, None] * stride_row + d[None, :] * stride_d
-        tl.store(at, tile.to(base.dtype.element_ty), mask=(rows[:, None] < stop_row) & (d[None, :] < D))
+    def _store(x, stride, b, h, start, n, tile, D: tl.constexpr, INDEX: tl.constexpr):
+        base = x + b * stride[0] + h * stride[1] + start * stride[2]
+        row, d = tl.arange(0, tile.shape[0]).to(INDEX)[:, None], tl.arange(0, tile.shape[1]).to(INDEX)[None, :]
+        tl.store(base + row * stride[2] + d * stride[3], tile.to(x.dtype.element_ty), mask=(row < n) & (d < D))
 
     @triton.jit
     def _range(bounds, plane, at, STEP: tl.constexpr):
@@ -382,18 +386,36 @@ if triton is not None:
         return lo, full_lo, full_hi, hi
 
     @triton.jit
-    def _fwd_tile(q, k, v, m_i, l_i, acc, hidden, scale: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    def _edge(bounds, plane, at, ids, own, walked):
+        """What tells a hidden score at the edges. Loaded after the full tiles: registers are scarce there."""
+        own_id = at
+        if ids is not None:
+            own_id = tl.load(ids + own + at)
+        return tl.load(bounds + at), tl.load(bounds + plane + at), own_id, walked
+
+    @triton.jit
+    def _hidden(edge, ids, start, n, BLOCK: tl.constexpr):
+        """Where the mask hides a score: the program's own positions are rows, the walked from `start` on columns."""
+        first, last, own_id, walked = edge
+        at = (start + tl.arange(0, BLOCK))[None, :]
+        hidden = (at < first[:, None]) | (at >= last[:, None])
+        if ids is not None:
+            hidden |= own_id[:, None] != tl.load(ids + walked + at, mask=at < n, other=-1)
+        return hidden
+
+    @triton.jit
+    def _fwd_tile(q, k, v, m_i, l_i, acc, edge, ids, j, S, SCALE: tl.constexpr, PRECISION: tl.constexpr):
         # s = q k^T
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=acc.dtype)                     # (M, N)
-        if MASKED:
-            s = tl.where(hidden, -float("inf"), s)
+        if edge is not None:
+            s = tl.where(_hidden(edge, ids, j, S, k.shape[0]), -float("inf"), s)
         # m' = max(m, max s)
-        m_new = tl.maximum(m_i, tl.max(s, 1) * scale)
+        m_new = tl.maximum(m_i, tl.max(s, 1) * SCALE)
         safe = m_new
-        if MASKED:
+        if edge is not None:
             safe = tl.where(m_new == -float("inf"), 0.0, m_new)                  # no key yet: exp2(-inf - 0) = 0
         # p = exp(s - m'), alpha = exp(m - m')
-        p = tl.exp2(s * scale - safe[:, None])
+        p = tl.exp2(s * SCALE - safe[:, None])
         alpha = tl.exp2(m_i - safe)
         # l' = alpha l + sum p, o' = alpha o + p v
         l_i = l_i * alpha + tl.sum(p, 1)
@@ -401,73 +423,12 @@ if triton is not None:
         return m_new, l_i, acc
 
     @triton.jit
-    def _attn_fwd(q, k, v, o, lse, bounds, ids,
-                  qb, qh, qt, qd, kb, kh, kt, kd, vb, vh, vt, vd, ob, oh, ot, od, bounds_b, bounds_plane,
-                  T, S, L, SCALE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                  INDEX: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-        ACC: tl.constexpr = lse.dtype.element_ty
-        scale: tl.constexpr = SCALE * 1.4426950408889634
-        h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-        start_m = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * BLOCK_M   # a causal mask's long rows first
-        m, n = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_N).to(INDEX)
-        d = tl.arange(0, BLOCK_D).to(INDEX)
-        rows = (T - start_m).to(tl.int32)                                                # that exist: BLOCK_M or fewer
-        i = tl.minimum(m, rows - 1).to(tl.int32)
-        bounds += b * bounds_b + start_m
-        lo, full_lo, full_hi, hi = _range(bounds, bounds_plane, i, BLOCK_N)
-        k = _source(k + b * kb + h // GROUP * kh, kt, S, D, BLOCK_N, BLOCK_D, TMA)
-        v = _source(v + b * vb + h // GROUP * vh, vt, S, D, BLOCK_N, BLOCK_D, TMA)
-        q_i = _load(q + b * qb + h * qh + start_m * qt, 0, m, d, qt, qd, rows, D, True, False)             # (M, D)
-        m_i, l_i = tl.full([BLOCK_M], -float("inf"), ACC), tl.zeros([BLOCK_M], ACC)
-        acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-        for j in tl.range(full_lo, full_hi, BLOCK_N):
-            k_j = _load(k, j, n, d, kt, kd, S, D, False, TMA)                       # (N, D)
-            v_j = _load(v, j, n, d, vt, vd, S, D, False, TMA)
-            m_i, l_i, acc = _fwd_tile(q_i, k_j, v_j, m_i, l_i, acc, None, scale, False, PRECISION)
-        start, stop = tl.load(bounds + i), tl.load(bounds + bounds_plane + i)           # only now: registers are scarce
-        id_i = tl.load(ids + b * L + L - T + start_m + i) if ids is not None else 0
-        for j0 in tl.range(lo, hi - (full_hi - full_lo), BLOCK_N, num_stages=1):
-            j = j0 if j0 < full_lo else j0 + (full_hi - full_lo)
-            k_j = _load(k, j, n, d, kt, kd, S, D, True, TMA)
-            v_j = _load(v, j, n, d, vt, vd, S, D, True, TMA)
-            at = j + tl.arange(0, BLOCK_N)
-            hidden = (at[None, :] < start[:, None]) | (at[None, :] >= stop[:, None])
-            if ids is not None:
-                id_j = tl.load(ids + b * L + L - S + at, mask=at < S, other=-1)
-                hidden |= id_i[:, None] != id_j[None, :]
-            m_i, l_i, acc = _fwd_tile(q_i, k_j, v_j, m_i, l_i, acc, hidden, scale, True, PRECISION)
-        # o = o / l, lse = m + log l; an empty row has l = 0 and m = -inf
-        l_i = tl.where(l_i == 0, 1.0, l_i)
-        acc = acc / l_i[:, None]
-        _store(o + b * ob + h * oh + start_m * ot, acc, m, d, ot, od, rows, D)
-        lse += (b * tl.num_programs(1) + h) * T + start_m
-        tl.store(lse + m, (m_i + tl.log2(l_i)) * 0.6931471805599453, mask=m < rows)
-
-    @triton.jit
-    def _bwd_preprocess(o, do, lse, dlse, delta, lse2, ob, oh, ot, od, dob, doh, dot, dod, lb, lh, lt,
-                        T, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr):
-        h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-        m, d = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D).to(tl.int64)
-        ACC: tl.constexpr = lse.dtype.element_ty
-        o_i = _load(o + b * ob + h * oh, 0, m, d, ot, od, T, D, True, False).to(ACC)                        # (M, D)
-        do_i = _load(do + b * dob + h * doh, 0, m, d, dot, dod, T, D, True, False).to(ACC)
-        row, inside = (b * tl.num_programs(1) + h) * T + m, m < T
-        # delta = rowsum(do * o); lse is an output too, and d lse / d s = p: its gradient joins as delta - dlse
-        dlse_i = tl.load(dlse + b * lb + h * lh + m * lt, mask=inside, other=0.0)
-        tl.store(delta + row, tl.sum(o_i * do_i, 1) - dlse_i, mask=inside)
-        lse_i = tl.load(lse + row, mask=inside, other=0.0)
-        # in base 2, for exp2; an empty row's is -inf, and all its scores are hidden
-        tl.store(lse2 + row, lse_i * 1.4426950408889634, mask=inside)
-
-    @triton.jit
-    def _dkdv_tile(q, do, lse, delta, k, v, dk, dv, hidden, scale: tl.constexpr, MASKED: tl.constexpr,
-                   PRECISION: tl.constexpr):
+    def _dkdv_tile(q, do, lse, delta, k, v, dk, dv, edge, ids, i, T, SCALE: tl.constexpr, PRECISION: tl.constexpr):
         # p = exp(s - lse), all of it transposed: keys are rows
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION, out_dtype=dk.dtype)                      # (N, M)
-        p = tl.exp2(s * scale - lse[None, :])
-        if MASKED:
-            p = tl.where(hidden, 0.0, p)
+        p = tl.exp2(s * SCALE - lse[None, :])
+        if edge is not None:
+            p = tl.where(_hidden(edge, ids, i, T, q.shape[0]), 0.0, p)
         # dv = p^T do
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION, out_dtype=dk.dtype)             # (N, D)
         # ds = p * (dp - delta), dp = do v^T
@@ -478,61 +439,12 @@ if triton is not None:
         return dk, dv
 
     @triton.jit
-    def _bwd_dkdv(q, k, v, do, dk, dv, lse2, delta, bounds, ids,
-                  qb, qh, qt, qd, kb, kh, kt, kd, vb, vh, vt, vd, dob, doh, dot, dod,
-                  dkb, dkh, dkt, dkd, dvb, dvh, dvt, dvd, bounds_b, bounds_plane,
-                  T, S, L, SCALE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                  INDEX: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-        ACC: tl.constexpr = lse2.dtype.element_ty
-        scale: tl.constexpr = SCALE * 1.4426950408889634
-        h_kv, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-        start_n = tl.program_id(0).to(tl.int64) * BLOCK_N
-        m, n = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_N).to(INDEX)
-        d = tl.arange(0, BLOCK_D).to(INDEX)
-        columns = (S - start_n).to(tl.int32)
-        j = tl.minimum(n, columns - 1).to(tl.int32)
-        bounds += b * bounds_b + start_n
-        lo, full_lo, full_hi, hi = _range(bounds, bounds_plane, j, BLOCK_M)
-        k_j = _load(k + b * kb + h_kv * kh + start_n * kt, 0, n, d, kt, kd, columns, D, True, False)       # (N, D)
-        v_j = _load(v + b * vb + h_kv * vh + start_n * vt, 0, n, d, vt, vd, columns, D, True, False)
-        dk_j, dv_j = tl.zeros([BLOCK_N, BLOCK_D], ACC), tl.zeros([BLOCK_N, BLOCK_D], ACC)
-        for g in range(GROUP):
-            h = h_kv * GROUP + g
-            q_h = _source(q + b * qb + h * qh, qt, T, D, BLOCK_M, BLOCK_D, TMA)
-            do_h = _source(do + b * dob + h * doh, dot, T, D, BLOCK_M, BLOCK_D, TMA)
-            row = (b * tl.num_programs(1) * GROUP + h) * T
-            lse_h, delta_h = lse2 + row, delta + row
-            for i in tl.range(full_lo, full_hi, BLOCK_M):
-                q_i = _load(q_h, i, m, d, qt, qd, T, D, False, TMA)                 # (M, D)
-                do_i = _load(do_h, i, m, d, dot, dod, T, D, False, TMA)
-                lse_i, delta_i = tl.load(lse_h + i + m), tl.load(delta_h + i + m)                      # (M)
-                dk_j, dv_j = _dkdv_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dk_j, dv_j, None, scale, False, PRECISION)
-            start, stop = tl.load(bounds + j), tl.load(bounds + bounds_plane + j)
-            id_j = tl.load(ids + b * L + L - S + start_n + j) if ids is not None else 0
-            for i0 in tl.range(lo, hi - (full_hi - full_lo), BLOCK_M, num_stages=1):
-                i = i0 if i0 < full_lo else i0 + (full_hi - full_lo)
-                q_i = _load(q_h, i, m, d, qt, qd, T, D, True, TMA)
-                do_i = _load(do_h, i, m, d, dot, dod, T, D, True, TMA)
-                at = i + tl.arange(0, BLOCK_M)
-                lse_i = tl.load(lse_h + at, mask=at < T, other=0.0)
-                delta_i = tl.load(delta_h + at, mask=at < T, other=0.0)
-                hidden = (at[None, :] < start[:, None]) | (at[None, :] >= stop[:, None])               # (N, M)
-                if ids is not None:
-                    id_i = tl.load(ids + b * L + L - T + at, mask=at < T, other=-1)
-                    hidden |= id_j[:, None] != id_i[None, :]
-                dk_j, dv_j = _dkdv_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dk_j, dv_j, hidden, scale, True, PRECISION)
-        _store(dk + b * dkb + h_kv * dkh + start_n * dkt, dk_j * SCALE, n, d, dkt, dkd, columns, D)
-        _store(dv + b * dvb + h_kv * dvh + start_n * dvt, dv_j, n, d, dvt, dvd, columns, D)
-
-    @triton.jit
-    def _dq_tile(q, do, lse, delta, k, v, dq, hidden, scale: tl.constexpr, MASKED: tl.constexpr,
-                 PRECISION: tl.constexpr):
+    def _dq_tile(q, do, lse, delta, k, v, dq, edge, ids, j, S, SCALE: tl.constexpr, PRECISION: tl.constexpr):
         # p = exp(s - lse)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION, out_dtype=dq.dtype)                      # (M, N)
-        p = tl.exp2(s * scale - lse[:, None])
-        if MASKED:
-            p = tl.where(hidden, 0.0, p)
+        p = tl.exp2(s * SCALE - lse[:, None])
+        if edge is not None:
+            p = tl.where(_hidden(edge, ids, j, S, k.shape[0]), 0.0, p)
         # ds = p * (dp - delta), dp = do v^T
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION, out_dtype=dq.dtype)                    # (M, N)
         ds = p * (dp - delta[:, None])
@@ -540,46 +452,133 @@ if triton is not None:
         return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=dq.dtype)            # (M, D)
 
     @triton.jit
-    def _bwd_dq(q, k, v, do, dq, lse2, delta, bounds, ids,
-                qb, qh, qt, qd, kb, kh, kt, kd, vb, vh, vt, vd, dob, doh, dot, dod, dqb, dqh, dqt, dqd,
-                bounds_b, bounds_plane,
-                T, S, L, SCALE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    def _program(bounds, bounds_stride, n, LONG_LAST: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
+        """This program's batch, head, `rows` positions from `start` on (at: 0, 1, ... rows - 1, rows - 1), and what it
+        walks over. LONG_LAST: a causal mask makes the last positions' walks the longest: first."""
+        b, h, block = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(0)
+        if LONG_LAST:
+            block = tl.num_programs(0) - 1 - block
+        start = block.to(tl.int64) * BLOCK
+        rows = (n - start).to(tl.int32)
+        at = tl.minimum(tl.arange(0, BLOCK), rows - 1)
+        bounds += b * bounds_stride[1] + start
+        lo, full_lo, full_hi, hi = _range(bounds, bounds_stride[0], at, STEP)
+        return b, h, start, rows, at, bounds, lo, full_lo, full_hi, hi
+
+    @triton.jit
+    def _attn_fwd(q, k, v, o, lse, bounds, ids, strides, bounds_stride, T, S, L,
+                  SCALE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                  INDEX: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        sq, sk, sv, so = strides
+        ACC: tl.constexpr = lse.dtype.element_ty
+        b, h, start, rows, i, bounds, lo, full_lo, full_hi, hi = _program(bounds, bounds_stride, T, True,
+                                                                          BLOCK_M, BLOCK_N)
+        q = _matrix(q, sq, b, h, start, rows, D, BLOCK_M, BLOCK_D, False)
+        k = _matrix(k, sk, b, h // GROUP, 0, S, D, BLOCK_N, BLOCK_D, TMA)
+        v = _matrix(v, sv, b, h // GROUP, 0, S, D, BLOCK_N, BLOCK_D, TMA)
+        q_i = _load(q, sq, 0, rows, D, BLOCK_M, BLOCK_D, INDEX, True, False)                           # (M, D)
+        m_i, l_i = tl.full([BLOCK_M], -float("inf"), ACC), tl.zeros([BLOCK_M], ACC)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+        for j in tl.range(full_lo, full_hi, BLOCK_N):
+            k_j = _load(k, sk, j, S, D, BLOCK_N, BLOCK_D, INDEX, False, TMA)                           # (N, D)
+            v_j = _load(v, sv, j, S, D, BLOCK_N, BLOCK_D, INDEX, False, TMA)
+            m_i, l_i, acc = _fwd_tile(q_i, k_j, v_j, m_i, l_i, acc, None, None, j, S, SCALE, PRECISION)
+        edge = _edge(bounds, bounds_stride[0], i, ids, b * L + L - T + start, b * L + L - S)
+        for j in tl.range(lo, hi - (full_hi - full_lo), BLOCK_N, num_stages=1):
+            j = j if j < full_lo else j + (full_hi - full_lo)
+            k_j = _load(k, sk, j, S, D, BLOCK_N, BLOCK_D, INDEX, True, TMA)
+            v_j = _load(v, sv, j, S, D, BLOCK_N, BLOCK_D, INDEX, True, TMA)
+            m_i, l_i, acc = _fwd_tile(q_i, k_j, v_j, m_i, l_i, acc, edge, ids, j, S, SCALE, PRECISION)
+        # o = o / l, lse = m + log l; an empty row has l = 0 and m = -inf
+        l_i = tl.where(l_i == 0, 1.0, l_i)
+        _store(o, so, b, h, start, rows, acc / l_i[:, None], D, INDEX)
+        m = tl.arange(0, BLOCK_M)
+        tl.store(lse + (b * tl.num_programs(1) + h) * T + start + m, (m_i + tl.log2(l_i)) * LN2, mask=m < rows)
+
+    @triton.jit
+    def _bwd_preprocess(o, do, lse, dlse, delta, lse2, strides, T, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                        BLOCK_M: tl.constexpr):
+        so, sdo, sdlse = strides
+        h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+        start, m = tl.program_id(0).to(tl.int64) * BLOCK_M, tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        o = _matrix(o, so, b, h, 0, T, D, BLOCK_M, BLOCK_D, False)
+        do = _matrix(do, sdo, b, h, 0, T, D, BLOCK_M, BLOCK_D, False)
+        o_i = _load(o, so, start, T, D, BLOCK_M, BLOCK_D, tl.int64, True, False).to(lse.dtype.element_ty)
+        do_i = _load(do, sdo, start, T, D, BLOCK_M, BLOCK_D, tl.int64, True, False).to(lse.dtype.element_ty)
+        row, inside = (b * tl.num_programs(1) + h) * T + m, m < T
+        # delta = rowsum(do * o); lse is an output too, and d lse / d s = p: its gradient joins as delta - dlse
+        dlse_i = tl.load(dlse + b * sdlse[0] + h * sdlse[1] + m * sdlse[2], mask=inside, other=0.0)
+        tl.store(delta + row, tl.sum(o_i * do_i, 1) - dlse_i, mask=inside)
+        # in base 2, for exp2; an empty row's is -inf, and all its scores are hidden
+        tl.store(lse2 + row, tl.load(lse + row, mask=inside, other=0.0) / LN2, mask=inside)
+
+    @triton.jit
+    def _bwd_dkdv(q, k, v, do, dk, dv, lse2, delta, bounds, ids, strides, bounds_stride, T, S, L,
+                  SCALE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                  INDEX: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+        sq, sk, sv, sdo, sdk, sdv = strides
+        ACC: tl.constexpr = lse2.dtype.element_ty
+        b, h, start, rows, j, bounds, lo, full_lo, full_hi, hi = _program(bounds, bounds_stride, S, False,
+                                                                          BLOCK_N, BLOCK_M)
+        k = _matrix(k, sk, b, h, start, rows, D, BLOCK_N, BLOCK_D, False)
+        v = _matrix(v, sv, b, h, start, rows, D, BLOCK_N, BLOCK_D, False)
+        k_j = _load(k, sk, 0, rows, D, BLOCK_N, BLOCK_D, INDEX, True, False)                           # (N, D)
+        v_j = _load(v, sv, 0, rows, D, BLOCK_N, BLOCK_D, INDEX, True, False)
+        dk_j, dv_j = tl.zeros([BLOCK_N, BLOCK_D], ACC), tl.zeros([BLOCK_N, BLOCK_D], ACC)
+        for g in range(GROUP):
+            q_h = _matrix(q, sq, b, h * GROUP + g, 0, T, D, BLOCK_M, BLOCK_D, TMA)
+            do_h = _matrix(do, sdo, b, h * GROUP + g, 0, T, D, BLOCK_M, BLOCK_D, TMA)
+            row = ((b * tl.num_programs(1) + h) * GROUP + g) * T
+            for i in tl.range(full_lo, full_hi, BLOCK_M):
+                q_i = _load(q_h, sq, i, T, D, BLOCK_M, BLOCK_D, INDEX, False, TMA)                     # (M, D)
+                do_i = _load(do_h, sdo, i, T, D, BLOCK_M, BLOCK_D, INDEX, False, TMA)
+                at = i + tl.arange(0, BLOCK_M)
+                lse_i, delta_i = tl.load(lse2 + row + at), tl.load(delta + row + at)                   # (M)
+                dk_j, dv_j = _dkdv_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dk_j, dv_j,
+                                        None, None, i, T, SCALE, PRECISION)
+            edge = _edge(bounds, bounds_stride[0], j, ids, b * L + L - S + start, b * L + L - T)
+            for i in tl.range(lo, hi - (full_hi - full_lo), BLOCK_M, num_stages=1):
+                i = i if i < full_lo else i + (full_hi - full_lo)
+                q_i = _load(q_h, sq, i, T, D, BLOCK_M, BLOCK_D, INDEX, True, TMA)
+                do_i = _load(do_h, sdo, i, T, D, BLOCK_M, BLOCK_D, INDEX, True, TMA)
+                at = i + tl.arange(0, BLOCK_M)
+                lse_i = tl.load(lse2 + row + at, mask=at < T, other=0.0)
+                delta_i = tl.load(delta + row + at, mask=at < T, other=0.0)
+                dk_j, dv_j = _dkdv_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dk_j, dv_j,
+                                        edge, ids, i, T, SCALE, PRECISION)
+        _store(dk, sdk, b, h, start, rows, dk_j * (SCALE * LN2), D, INDEX)
+        _store(dv, sdv, b, h, start, rows, dv_j, D, INDEX)
+
+    @triton.jit
+    def _bwd_dq(q, k, v, do, dq, lse2, delta, bounds, ids, strides, bounds_stride, T, S, L,
+                SCALE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
                 INDEX: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-        ACC: tl.constexpr = lse2.dtype.element_ty
-        scale: tl.constexpr = SCALE * 1.4426950408889634
-        h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-        start_m = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * BLOCK_M
-        m, n = tl.arange(0, BLOCK_M).to(INDEX), tl.arange(0, BLOCK_N).to(INDEX)
-        d = tl.arange(0, BLOCK_D).to(INDEX)
-        rows = (T - start_m).to(tl.int32)
-        i = tl.minimum(m, rows - 1).to(tl.int32)
-        bounds += b * bounds_b + start_m
-        lo, full_lo, full_hi, hi = _range(bounds, bounds_plane, i, BLOCK_N)
-        k = _source(k + b * kb + h // GROUP * kh, kt, S, D, BLOCK_N, BLOCK_D, TMA)
-        v = _source(v + b * vb + h // GROUP * vh, vt, S, D, BLOCK_N, BLOCK_D, TMA)
-        row = (b * tl.num_programs(1) + h) * T + start_m
-        q_i = _load(q + b * qb + h * qh + start_m * qt, 0, m, d, qt, qd, rows, D, True, False)             # (M, D)
-        do_i = _load(do + b * dob + h * doh + start_m * dot, 0, m, d, dot, dod, rows, D, True, False)
+        sq, sk, sv, sdo, sdq = strides
+        b, h, start, rows, i, bounds, lo, full_lo, full_hi, hi = _program(bounds, bounds_stride, T, True,
+                                                                          BLOCK_M, BLOCK_N)
+        q = _matrix(q, sq, b, h, start, rows, D, BLOCK_M, BLOCK_D, False)
+        do = _matrix(do, sdo, b, h, start, rows, D, BLOCK_M, BLOCK_D, False)
+        k = _matrix(k, sk, b, h // GROUP, 0, S, D, BLOCK_N, BLOCK_D, TMA)
+        v = _matrix(v, sv, b, h // GROUP, 0, S, D, BLOCK_N, BLOCK_D, TMA)
+        q_i = _load(q, sq, 0, rows, D, BLOCK_M, BLOCK_D, INDEX, True, False)                           # (M, D)
+        do_i = _load(do, sdo, 0, rows, D, BLOCK_M, BLOCK_D, INDEX, True, False)
+        row = (b * tl.num_programs(1) + h) * T + start
         lse_i, delta_i = tl.load(lse2 + row + i), tl.load(delta + row + i)                             # (M)
-        dq_i = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+        dq_i = tl.zeros([BLOCK_M, BLOCK_D], lse2.dtype.element_ty)
         for j in tl.range(full_lo, full_hi, BLOCK_N):
-            k_j = _load(k, j, n, d, kt, kd, S, D, False, TMA)                       # (N, D)
-            v_j = _load(v, j, n, d, vt, vd, S, D, False, TMA)
-            dq_i = _dq_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dq_i, None, scale, False, PRECISION)
-        start, stop = tl.load(bounds + i), tl.load(bounds + bounds_plane + i)           # only now: registers are scarce
-        id_i = tl.load(ids + b * L + L - T + start_m + i) if ids is not None else 0
-        for j0 in tl.range(lo, hi - (full_hi - full_lo), BLOCK_N, num_stages=1):
-            j = j0 if j0 < full_lo else j0 + (full_hi - full_lo)
-            k_j = _load(k, j, n, d, kt, kd, S, D, True, TMA)
-            v_j = _load(v, j, n, d, vt, vd, S, D, True, TMA)
-            at = j + tl.arange(0, BLOCK_N)
-            hidden = (at[None, :] < start[:, None]) | (at[None, :] >= stop[:, None])
-            if ids is not None:
-                id_j = tl.load(ids + b * L + L - S + at, mask=at < S, other=-1)
-                hidden |= id_i[:, None] != id_j[None, :]
-            dq_i = _dq_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dq_i, hidden, scale, True, PRECISION)
-        _store(dq + b * dqb + h * dqh + start_m * dqt, dq_i * SCALE, m, d, dqt, dqd, rows, D)
+            k_j = _load(k, sk, j, S, D, BLOCK_N, BLOCK_D, INDEX, False, TMA)                           # (N, D)
+            v_j = _load(v, sv, j, S, D, BLOCK_N, BLOCK_D, INDEX, False, TMA)
+            dq_i = _dq_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dq_i, None, None, j, S, SCALE, PRECISION)
+        edge = _edge(bounds, bounds_stride[0], i, ids, b * L + L - T + start, b * L + L - S)
+        for j in tl.range(lo, hi - (full_hi - full_lo), BLOCK_N, num_stages=1):
+            j = j if j < full_lo else j + (full_hi - full_lo)
+            k_j = _load(k, sk, j, S, D, BLOCK_N, BLOCK_D, INDEX, True, TMA)
+            v_j = _load(v, sv, j, S, D, BLOCK_N, BLOCK_D, INDEX, True, TMA)
+            dq_i = _dq_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dq_i, edge, ids, j, S, SCALE, PRECISION)
+        _store(dq, sdq, b, h, start, rows, dq_i * (SCALE * LN2), D, INDEX)
 
 
 # BLOCK_M, BLOCK_N, num_warps, num_stages: what autotune tries, by what a row of a tile takes. All of them fit and none
@@ -631,13 +630,12 @@ def arguments(name, matrices, vectors, at, sm_scale, capability):
     q, k = matrices[:2]
     (H, T, D), (K, S) = q.shape[1:], k.shape[1:3]
     bounds = at.columns if name == "_bwd_dkdv" else at.rows
-    strides = [x.stride() for x in matrices]
-    args = (*matrices, *vectors, bounds, at.ids, *sum(strides, ()),
-            bounds.stride(1) if bounds.shape[1] > 1 else 0, bounds.stride(0), T, S, max(T, S))
+    args = (*matrices, *vectors, bounds, at.ids, tuple(x.stride() for x in matrices),
+            (bounds.stride(0), bounds.stride(1) if bounds.shape[1] > 1 else 0), T, S, max(T, S))
     aligned = all(x.stride(3) == 1 and not (x.data_ptr() | x.itemsize * (x.stride(0) | x.stride(1) | x.stride(2))) % 16
                   for x in matrices[:4])
     wide = max((x.shape[2] + 256) * x.stride(2) + D * x.stride(3) for x in matrices) >= 2**31
-    return args, dict(SCALE=sm_scale, GROUP=H // K, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)),
+    return args, dict(SCALE=sm_scale * LOG2E, GROUP=H // K, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)),
                       INDEX=tl.int64 if wide else tl.int32,
                       TMA=aligned and (capability >= (9, 0) if TMA is None else TMA),
                       PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32")
@@ -676,7 +674,7 @@ def flash_backward_triton(do, dlse, q, k, v, o, lse, causal, sm_scale, window, d
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     _bwd_preprocess[(triton.cdiv(T, block_m), H, B)](
-        o, do, lse, dlse, delta, lse2, *o.stride(), *do.stride(), *dlse.stride(), T, D, block_d, block_m)
+        o, do, lse, dlse, delta, lse2, (o.stride(), do.stride(), dlse.stride()), T, D, block_d, block_m)
     launch("_bwd_dkdv", (q, k, v, do, dk, dv), (lse2, delta), at, sm_scale)
     launch("_bwd_dq", (q, k, v, do, dq), (lse2, delta), at, sm_scale)
     return dq, dk, dv

@@ -244,8 +244,8 @@ def test_traffic_is_the_formula(T, S, K, group, D, m, n, causal, window, documen
     named = [q, k, v, do, dlse, o, lse, delta, lse2, dq, dk, dv, at.rows, at.columns] + ([at.ids] if documents else [])
     with flash_attn.Traffic(named) as counted:
         flash_attn.launch("_attn_fwd", (q, k, v, o), (lse,), at, 0.3)
-        flash_attn._bwd_preprocess[(2, K * group, 2)](o, do, lse, dlse, delta, lse2, *o.stride(), *do.stride(),
-                                                      *dlse.stride(), T, D, 32, 64)
+        flash_attn._bwd_preprocess[(2, K * group, 2)](o, do, lse, dlse, delta, lse2, (o.stride(), do.stride(),
+                                                      dlse.stride()), T, D, 32, 64)
         flash_attn.launch("_bwd_dkdv", (q, k, v, do, dk, dv), (lse2, delta), at, 0.3)
         flash_attn.launch("_bwd_dq", (q, k, v, do, dq), (lse2, delta), at, 0.3)
     formula = flash_attn.traffic(q, k, at, dict.fromkeys(KERNELS, (m, n)))
