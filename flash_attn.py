@@ -56,7 +56,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")       # the demo then runs the kernels in triton's interpreter
@@ -69,6 +68,16 @@ except ImportError:                                      # no wheels outside Lin
 
 LOG2E = math.log2(math.e)                                # exp(x) = exp2(x * LOG2E); hardware and vector units have exp2
 INTERPRET = triton is not None and triton.knobs.runtime.interpret
+
+
+def accumulator(dtype):
+    """What sums are kept in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def heads(*tensors):
+    """(B, n, D) is one head: (B, 1, n, D)."""
+    return [x if x.ndim == 4 else x[:, None] for x in tensors]
 
 
 # ---- which keys a query sees -----------------------------------------------------------------------------------------
@@ -151,38 +160,36 @@ def tiles(bounds: Tensor, block: int, step: int) -> Tensor:
 
 # ---- the plain version -----------------------------------------------------------------------------------------------
 
-def visible(T, S, causal, window, documents, device) -> Tensor:
-    """The mask as the matrix that flash attention never writes: (T, S) or (B, T, S) bool."""
-    i, j = torch.arange(T, device=device)[:, None] + S - T, torch.arange(S, device=device)
-    mask = j <= i if causal or window is not None else torch.ones(T, S, dtype=torch.bool, device=device)
+def visible(q, k, causal, window, documents) -> Tensor:
+    """The mask as the matrix that flash attention never writes: (T, S), or (B, 1, T, S) bool with documents."""
+    T, S = q.shape[2], k.shape[2]
+    i, j = torch.arange(T, device=q.device)[:, None] + S - T, torch.arange(S, device=q.device)
+    mask = j <= i if causal or window is not None else torch.ones(T, S, dtype=torch.bool, device=q.device)
     if window is not None:
         mask = mask & (j > i - window)
     if documents is not None:
         L = documents.shape[1]
-        mask = mask & (documents[:, L - T:, None] == documents[:, None, L - S:])
+        mask = mask & (documents[:, None, L - T:, None] == documents[:, None, None, L - S:])
     return mask
 
 
-def attention_reference(q, k, v, *, causal, sm_scale=None, window=None, documents=None):
-    """The textbook, in any dtype, differentiated by autograd. Arguments and errors as flash_attention -> o as q."""
-    return flash_attention(q, k, v, causal=causal, sm_scale=sm_scale, window=window, documents=documents,
-                           backend="reference")
+def attention_reference(q, k, v, *, causal, sm_scale=None, window=None, documents=None, return_lse=False):
+    """The textbook, in any dtype, differentiated by autograd. Arguments as flash_attention -> o, or (o, lse).
 
-
-def reference(q, k, v, causal, sm_scale, window, documents, return_lse=False):
-    """-> o, lse or None.  HBM traffic beside q, k, v, o: 10 passes over a (B, H, T, S) matrix forward, 13 back:
-    dp = do v^T 1, dv 1, the masks' gradients 2 and 2, softmax's 3, the scale's 2, dq 1, dk 1."""
-    T, S, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    HBM traffic beside q, k, v, o: 10 passes over a (B, H, T, S) matrix forward, 13 back: dp = do v^T 1, dv 1, the
+    masks' gradients 2 and 2, softmax's 3, the scale's 2, dq 1, dk 1.
+    """
+    shape, (q, k, v) = q.shape, heads(q, k, v)
+    group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)       # each K/V head serves `group` query heads
+    hidden = ~visible(q, k, causal, window, documents)
     s = q @ k.mT                                                                # write 1
-    s = s * sm_scale                                                            # read 1, write 1
-    hidden = ~visible(T, S, causal, window, documents, q.device)
-    hidden = hidden[:, None] if documents is not None else hidden
+    s = s * (sm_scale or shape[-1] ** -0.5)                                     # read 1, write 1
     s = s.masked_fill(hidden, -math.inf)                                        # read 1, write 1
     p = s.softmax(-1)                                                           # read 1, write 1; NaN in an empty row
-    p = p.masked_fill(hidden, 0)                                                # so: (read 1, write 1)
-    o = p @ v                                                                   # read 1
-    return o, s.logsumexp(-1).to(torch.promote_types(q.dtype, torch.float32)) if return_lse else None
+    p = p.masked_fill(hidden, 0)                                                # so: read 1, write 1
+    o = (p @ v).view(shape)                                                     # read 1
+    return (o, s.logsumexp(-1).view(shape[:-1]).to(accumulator(q.dtype))) if return_lse else o
 
 
 # ---- online softmax, the idea in twenty lines ------------------------------------------------------------------------
@@ -216,108 +223,89 @@ def online_softmax(s, v, block):
 # ---- the tiled version in torch --------------------------------------------------------------------------------------
 #
 # The algorithm of the kernels, in any dtype: their oracle, and on a CPU a fast path, whose SRAM is the cache. A tile is
-# 256 x 256 float32 scores: 256 KB. `heads` of them are worked on at once where T is short. The query heads that share a
-# K/V head are rows of one tile.
+# 256 x 256 float32 scores: 256 KB. The query heads that share a K/V head are rows of one tile.
 
-TILE_M, TILE_N = 256, 256                                  # queries, keys
-
-
-def without_autocast(function):
-    """The tiles choose their own dtypes; autocast would change them inside an operator too."""
-    @functools.wraps(function)
-    def run(x, *args):
-        with torch.autocast(x.device.type, enabled=False):
-            return function(x, *args)
-    return run
+TILE = 256
 
 
 def tile_plan(q, k, causal, window, documents):
-    """What forward and backward share: the (batch, heads, rows, tiles) to go through, a tile's mask, how to view x."""
-    (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
+    """What forward and backward share: (batch, K/V head, queries, walk) to go through, a tile's mask, how to view x."""
+    (B, T), (K, S) = q.shape[::2], k.shape[1:3]
     at = limits(T, S, causal, window, documents, q.device)
-    Bm = 1 if documents is None else B                     # without documents all batches see alike: only more heads
-    heads = max(1, TILE_M * TILE_N // (min(TILE_M, T) * min(TILE_N, S) * (H // K)))
-    work = [(b, slice(h, h + heads), slice(i * TILE_M, min((i + 1) * TILE_M, T)), walk)
-            for b, ranges in enumerate(tiles(at.rows, TILE_M, TILE_N).tolist()) for i, walk in enumerate(ranges)
-            for h in range(0, B * K // Bm, heads)]
+    walks = tiles(at.rows, TILE, TILE).tolist()
+    work = [(b, h, slice(i * TILE, min((i + 1) * TILE, T)), walk)
+            for b in range(B) for i, walk in enumerate(walks[b % len(walks)]) for h in range(K)]
 
     @functools.lru_cache(maxsize=16)                       # the heads come one after the other
     def hidden(b, i, j):
         """True where query i, i + 1, ... must not see key j, j + 1, ...: (rows, columns) bool."""
-        rows = torch.arange(i, min(i + TILE_M, T), device=q.device)
-        columns = torch.arange(j, min(j + TILE_N, S), device=q.device)
-        mask = (columns < at.rows[0, b, rows, None]) | (columns >= at.rows[1, b, rows, None])
-        return mask if at.ids is None else mask | (at.ids[b, -T:][rows, None] != at.ids[b, -S:][None, columns])
+        rows = torch.arange(i, min(i + TILE, T), device=q.device)
+        columns = torch.arange(j, min(j + TILE, S), device=q.device)
+        start, stop = at.rows[:2, b % len(walks), rows, None]
+        mask = (columns < start) | (columns >= stop)
+        return mask if at.ids is None else mask | (at.ids[b, -T:][rows, None] != at.ids[b, -S:][columns])
 
-    def fold(x):                                          # (B, heads, n, D) -> (Bm, B K / Bm, group, n, D), accumulator
-        return x.to(torch.promote_types(q.dtype, torch.float32)).reshape(Bm, B * K // Bm, -1, x.shape[2], D)
+    def fold(x):                                                            # (B, H, n, D) -> (B, K, group, n, D)
+        return x.to(accumulator(q.dtype)).unflatten(1, (K, -1)).contiguous()
     return work, hidden, fold
 
 
-@without_autocast
 def flash_forward_torch(q, k, v, causal, sm_scale, window, documents):
     """-> o as q, lse (B, H, T) in the accumulator dtype."""
-    (B, H, T, _), S = q.shape, k.shape[2]
     work, hidden, fold = tile_plan(q, k, causal, window, documents)
     qs, kf, vf = fold(q) * (sm_scale * LOG2E), fold(k)[:, :, 0], fold(v)[:, :, 0]       # base 2 from here on
     of, lse = torch.empty_like(qs), qs.new_empty(qs.shape[:-1])
     for b, h, rows, (lo, full_lo, full_hi, hi) in work:
-        q_i = qs[b, h, :, rows].flatten(1, 2)                                                        # (heads, M, D)
-        m_i, l_i = q_i.new_full((*q_i.shape[:2], 1), -math.inf), q_i.new_zeros(*q_i.shape[:2], 1)
-        acc = torch.zeros_like(q_i)
-        for j in range(lo, hi, TILE_N):
-            columns = slice(j, min(j + TILE_N, S))
-            s = torch.bmm(q_i, kf[b, h, columns].mT)                                                 # (heads, M, N)
+        q_i = qs[b, h, :, rows].flatten(0, 1)                                                        # (M, D)
+        m_i, l_i, acc = q_i.new_full((len(q_i), 1), -math.inf), q_i.new_zeros(len(q_i), 1), torch.zeros_like(q_i)
+        for j in range(lo, hi, TILE):
+            k_j, v_j = kf[b, h, j:j + TILE], vf[b, h, j:j + TILE]                                    # (N, D)
+            s = q_i @ k_j.T                                                                          # (M, N)
             full = full_lo <= j < full_hi
             if not full:
-                s.unflatten(1, (-1, rows.stop - rows.start)).masked_fill_(hidden(b, rows.start, j), -math.inf)
+                s.unflatten(0, (qs.shape[2], -1)).masked_fill_(hidden(b, rows.start, j), -math.inf)
             # m' = max(m, max s)
-            m_new = torch.maximum(m_i, s.amax(-1, keepdim=True))
+            m_new = torch.maximum(m_i, s.amax(1, keepdim=True))
             safe = m_new if full else m_new.masked_fill(m_new == -math.inf, 0)      # no key yet: exp2(-inf - 0) = 0
             # p = exp(s - m'), alpha = exp(m - m')
             p, alpha = s.sub_(safe).exp2_(), (m_i - safe).exp2_()
             # l' = alpha l + sum p, o' = alpha o + p v
-            l_i = l_i.mul_(alpha).add_(p.sum(-1, keepdim=True))
-            acc.mul_(alpha).baddbmm_(p, vf[b, h, columns])
+            l_i = l_i.mul_(alpha).add_(p.sum(1, keepdim=True))
+            acc.mul_(alpha).addmm_(p, v_j)
             m_i = m_new
         # o = o / l, lse = m + log l; an empty row has l = 0 and m = -inf
         of[b, h, :, rows] = (acc / l_i.masked_fill(l_i == 0, 1)).view_as(of[b, h, :, rows])
         lse[b, h, :, rows] = ((m_i + l_i.log2()) / LOG2E).view_as(lse[b, h, :, rows])
-    o = torch.empty_like(q)
-    return o.copy_(of.view(o.shape)), lse.view(B, H, T)
+    return torch.empty_like(q).copy_(of.flatten(1, 2)), lse.flatten(1, 2)
 
 
-@without_autocast
 def flash_backward_torch(do, dlse, q, k, v, o, lse, causal, sm_scale, window, documents):
     """-> dq, dk, dv as q, k, v."""
-    S = k.shape[2]
     work, hidden, fold = tile_plan(q, k, causal, window, documents)
     qs, kf, vf, dof = fold(q) * (sm_scale * LOG2E), fold(k)[:, :, 0], fold(v)[:, :, 0], fold(do)
     # delta = rowsum(do * o); lse is an output too, and d lse / d s = p: its gradient joins as delta - dlse
-    minus_delta = (dof * fold(o)).sum(-1, keepdim=True).neg_()
-    minus_delta += dlse.reshape(minus_delta.shape)
-    minus_lse = lse.view(minus_delta.shape) * -LOG2E
+    minus_delta = fold(dlse[..., None]) - (dof * fold(o)).sum(-1, keepdim=True)
+    minus_lse = fold(lse[..., None]) * -LOG2E
     dqf, dkf, dvf = torch.empty_like(qs), torch.zeros_like(kf), torch.zeros_like(vf)
     for b, h, rows, (lo, full_lo, full_hi, hi) in work:
-        q_i, do_i, lse_i, delta_i = (x[b, h, :, rows].flatten(1, 2) for x in (qs, dof, minus_lse, minus_delta))
+        q_i, do_i, lse_i, delta_i = (x[b, h, :, rows].flatten(0, 1) for x in (qs, dof, minus_lse, minus_delta))
         dq_i = torch.zeros_like(q_i)
-        for j in range(lo, hi, TILE_N):
-            columns = slice(j, min(j + TILE_N, S))
-            k_j, v_j = kf[b, h, columns], vf[b, h, columns]
+        for j in range(lo, hi, TILE):
+            k_j, v_j, dk_j, dv_j = (x[b, h, j:j + TILE] for x in (kf, vf, dkf, dvf))                 # (N, D)
             # p = exp(s - lse)
-            p = torch.baddbmm(lse_i, q_i, k_j.mT).exp2_()                                            # (heads, M, N)
+            p = torch.addmm(lse_i, q_i, k_j.T).exp2_()                                               # (M, N)
             if not full_lo <= j < full_hi:
-                p.unflatten(1, (-1, rows.stop - rows.start)).masked_fill_(hidden(b, rows.start, j), 0)
+                p.unflatten(0, (qs.shape[2], -1)).masked_fill_(hidden(b, rows.start, j), 0)
             # dv = p^T do
-            dvf[b, h, columns].baddbmm_(p.mT, do_i)
+            dv_j.addmm_(p.T, do_i)
             # ds = p * (dp - delta), dp = do v^T
-            ds = torch.baddbmm(delta_i, do_i, v_j.mT).mul_(p)
+            ds = torch.addmm(delta_i, do_i, v_j.T).mul_(p)
             # dq = ds k, dk = ds^T q
-            dq_i.baddbmm_(ds, k_j)
-            dkf[b, h, columns].baddbmm_(ds.mT, q_i)
+            dq_i.addmm_(ds, k_j)
+            dk_j.addmm_(ds.T, q_i)
         dqf[b, h, :, rows] = dq_i.mul_(sm_scale).view_as(dqf[b, h, :, rows])
     dkf /= LOG2E                                                                    # q_i carried sm_scale * LOG2E
-    return tuple(torch.empty_like(x).copy_(dx.view_as(x)) for x, dx in ((q, dqf), (k, dkf), (v, dvf)))
+    return tuple(torch.empty_like(x).copy_(dx) for x, dx in ((q, dqf.flatten(1, 2)), (k, dkf), (v, dvf)))
 
 
 # ---- the Triton kernels ----------------------------------------------------------------------------------------------
@@ -663,7 +651,7 @@ def launch(name, matrices, vectors, at, sm_scale):
 def flash_forward_triton(q, k, v, causal, sm_scale, window, documents):
     at = limits(q.shape[2], k.shape[2], causal, window, documents, q.device)
     o = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    lse = torch.empty(q.shape[:3], dtype=accumulator(q.dtype), device=q.device)
     launch("_attn_fwd", (q, k, v, o), (lse,), at, sm_scale)
     return o, lse
 
@@ -682,62 +670,37 @@ def flash_backward_triton(do, dlse, q, k, v, o, lse, causal, sm_scale, window, d
 
 # ---- the function to call --------------------------------------------------------------------------------------------
 
-class _Flash(torch.autograd.Function):
-    """What the two Functions share: keep q, k, v, o and lse, a number a row; never s or p."""
-
-    @staticmethod
-    def run(ctx, backend, q, k, v, causal, sm_scale, window, documents):
-        ctx.shapes = [x.shape for x in (q, k, v)]
-        q, k, v, sm_scale = check(q, k, v, sm_scale, window, documents, resolve_backend(backend, q.device))
-        forward, ctx.kernels = KERNELS[backend]
-        ctx.options = causal, sm_scale, window, documents
-        o, lse = forward(q, k, v, *ctx.options)
-        ctx.save_for_backward(q, k, v, o, lse)
-        return o.view(ctx.shapes[0]), lse.view(ctx.shapes[0][:-1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, do, dlse):
-        o, lse = ctx.saved_tensors[3:]
-        grads = ctx.kernels(do.view_as(o), dlse.view_as(lse), *ctx.saved_tensors, *ctx.options)
-        return *(dx.view(shape) for dx, shape in zip(grads, ctx.shapes, strict=True)), None, None, None, None
+KERNELS = {"torch": (flash_forward_torch, flash_backward_torch),
+           "triton": (flash_forward_triton, flash_backward_triton)}
 
 
-class FlashAttentionTorch(_Flash):
-    """(o, lse) = FlashAttentionTorch.apply(q, k, v, causal, sm_scale, window, documents): tiles in torch, any dtype."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, causal=True, sm_scale=None, window=None, documents=None):
-        return _Flash.run(ctx, "torch", q, k, v, causal, sm_scale, window, documents)
-
-
-class FlashAttentionTriton(_Flash):
-    """(o, lse) = FlashAttentionTriton.apply(q, k, v, causal, sm_scale, window, documents): the Triton kernels."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, causal=True, sm_scale=None, window=None, documents=None):
-        return _Flash.run(ctx, "triton", q, k, v, causal, sm_scale, window, documents)
-
-
-# The same two functions as torch.library operators: torch.compile sees one node and its output's shape (the fake), and
-# activation checkpointing and autograd go through them as through any operator.
+# Forward and backward as torch.library operators: torch.compile sees one node and its outputs' shapes (the fake), and
+# checkpointing and autograd go through them as through any operator. Autocast ends here: the tiles choose their dtypes.
 
 @torch.library.custom_op("flash_attn::forward", mutates_args=())
-def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, sm_scale: float, window: int | None,
+def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, sm_scale: float | None, window: int | None,
              documents: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    return KERNELS[backend][0](q, k, v, causal, sm_scale, window, documents)
+    with torch.autocast(q.device.type, enabled=False):
+        o, lse = KERNELS[backend][0](*heads(q, k, v), causal, sm_scale or q.shape[-1] ** -0.5, window, documents)
+    return o.view(q.shape), lse.view(q.shape[:-1])
 
 
 @_forward.register_fake
 def _(q, k, v, *_):
-    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+    return torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=accumulator(q.dtype))
 
 
 @torch.library.custom_op("flash_attn::backward", mutates_args=())
 def _backward(do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, causal: bool,
-              sm_scale: float, window: int | None, documents: Tensor | None,
+              sm_scale: float | None, window: int | None, documents: Tensor | None,
               backend: str) -> tuple[Tensor, Tensor, Tensor]:
-    return KERNELS[backend][1](do, dlse, q, k, v, o, lse, causal, sm_scale, window, documents)
+    rows = [x.view(len(q), -1, q.shape[-2]) for x in (dlse.contiguous(), lse)]
+    do, *qkvo = heads(do, q, k, v, o)
+    with torch.autocast(q.device.type, enabled=False):
+        grads = KERNELS[backend][1](do, rows[0], *qkvo, rows[1], causal, sm_scale or q.shape[-1] ** -0.5, window,
+                                    documents)
+    dq, dk, dv = (dx.view(x.shape) for dx, x in zip(grads, (q, k, v), strict=True))
+    return dq, dk, dv
 
 
 @_backward.register_fake
@@ -746,6 +709,7 @@ def _(do, dlse, q, k, v, *_):
 
 
 def _setup(ctx, inputs, output):
+    """Kept for backward: q, k, v, o and a number a row; never s or p."""
     *qkv, ctx.causal, ctx.sm_scale, ctx.window, documents, ctx.backend = inputs
     ctx.save_for_backward(*qkv, *output, documents)
 
@@ -763,55 +727,65 @@ _forward.register_autograd(_differentiate, setup_context=_setup)
 _backward.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
 
 
+class FlashAttentionTorch(torch.autograd.Function):
+    """(o, lse) = FlashAttentionTorch.apply(q, k, v, causal, sm_scale, window, documents): tiles in torch, any dtype."""
+
+    @staticmethod
+    def forward(q, k, v, causal=True, sm_scale=None, window=None, documents=None, backend="torch"):
+        check(q, k, v, sm_scale, window, documents, resolve_backend(backend, q.device))
+        return _forward(q, k, v, causal, sm_scale, window, documents, backend)
+
+    setup_context, backward = staticmethod(_setup), staticmethod(_differentiate)
+
+
+class FlashAttentionTriton(FlashAttentionTorch):
+    """(o, lse) = FlashAttentionTriton.apply(q, k, v, causal, sm_scale, window, documents): the Triton kernels."""
+
+    @staticmethod
+    def forward(q, k, v, causal=True, sm_scale=None, window=None, documents=None, backend="triton"):
+        return FlashAttentionTorch.forward(q, k, v, causal, sm_scale, window, documents, backend)
+
+
 def sdpa(q, k, v, causal, sm_scale, window, documents):
     """torch's own attention; what it has no argument for, it is given as a matrix."""
-    T, S, plain = q.shape[2], k.shape[2], window is None and documents is None
-    square, mask = causal and T == S and plain, None
-    if not square and not (plain and (T == 1 or not causal)):
-        mask = visible(T, S, causal, window, documents, q.device)
-        mask = mask if documents is None else mask[:, None]                                      # (T, S), (B, 1, T, S)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=square, scale=sm_scale,
-                                          enable_gqa=q.shape[1] != k.shape[1])
+    shape, (q, k, v) = q.shape, heads(q, k, v)
+    plain, T, S = window is None and documents is None, q.shape[2], k.shape[2]
+    square = plain and causal and T == S
+    all_seen = plain and (not causal or T == 1)
+    return F.scaled_dot_product_attention(
+        q, k, v, None if square or all_seen else visible(q, k, causal, window, documents), is_causal=square,
+        scale=sm_scale, enable_gqa=q.shape[1] != k.shape[1]).view(shape)
 
 
 def check(q, k, v, sm_scale, window, documents, backend):
-    """The inputs as (B, H, T, D) and the scale; raises ValueError (an argument) or RuntimeError (a backend that cannot
-    run here): one line, before anything runs."""
+    """Raises ValueError (an argument) or RuntimeError (a backend that cannot run it): one line, before anything."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim not in (3, 4) or x.ndim != q.ndim:
-            raise ValueError(f"{name} must be (B, H, T, D), or all three (B, T, D), got {tuple(x.shape)}")
+        if x.ndim not in (3, 4) or x.ndim != q.ndim or min(x.shape) < 1:
+            raise ValueError(f"{name} must be (B, H, T, D), or all (B, T, D), and not empty, got {tuple(x.shape)}")
         if not x.is_floating_point() or x.dtype != q.dtype:
             raise ValueError(f"q, k, v must be of one floating-point dtype, got {q.dtype} and {name} {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"q, k, v must be on one device, got {q.device} and {name} on {x.device}")
-        if min(x.shape) < 1:
-            raise ValueError(f"{name} must have no dimension of size 0, got {tuple(x.shape)}")
-    if q.ndim == 3:
-        q, k, v = q[:, None], k[:, None], v[:, None]
-    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
-    if k.shape != v.shape or k.shape[0] != B or k.shape[3] != D:
+    B, (T, D), S = len(q), q.shape[-2:], k.shape[-2]
+    if k.shape != v.shape or len(k) != B or k.shape[-1] != D:
         raise ValueError(f"k and v must be (B, H_kv, S, D) with the B and D of q {tuple(q.shape)}, "
                          f"got {tuple(k.shape)} and {tuple(v.shape)}")
-    if H % K:
-        raise ValueError(f"q's heads must be a multiple of k's, got {H} and {K}")
+    if q.ndim == 4 and q.shape[1] % k.shape[1]:
+        raise ValueError(f"q's heads must be a multiple of k's, got {q.shape[1]} and {k.shape[1]}")
     if D > 256:
         raise ValueError(f"head_dim must be at most 256, got {D}")
-    sm_scale = D ** -0.5 if sm_scale is None else float(sm_scale)
-    if not 0 < sm_scale < math.inf:
+    if sm_scale is not None and not 0 < sm_scale < math.inf:
         raise ValueError(f"sm_scale must be above 0 and finite, got {sm_scale}")
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 key, or None, got {window}")
-    if documents is not None:
-        if documents.shape != (B, max(T, S)) or documents.is_floating_point() or documents.device != q.device:
-            raise ValueError(f"documents must be ({B}, {max(T, S)}) whole numbers on {q.device}, "
-                             f"got {tuple(documents.shape)} {documents.dtype} on {documents.device}")
+    if documents is not None and (documents.shape != (B, max(T, S)) or documents.is_floating_point()
+                                  or documents.device != q.device):
+        raise ValueError(f"documents must be ({B}, {max(T, S)}) whole numbers on {q.device}, "
+                         f"got {tuple(documents.shape)} {documents.dtype} on {documents.device}")
     if backend == "triton" and not INTERPRET and q.dtype == torch.float64:
         raise RuntimeError(f"backend triton runs float64 only under TRITON_INTERPRET=1; {OTHERS}")
-    return q, k, v, sm_scale
 
 
-KERNELS = {"torch": (flash_forward_torch, flash_backward_torch),
-           "triton": (flash_forward_triton, flash_backward_triton)}
 BACKENDS = ("triton", "torch", "sdpa", "reference")
 OTHERS = "the others are torch, sdpa, reference"
 
@@ -850,16 +824,18 @@ def flash_attention(q, k, v, *, causal=True, sm_scale=None, window=None, documen
     Raises ValueError for a wrong argument, RuntimeError for a backend that cannot run here. Under autocast the inputs
     are cast as for torch's own attention.
     """
-    device, shape = q.device.type, q.shape
+    device = q.device.type
     backend = resolve_backend(backend, q.device, return_lse)
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
-    q, k, v, sm_scale = check(q, k, v, sm_scale, window, documents, backend)
-    mask = causal, sm_scale, window, documents
+    check(q, k, v, sm_scale, window, documents, backend)
+    if backend == "reference":
+        return attention_reference(q, k, v, causal=causal, sm_scale=sm_scale, window=window, documents=documents,
+                                   return_lse=return_lse)
     if backend == "sdpa":
-        return sdpa(q, k, v, *mask).view(shape)
-    o, lse = reference(q, k, v, *mask, return_lse) if backend == "reference" else _forward(q, k, v, *mask, backend)
-    return (o.view(shape), lse.view(shape[:-1])) if return_lse else o.view(shape)
+        return sdpa(q, k, v, causal, sm_scale, window, documents)
+    o, lse = _forward(q, k, v, causal, sm_scale, window, documents, backend)
+    return (o, lse) if return_lse else o
 
 
 # ---- HBM traffic: the formula and a counter --------------------------------------------------------------------------
@@ -873,88 +849,59 @@ def traffic(q, k, at: Limits, blocks) -> dict:
     truth lies between. Scores appear in neither. (Dao 2022, theorem 2, has the order: T S D^2 / SRAM size.)
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    w, a = q.itemsize, torch.promote_types(q.dtype, torch.float32).itemsize
-    ids = 4 if at.ids is not None else 0
-
-    def walk(bounds, block, step, stop):
-        """Positions of the other side that all programs of one head of all batches load; and those in masked tiles."""
+    number, ids = accumulator(q.dtype).itemsize, 4 if at.ids is not None else 0
+    row = D * q.itemsize                                                    # of q, k, v, o, do, dq, dk or dv
+    queries, keys, passes = B * H * T, B * K * S, H // K
+    result = {"_bwd_preprocess": 2 * (queries * (2 * row + 4 * number),)}
+    for name, bounds, stop, own, own_passes, walked, distinct in (
+            ("_attn_fwd", at.rows, S, queries * (2 * row + number + 16), 1, 2 * row,
+             queries * (2 * row + number) + keys * 2 * row),
+            ("_bwd_dq", at.rows, S, queries * (3 * row + 2 * number + 16), 1, 2 * row,
+             queries * (3 * row + 2 * number) + keys * 2 * row),
+            ("_bwd_dkdv", at.columns, T, keys * (4 * row + 16), passes, 2 * row + 2 * number,
+             queries * (2 * row + 2 * number) + keys * 4 * row)):
+        block, step = blocks[name] if bounds is at.rows else blocks[name][::-1]
         lo, full_lo, full_hi, hi = tiles(bounds, block, step).unbind(-1)
-        end = (((hi + step - 1) // step * step).clamp(max=stop)).where(hi > lo, lo)
-        repeat = B // bounds.shape[1]
-        return int((end - lo).sum()) * repeat, int((end - lo - full_hi + full_lo).sum()) * repeat
-
-    rows, columns = B * H * T, B * K * S
-    q_all, k_all = rows * D * w, columns * D * w
-    shared = sum(x.nbytes for x in (at.rows, at.ids) if x is not None)
-    result = {}
-    for name, own, touched in (
-            ("_attn_fwd", rows * (2 * D * w + a + 24 + ids), 2 * q_all + 2 * k_all + rows * a),
-            ("_bwd_dq", rows * (3 * D * w + 2 * a + 24 + ids), 3 * q_all + 2 * k_all + rows * 2 * a)):
-        seen, masked = walk(at.rows, *blocks[name], S)
-        result[name] = own + H * (seen * 2 * D * w + masked * ids), touched + shared
-    seen, masked = walk(at.columns, *blocks["_bwd_dkdv"][::-1], T)
-    own = columns * (4 * D * w + 16 + (8 + ids) * H // K)
-    result["_bwd_dkdv"] = (own + H * (seen * (2 * D * w + 2 * a) + masked * ids),
-                           2 * q_all + 4 * k_all + rows * 2 * a + shared - at.rows.nbytes + at.columns.nbytes)
-    result["_bwd_preprocess"] = 2 * (rows * (2 * D * w + 4 * a),)
+        end = ((hi + step - 1) // step * step).clamp(max=stop).where(hi > lo, lo)
+        walks = H * B // bounds.shape[1]                                    # by how many programs each is walked
+        seen, masked = (int(x.sum()) * walks for x in (end - lo, end - lo - full_hi + full_lo))
+        own += (queries if bounds is at.rows else keys) * own_passes * (8 + ids)          # limits and ids at the edges
+        result[name] = (own + seen * walked + masked * ids,
+                        distinct + sum(x.nbytes for x in (bounds, at.ids) if x is not None))
     return result
 
 
-class Traffic:
-    """with Traffic(tensors) as counted: what the kernels inside, run by Triton's interpreter, load and store.
+def count_traffic(kernel, tensors):
+    """Run kernel() in Triton's interpreter -> bytes (requested, distinct) that it loads and stores.
 
-    counted.requested[kernel], .distinct[kernel] in bytes; lanes that are masked off do not count, lanes of one load
-    that name one address count once, distinct bytes are whole 32-byte sectors, the unit in which HBM is read. An
-    address outside all the tensors raises IndexError: a kernel that leaves them reads garbage without a word.
+    Lanes that are masked off do not count, lanes of one load that name one address count once, distinct bytes are whole
+    32-byte sectors, the unit in which HBM is read. An address outside all the tensors raises IndexError: a kernel that
+    leaves them reads garbage without a word.
     """
+    from unittest.mock import patch
 
-    def __init__(self, tensors):
-        storages = [x.untyped_storage() for x in tensors]
-        self.spans = [(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages]
-        self.requested, self.sectors, self.kernel = {}, {}, None
+    from triton.runtime.interpreter import InterpreterBuilder
+    spans = [(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in (x.untyped_storage() for x in tensors)]
+    requested, sectors = [], []
 
-    @property
-    def distinct(self):
-        return {kernel: 32 * len(torch.cat(found).unique()) for kernel, found in self.sectors.items()}
+    def watch(access, place_of_mask):
+        def watched(builder, pointers, *args, **options):
+            itemsize = pointers.get_element_ty().primitive_bitwidth // 8
+            there = args[place_of_mask].data.astype("bool")
+            at = torch.from_numpy(pointers.data.astype("int64")[there]).unique()
+            outside = len(at) - int(sum(((a <= at) & (at + itemsize <= b)).sum() for a, b in spans))
+            if outside:
+                raise IndexError(f"the kernel touches {outside} addresses outside its tensors")
+            requested.append(len(at) * itemsize)
+            sectors.append((at // 32).unique())
+            return access(builder, pointers, *args, **options)
+        return watched
 
-    def see(self, pointers, mask):
-        itemsize = pointers.get_element_ty().primitive_bitwidth // 8
-        at = torch.from_numpy(pointers.data.astype("int64")[mask.data.astype("bool")]).unique()
-        outside = len(at) - int(sum(((a <= at) & (at + itemsize <= b)).sum() for a, b in self.spans))
-        if outside:
-            raise IndexError(f"{self.kernel} touches {outside} addresses outside its tensors")
-        self.requested[self.kernel] = self.requested.get(self.kernel, 0) + len(at) * itemsize
-        self.sectors.setdefault(self.kernel, []).append((at // 32).unique())
-
-    def __enter__(self):
-        from unittest.mock import patch
-
-        from triton.runtime import interpreter
-        builder, grid = interpreter.InterpreterBuilder, interpreter.GridExecutor
-        load, store, call = builder.create_masked_load, builder.create_masked_store, grid.__call__
-
-        def counted_load(builder, pointers, mask, *rest, **options):
-            self.see(pointers, mask)
-            return load(builder, pointers, mask, *rest, **options)
-
-        def counted_store(builder, pointers, value, mask, *rest, **options):
-            self.see(pointers, mask)
-            return store(builder, pointers, value, mask, *rest, **options)
-
-        def named_call(grid, *args, **kwargs):
-            self.kernel = grid.fn.__name__
-            return call(grid, *args, **kwargs)
-
-        self.patches = [patch.object(builder, "create_masked_load", counted_load),
-                        patch.object(builder, "create_masked_store", counted_store),
-                        patch.object(grid, "__call__", named_call)]
-        for each in self.patches:
-            each.start()
-        return self
-
-    def __exit__(self, *_):
-        for each in self.patches:
-            each.stop()
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    with patch.object(InterpreterBuilder, "create_masked_load", watch(load, 0)), \
+            patch.object(InterpreterBuilder, "create_masked_store", watch(store, 1)):
+        kernel()
+    return sum(requested), 32 * len(torch.cat(sectors).unique())
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------------
@@ -971,10 +918,10 @@ def count_passes(function, q, k, v, do):
 
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
             out = op(*args, **(kwargs or {}))
-            sides = [[x for x in tree_leaves(side) if isinstance(x, Tensor)] for side in ((args, kwargs), out)]
-            storages = [{x.untyped_storage()._cdata for x in side} for side in sides]
-            if not storages[0] & storages[1]:                                     # no view
-                self.passes += sum(x.numel() == scores and x.dtype != torch.bool for side in sides for x in side)
+            read, written = ([x for x in tree_leaves(side) if isinstance(x, Tensor)] for side in (args, out))
+            stored = [{x.untyped_storage()._cdata for x in side} for side in (read, written)]
+            if not stored[0] & stored[1]:                                                                      # no view
+                self.passes += sum(x.numel() == scores and x.dtype != torch.bool for x in read + written)
             return out
 
     with Count() as forward:
@@ -1003,10 +950,11 @@ def peak_growth(run):
 def demo():
     """The claims of this file, measured | predicted, asserted. CPU, under half a minute."""
     import time
-    generator = torch.Generator().manual_seed(0)
+    assert round(8192**2 * 2 / 1e6) == 134 and TILE * TILE * 4 == 256 * 2**10                 # the prose above, in bytes
+    device, generator = "cuda" if torch.cuda.is_available() else "cpu", torch.Generator().manual_seed(0)
 
     def draw(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
 
     print("online softmax, largest error against softmax(s) v:")
     s, v = draw(5, 37) * 10, draw(37, 8)
@@ -1019,7 +967,7 @@ def demo():
     print("\nlargest error against float64 / that of plain torch in the same dtype          o      dq      dk      dv")
     cases = [("torch", T, causal, dtype) for T in (1, 64, 203) for causal in (False, True)
              for dtype in (torch.float32, torch.bfloat16)]
-    if triton is not None:
+    if INTERPRET or device == "cuda":
         cases += [("triton", T, causal, dtype) for T, causal in ((64, False), (113, True))
                   for dtype in (torch.float32, torch.float16)]
     for backend, T, causal, dtype in cases:
@@ -1048,17 +996,16 @@ def demo():
         lse, delta = torch.zeros(1, 2, 128), torch.zeros(1, 2, 128)
         at = limits(128, 128, True, None, None, q.device)
         blocks = {name: choices[0][:2] for name, choices in CONFIGS["pointers"][128].items()}
-        with Traffic([q, k, v, do, o, dq, dk, dv, lse, delta, at.rows, at.columns]) as counted:
-            launch("_attn_fwd", (q, k, v, o), (lse,), at, 0.1)
-            launch("_bwd_dkdv", (q, k, v, do, dk, dv), (lse, delta), at, 0.1)
-            launch("_bwd_dq", (q, k, v, do, dq), (lse, delta), at, 0.1)
         formula = traffic(q, k, at, blocks)
-        for name, requested in counted.requested.items():
-            print(f"    {name:<10} bytes requested {requested:,} | {formula[name][0]:,}   distinct "
-                  f"{counted.distinct[name]:,} | {formula[name][1]:,}")
-            assert (requested, counted.distinct[name]) == formula[name]
+        for name, matrices, vectors in (("_attn_fwd", (q, k, v, o), (lse,)),
+                                        ("_bwd_dkdv", (q, k, v, do, dk, dv), (lse, delta)),
+                                        ("_bwd_dq", (q, k, v, do, dq), (lse, delta))):
+            counted = count_traffic(lambda work=(name, matrices, vectors): launch(*work, at, 0.1),
+                                    (*matrices, *vectors, at.rows, at.columns))
+            print(f"    {name:<10} bytes requested {counted[0]:,} | {formula[name][0]:,}   distinct {counted[1]:,} | "
+                  f"{formula[name][1]:,}")
+            assert counted == formula[name]
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     print("\ncausal, 4 heads of 64, float32, one thread: forward + backward" if device == "cpu" else
           "\ncausal, 16 heads of 64, bfloat16: forward + backward")
     threads = torch.get_num_threads()

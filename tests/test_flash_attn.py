@@ -84,8 +84,7 @@ SHAPES = [(33, 33), (1, 40), (50, 20), (20, 50)]                          # T, S
 @pytest.mark.parametrize("T, S", SHAPES)
 @pytest.mark.parametrize("causal, window, documents", OPTIONS)
 def test_tiled_and_reference_equal_the_oracle(causal, window, documents, T, S, monkeypatch):
-    monkeypatch.setattr(flash_attn, "TILE_M", 16)
-    monkeypatch.setattr(flash_attn, "TILE_N", 8)
+    monkeypatch.setattr(flash_attn, "TILE", 16)
     *tensors, ids = make(2, 6, 2, T, S, 8, documents=documents)
     options = causal, 0.3, window, ids
     expected = gradients(oracle, *tensors, *options)
@@ -99,8 +98,7 @@ def test_tiled_and_reference_equal_the_oracle(causal, window, documents, T, S, m
 
 @pytest.mark.parametrize("causal, window, documents", OPTIONS)
 def test_gradcheck(causal, window, documents, monkeypatch):
-    monkeypatch.setattr(flash_attn, "TILE_M", 4)
-    monkeypatch.setattr(flash_attn, "TILE_N", 3)
+    monkeypatch.setattr(flash_attn, "TILE", 4)
     T, S = (5, 7) if window == 1 else (7, 7)                              # no empty rows: gradcheck cannot take -inf
     q, k, v, _, _, ids = make(1, 2, 1, T, S, 3, documents=documents)
     if ids is not None and T != S:
@@ -242,16 +240,16 @@ def test_traffic_is_the_formula(T, S, K, group, D, m, n, causal, window, documen
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     at = flash_attn.limits(T, S, causal, window, ids, q.device)
     named = [q, k, v, do, dlse, o, lse, delta, lse2, dq, dk, dv, at.rows, at.columns] + ([at.ids] if documents else [])
-    with flash_attn.Traffic(named) as counted:
-        flash_attn.launch("_attn_fwd", (q, k, v, o), (lse,), at, 0.3)
-        flash_attn._bwd_preprocess[(2, K * group, 2)](o, do, lse, dlse, delta, lse2, (o.stride(), do.stride(),
-                                                      dlse.stride()), T, D, 32, 64)
-        flash_attn.launch("_bwd_dkdv", (q, k, v, do, dk, dv), (lse2, delta), at, 0.3)
-        flash_attn.launch("_bwd_dq", (q, k, v, do, dq), (lse2, delta), at, 0.3)
-    formula = flash_attn.traffic(q, k, at, dict.fromkeys(KERNELS, (m, n)))
-    assert {name: (counted.requested[name], counted.distinct[name]) for name in formula} == formula
-    with pytest.raises(Exception, match="outside its tensors"), flash_attn.Traffic(named[1:]):
-        flash_attn.launch("_attn_fwd", (q, k, v, o), (lse,), at, 0.3)
+    pre = functools.partial(flash_attn._bwd_preprocess[(2, K * group, 2)], o, do, lse, dlse, delta, lse2,
+                            (o.stride(), do.stride(), dlse.stride()), T, D, 32, 64)
+    run = lambda name, matrices, *vectors: lambda: flash_attn.launch(name, matrices, vectors, at, 0.3)
+    kernels = {"_attn_fwd": run("_attn_fwd", (q, k, v, o), lse), "_bwd_preprocess": pre,
+               "_bwd_dkdv": run("_bwd_dkdv", (q, k, v, do, dk, dv), lse2, delta),
+               "_bwd_dq": run("_bwd_dq", (q, k, v, do, dq), lse2, delta)}
+    counted = {name: flash_attn.count_traffic(kernel, named) for name, kernel in kernels.items()}
+    assert counted == flash_attn.traffic(q, k, at, dict.fromkeys(KERNELS, (m, n)))
+    with pytest.raises(Exception, match="outside its tensors"):
+        flash_attn.count_traffic(kernels["_attn_fwd"], named[1:])
 
 
 def test_tiles_skip_what_no_one_sees():
@@ -307,7 +305,7 @@ X = torch.zeros(2, 4, 8, 16)
     (X, X[:, :3], X[:, :3], {}, "multiple of k's"), (X, X, X[:, :, :4], {}, "k and v must be"),
     (X, X[:1], X[:1], {}, "k and v must be"), (X, X.half(), X, {}, "one floating-point dtype"),
     (X.long(), X.long(), X.long(), {}, "floating-point dtype"), (X, X.to("meta"), X, {}, "one device"),
-    (X[:, :, :0], X, X, {}, "size 0"), (torch.zeros(1, 1, 2, 257),) * 3 + ({}, "at most 256"),
+    (X[:, :, :0], X, X, {}, "not empty"), (torch.zeros(1, 1, 2, 257),) * 3 + ({}, "at most 256"),
     (X, X, X, {"window": -1}, "window must be at least 1"), (X, X, X, {"window": 0}, "window must be at least 1"),
     (X, X, X, {"sm_scale": -1.0}, "sm_scale"), (X, X, X, {"backend": "cuda"}, "backend must be one"),
     (X, X, X, {"documents": torch.zeros(2, 7, dtype=torch.long)}, "documents must be"),
