@@ -920,7 +920,7 @@ def count_passes(function, q, k, v, do):
             out = op(*args, **(kwargs or {}))
             read, written = ([x for x in tree_leaves(side) if isinstance(x, Tensor)] for side in (args, out))
             stored = [{x.untyped_storage()._cdata for x in side} for side in (read, written)]
-            if not stored[0] & stored[1]:                                                                      # no view
+            if not stored[0] & stored[1]:                                                                     # no view
                 self.passes += sum(x.numel() == scores and x.dtype != torch.bool for x in read + written)
             return out
 
