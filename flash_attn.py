@@ -128,7 +128,8 @@ def limits(T, S, causal, window, documents, device) -> Limits:
     """The mask, as intervals. Made once for a shape, or for a tensor of ids: the layers of a model share them."""
     if documents is None:
         return _limits(T, S, causal, window, None, device)
-    made, key = documents.__dict__.setdefault("limits", {}), (T, S, causal, window, documents._version)
+    version = 0 if documents.is_inference() else documents._version         # changed in place: another mask
+    made, key = documents.__dict__.setdefault("limits", {}), (T, S, causal, window, version)
     if key not in made:
         made[key] = _limits.__wrapped__(T, S, causal, window, documents, device)
     return made[key]
@@ -569,16 +570,16 @@ if triton is not None:
         _store(dq, sdq, b, h, start, rows, dq_i * (SCALE * LN2), D, INDEX)
 
 
-# BLOCK_M, BLOCK_N, num_warps, num_stages: what autotune tries, by what a row of a tile takes. All of them fit and none
-# spills registers in its hot loop: tests/bench/bench_flash_static.py compiles them and reads the machine code.
+# BLOCK_M, BLOCK_N, num_warps, num_stages: what autotune tries, by the bytes of a tile's row. All of them fit and none
+# spills registers in its hot loop (but "ieee"): tests/bench/bench_flash_static.py compiles them and reads the code.
 CONFIGS = {
-    "tma": {           # NVIDIA compute capability 9.0 and above, tiles through the copy engine
+    "tma": {           # NVIDIA compute capability 9 and 10, 227 KB of shared memory: tiles through the copy engine
         128: {"_attn_fwd": [(128, 128, 8, 2), (128, 64, 4, 3)], "_bwd_dkdv": [(64, 128, 8, 2), (64, 64, 4, 2)],
               "_bwd_dq": [(128, 64, 4, 2), (128, 128, 8, 2)]},
         256: {"_attn_fwd": [(128, 128, 8, 2), (64, 128, 4, 2)], "_bwd_dkdv": [(64, 128, 8, 2)],
               "_bwd_dq": [(128, 128, 8, 2), (128, 64, 8, 2)]},
-        512: {"_attn_fwd": [(128, 64, 8, 2)], "_bwd_dkdv": [(32, 32, 4, 2)], "_bwd_dq": [(32, 32, 4, 2)]}},
-    "pointers": {      # 8.0, and where strides are not multiples of 16 bytes
+        512: {"_attn_fwd": [(128, 64, 8, 2)], "_bwd_dkdv": [(64, 32, 8, 2)], "_bwd_dq": [(32, 32, 4, 2)]}},
+    "pointers": {      # other chips, and where strides are not multiples of 16 bytes
         128: {"_attn_fwd": [(128, 128, 8, 2), (128, 64, 4, 3)], "_bwd_dkdv": [(64, 128, 8, 2), (64, 64, 4, 2)],
               "_bwd_dq": [(128, 32, 4, 2), (128, 64, 8, 2)]},
         256: {"_attn_fwd": [(128, 64, 8, 2)], "_bwd_dkdv": [(32, 64, 4, 2), (64, 64, 8, 2)],
@@ -625,7 +626,7 @@ def arguments(name, matrices, vectors, at, sm_scale, capability):
     wide = max((x.shape[2] + 256) * x.stride(2) + D * x.stride(3) for x in matrices) >= 2**31
     return args, dict(SCALE=sm_scale * LOG2E, GROUP=H // K, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)),
                       INDEX=tl.int64 if wide else tl.int32,
-                      TMA=aligned and (capability >= (9, 0) if TMA is None else TMA),
+                      TMA=aligned and ((9, 0) <= capability < (11, 0) if TMA is None else TMA),
                       PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32")
 
 
@@ -950,7 +951,7 @@ def peak_growth(run):
 def demo():
     """The claims of this file, measured | predicted, asserted. CPU, under half a minute."""
     import time
-    assert round(8192**2 * 2 / 1e6) == 134 and TILE * TILE * 4 == 256 * 2**10                 # the prose above, in bytes
+    assert round(8192**2 * 2 / 1e6) == 134 and TILE * TILE * 4 == 256 * 2**10                # the prose above, in bytes
     device, generator = "cuda" if torch.cuda.is_available() else "cpu", torch.Generator().manual_seed(0)
 
     def draw(*shape):

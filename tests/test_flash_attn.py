@@ -261,6 +261,15 @@ def test_tiles_skip_what_no_one_sees():
     assert [(lo, hi) for lo, _, _, hi in ranges] == [(0, 16), (0, 32), (16, 48), (32, 64)]
 
 
+def test_ids_changed_in_place_are_another_mask():
+    q, k, v, _, _, ids = make(1, 1, 1, 20, 20, 8, documents="packed")
+    for change in (lambda: None, lambda: ids.zero_(), lambda: ids.copy_(torch.arange(20))):
+        change()
+        torch.testing.assert_close(*(flash_attention(q, k, v, documents=ids, backend=b) for b in ("torch", "reference")))
+    with torch.inference_mode():
+        flash_attention(q, k, v, documents=ids.clone(), backend="torch")
+
+
 # ---- flash_attention, the function -----------------------------------------------------------------------------------
 
 def test_one_head_lse_and_decode():

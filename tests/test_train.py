@@ -415,6 +415,14 @@ def test_every_attention_gives_the_same_losses(corpus, tmp_path):
     assert losses["reference"] == pytest.approx(losses["sdpa"], rel=1e-5)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_an_attention_that_cannot_run_is_refused(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.flash_attn, "INTERPRET", False)
+    code, _, stderr = run(corpus, tmp_path / "run", "--attention", "triton")
+    assert code == 2 and "--attention must be one that runs here" in stderr and "torch, sdpa, reference" in stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_document_mask_can_be_turned_off(corpus):
     loader = data.Loader(corpus, micro_batch_size=1, seq_len=64)
     batches = (loader.batch([i]) for i in range(loader.num_windows))

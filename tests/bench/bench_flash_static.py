@@ -1,9 +1,10 @@
 """The machine code of flash_attn.py's kernels, read without a GPU: python tests/bench/bench_flash_static.py [--quick]
 
-Every configuration that autotune may pick is compiled ahead of time for sm_80, 90, 100, gfx942, fp16, head dimensions
-64 and 128 (one mask or another is the same machine code: masks are data), and must launch, must not spill registers in
-its hot loop (nor anywhere on sm_90 and sm_100; 48 bytes outside loops on sm_80), must multiply on tensor cores with
-float32 sums and, on sm_90, without serialising its wgmmas. --quick: the first configuration each, head dimension 128.
+Every configuration that autotune may pick is compiled ahead of time, fp16 (one mask or another is the same machine
+code: masks are data). It must launch, must not spill registers in its hot loop (nor anywhere on sm_90 and sm_100; 48
+bytes outside it on sm_80), must multiply on tensor cores with float32 sums, up to head dimension 128 on the chip's own
+(wgmma, tcgen05), and, on sm_90, must not serialise them. On sm_120, which has 99 KB of shared memory, it must launch.
+--quick: one configuration each, head dimension 128.
 
 Printed: warp instructions per 1024 scores in the hot loop, beside those of the kernels of Triton's own tutorial
 (06-fused-attention, compiled alike with Triton 3.9.0). Not a time: it says how much there is to issue, not how long.
@@ -25,7 +26,8 @@ import flash_attn  # noqa: E402
 # (chip, head dim) -> forward, dkdv + dq of the tutorial; its backward at 128 spills: 1304 bytes (sm_90), 6 kB (sm_80)
 TUTORIAL = {(90, 64): (265, 604), (90, 128): (264, 1298), (80, 64): (346, 978), (80, 128): (556, 6731)}
 BOUND = {(90, 64): (265, 600), (90, 128): (264, 700), (80, 64): (346, 800), (80, 128): (600, 1350)}
-CHIPS = {80: "pointers", 90: "tma", 100: "tma", "gfx942": "hip"}            # chip -> table of configurations
+CHIPS = {80: ("pointers", (64, 128, 256)), 90: ("tma", (64, 128, 256)), 100: ("tma", (64, 128, 256)),
+         120: ("pointers", (64, 128)), "gfx942": ("hip", (64, 128, 256))}         # configurations, head dimensions
 DOTS = {"_attn_fwd": 2, "_bwd_dkdv": 4, "_bwd_dq": 3}                     # matrix products a tile
 
 
@@ -42,8 +44,10 @@ def compiled(name, chip, D, config, dtype=torch.float16, group=1, documents=Fals
     return mc.compile_for(chip, getattr(flash_attn, name), *args, **options, **config.all_kwargs())
 
 
-def check(report, chip, where):
+def check(report, chip, D, where):
     assert report.launchable, f"{where}: {report.limits}"
+    if chip == 120:
+        return
     assert not report.hot.spills, f"{where}: {report.hot.spills} spill instructions in the hot loop"
     if chip == "gfx942":
         assert not report.stack and report.hot.count("v_mfma_f32_32x32x8_f16", "v_mfma_f32_16x16x16_f16"), where
@@ -52,20 +56,21 @@ def check(report, chip, where):
     assert not report.wgmma_serialized, f"{where}: wgmma serialised"
     for loop in report.loops:
         assert all(".F32" in op for op in loop.tensor), f"{where}: {dict(loop.tensor)}"
-    kind = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[chip]
-    assert report.hot.count(kind), f"{where}: no {kind} in the hot loop"
+    kind = {90: "HGMMA", 100: "UTCHMMA"}.get(chip, "HMMA")
+    assert report.hot.count(kind) or D > 128, f"{where}: no {kind} in the hot loop"
 
 
 def main(quick):
     sums = {}
     print(f"{'kernel':<10} {'chip':<6} {'D':>4}  {'M x N, warps, stages':<22} {'per 1024':>8} {'registers':>9} "
           f"{'spilled':>7} {'shared':>7} {'blocks/SM':>9}")
-    for chip, D, (name, dots) in itertools.product(CHIPS, (128,) if quick else (64, 128), DOTS.items()):
+    cases = [(chip, table, D) for chip, (table, sizes) in CHIPS.items() for D in ((128,) if quick else sizes)]
+    for (chip, table, D), (name, dots) in itertools.product(cases, DOTS.items()):
         counts = []
-        for config in flash_attn.configs(name, 2 * D, CHIPS[chip])[:1 if quick else None]:
+        for config in flash_attn.configs(name, 2 * D, table)[:1 if quick else None]:
             report = mc.analyse(compiled(name, chip, D, config))
             m, n, warps = config.kwargs["BLOCK_M"], config.kwargs["BLOCK_N"], config.num_warps
-            check(report, chip, f"{name} {chip} D {D} {m} x {n}, {warps} warps")
+            check(report, chip, D, f"{name} {chip} D {D} {m} x {n}, {warps} warps")
             counts.append(mc.per_1024(report.hot, m * n, 2 * D * dots, warps))
             tile = f"{m} x {n}, {warps}, {config.num_stages}"
             print(f"{name:<10} {chip:<6} {D:>4}  {tile:<22} {counts[-1]:>8.0f} {report.registers:>9} "
