@@ -389,7 +389,7 @@ if triton is not None:
         at = (start + tl.arange(0, BLOCK))[None, :]
         hidden = (at < first[:, None]) | (at >= last[:, None])
         if ids is not None:
-            hidden |= own_id[:, None] != tl.load(ids + walked + at, mask=at < n, other=-1)
+            hidden |= own_id[:, None] != tl.load(ids + walked + at, mask=at < n)
         return hidden
 
     @triton.jit
