@@ -293,17 +293,17 @@ def flash_backward_torch(do, dlse, q, k, v, o, lse, causal, sm_scale, window, do
         dq_i = torch.zeros_like(q_i)
         for j in range(lo, hi, TILE):
             k_j, v_j, dk_j, dv_j = (x[b, h, j:j + TILE] for x in (kf, vf, dkf, dvf))                 # (N, D)
-            # p = exp(s - lse)
-            p = torch.addmm(lse_i, q_i, k_j.T).exp2_()                                               # (M, N)
+            # p = exp(s - lse), all of it transposed as in _bwd_dkdv: one product of the five reads a tile by columns
+            p = torch.addmm(lse_i.T, k_j, q_i.T).exp2_()                                             # (N, M)
             if not full_lo <= j < full_hi:
-                p.unflatten(0, (qs.shape[2], -1)).masked_fill_(hidden(b, rows.start, j), 0)
+                p.unflatten(1, (qs.shape[2], -1)).masked_fill_(hidden(b, rows.start, j).T[:, None], 0)
             # dv = p^T do
-            dv_j.addmm_(p.T, do_i)
+            dv_j.addmm_(p, do_i)
             # ds = p * (dp - delta), dp = do v^T
-            ds = torch.addmm(delta_i, do_i, v_j.T).mul_(p)
+            ds = torch.addmm(delta_i.T, v_j, do_i.T).mul_(p)
             # dq = ds k, dk = ds^T q
-            dq_i.addmm_(ds, k_j)
-            dk_j.addmm_(ds.T, q_i)
+            dq_i.addmm_(ds.T, k_j)
+            dk_j.addmm_(ds, q_i)
         dqf[b, h, :, rows] = dq_i.mul_(sm_scale).view_as(dqf[b, h, :, rows])
     dkf /= LOG2E                                                                    # q_i carried sm_scale * LOG2E
     return tuple(torch.empty_like(x).copy_(dx) for x, dx in ((q, dqf.flatten(1, 2)), (k, dkf), (v, dvf)))
