@@ -31,9 +31,13 @@ one number in the time the tensor cores take for hundreds of multiplications. So
 
 Which keys a query sees. Query i sits at key position i + S - T: the last query at the last key. All the masks here
 (causal, sliding window, packed documents, uneven ends) let a query see *an interval of keys*, and a key *an interval of
-queries*. `limits` computes both, four integers a row, in a few lines of torch; the kernels know nothing else. A tile
-outside every row's interval is skipped, a tile inside all of them needs no mask, and the rest is compared with its
-limits. Want another mask of this kind (a prefix, a chunk)? Change `limits`.
+queries*. `limits` computes both, four integers a row, in a few lines of torch. A tile outside every row's interval is
+skipped, a tile inside all of them needs no mask, and the rest is compared with its limits (and, where a document's id
+may come back after another, with the ids). Another mask of this kind, a prefix or a chunk: change `interval`, and
+`visible`, which says the same as a matrix for the two backends that want one.
+
+Where it rounds. p = exp(s - lse) subtracts two numbers of the size of the scores: with |s| in the thousands and float32
+its relative error is some |s| 2^-22, where a softmax that still has its row is exact.
 
 What it costs, T = S, forward / backward:  FLOPs 4 T^2 D / 10 T^2 D a head (recomputing s is the fifth product; two
 separate backward kernels make it seven: 14 T^2 D), halved by causality. Memory O(T). HBM bytes: `traffic`, below.
@@ -75,6 +79,10 @@ def accumulator(dtype):
     return torch.promote_types(dtype, torch.float32)
 
 
+def scale_of(q, sm_scale):
+    return q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+
+
 def heads(*tensors):
     """(B, n, D) is one head: (B, 1, n, D)."""
     return [x if x.ndim == 4 else x[:, None] for x in tensors]
@@ -93,8 +101,9 @@ def runs(x: Tensor):
 def document_spans(documents: Tensor) -> Tensor:
     """documents (B, L) int -> (4, B, L): first and last position of the same id, first and last of the unbroken run.
 
-    The two pairs differ only where an id comes back after another one. `first` is also an id itself: equal ids have
-    equal firsts.
+        ids 7 7 3 7    first 0 0 2 0    last 3 3 2 3    of the run: first 0 0 2 3    last 1 1 2 3
+
+    `first` is an id too, and fits 32 bits: equal ids have equal firsts.
     """
     ids, order = documents.sort(stable=True)
     first, last = (torch.empty_like(order).scatter(1, order, order.gather(1, edge)) for edge in runs(ids))
@@ -102,10 +111,10 @@ def document_spans(documents: Tensor) -> Tensor:
 
 
 def interval(n, other, behind, ahead, spans, device):
-    """For each of the n positions of one side, the interval it sees of the other side's `other`: (4, B or 1, n) int32.
+    """What each of the n positions of one side sees of the other side, which has `other`: (4, B or 1, n) int32.
 
-    [0], [1]: start and stop of what it sees.  [2], [3]: the same, and there nothing else hides anything, which is less
-    only where a document's id comes back.  behind, ahead: how far from its own place it sees.
+    [0], [1]: start and stop of what it may see.  [2], [3]: start and stop of where it sees everything: less only
+    where a document's id comes back.  behind, ahead: how far from its own place it sees.
     """
     at = torch.arange(n, device=device) + other - n
     start, stop = (at - behind).clamp(0, other), (at + ahead + 1).clamp(0, other)
@@ -125,23 +134,23 @@ class Limits(NamedTuple):
 
 
 def limits(T, S, causal, window, documents, device) -> Limits:
-    """The mask, as intervals. Made once for a shape, or for a tensor of ids: the layers of a model share them."""
+    """The mask, as intervals. Made once for a shape; with documents, for each call."""
     if documents is None:
-        return _limits(T, S, causal, window, None, device)
-    version = 0 if documents.is_inference() else documents._version         # changed in place: another mask
-    made, key = documents.__dict__.setdefault("limits", {}), (T, S, causal, window, version)
-    if key not in made:
-        made[key] = _limits.__wrapped__(T, S, causal, window, documents, device)
-    return made[key]
+        return limits_of_shape(T, S, causal, window, device)
+    return make_limits(T, S, causal, window, documents, device)
 
 
-@functools.lru_cache(maxsize=64)
-def _limits(T, S, causal, window, documents, device):
+def make_limits(T, S, causal, window, documents, device):
     far, spans = T + S, None if documents is None else document_spans(documents)
     back = far if window is None else window - 1
     front = far if window is None and not causal else 0
     return Limits(interval(T, S, back, front, spans, device), interval(S, T, front, back, spans, device),
                   None if spans is None else spans[0].to(torch.int32).contiguous())
+
+
+@functools.lru_cache(maxsize=64)
+def limits_of_shape(T, S, causal, window, device):
+    return make_limits(T, S, causal, window, None, device)
 
 
 def tiles(bounds: Tensor, block: int, step: int) -> Tensor:
@@ -185,7 +194,7 @@ def attention_reference(q, k, v, *, causal, sm_scale=None, window=None, document
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)       # each K/V head serves `group` query heads
     hidden = ~visible(q, k, causal, window, documents)
     s = q @ k.mT                                                                # write 1
-    s = s * (sm_scale or shape[-1] ** -0.5)                                     # read 1, write 1
+    s = s * scale_of(q, sm_scale)                                               # read 1, write 1
     s = s.masked_fill(hidden, -math.inf)                                        # read 1, write 1
     p = s.softmax(-1)                                                           # read 1, write 1; NaN in an empty row
     p = p.masked_fill(hidden, 0)                                                # so: read 1, write 1
@@ -224,7 +233,7 @@ def online_softmax(s, v, block):
 # ---- the tiled version in torch --------------------------------------------------------------------------------------
 #
 # The algorithm of the kernels, in any dtype: their oracle, and on a CPU a fast path, whose SRAM is the cache. A tile is
-# 256 x 256 float32 scores: 256 KB. The query heads that share a K/V head are rows of one tile.
+# 256 x 256 float32 scores, 256 KB, for each of the query heads that share a K/V head: they are rows of one tile.
 
 TILE = 256
 
@@ -285,22 +294,25 @@ def flash_backward_torch(do, dlse, q, k, v, o, lse, causal, sm_scale, window, do
     work, hidden, fold = tile_plan(q, k, causal, window, documents)
     qs, kf, vf, dof = fold(q) * (sm_scale * LOG2E), fold(k)[:, :, 0], fold(v)[:, :, 0], fold(do)
     # delta = rowsum(do * o); lse is an output too, and d lse / d s = p: its gradient joins as delta - dlse
-    minus_delta = fold(dlse[..., None]) - (dof * fold(o)).sum(-1, keepdim=True)
+    # (an empty row has neither: 0 times whatever came back for its -inf must stay 0)
+    minus_delta = fold(dlse[..., None]).masked_fill(fold(lse[..., None]) == -math.inf, 0)
+    minus_delta = minus_delta - (dof * fold(o)).sum(-1, keepdim=True)
     minus_lse = fold(lse[..., None]) * -LOG2E
     dqf, dkf, dvf = torch.empty_like(qs), torch.zeros_like(kf), torch.zeros_like(vf)
     for b, h, rows, (lo, full_lo, full_hi, hi) in work:
-        q_i, do_i, lse_i, delta_i = (x[b, h, :, rows].flatten(0, 1) for x in (qs, dof, minus_lse, minus_delta))
+        q_i, do_i, minus_lse_i, minus_delta_i = (x[b, h, :, rows].flatten(0, 1)
+                                                 for x in (qs, dof, minus_lse, minus_delta))
         dq_i = torch.zeros_like(q_i)
         for j in range(lo, hi, TILE):
             k_j, v_j, dk_j, dv_j = (x[b, h, j:j + TILE] for x in (kf, vf, dkf, dvf))                 # (N, D)
             # p = exp(s - lse), all of it transposed as in _bwd_dkdv: one product of the five reads a tile by columns
-            p = torch.addmm(lse_i.T, k_j, q_i.T).exp2_()                                             # (N, M)
+            p = torch.addmm(minus_lse_i.T, k_j, q_i.T).exp2_()                                       # (N, M)
             if not full_lo <= j < full_hi:
                 p.unflatten(1, (qs.shape[2], -1)).masked_fill_(hidden(b, rows.start, j).T[:, None], 0)
             # dv = p^T do
             dv_j.addmm_(p, do_i)
             # ds = p * (dp - delta), dp = do v^T
-            ds = torch.addmm(delta_i.T, v_j, do_i.T).mul_(p)
+            ds = torch.addmm(minus_delta_i.T, v_j, do_i.T).mul_(p)
             # dq = ds k, dk = ds^T q
             dq_i.addmm_(ds.T, k_j)
             dk_j.addmm_(ds, q_i)
@@ -311,19 +323,21 @@ def flash_backward_torch(do, dlse, q, k, v, o, lse, causal, sm_scale, window, do
 
 # ---- the Triton kernels ----------------------------------------------------------------------------------------------
 #
-# Four kernels, each of which writes what it owns and nothing else: no atomics, so the same bits every time.
+# Four kernels, each of which writes what it owns and nothing else: no atomics, so one tiling gives the same bits every
+# time (PINNED fixes it: autotune may choose another in the next process).
 #
-#     kernel            a program owns                    and walks over
-#     _attn_fwd         BLOCK_M queries of a head         the keys: o, lse
-#     _bwd_preprocess   BLOCK_M queries of a head         nothing: delta, and lse in base 2
-#     _bwd_dkdv         BLOCK_N keys of a K/V head        the queries of every head that shares it: dk, dv
-#     _bwd_dq           BLOCK_M queries of a head         the keys: dq
+#     kernel            a program owns                walks over                               writes
+#     _attn_fwd         BLOCK_M queries of a head     the keys                                 o, lse
+#     _bwd_preprocess   BLOCK_M queries of a head     nothing                                  delta, lse in base 2
+#     _bwd_dkdv         BLOCK_N keys of a K/V head    the queries of every head that shares it dk, dv
+#     _bwd_dq           BLOCK_M queries of a head     the keys                                 dq
 #
 # Full tiles come first, in a loop that knows no mask and is pipelined (num_stages: the next tiles are under way while
-# this one is multiplied). Then the tiles at the edges, not pipelined: two pipelined loops would make ptxas run every
-# Hopper matrix product (wgmma) alone. Offsets inside a tile are 32-bit where the tensor's strides allow it, its base
-# is a 64-bit pointer. Scores and sums are float32 (float64 for float64); p and ds are cast to the inputs' dtype, for
-# the tensor cores. A head dimension that is no power of two is padded with zeros.
+# this one is multiplied). Then the tiles at the edges, left and right of the full ones in one loop that jumps over
+# them, not pipelined: two pipelined loops would make ptxas run every Hopper matrix product (wgmma) alone. Offsets in
+# a tile are 32-bit where the tensor's strides allow it, its base is a 64-bit pointer. Scores and sums are float32
+# (float64 for float64); p and ds are cast to the inputs' dtype, for the tensor cores. A head dimension that is no
+# power of two is padded with zeros.
 
 if triton is not None:
     LN2 = tl.constexpr(math.log(2))                          # SCALE is sm_scale * log2(e): scores and lse are in base 2
@@ -376,7 +390,8 @@ if triton is not None:
 
     @triton.jit
     def _edge(bounds, plane, at, ids, own, walked):
-        """What tells a hidden score at the edges. Loaded after the full tiles: registers are scarce there."""
+        """What tells a hidden score at the edges. Loaded after the full tiles: registers are scarce there. own, walked:
+        where in ids this program's positions start, and those it walks over."""
         own_id = at
         if ids is not None:
             own_id = tl.load(ids + own + at)
@@ -498,9 +513,11 @@ if triton is not None:
         row, inside = (b * tl.num_programs(1) + h) * T + m, m < T
         # delta = rowsum(do * o); lse is an output too, and d lse / d s = p: its gradient joins as delta - dlse
         dlse_i = tl.load(dlse + b * sdlse[0] + h * sdlse[1] + m * sdlse[2], mask=inside, other=0.0)
+        lse_i = tl.load(lse + row, mask=inside, other=0.0)
+        dlse_i = tl.where(lse_i == -float("inf"), 0.0, dlse_i)                      # 0 times whatever it is must stay 0
         tl.store(delta + row, tl.sum(o_i * do_i, 1) - dlse_i, mask=inside)
         # in base 2, for exp2; an empty row's is -inf, and all its scores are hidden
-        tl.store(lse2 + row, tl.load(lse + row, mask=inside, other=0.0) / LN2, mask=inside)
+        tl.store(lse2 + row, lse_i / LN2, mask=inside)
 
     @triton.jit
     def _bwd_dkdv(q, k, v, do, dk, dv, lse2, delta, bounds, ids, strides, bounds_stride, T, S, L,
@@ -570,13 +587,13 @@ if triton is not None:
         _store(dq, sdq, b, h, start, rows, dq_i * (SCALE * LN2), D, INDEX)
 
 
-# BLOCK_M, BLOCK_N, num_warps, num_stages: what autotune tries, by the bytes of a tile's row. All of them fit and none
-# spills registers in its hot loop (but "ieee"): tests/bench/bench_flash_static.py compiles them and reads the code.
+# BLOCK_M, BLOCK_N, num_warps, num_stages: what autotune tries, by the bytes of a tile's row. For 16-bit numbers all fit
+# and none spills registers in its hot loop: tests/bench/bench_flash_static.py compiles them and reads the code.
 CONFIGS = {
     "tma": {           # NVIDIA compute capability 9 and 10, 227 KB of shared memory: tiles through the copy engine
         128: {"_attn_fwd": [(128, 128, 8, 2), (128, 64, 4, 3)], "_bwd_dkdv": [(64, 128, 8, 2), (64, 64, 4, 2)],
               "_bwd_dq": [(128, 64, 4, 2), (128, 128, 8, 2)]},
-        256: {"_attn_fwd": [(128, 128, 8, 2), (64, 128, 4, 2)], "_bwd_dkdv": [(64, 128, 8, 2)],
+        256: {"_attn_fwd": [(128, 128, 8, 2)], "_bwd_dkdv": [(64, 128, 8, 2)],
               "_bwd_dq": [(128, 128, 8, 2), (128, 64, 8, 2)]},
         512: {"_attn_fwd": [(128, 64, 8, 2), (64, 64, 4, 2)], "_bwd_dkdv": [(64, 32, 8, 2)],
               "_bwd_dq": [(32, 32, 4, 2)]}},
@@ -622,7 +639,8 @@ def arguments(name, matrices, vectors, at, sm_scale, capability):
     bounds = at.columns if name == "_bwd_dkdv" else at.rows
     args = (*matrices, *vectors, bounds, at.ids, tuple(x.stride() for x in matrices),
             (bounds.stride(0), bounds.stride(1) if bounds.shape[1] > 1 else 0), T, S, max(T, S))
-    aligned = all(x.stride(3) == 1 and not (x.data_ptr() | x.itemsize * (x.stride(0) | x.stride(1) | x.stride(2))) % 16
+    aligned = all(x.stride(3) == 1 and x.stride(2) > 0 and
+                  not (x.data_ptr() | x.itemsize * (x.stride(0) | x.stride(1) | x.stride(2))) % 16
                   for x in matrices[:4])
     wide = max((x.shape[2] + 256) * x.stride(2) + D * x.stride(3) for x in matrices) >= 2**31
     return args, dict(SCALE=sm_scale * LOG2E, GROUP=H // K, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)),
@@ -639,15 +657,17 @@ def launch(name, matrices, vectors, at, sm_scale):
     args, options = arguments(name, matrices, vectors, at, sm_scale, torch.cuda.get_device_capability(q.device) if cuda
                               else (0, 0))
     if options["TMA"] and not INTERPRET:                   # descriptors made by a kernel live in memory it is given
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=q.device))
+        device = q.device                                  # not q itself: the allocator would keep it
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
     grid = lambda meta: (triton.cdiv(shared.shape[2], meta[block]), shared.shape[1], shared.shape[0])
     chip = ("ieee" if q.dtype == torch.float32 and options["PRECISION"] == "ieee" else
             "hip" if torch.version.hip else "tma" if options["TMA"] else "pointers")
     kind = name, options["BLOCK_D"] * q.itemsize, chip
-    if INTERPRET or name in PINNED:
-        globals()[name][grid](*args, **options, **configs(*kind)[0].all_kwargs())
-    else:
-        tuned(*kind, shared.shape[2].bit_length())[grid](*args, **options)
+    with torch.cuda.device_of(q):
+        if INTERPRET or name in PINNED:
+            globals()[name][grid](*args, **options, **configs(*kind)[0].all_kwargs())
+        else:
+            tuned(*kind, shared.shape[2].bit_length())[grid](*args, **options)
 
 
 def flash_forward_triton(q, k, v, causal, sm_scale, window, documents):
@@ -663,8 +683,9 @@ def flash_backward_triton(do, dlse, q, k, v, o, lse, causal, sm_scale, window, d
     at = limits(T, k.shape[2], causal, window, documents, q.device)
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    _bwd_preprocess[(triton.cdiv(T, block_m), H, B)](
-        o, do, lse, dlse, delta, lse2, (o.stride(), do.stride(), dlse.stride()), T, D, block_d, block_m)
+    with torch.cuda.device_of(q):
+        _bwd_preprocess[(triton.cdiv(T, block_m), H, B)](
+            o, do, lse, dlse, delta, lse2, (o.stride(), do.stride(), dlse.stride()), T, D, block_d, block_m)
     launch("_bwd_dkdv", (q, k, v, do, dk, dv), (lse2, delta), at, sm_scale)
     launch("_bwd_dq", (q, k, v, do, dq), (lse2, delta), at, sm_scale)
     return dq, dk, dv
@@ -683,7 +704,7 @@ KERNELS = {"torch": (flash_forward_torch, flash_backward_torch),
 def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, sm_scale: float | None, window: int | None,
              documents: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     with torch.autocast(q.device.type, enabled=False):
-        o, lse = KERNELS[backend][0](*heads(q, k, v), causal, sm_scale or q.shape[-1] ** -0.5, window, documents)
+        o, lse = KERNELS[backend][0](*heads(q, k, v), causal, scale_of(q, sm_scale), window, documents)
     return o.view(q.shape), lse.view(q.shape[:-1])
 
 
@@ -699,8 +720,7 @@ def _backward(do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tens
     rows = [x.view(len(q), -1, q.shape[-2]) for x in (dlse.contiguous(), lse)]
     do, *qkvo = heads(do, q, k, v, o)
     with torch.autocast(q.device.type, enabled=False):
-        grads = KERNELS[backend][1](do, rows[0], *qkvo, rows[1], causal, sm_scale or q.shape[-1] ** -0.5, window,
-                                    documents)
+        grads = KERNELS[backend][1](do, rows[0], *qkvo, rows[1], causal, scale_of(q, sm_scale), window, documents)
     dq, dk, dv = (dx.view(x.shape) for dx, x in zip(grads, (q, k, v), strict=True))
     return dq, dk, dv
 
@@ -733,19 +753,32 @@ class FlashAttentionTorch(torch.autograd.Function):
     """(o, lse) = FlashAttentionTorch.apply(q, k, v, causal, sm_scale, window, documents): tiles in torch, any dtype."""
 
     @staticmethod
-    def forward(q, k, v, causal=True, sm_scale=None, window=None, documents=None, backend="torch"):
-        check(q, k, v, sm_scale, window, documents, resolve_backend(backend, q.device))
-        return _forward(q, k, v, causal, sm_scale, window, documents, backend)
+    def forward(q, k, v, causal=True, sm_scale=None, window=None, documents=None):
+        check(q, k, v, sm_scale, window, documents, "torch")
+        return _forward(q, k, v, causal, sm_scale, window, documents, "torch")
 
-    setup_context, backward = staticmethod(_setup), staticmethod(_differentiate)
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.given = len(inputs)
+        _setup(ctx, (*inputs, *(True, None, None, None)[len(inputs) - 3:], "torch"), output)
+
+    @staticmethod
+    def backward(ctx, do, dlse):
+        return _differentiate(ctx, do, dlse)[:ctx.given]
 
 
 class FlashAttentionTriton(FlashAttentionTorch):
     """(o, lse) = FlashAttentionTriton.apply(q, k, v, causal, sm_scale, window, documents): the Triton kernels."""
 
     @staticmethod
-    def forward(q, k, v, causal=True, sm_scale=None, window=None, documents=None, backend="triton"):
-        return FlashAttentionTorch.forward(q, k, v, causal, sm_scale, window, documents, backend)
+    def forward(q, k, v, causal=True, sm_scale=None, window=None, documents=None):
+        check(q, k, v, sm_scale, window, documents, resolve_backend("triton", q.device))
+        return _forward(q, k, v, causal, sm_scale, window, documents, "triton")
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        FlashAttentionTorch.setup_context(ctx, inputs, output)
+        ctx.backend = "triton"
 
 
 def sdpa(q, k, v, causal, sm_scale, window, documents):
@@ -764,8 +797,9 @@ def check(q, k, v, sm_scale, window, documents, backend):
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim not in (3, 4) or x.ndim != q.ndim or min(x.shape) < 1:
             raise ValueError(f"{name} must be (B, H, T, D), or all (B, T, D), and not empty, got {tuple(x.shape)}")
-        if not x.is_floating_point() or x.dtype != q.dtype:
-            raise ValueError(f"q, k, v must be of one floating-point dtype, got {q.dtype} and {name} {x.dtype}")
+        if x.dtype not in DTYPES or x.dtype != q.dtype:
+            raise ValueError("q, k, v must be of one floating-point dtype, float16, bfloat16, float32 or float64, got "
+                             f"{q.dtype} and {name} {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"q, k, v must be on one device, got {q.device} and {name} on {x.device}")
     B, (T, D), S = len(q), q.shape[-2:], k.shape[-2]
@@ -776,19 +810,30 @@ def check(q, k, v, sm_scale, window, documents, backend):
         raise ValueError(f"q's heads must be a multiple of k's, got {q.shape[1]} and {k.shape[1]}")
     if D > 256:
         raise ValueError(f"head_dim must be at most 256, got {D}")
-    if sm_scale is not None and not 0 < sm_scale < math.inf:
-        raise ValueError(f"sm_scale must be above 0 and finite, got {sm_scale}")
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 key, or None, got {window}")
+    if sm_scale is not None and not (isinstance(sm_scale, int | float) and 2**-126 <= sm_scale < math.inf):
+        raise ValueError(f"sm_scale must be a number above 0 and finite in float32, got {sm_scale!r}")
+    if window is not None and (not isinstance(window, int | torch.SymInt) or isinstance(window, bool) or window < 1):
+        raise ValueError(f"window must be at least 1 key, a whole number, or None, got {window!r}")
+    if documents is not None and not isinstance(documents, Tensor):
+        raise ValueError(f"documents must be a tensor ({B}, {max(T, S)}), got {type(documents).__name__}")
     if documents is not None and (documents.shape != (B, max(T, S)) or documents.is_floating_point()
-                                  or documents.device != q.device):
+                                  or documents.is_complex() or documents.device != q.device):
         raise ValueError(f"documents must be ({B}, {max(T, S)}) whole numbers on {q.device}, "
                          f"got {tuple(documents.shape)} {documents.dtype} on {documents.device}")
     if backend == "triton" and not INTERPRET and q.dtype == torch.float64:
         raise RuntimeError(f"backend triton runs float64 only under TRITON_INTERPRET=1; {OTHERS}")
+    if backend == "triton" and INTERPRET and q.dtype not in INTERPRETED:
+        raise RuntimeError(f"backend triton: the interpreter computes with the bits of {q.dtype}, not values; {OTHERS}")
+    if backend == "triton" and max(B, q.shape[-3]) > 65535:
+        raise RuntimeError(f"backend triton: a GPU's grid takes B and H up to 65535, got {tuple(q.shape)}; {OTHERS}")
+    if backend in KERNELS and not torch.compiler.is_compiling() and any(
+            torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):
+        raise RuntimeError(f"backend {backend} has no forward-mode derivative: use backend=\"reference\"")
 
 
 BACKENDS = ("triton", "torch", "sdpa", "reference")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTERPRETED = {torch.float16, torch.float32, torch.float64}       # and bfloat16, where tests/interpreter.py mends it
 OTHERS = "the others are torch, sdpa, reference"
 
 
@@ -804,7 +849,8 @@ def resolve_backend(backend: str, device: torch.device, return_lse=False) -> str
     if backend == "triton" and triton is None:
         raise RuntimeError(f"backend triton: no triton package is installed here; {OTHERS}")
     if backend == "triton" and not INTERPRET and device.type != "cuda":
-        raise RuntimeError(f"backend triton needs tensors on a GPU, or TRITON_INTERPRET=1, got {device}; {OTHERS}")
+        raise RuntimeError("backend triton needs tensors on a GPU, or TRITON_INTERPRET=1 before the start (for tests: "
+                           f"a training step takes minutes), got {device}; {OTHERS}")
     return backend
 
 
@@ -820,7 +866,8 @@ def flash_attention(q, k, v, *, causal=True, sm_scale=None, window=None, documen
     documents    (B, max(T, S)) int ids, of queries the last T, of keys the last S: attention within equal ids only
     return_lse   also lse (B, H, T), float32 (float64 for float64): log sum exp of a row's scaled scores
     backend      "triton" (a GPU, or TRITON_INTERPRET=1), "torch" (tiled), "sdpa" (torch's own; gives no lse),
-                 "reference". "auto": triton on a GPU, elsewhere sdpa, or torch for return_lse
+                 "reference". "auto": triton on a GPU, elsewhere sdpa, or torch for return_lse. On a CPU sdpa is
+                 given window and documents as a matrix: from T = 2048 on torch is several times faster there
     -> o (B, H, T, D) as q, or (o, lse). A query that sees no key gets o = 0, lse = -inf and no gradient.
 
     Raises ValueError for a wrong argument, RuntimeError for a backend that cannot run here. Under autocast the inputs
@@ -828,8 +875,9 @@ def flash_attention(q, k, v, *, causal=True, sm_scale=None, window=None, documen
     """
     device = q.device.type
     backend = resolve_backend(backend, q.device, return_lse)
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and q.dtype != torch.float64:
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        low = torch.get_autocast_dtype(device)
+        q, k, v = (x.to(low) if x.dtype in DTYPES[:3] else x for x in (q, k, v))
     check(q, k, v, sm_scale, window, documents, backend)
     if backend == "reference":
         return attention_reference(q, k, v, causal=causal, sm_scale=sm_scale, window=window, documents=documents,
@@ -877,8 +925,8 @@ def count_traffic(kernel, tensors):
     """Run kernel() in Triton's interpreter -> bytes (requested, distinct) that it loads and stores.
 
     Lanes that are masked off do not count, lanes of one load that name one address count once, distinct bytes are whole
-    32-byte sectors, the unit in which HBM is read. An address outside all the tensors raises IndexError: a kernel that
-    leaves them reads garbage without a word.
+    32-byte sectors, the unit in which HBM is read. An address outside all the tensors raises (in the
+    interpreter's InterpreterError): on a GPU a kernel that leaves them reads garbage without a word.
     """
     from unittest.mock import patch
 
@@ -966,7 +1014,8 @@ def demo():
         print(f"    {name:<20} {error:.1e}")
         assert error < 1e-12
 
-    print("\nlargest error against float64 / that of plain torch in the same dtype          o      dq      dk      dv")
+    print("\nlargest error against float64 / that of plain torch in the same dtype          o      dq      dk      dv"
+          "\n    (the error itself where plain torch makes none)")
     cases = [("torch", T, causal, dtype) for T in (1, 64, 203) for causal in (False, True)
              for dtype in (torch.float32, torch.bfloat16)]
     if INTERPRET or device == "cuda":
@@ -1007,17 +1056,19 @@ def demo():
             print(f"    {name:<10} bytes requested {counted[0]:,} | {formula[name][0]:,}   distinct {counted[1]:,} | "
                   f"{formula[name][1]:,}")
             assert counted == formula[name]
-    # Dao 2022, figure 2 (left): GPT-2 medium's attention, batch 64, forward + backward on an A100. Textbook: each score
-    # matrix is 2.1 GB, theirs has a mask and dropout, ours two fills. Flash: K/V tiles that the L2 cache still holds.
+    # Dao 2022, figure 2 (left): GPT-2 medium's attention, batch 64, forward + backward on an A100, against bounds. One
+    # score matrix is 2.1 GB. Textbook: the paper's has one mask and dropout; ours without any mask (8 of the 23 passes
+    # are the two fills') is below it, with both above. Flash: all tiles hit the L2 cache, or none does.
     q = torch.empty(64, 16, 1024, 64, dtype=torch.float16, device="meta")
     blocks = {name: choices[0][:2] for name, choices in CONFIGS["pointers"][128].items()}
     kernels = traffic(q, q, limits(1024, 1024, False, None, None, torch.device("cpu")), blocks).values()
-    matrix, rows = q.numel() // 64 * 1024 * 2, 12 * q.nbytes                           # q, k, v, o and the like beside
+    matrix, rows = q.numel() // 64 * 1024 * 2, 12 * q.nbytes                           # q k v o; do o q k v again; ...
     plain, fills = (passes * matrix / 1e9 for passes in (forward + backward - 8, 8))
     requested, distinct = (sum(side) / 1e9 for side in zip(*kernels, strict=True))
     plain += rows / 1e9
-    print(f"    1024 tokens, 16 heads of 64, batch 64, GB: textbook {plain:.1f}, with fills {plain + fills:.1f} | the "
-          f"paper's 40.3;  flash {distinct:.1f} distinct, {requested:.1f} requested | the paper's 4.4")
+    print(f"\n1024 tokens, 16 heads of 64, batch 64, GB, lower bound < measured in the paper < upper bound:\n"
+          f"    textbook {plain:.1f} without masks < 40.3 < {plain + fills:.1f} with two;   "
+          f"flash {distinct:.1f} distinct < 4.4 < {requested:.1f} requested")
     assert plain < 40.3 < plain + fills and distinct < 4.4 < requested
 
     print("\ncausal, 4 heads of 64, float32, one thread: forward + backward" if device == "cpu" else

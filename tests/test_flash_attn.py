@@ -1,7 +1,9 @@
 """flash_attn.py against plain torch. Without a GPU the Triton kernels run in Triton's interpreter, made exact for
 bfloat16 by tests/interpreter.py."""
 
+import contextlib
 import functools
+import importlib.util
 import itertools
 import os
 import random
@@ -21,6 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = ("_attn_fwd", "_bwd_dkdv", "_bwd_dq")
 if flash_attn.INTERPRET:
     interpreter.install()
+    flash_attn.INTERPRETED.add(torch.bfloat16)
 
 
 def oracle(q, k, v, causal, sm_scale, window, documents):
@@ -263,12 +266,44 @@ def test_tiles_skip_what_no_one_sees():
 
 def test_ids_changed_in_place_are_another_mask():
     q, k, v, _, _, ids = make(1, 1, 1, 20, 20, 8, documents="packed")
-    for change in (lambda: None, lambda: ids.zero_(), lambda: ids.copy_(torch.arange(20))):
-        change()
-        torch.testing.assert_close(flash_attention(q, k, v, documents=ids, backend="torch"),
-                                   attention_reference(q, k, v, causal=True, documents=ids))
-    with torch.inference_mode():
-        flash_attention(q, k, v, documents=ids.clone(), backend="torch")
+    for context in (contextlib.nullcontext, torch.inference_mode):        # inference tensors count no versions
+        with context():
+            ids = ids.clone()
+            for value in (ids, 0, torch.arange(20)):
+                ids.numpy()[:] = value                                    # nor does torch see this
+                torch.testing.assert_close(flash_attention(q, k, v, documents=ids, backend="torch"),
+                                           attention_reference(q, k, v, causal=True, documents=ids))
+
+
+def test_rows_that_see_nothing_take_no_gradient(monkeypatch):
+    """The sequence split over ranks: parts are weighed by exp(lse - total), and d total / d lse of an empty row is NaN.
+    Nothing of it may reach the keys."""
+    tile(monkeypatch, 16, 16)
+    q, k, v, do, dlse, _ = make(1, 2, 1, 20, 12, 8)
+    for function in (FlashAttentionTorch, FlashAttentionTriton)[:2 if flash_attn.INTERPRET else 1]:
+        x = [t.detach().requires_grad_() for t in (q, k, v)]
+        o, lse = function.apply(*x, True, 0.3)
+        empty = lse.isinf()
+        assert empty.any() and (o[empty] == 0).all()
+        dlse = dlse.masked_fill(empty, torch.nan)
+        got = torch.autograd.grad((o, lse), x, (do, dlse))
+        y = [t.detach().requires_grad_() for t in (q[:, :, 8:], k, v)]
+        expected = torch.autograd.grad(function.apply(*y, True, 0.3), y, (do[:, :, 8:], dlse[:, :, 8:]))
+        assert (got[0][:, :, :8] == 0).all()
+        for a, b in zip((got[0][:, :, 8:], *got[1:]), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_large_scores_round_as_said():
+    """p = exp(s - lse): with scores near 1000 the relative error of p, and of dv, is some |s| 2^-22."""
+    q, k, v, do, dlse, _ = make(1, 1, 1, 64, 64, 16, torch.float32, scale=16)
+    options = True, 1.0, None, None
+    plain = functools.partial(flash_attention, causal=True, sm_scale=1.0, backend="reference", return_lse=True)
+    exact = gradients(lambda q, k, v, *_: plain(q, k, v), *(x.double() for x in (q, k, v, do, dlse)), *options)
+    ours = gradients(FlashAttentionTorch.apply, q, k, v, do, dlse, *options)
+    largest = (q @ k.mT).abs().max().item()
+    assert largest > 1000
+    assert (ours[4] - exact[4]).abs().max() < largest * 2**-22 * do.abs().sum()
 
 
 # ---- flash_attention, the function -----------------------------------------------------------------------------------
@@ -288,6 +323,11 @@ def test_operator_compile_checkpoint_autocast():
     q, k, v, do, _, ids = make(1, 2, 1, 20, 20, 8, torch.float32, "packed")
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     torch.library.opcheck(torch.ops.flash_attn.forward.default, (q, k, v, True, 0.3, None, ids, "torch"))
+    o, lse = (x.detach() for x in FlashAttentionTorch.apply(q, k, v, True, 0.3, None, ids))
+    torch.library.opcheck(torch.ops.flash_attn.backward.default,
+                          (do, lse * 0, *(x.detach() for x in (q, k, v)), o, lse, True, 0.3, None, ids, "torch"))
+    apply = lambda q, k, v: FlashAttentionTorch.apply(q, k, v, True, None, None, ids)[0]
+    torch.testing.assert_close(torch.compile(apply)(q, k, v), apply(q, k, v))
     f = lambda q, k, v: flash_attention(q.sin(), k, v, documents=ids, backend="torch") * 2
     plain = f(q, k, v), *torch.autograd.grad(f(q, k, v), (q, k, v), do)
     for other in (torch.compile(f, fullgraph=True),
@@ -298,6 +338,44 @@ def test_operator_compile_checkpoint_autocast():
     with torch.autocast(DEVICE, torch.bfloat16):
         o = flash_attention(q, k, v, documents=ids, backend="torch")
     assert o.dtype == torch.bfloat16 and torch.autograd.grad(o, q, do.bfloat16())[0].dtype == torch.float32
+
+
+def test_under_autocast_wrong_dtypes_stay_wrong():
+    q, k, v, *_ = make(1, 1, 1, 5, 5, 4, torch.float32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        for bad in ((q.long(), k.long(), v.long()), (q, k.double(), v), (q.to(torch.complex64), k, v)):
+            with pytest.raises(ValueError, match="one floating-point dtype"):
+                flash_attention(*bad, backend="torch")
+
+
+@pytest.mark.filterwarnings("default")                                    # torch's own
+def test_forward_mode_is_refused():
+    q, k, v, *_ = make(1, 1, 1, 5, 5, 4)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        flash_attention(torch.autograd.forward_ad.make_dual(q, q), k, v, backend="torch")
+
+
+@needs_interpreter
+def test_the_stock_interpreter_refuses_bfloat16(monkeypatch):
+    monkeypatch.setattr(flash_attn, "INTERPRETED", {torch.float32})
+    q, k, v, *_ = make(1, 1, 1, 5, 5, 4, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="bits of torch.bfloat16"):
+        flash_attention(q, k, v, backend="triton")
+
+
+def test_what_the_kernels_are_told(monkeypatch):
+    """Precision and the copy engine: where strides, alignment and the chip allow it."""
+    at = flash_attn.limits(64, 64, True, None, None, torch.device("cpu"))
+    told = lambda x, chip: flash_attn.arguments("_attn_fwd", [x] * 4, (None,), at, 1.0, chip)[1]
+    x = torch.empty(1, 1, 64, 16, dtype=torch.float16)
+    monkeypatch.setattr(flash_attn, "TMA", None)
+    assert [told(x, chip)["TMA"] for chip in ((8, 0), (9, 0), (10, 0), (12, 0), (0, 0))] == [0, 1, 1, 0, 0]
+    for other in (torch.empty(1, 1, 64, 17, dtype=torch.float16)[..., :16], torch.empty(1025)[1:].view(1, 1, 64, 16),
+                  x.transpose(2, 3).contiguous().transpose(2, 3), x[:, :, :1].expand(x.shape)):
+        assert not told(other, (9, 0))["TMA"]
+    for precision, expected in (("highest", "ieee"), ("high", "tf32")):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda p=precision: p)
+        assert told(x, (9, 0))["PRECISION"] == expected
 
 
 def test_second_derivatives_are_refused():
@@ -317,7 +395,11 @@ X = torch.zeros(2, 4, 8, 16)
     (X.long(), X.long(), X.long(), {}, "floating-point dtype"), (X, X.to("meta"), X, {}, "one device"),
     (X[:, :, :0], X, X, {}, "not empty"), (torch.zeros(1, 1, 2, 257),) * 3 + ({}, "at most 256"),
     (X, X, X, {"window": -1}, "window must be at least 1"), (X, X, X, {"window": 0}, "window must be at least 1"),
-    (X, X, X, {"sm_scale": -1.0}, "sm_scale"), (X, X, X, {"backend": "cuda"}, "backend must be one"),
+    (X, X, X, {"window": 2.5}, "window must be"), (X, X, X, {"window": True}, "window must be"),
+    (X, X, X, {"sm_scale": -1.0}, "sm_scale"), (X, X, X, {"sm_scale": 1e-46}, "sm_scale"),
+    (X, X, X, {"sm_scale": torch.ones(())}, "sm_scale"), (X, X, X, {"backend": "cuda"}, "backend must be one"),
+    (X, X, X, {"documents": [[0] * 8] * 2}, "documents must be a tensor"),
+    (X.to(torch.float8_e4m3fn),) * 3 + ({}, "floating-point dtype"),
     (X, X, X, {"documents": torch.zeros(2, 7, dtype=torch.long)}, "documents must be"),
     (X, X, X, {"documents": torch.zeros(2, 8)}, "documents must be"),
     (X, X, X, {"backend": "sdpa", "return_lse": True}, "gives no lse")])
@@ -365,3 +447,47 @@ def test_online_softmax():
     torch.testing.assert_close(o, s.softmax(1) @ v)
     torch.testing.assert_close(lse, s.logsumexp(1))
     torch.testing.assert_close(flash_attn.online_softmax_row(s[0], v), o[0])
+
+
+# ---- break it: planted errors turn these tests red -------------------------------------------------------------------
+
+PLANTED = {  # what is wrong -> (the line, what it becomes)
+    "torch: alpha not applied to o": ("acc.mul_(alpha).addmm_(p, v_j)", "acc.addmm_(p, v_j)"),
+    "torch: alpha not applied to l": ("l_i.mul_(alpha).add_(", "l_i.add_("),
+    "torch: no delta": ("minus_delta = minus_delta - (dof", "minus_delta = minus_delta - 0 * (dof"),
+    "torch: no scale in dq": ("dq_i.mul_(sm_scale)", "dq_i"),
+    "torch: a hidden tile taken as full": ("full_stop.amin(-1) // step", "full_stop.amax(-1) // step"),
+    "masks: < for <=": ("(at + ahead + 1).clamp", "(at + ahead).clamp"),
+    "triton: the wrong group's keys": ("k = _matrix(k, sk, b, h // GROUP,", "k = _matrix(k, sk, b, h % GROUP,"),
+    "triton: alpha not applied to o": ("v, acc * alpha[:, None], input", "v, acc, input"),
+    "triton: no delta in dk": ("ds = p * (dp - delta[None, :])", "ds = p * dp"),
+    "triton: dlse forgotten": ("tl.sum(o_i * do_i, 1) - dlse_i", "tl.sum(o_i * do_i, 1)"),
+    "triton: the last edge tile dropped": ("range(lo, hi - (full_hi - full_lo), BLOCK_N",
+                                           "range(lo, hi - (full_hi - full_lo) - BLOCK_N, BLOCK_N"),
+    "triton: dk not scaled": ("dk_j * (SCALE * LN2)", "dk_j"),
+    "triton: ids not compared": ("hidden |= own_id[:, None] != tl.load(", "hidden |= own_id[:, None] < tl.load(")}
+
+
+@needs_interpreter
+@pytest.mark.parametrize("what", PLANTED)
+def test_a_planted_error_turns_red(what, monkeypatch, tmp_path):
+    right, wrong = PLANTED[what]
+    source = (ROOT / "flash_attn.py").read_text()
+    assert right in source, "the line is no more: plant another error"
+    file = tmp_path / "flash_attn.py"
+    # the operators' names are taken by the right module
+    file.write_text(source.replace(right, wrong).replace('custom_op("flash_attn::', f'custom_op("planted{id(file)}::'))
+    spec = importlib.util.spec_from_file_location("planted", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "TILE", 16)
+    tile(monkeypatch, 16, 16)
+    monkeypatch.setattr(module, "PINNED", flash_attn.PINNED)
+    function = module.FlashAttentionTriton if what.startswith("triton") else module.FlashAttentionTorch
+    worst = 0.0
+    for causal, documents in ((True, None), (False, "mixed")):
+        *tensors, ids = make(1, 6, 3, 40, 40, 8, documents=documents)
+        options = causal, 0.3, None, ids
+        ours, expected = (gradients(f, *tensors, *options) for f in (function.apply, oracle))
+        worst = max(worst, *((a - b).abs().nan_to_num(0).max().item() for a, b in zip(ours, expected, strict=True)))
+    assert worst > 1e-3, f"{what}: no test would have noticed"
