@@ -40,6 +40,7 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import itertools
 import json
 import math
 import os
@@ -47,7 +48,10 @@ import re
 import resource
 import shutil
 import signal
+import socket
+import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -58,6 +62,7 @@ import torch.distributed as dist
 import data
 import flash_attn
 import model as net
+import parallel
 
 # ---- configs ---------------------------------------------------------------------------------------------------------
 
@@ -112,12 +117,21 @@ class Config:
     precision: str = option("auto", "bf16: matrix products in bfloat16; auto: where the accelerator has it",
                             choices=("auto", "fp32", "bf16"))
     # how it runs: same result, other cost
-    micro_batch_size: int = runtime(8, "windows a forward pass, each rank")
+    micro_batch_size: int = runtime(0, "windows a forward pass, each rank (0: at most 8, and 2 pp passes a step)")
     recompute: str = runtime("none", "activations computed again in backward", choices=("none", "selective", "full"))
     attention: str = runtime("auto", "kernel; auto: triton on a GPU, sdpa elsewhere",
                              choices=("auto", *flash_attn.BACKENDS))
+    dp: int = runtime(0, "data-parallel ranks (0: what tp and pp leave of the world)")
+    tp: int = runtime(1, "tensor-parallel ranks: parts of every layer's width")
+    pp: int = runtime(1, "pipeline stages: parts of the depth")
+    sequence_parallel: bool = runtime(True, "with tp: norms and residuals split along the sequence")
+    pp_schedule: str = runtime("1f1b", "order of the pipeline's operations", choices=tuple(parallel.SCHEDULES))
+    pp_chunks: int = runtime(2, "interleaved: stages a rank")
     compile: str = runtime("auto", "torch.compile each block; auto: on accelerators", choices=("auto", "on", "off"))
     device: str = runtime("auto", "auto: this rank's accelerator, else cpu")
+    nproc: int = runtime(0, "start and watch this many ranks on this machine (0: torchrun does, or there is one)")
+    max_restarts: int = runtime(0, "with --nproc: how often ranks are started again when one has failed")
+    timeout: int = runtime(600, "seconds that a rank waits for the others before it gives up")
     out: str = runtime("", "folder of the run (default out/CONFIG)")
     resume: str = runtime("auto", "auto: go on where the folder's run stopped; never: refuse if it holds one",
                           choices=("auto", "never"))
@@ -208,13 +222,19 @@ def derive(c: Config) -> Config:
         low = {"int": 0, "float": 0.0}.get(getattr(f.type, "__name__", ""))
         if low is not None and not (math.isfinite(value) and value >= low):
             raise BadInput(f"{f.name} must be a finite number of at least 0, got {value}")
-    for name in ("steps", "global_batch_size", "micro_batch_size", "keep_checkpoints", "log_interval", "n_head"):
+    for name in ("steps", "global_batch_size", "keep_checkpoints", "log_interval", "n_head", "tp", "pp", "pp_chunks"):
         if getattr(c, name) < 1:
             raise BadInput(f"{name} must be at least 1, got {getattr(c, name)}")
     if c.seed >= 2**63:
         raise BadInput(f"seed must be below 2**63, got {c.seed}")
     if not c.rope_theta:
         raise BadInput("rope_theta must be above 0, got 0.0")
+    if c.nproc and "RANK" in os.environ and int(os.environ["WORLD_SIZE"]) != c.nproc:
+        raise BadInput(f"nproc must be left out where torchrun started {os.environ['WORLD_SIZE']} ranks, got {c.nproc}")
+    if c.max_restarts and not c.nproc:
+        raise BadInput("max_restarts goes with --nproc; torchrun has its own flag of that name")
+    if c.timeout < 1:
+        raise BadInput(f"timeout must be at least 1 second, got {c.timeout}")
     for name in ("min_lr_ratio", "decay_fraction", "beta1", "beta2"):
         if getattr(c, name) > 1 or name.startswith("beta") and getattr(c, name) == 1:
             raise BadInput(f"{name} must be at most 1{' and not 1' * name.startswith('beta')}, got {getattr(c, name)}")
@@ -227,13 +247,41 @@ def derive(c: Config) -> Config:
     if c.vocab_size < 320 and c.sample is None and not Path(c.data, "manifest.json").exists():
         raise BadInput(f"vocab_size must be at least 320 to train a tokenizer, got {c.vocab_size}")
     wide = 64 * math.ceil(8 * c.n_embd / 3 / 64) if c.mlp == "swiglu" else 4 * c.n_embd
-    c = dataclasses.replace(c, out=c.out or f"out/{c.config}", n_kv_head=c.n_kv_head or c.n_head,
-                            head_dim=c.head_dim or c.n_embd // c.n_head, n_ff=c.n_ff or wide)
+    windows = c.global_batch_size // (c.dp or max(1, world_size(c) // (c.tp * c.pp))) or 1           # a step and rank
+    most = min(8, windows if c.pp == 1 else max(1, windows // (2 * c.pp)))
+    micro = c.micro_batch_size or max(n for n in range(1, most + 1) if windows % n == 0)
+    c = dataclasses.replace(c, micro_batch_size=micro, out=c.out or f"out/{c.config}",
+                            n_kv_head=c.n_kv_head or c.n_head, head_dim=c.head_dim or c.n_embd // c.n_head,
+                            n_ff=c.n_ff or wide)
     try:
         assert c.model                                       # ModelConfig checks its own rules
     except ValueError as error:
         raise BadInput(str(error)) from None
+    split = {name: getattr(c, name) for name in ("n_head", "n_kv_head", "n_ff", "vocab_size")}
+    split |= {"seq_len": c.seq_len} if c.sequence_parallel else {}
+    if any(value % c.tp for value in split.values()):
+        raise BadInput(f"tp must divide {', '.join(f'{name} {value}' for name, value in split.items())}, got {c.tp}")
+    if stages(c) > c.n_layer:
+        raise BadInput(f"pp must leave a layer to each of {c.pp} x {stages(c) // c.pp} stages, n_layer is {c.n_layer}")
+    whole = {"tp": c.tp > 1, "pp-schedule zb": c.pp_schedule == "zb" and c.pp > 1}
+    for name, value, must, conflict in (("compile", c.compile, "off", any(whole.values())),
+                                        ("recompute", c.recompute, "none", whole["pp-schedule zb"])):
+        if conflict and value not in (must, "auto"):
+            raise BadInput(f"{name} must be {must} with --{' and --'.join(k for k, on in whole.items() if on)}, "
+                           f"got {value}")
     return c
+
+
+def world_size(c: Config) -> int:
+    """Ranks there are, or for --dry-run those that are asked about."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    there = int(os.environ.get("WORLD_SIZE", 1))
+    return max(1, c.dp) * c.tp * c.pp if c.dry_run and there == 1 else there
+
+
+def stages(c: Config) -> int:
+    return c.pp * (c.pp_chunks if c.pp_schedule == "interleaved" and c.pp > 1 else 1)
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
@@ -242,10 +290,14 @@ class World:
     """This process among its peers: rank, size, device, and the group to reduce over (None: alone)."""
 
     def __init__(self, c: Config):
-        self.rank, self.size, local = (int(os.environ.get(name, default)) for name, default in
-                                       (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        self.rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+        self.size = world_size(c)
+        if self.size > 1 and "RANK" not in os.environ and c.dry_run:
+            # ranks that are not there: groups exist, nothing is sent
+            from torch.testing._internal.distributed.fake_pg import FakeStore
+            dist.init_process_group("fake", rank=0, world_size=self.size, store=FakeStore())
         if dist.is_initialized():
-            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+            self.rank = dist.get_rank()
         name = c.device
         if name == "auto":        # not Apple's: no float64 there for the sums below, and untried
             accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -259,24 +311,33 @@ class World:
             torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError, ZeroDivisionError, NotImplementedError) as error:
             raise BadInput(f"device must be usable here, got {name!r}: {str(error).splitlines()[0]}") from None
-        if c.global_batch_size % (c.micro_batch_size * self.size):
+        dp = c.dp or max(1, self.size // (c.tp * c.pp))
+        if dp * c.tp * c.pp != self.size:
+            raise BadInput(f"dp x tp x pp must be the number of ranks: {dp} x {c.tp} x {c.pp} is {dp * c.tp * c.pp}, "
+                           f"the world has {self.size}")
+        if c.global_batch_size % (c.micro_batch_size * dp):
             raise BadInput("global_batch_size must be a multiple of micro_batch_size x dp = "
-                           f"{c.micro_batch_size} x {self.size} = {c.micro_batch_size * self.size}, "
-                           f"got {c.global_batch_size}")
+                           f"{c.micro_batch_size} x {dp} = {c.micro_batch_size * dp}, got {c.global_batch_size}")
+        accum = c.global_batch_size // (c.micro_batch_size * dp)
+        if stages(c) > c.pp and accum % c.pp:
+            raise BadInput(f"pp-schedule interleaved needs a multiple of pp = {c.pp} micro-batches a step, got "
+                           f"{c.global_batch_size} / ({c.micro_batch_size} x dp {dp}) = {accum}")
         self.group = self.host = None
+        self.step = 0                                     # where the run is, for whoever has to say what went wrong
         if self.size > 1:
             if not dist.is_initialized():
                 dist.init_process_group(dist.get_default_backend_for_device(self.device),
+                                        timeout=datetime.timedelta(seconds=c.timeout),
                                         device_id=None if self.device.type == "cpu" else self.device)
             self.group = dist.group.WORLD
             # objects, files and long waits go over the hosts: rank 0 may prepare data for hours
-            self.host = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+            if not c.dry_run:
+                self.host = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+        self.mesh = parallel.Mesh(dp, c.tp, c.pp, self.device.type)
 
     def sum(self, tensor):
-        """All-reduce in place, where there is anybody to reduce with."""
-        if self.group is not None:
-            dist.all_reduce(tensor, group=self.group)
-        return tensor
+        """All-reduce in place over all ranks."""
+        return parallel.all_reduce(tensor, self.group)
 
     def first(self, work):
         """work() done by rank 0 alone: its result on every rank, or its BadInput or DataError raised on every rank."""
@@ -340,27 +401,79 @@ def lr_at(step: int, c: Config) -> float:
 
 
 def compiles(c: Config, device) -> bool:
-    return c.compile == "on" or c.compile == "auto" and device.type != "cpu"
+    plain = c.tp == 1 and (c.pp == 1 or c.pp_schedule != "zb")
+    return device.type != "meta" and (c.compile == "on" or c.compile == "auto" and device.type != "cpu" and plain)
 
 
-def make_model(c: Config, device, read=None) -> net.GPT:
-    """The model on the device: weights by name from keyed_init, or from read(name, box), a checkpoint's Reader.read."""
+def make_stage(c: Config, device, mesh=None, at: int = 0, read=None, dtype=torch.float32) -> net.GPT:
+    """Stage `at` of the model on the device (of one: all of it), this rank's part of its width: weights by name from
+    keyed_init, or from read(name, box), a checkpoint's Reader.read. No rank ever holds more."""
     backend = flash_attn.resolve_backend(c.attention, device)
     attention = functools.partial(flash_attn.flash_attention, backend=backend)
     if backend == "sdpa":                                # the model's own, which shares one mask among its layers
         attention = net.sdpa_attention
     with torch.device("meta"):
         gpt = net.GPT(c.model, attention, recompute=c.recompute)
-    gpt = net.fill(gpt, read or (lambda name, box: net.keyed_init(name, box, c.seed, c.model)), device)
+    if mesh is not None and mesh.tp > 1:
+        parallel.tensor_parallel(gpt, mesh.tp_group, sequence_parallel=c.sequence_parallel)
+    if mesh is not None and mesh.pp > 1:
+        first, last = at == 0, at == stages(c) - 1
+        mine = range(at * c.n_layer // stages(c), (at + 1) * c.n_layer // stages(c))
+        gpt.model.layers = torch.nn.ModuleDict({n: x for n, x in gpt.model.layers.items() if int(n) in mine})
+        if c.tie_embeddings and (first or last):         # one weight, in two stages: its gradient is the sum of two
+            gpt.lm_head.weight.sum_over = (*getattr(gpt.lm_head.weight, "sum_over", ()), mesh.ends_group)
+        if not first:
+            gpt.model.embed_tokens = gpt.model.embed_positions = None
+        if not last:
+            gpt.model.norm = gpt.lm_head = None
+    gpt = net.fill(gpt, read or (lambda name, box: net.keyed_init(name, box, c.seed, c.model)), device, dtype)
     if compiles(c, device):
         for block in gpt.model.layers.values():
             block.compile()
     return gpt
 
 
-def make_optimizer(gpt, c: Config):
-    matrices = [p for p in gpt.parameters() if p.ndim >= 2]
-    vectors = [p for p in gpt.parameters() if p.ndim < 2]
+class Model(torch.nn.Module):
+    """This rank's part of the model: its stages (most often one), wrapped for data parallelism."""
+
+    def __init__(self, c: Config, world: World, read=None, dtype=torch.float32):
+        super().__init__()
+        self.c, self.mesh, self.world, self.dtype = c, world.mesh, world, dtype
+        chunks = [make_stage(c, world.device, self.mesh, chunk * c.pp + self.mesh.pp_rank, read, dtype)
+                  for chunk in range(stages(c) // c.pp)]
+        self.ddp = parallel.DataParallel(torch.nn.ModuleList(chunks), self.mesh.dp_group)
+        self.owned = parallel.owned(self.parameters(), world.host)          # each piece once over the world
+        self.last = self.mesh.pp_rank == c.pp - 1                           # where losses are
+        self.counts = self.last and self.mesh.tp_rank == 0                  # and counted
+        self.on_op = None                                                   # run_schedule's clock
+
+    def forward(self, chunk, **inputs):
+        with compute_dtype(self.c, self.world.device):
+            return chunk(**inputs)
+
+    def run(self, batches, seed=None) -> list:
+        """Forward, and with a seed (of the gradient) backward, of micro-batches -> nll of each, on the last stage."""
+        c, p, chunks = self.c, self.c.pp, self.ddp.module
+        if seed is None:
+            schedule = parallel.forward_only(p, len(batches), len(chunks))
+        elif len(chunks) > 1:
+            schedule = parallel.interleaved(p, len(batches), len(chunks))
+        else:
+            schedule = parallel.SCHEDULES[c.pp_schedule if p > 1 else "1f1b"](p, len(batches))
+        split = c.tp if c.sequence_parallel else 1
+
+        def hidden_like(batch):
+            B, T = batch["tokens"].shape
+            return torch.empty(B, T // split, c.n_embd, dtype=self.dtype, device=self.world.device)
+
+        return parallel.run_schedule(schedule, [functools.partial(self, chunk) for chunk in chunks], batches,
+                                     self.mesh.pp_groups, seed=seed, hidden_like=hidden_like, no_sync=self.ddp.no_sync,
+                                     on_op=self.on_op)
+
+
+def make_optimizer(model, c: Config):
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
 
@@ -388,30 +501,26 @@ def to_device(batch, c: Config, device):
     return {name: batch[name].to(device, non_blocking=True) for name in keep}
 
 
-def train_step(gpt, optimizer, loader, step: int, c: Config, world: World, asked=(), on_phase=lambda *at: None):
+def train_step(model, optimizer, loader, step: int, c: Config, world: World, asked=(), on_phase=lambda *at: None):
     """One update. Returns (loss in nats a target, gradient norm before clipping, whether any rank was `asked` to stop).
     A non-finite loss or norm changes nothing."""
     on_phase(step, "data")
-    accum = c.global_batch_size // (c.micro_batch_size * world.size)
+    accum = c.global_batch_size // (c.micro_batch_size * world.mesh.dp)
     batches = [to_device(next(loader), c, world.device) for _ in range(accum)]
     # 1. N = targets in the global batch
-    N = world.sum(sum((b["targets"] >= 0).sum() for b in batches))
+    N = parallel.all_reduce(sum((b["targets"] >= 0).sum() for b in batches), world.mesh.dp_group)
     # 2. d/dw sum(nll) / N, micro-batch by micro-batch
     on_phase(step, "forward_backward")
-    total = torch.zeros(3, dtype=torch.float64, device=world.device)
-    for b in batches:
-        with compute_dtype(c, world.device):
-            loss, _ = gpt(b["tokens"], b["targets"], documents=b.get("documents"))
-        (loss / N).backward()
-        total[0] += loss.detach() / N
-    # 3. the sum over dp
+    nlls = model.run(batches, seed=1 / N)
+    # 3. the sum over dp, and over whatever else holds a part
     on_phase(step, "reduce")
-    grads = [p.grad for p in gpt.parameters()]
-    for g in grads:
-        world.sum(g)
+    model.ddp.finish_gradient_synchronization()
+    parallel.reduce_partial_gradients(model.parameters())
     # 4. loss, |grad|^2 (replicas: the lowest rank's alone counts) and the wish to stop
-    if world.rank == 0:
-        total[1] = torch.nn.utils.get_total_norm(grads).double() ** 2
+    total = torch.zeros(3, dtype=torch.float64, device=world.device)
+    if model.counts:
+        total[0] = torch.stack([nll.double().sum() for nll in nlls]).sum() / N
+    total[1] = parallel.squared_norm(p.grad for p in model.owned)
     total[2] = bool(asked)
     loss, sumsq, stop = world.sum(total).tolist()
     norm = math.sqrt(sumsq) if math.isfinite(sumsq) else math.nan
@@ -419,7 +528,7 @@ def train_step(gpt, optimizer, loader, step: int, c: Config, world: World, asked
     if math.isfinite(loss) and math.isfinite(norm):
         on_phase(step, "update")
         if c.grad_clip and norm > c.grad_clip:
-            torch._foreach_mul_(grads, c.grad_clip / norm)
+            torch._foreach_mul_([p.grad for p in model.parameters()], c.grad_clip / norm)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, c)
         optimizer.step()
@@ -428,35 +537,41 @@ def train_step(gpt, optimizer, loader, step: int, c: Config, world: World, asked
 
 
 @torch.no_grad()
-def evaluate(gpt, loader, c: Config, world: World) -> dict:
+def evaluate(model, loader, c: Config, world: World) -> dict:
     """Validation loss in nats a target, and bits per byte of text, over the whole split or its first eval_windows."""
     token_bytes = torch.from_numpy(loader.tokenizer.token_bytes).to(world.device)
     total = torch.zeros(3, dtype=torch.float64, device=world.device)
     windows = min(loader.num_windows, c.eval_windows or loader.num_windows)
-    for first in range(world.rank * c.micro_batch_size, windows, world.size * c.micro_batch_size):
-        batch = to_device(loader.batch(range(first, min(first + c.micro_batch_size, windows))), c, world.device)
-        with compute_dtype(c, world.device):
-            _, nll = gpt(batch["tokens"], batch["targets"], documents=batch.get("documents"))
-        there = batch["targets"] >= 0
-        text = token_bytes[batch["targets"].clamp(min=0)] * there
-        total += torch.stack([nll.double().sum(), there.sum(), text.sum()])
+    firsts = range(world.mesh.dp_rank * c.micro_batch_size, windows, world.mesh.dp * c.micro_batch_size)
+    for at in range(0, len(firsts), 2 * c.pp):                               # enough for every stage to have work
+        batches = [to_device(loader.batch(range(first, min(first + c.micro_batch_size, windows))), c, world.device)
+                   for first in firsts[at:at + 2 * c.pp]]
+        for batch, nll in zip(batches, model.run(batches), strict=True):
+            if model.counts:
+                there = batch["targets"] >= 0
+                text = token_bytes[batch["targets"].clamp(min=0)] * there
+                total += torch.stack([nll.double().sum(), there.sum(), text.sum()])
     nats, targets, text_bytes = world.sum(total).tolist()
     # bpb = nats / ln 2 / bytes
     return {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / text_bytes, "val_targets": int(targets)}
 
 
-def is_finite(gpt, world: World) -> bool:
+def is_finite(model, world: World) -> bool:
     """Whether every weight is: the last update of a run has no later loss to tell."""
-    bad = torch.stack([p.detach().isfinite().logical_not().any() for p in gpt.parameters()]).any().double()
+    bad = torch.stack([p.detach().isfinite().logical_not().any() for p in model.parameters()]).any().double()
     return world.sum(bad).item() == 0
 
 
-def checkpoint_pieces(gpt, optimizer):
-    """(name, box, tensor) of every weight and of what the optimizer keeps for it: NAME.exp_avg, NAME.step, ..."""
-    for p in gpt.parameters():
+def checkpoint_pieces(model, optimizer):
+    """(name, box, tensor) of every weight this rank owns and of what the optimizer keeps for it: NAME.exp_avg, ...; a
+    number that all pieces share (NAME.step) is written beside the first."""
+    for p in model.owned:
         yield p.full_name, p.box, p
         for key, value in optimizer.state[p].items():
-            yield f"{p.full_name}.{key}", p.box if value.shape == p.shape else (), value
+            if value.shape == p.shape:
+                yield f"{p.full_name}.{key}", p.box, value
+            elif all(start == 0 for start, _, _ in p.box):
+                yield f"{p.full_name}.{key}", (), value
 
 
 def load_optimizer(optimizer, reader):
@@ -568,30 +683,51 @@ def refuse_other_run(c: Config, saved: dict):
 
 # ---- what it costs ---------------------------------------------------------------------------------------------------
 
-def budget(c: Config, world_size: int = 1) -> dict:
-    """The run in numbers, before it starts. Bytes are one rank's, in float32 (bf16's activations are fewer); FLOPs the
-    whole run's."""
-    N, tokens = net.num_params(c.model), c.steps * c.tokens_per_step
-    memory = {"parameters": 4 * N, "gradients": 4 * N, "optimizer": 8 * N,
-              "activations": net.activation_bytes(c.model, c.micro_batch_size, c.seq_len, recompute=c.recompute,
-                                                  document_mask=c.document_mask and c.attention in ("auto", "sdpa"),
-                                                  score_matrices=2 * (c.attention == "reference"))}
+def budget(c: Config, world: World) -> dict:
+    """The run in numbers, before it starts. Bytes are those of the fullest rank, in float32 (bf16's activations are
+    fewer); FLOPs the whole run's."""
+    N, tokens, at = net.num_params(c.model), c.steps * c.tokens_per_step, layout(c, world)
+    most = max(x["parameters"] for x in at["ranks"])
+    # a rank's part of the width as a model of its own; tp without sequence parallelism keeps norms and residuals whole
+    part = dataclasses.replace(c.model, n_layer=max(x["layers"] for x in at["ranks"]), n_head=c.n_head // c.tp,
+                               n_kv_head=c.n_kv_head // c.tp, n_ff=c.n_ff // c.tp, vocab_size=c.vocab_size // c.tp)
+    split = c.tp if c.sequence_parallel else 1
+    activations = net.activation_bytes(c.model if split > 1 else part, c.micro_batch_size, c.seq_len,
+                                       recompute=c.recompute,
+                                       document_mask=c.document_mask and c.attention in ("auto", "sdpa"),
+                                       score_matrices=2 * (c.attention == "reference")) / split
+    if split > 1:
+        activations *= part.n_layer / c.n_layer
+    memory = {"parameters": 4 * most, "gradients": 4 * most, "optimizer": 8 * most,
+              "activations": round(activations * max(x["stored"] for x in at["ranks"]))}
     return {"config": dataclasses.asdict(c), "parameters": N, "embedding_parameters": c.vocab_size * c.n_embd,
             "tokens_per_step": c.tokens_per_step, "steps": c.steps, "tokens": tokens,
-            "tokens_per_parameter": tokens / N,
-            "grad_accum_steps": c.global_batch_size // (c.micro_batch_size * world_size),
+            "tokens_per_parameter": tokens / N, "grad_accum_steps": at["micro_batches"],
             "flops_per_token": net.flops_per_token(c.model, c.seq_len),
             "flops": tokens * net.flops_per_token(c.model, c.seq_len),
-            "memory_bytes": memory | {"total": sum(memory.values())}}
+            "memory_bytes": memory | {"total": sum(memory.values())}, "layout": at}
 
 
 def describe(b: dict, c: Config) -> str:
     unit, scale = ("GB", 1e9) if b["memory_bytes"]["total"] > 1e9 else ("MB", 1e6)
     memory = ", ".join(f"{name} {size / scale:.1f}" for name, size in b["memory_bytes"].items())
+    at, grid = b["layout"], ""
+    if at["dp"] * at["tp"] * at["pp"] > 1:
+        places = itertools.product(range(at["pp"]), range(at["dp"]), range(at["tp"]))
+        shown = [f"{r} ({p} {d} {t})" for r, (p, d, t) in enumerate(itertools.islice(places, 8))]
+        axes = sorted({axis for x in at["ranks"] for axis in x["bytes_sent"]})
+        sent = {axis: max(x["bytes_sent"].get(axis, 0) for x in at["ranks"]) for axis in axes}
+        grid = (f"mesh       pp {at['pp']} x dp {at['dp']} x tp {at['tp']}: {', '.join(shown)}"
+                f"{', ...' if at['dp'] * at['tp'] * at['pp'] > 8 else ''}\n")
+        if at["pp"] > 1:
+            grid += (f"pipeline   {at['schedule']}, {at['micro_batches']} micro-batches, bubble {at['bubble']:.1%}; "
+                     f"layers {', '.join(str(x['layers']) for x in at['ranks'])}\n")
+        sent = ", ".join(f"{axis} {size / 1e6:,.1f}" for axis, size in sent.items() if axis != "world")
+        grid += f"messages   {sent} MB a step, sent by a rank\n"
     return (f"model      {c.config}: {b['parameters']:,} parameters, {b['embedding_parameters']:,} in the embedding\n"
             f"run        {c.steps:,} steps x {b['tokens_per_step']:,} tokens = {b['tokens'] / 1e6:,.1f} M tokens, "
             f"{b['tokens_per_parameter']:.1f} a parameter; {b['flops']:.2e} FLOPs\n"
-            f"memory     {memory} {unit} a rank, predicted in float32\n")
+            f"memory     {memory} {unit} a rank, predicted in float32\n{grid}")
 
 
 def time_tokens(c: Config, device) -> float:
@@ -600,7 +736,7 @@ def time_tokens(c: Config, device) -> float:
     batch, length = c.micro_batch_size, c.seq_len
     if device.type == "cpu":
         batch, length = (batch if net.num_params(small.model) < 2e7 else 1), min(length, 256)
-    gpt = make_model(small, device, read=lambda name, box: torch.full([b - a for a, b, _ in box], 0.01))
+    gpt = make_stage(small, device, read=lambda name, box: torch.full([b - a for a, b, _ in box], 0.01))
     tokens = torch.randint(c.vocab_size, (batch, length), device=device)
     best, end = 0.0, time.perf_counter() + 2
     while not best or time.perf_counter() < end:
@@ -619,17 +755,44 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def layout(c: Config, world: World) -> dict:
+    """What the mesh does to memory and messages: figures of the fullest pipeline rank, from its stages built without
+    memory. Bytes as sent in a ring, a step."""
+    mesh, m = world.mesh, c.global_batch_size // (c.micro_batch_size * world.mesh.dp)
+    name = c.pp_schedule if c.pp > 1 else "1f1b"
+    timeline = parallel.simulate(parallel.SCHEDULES[name](*(c.pp, m, c.pp_chunks)[:3 if name == "interleaved" else 2]))
+    ranks = []
+    for r in range(c.pp):
+        mine = range(r, stages(c), c.pp)
+        chunks = [make_stage(c, torch.device("meta"), mesh, at,
+                             lambda name, box: torch.empty([b - a for a, b, _ in box], device="meta")) for at in mine]
+        params, layers = [p for chunk in chunks for p in chunk.parameters()], sum(len(x.model.layers) for x in chunks)
+        calls = parallel.step_calls(mesh, (mine, stages(c)), layers, params, micro_batches=m,
+                                    shape=(c.micro_batch_size, c.seq_len, c.n_embd),
+                                    sequence_parallel=c.sequence_parallel)
+        sent = {}
+        for (axis, collective), (_, payload) in calls.items():
+            n = {"dp": mesh.dp, "tp": mesh.tp, "ends": 2}.get(axis, world.size)
+            call = parallel.Call(axis, "", collective, payload, n, (), torch.float32, None)
+            sent[axis] = sent.get(axis, 0) + call.wire
+        ranks.append({"parameters": sum(p.numel() for p in params), "layers": layers, "bytes_sent": sent,
+                      "stored": timeline.stored[r] / len(mine)})
+    return {"dp": mesh.dp, "tp": mesh.tp, "pp": mesh.pp, "schedule": name, "micro_batches": m, "ranks": ranks,
+            "bubble": timeline.bubble}
+
+
 def dry_run(c: Config, world: World):
-    b, rate = budget(c, world.size), time_tokens(c, world.device)
+    rate = time_tokens(c, world.device)
     if world.rank != 0:
         return
-    b |= {"flops_per_second": rate, "seconds": b["flops"] / rate / world.size}
+    b = budget(c, world)
+    b |= {"flops_per_second": rate, "seconds": b["flops"] / rate / world.size / (1 - b["layout"]["bubble"])}
     if c.json:
         print(json.dumps(b))
         return
     took = f"{b['seconds'] / 86400:,.1f} days" if b["seconds"] > 86400 else clock(b["seconds"])
     print(describe(b, c) + f"time       about {took} on {world.size} x {world.device.type} at "
-          f"{rate / 1e9:,.0f} GFLOP/s, from a short timing")
+          f"{rate / 1e9:,.0f} GFLOP/s, from a short timing of one; waiting for messages not counted")
 
 
 def card(c: Config, b: dict, manifest: dict, step: int, seconds: float) -> dict:
@@ -673,7 +836,7 @@ def open_data(c: Config, world: World):
 
     path = world.first(find)
     shape = dict(micro_batch_size=c.micro_batch_size, seq_len=c.seq_len)
-    loader = data.Loader(path, **shape, seed=c.seed, dp_rank=world.rank, dp_size=world.size)
+    loader = data.Loader(path, **shape, seed=c.seed, dp_rank=world.mesh.dp_rank, dp_size=world.mesh.dp)
     if loader.vocab_size > c.vocab_size:
         raise BadInput(f"vocab_size must be at least the {loader.vocab_size} of {path}, got {c.vocab_size}")
     return loader, data.Loader(path, **shape, split="val")
@@ -704,13 +867,14 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
                            "changed; name another --out")
         loader.load_state_dict(reader.meta["loader"])
         step, facts, evaluation = (reader.meta[name] for name in ("step", "card", "evaluation"))
-    gpt = make_model(c, device, reader and reader.read)
-    optimizer = make_optimizer(gpt, c)
+    world.step = step
+    model = Model(c, world, reader and reader.read)
+    optimizer = make_optimizer(model, c)
     if reader is not None:
         load_optimizer(optimizer, reader)
     folder.begin(step, c, tokenizer)
 
-    b, (peak, peak_source) = budget(c, world.size), peak_flops(device)
+    b, (peak, peak_source) = budget(c, world), peak_flops(device)
     trained_on = manifest["splits"]["train"]["tokens"]
     say(describe(b, c) +
         f"data       {loader.path}: {trained_on:,} training tokens, so {b['tokens'] / trained_on:.2f} epochs; "
@@ -741,7 +905,7 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
         due = step == c.steps or step and c.eval_interval and step % c.eval_interval == 0
         if due and val.num_windows and not (evaluation and evaluation["step"] == step):
             on_phase(step, "evaluate")
-            evaluation = {"step": step} | evaluate(gpt, val, c, world)
+            evaluation = {"step": step} | evaluate(model, val, c, world)
             if not math.isfinite(evaluation["val_loss"]):
                 return diverged(f"validation loss {evaluation['val_loss']}")
             folder.log(**evaluation)
@@ -751,11 +915,11 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
         # save, where it is due
         due = step == c.steps or stopping or step and c.checkpoint_interval and step % c.checkpoint_interval == 0
         if due and step != saved:
-            if not is_finite(gpt, world):
+            if not is_finite(model, world):
                 return diverged("a weight is not finite")
             on_phase(step, "checkpoint")
             facts = card(c, b, manifest, step, time.perf_counter() - began)
-            folder.save(step, checkpoint_pieces(gpt, optimizer) if chief else (), {
+            folder.save(step, checkpoint_pieces(model, optimizer), {
                 "step": step, "config": dataclasses.asdict(c), "loader": loader.state_dict(), "card": facts,
                 "evaluation": evaluation, "tokenizer_sha256": tokenizer.sha256})
             saved, mark, marked = step, time.perf_counter(), step
@@ -765,8 +929,8 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
             say(f"\nstopped at step {step} of {c.steps} and saved; the same command goes on from there")
             return 0
         # one step
-        loss, norm, stopping = train_step(gpt, optimizer, loader, step, c, world, asked, on_phase)
-        step += 1
+        loss, norm, stopping = train_step(model, optimizer, loader, step, c, world, asked, on_phase)
+        world.step = step = step + 1
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return diverged(f"loss {loss}, gradient norm {norm}")
         rate = c.tokens_per_step * (step - marked) / (time.perf_counter() - mark)
@@ -776,12 +940,13 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
                 f"{rate:9,.0f} tok/s  mfu {rate * b['flops_per_token'] / peak / world.size:5.1%}  "
                 f"{peak_memory(device) / 1e9:5.2f} GB  eta {clock((c.steps - step) * c.tokens_per_step / rate)}")
             mark, marked = time.perf_counter(), step
+    parallel.check_replicas(model.parameters(), world.host)
     if chief:
-        finish(gpt, val, c, folder, facts, evaluation)
+        finish(model, val, c, folder, facts, evaluation)
     return 0
 
 
-def finish(gpt, val, c: Config, folder: Folder, facts: dict, evaluation: dict | None):
+def finish(model, val, c: Config, folder: Folder, facts: dict, evaluation: dict | None):
     """A run's end: its card, the loss beside general compressors, continuations, and where everything is."""
     facts = facts | {name: evaluation[name] for name in ("val_loss", "val_bpb") if evaluation}
     lines = "".join(f"- {name}: {value}\n" for name, value in facts.items())
@@ -791,12 +956,12 @@ def finish(gpt, val, c: Config, folder: Folder, facts: dict, evaluation: dict | 
         yardstick = ", ".join(f"{name} {bpb:.3f}" for name, bpb in data.compressed_bpb(text).items())
         print(f"\nvalidation {evaluation['val_loss']:.4f} nats/token = {evaluation['val_bpb']:.4f} bits/byte"
               f"   ({yardstick} on the validation text)")
-        # continue the first lines of three held-out documents
+        # continue the first lines of three held-out documents, where this rank has the whole model
         ids = val.shards[0][:4_000_000]
-        for n, at in enumerate((ids == val.tokenizer.bos_id).nonzero()[0][:3]):
+        for n, at in enumerate((ids == val.tokenizer.bos_id).nonzero()[0][:3 * (c.tp == c.pp == 1)]):
             prompt = ids[at:at + 16].tolist()
             print(f"\n--- sample {n + 1} ---\n{val.tokenizer.decode(prompt)}|"
-                  f"{generate_text(gpt, val.tokenizer, prompt, c, seed=n)}")
+                  f"{generate_text(model.ddp.module[0], val.tokenizer, prompt, c, seed=n)}")
     else:
         print("\nno validation: its documents do not fill one window of seq_len + 1 tokens")
     print(f"\nwall time  {clock(facts['wall_seconds'])} of training\ncard       {folder.path / 'card.md'}\n"
@@ -816,16 +981,92 @@ def sample(c: Config, world: World) -> int:
     tokenizer = data.Tokenizer(Path(c.out, "tokenizer.model"))
     if tokenizer.sha256 != reader.meta["tokenizer_sha256"]:
         raise data.DataError(f"{c.out}/tokenizer.model: is not the one the model was trained with")
-    saved = dataclasses.replace(Config(**reader.meta["config"]), compile="off", attention=c.attention)
-    gpt = make_model(saved, world.device, reader.read)
+    saved = dataclasses.replace(Config(**reader.meta["config"]), compile="off", attention=c.attention, tp=1, pp=1)
+    gpt = make_stage(saved, world.device, read=reader.read)
     ids = [tokenizer.bos_id] + tokenizer.encode(c.sample)
     print(c.sample + generate_text(gpt, tokenizer, ids, c, c.seed))
     return 0
 
 
-def main(argv=None) -> int:
+# ---- ranks: starting, watching, and what one says when another is gone -----------------------------------------------
+
+def launch(c: Config, argv) -> int:
+    """--nproc: start this machine's ranks, each this program again, and watch them. When one fails, the others end
+    within seconds, one line says which and where, and --max-restarts starts all of them again from the checkpoint."""
+    for attempt in range(c.max_restarts + 1):
+        with tempfile.TemporaryDirectory() as errors:
+            code, line = watch(c, argv, Path(errors))
+        if line:
+            print(line, file=sys.stderr, flush=True)
+        if code in (0, 2, 3) or attempt == c.max_restarts:
+            return code
+        print(f"train.py: start {attempt + 2} of {c.max_restarts + 1}", file=sys.stderr, flush=True)
+
+
+def watch(c: Config, argv, errors: Path) -> tuple[int, str]:
+    """Run the ranks once -> exit code, and a line if it is not 0."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    threads = str(max(1, (os.cpu_count() or 1) // c.nproc))
+    ranks = []
+    for r in range(c.nproc):
+        env = {"OMP_NUM_THREADS": threads} | os.environ | {
+            "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(c.nproc), "LOCAL_WORLD_SIZE": str(c.nproc),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        with open(errors / str(r), "w") as stderr:
+            ranks.append(subprocess.Popen([sys.executable, __file__, *argv], env=env, stderr=stderr))
+
+    def pass_on(number, frame):                        # Ctrl-C reaches the ranks by itself: they are of this terminal
+        for process in ranks:
+            if number == signal.SIGTERM and process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        c = parse_config(sys.argv[1:] if argv is None else argv)
+        while all(process.poll() is None for process in ranks) or not any(process.poll() for process in ranks):
+            if all(process.poll() == 0 for process in ranks):
+                return 0, ""
+            time.sleep(0.05)
+        deadline = time.monotonic() + 5                # whoever hears of it in time says so and ends by himself
+        while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    said = [(errors / str(r)).read_text().strip() for r in range(c.nproc)]
+    codes = [process.returncode for process in ranks]
+    # who failed first: not one that was left alone by another, nor one that this function killed
+    guilty = min(range(c.nproc), key=lambda r: (codes[r] == 0, LOST in said[r], codes[r] == -9 and not said[r]
+                                                and any(x > 0 and LOST not in y for x, y in zip(codes, said,
+                                                                                                strict=True))))
+    if codes[guilty] in (2, 3):
+        return codes[guilty], said[guilty]
+    step = max((int(m) for m in re.findall(LOST + r".*?step (\d+)", "\n".join(said))), default=None)
+    how = (f"was killed by signal {-codes[guilty]}" if codes[guilty] < 0 else
+           f"failed: {said[guilty].splitlines()[-1] if said[guilty] else f'exit code {codes[guilty]}'}")
+    return 1, f"train.py: rank {guilty} {how}" + (f", at step {step}" if step is not None else "")
+
+
+LOST = "lost the other ranks"
+
+
+def lost(error: Exception, world) -> bool:
+    """Whether this is a peer's failure and not this rank's: what gloo and NCCL raise when a connection breaks or a
+    message does not come."""
+    return world is not None and world.size > 1 and isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or bool(re.search("gloo|NCCL|onnection|timed out|Timed out", str(error))))
+
+
+def main(argv=None) -> int:
+    argv, world = sys.argv[1:] if argv is None else argv, None
+    try:
+        c = parse_config(argv)
+        if c.nproc and "RANK" not in os.environ and not dist.is_initialized():
+            return launch(c, argv)
         world = World(c)
         c = resolve(c, world.device)
         if c.sample is not None:
@@ -842,6 +1083,14 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not lost(error, world):
+            if world is not None and world.size > 1:
+                print(f"train.py: rank {world.rank} failed at step {world.step}", file=sys.stderr)
+            raise
+        print(f"train.py: rank {world.rank} {LOST} at step {world.step}: {str(error).splitlines()[0][:200]}",
+              file=sys.stderr, flush=True)
+        os._exit(1)                                       # a broken group cannot be closed in order
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

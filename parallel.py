@@ -1,0 +1,1146 @@
+"""One training run on many processors: data, tensor, sequence and pipeline parallelism, written out.
+
+A model of 7 billion parameters needs 16 bytes each while AdamW trains it in float32: 112 GB, before an activation. One
+80 GB GPU cannot hold it, and alone it would need years for its tokens. There are three things to cut:
+
+    the batch       data parallelism    every rank holds all weights and a part of the batch; gradients are summed
+    the width       tensor parallelism  every rank holds a part of each matrix; partial products are summed
+    the depth       pipeline            every rank holds some layers; hidden states travel from rank to rank
+
+A rank has a place in a mesh pp x dp x tp; tp changes fastest, so that ranks that talk most share a node. Whatever the
+mesh, the run is the same: sums are split, never redefined (a mean of means is not the mean). What differs is who sends
+what, per rank and step, with n ranks in the group, Psi parameters, a micro-batch of B x T tokens, C numbers a token:
+
+    axis  when                  what                                             bytes on the wire a rank (ring)
+    dp    backward              all-reduce of the gradients                      2 Psi (n-1)/n numbers
+    tp    layer, fwd and bwd    2 + 2 all-reduces of B T C  (g, and f's adjoint) 2 (n-1)/n x B T C each
+    tp+sp the same              all-gather + reduce-scatter in place of each;    (n-1)/n x B T C each; shards are
+                                and 2 all-gathers more in backward               kept, and gathered again
+    tp    loss                  max, sum of exponentials, target's logit         3 B T numbers, not B T V
+    pp    boundary, micro-batch B T C there and B T C back
+
+Tensor parallelism (Shoeybi 2019, arXiv:1909.08053). Split the first matrix by columns of the product, the second by
+rows of the input, and a pair of linears needs one sum:
+
+    Y_r = act(X A_r)        Z = sum_r Y_r B_r        A = [A_1 A_2 ...],  B = [B_1; B_2; ...]
+
+    f   copy_to_tp_region       forward: identity      backward: all-reduce     stands before A
+    g   reduce_from_tp_region   forward: all-reduce    backward: identity       stands after B
+
+Sequence parallelism (Korthikanti 2022, 2205.05198): an all-reduce is a reduce-scatter and an all-gather. Between g and
+the next f every rank needs only its T/n positions, so norms and residuals, and what they keep, are split too.
+
+Pipeline. p stages, m micro-batches. A stage waits while the pipe fills and drains: the bubble. A schedule is data, each
+rank's list of operations: F forward, B backward (or its part for the input alone), W the weights' part:
+
+    gpipe         all F, then all B                      bubble (p-1)/m of the ideal time    m micro-batches stored
+    1f1b          one F, one B                           the same                            p at most
+    interleaved   v chunks of layers a rank              (p-1)/(v m)                         p (1 + (p-1)/(p v))
+    zero_bubble   B sends the input's gradient at once,  (p-1)(F + B - W) instead of         p at most (ZB-H1)
+                  W fills the waits                      (p-1)(F + B + W)
+    (Huang 2018, 1811.06965; Narayanan 2021, 2104.04473; Qi 2023, 2401.10241)
+
+Every parameter knows which piece it is: full_name, box (its slice of the full tensor), and sum_over: groups over which
+its gradient is partial besides dp (norms under sequence parallelism, a weight tied across stages).
+
+Map: groups and collectives - Mesh - data parallel - tensor parallel - schedules, simulate - run_schedule - global
+quantities - CommLedger - demo. Not here: sharded optimizer states, context parallelism, experts.
+
+run: python parallel.py        (starts its own ranks)
+"""
+
+import contextlib
+import fnmatch
+import math
+import time
+import zlib
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# ---- groups and collectives: a group of None is this process alone, and nothing is sent ------------------------------
+
+
+def size(group) -> int:
+    return 1 if group is None else group.size()
+
+
+def rank(group) -> int:
+    return 0 if group is None else group.rank()
+
+
+def all_reduce(x: Tensor, group, op=dist.ReduceOp.SUM) -> Tensor:
+    """In place, on a contiguous tensor."""
+    if group is not None:
+        dist.all_reduce(x, op, group=group)
+    return x
+
+
+def all_gather(x: Tensor, group, dim: int) -> Tensor:
+    """The ranks' x, one after the other along dim."""
+    if group is None:
+        return x
+    out = x.new_empty(size(group), *x.shape)
+    dist.all_gather_single(out.flatten(0, 1) if x.ndim else out, x.contiguous(), group=group)
+    return torch.cat(out.unbind(0), dim)
+
+
+def reduce_scatter(x: Tensor, group, dim: int) -> Tensor:
+    """This rank's part along dim of the sum of the ranks' x."""
+    if group is None:
+        return x
+    parts = torch.stack(x.chunk(size(group), dim))                                       # (n, ..., size / n, ...)
+    out = parts.new_empty(parts.shape[1:])
+    dist.reduce_scatter_single(out, parts.flatten(0, 1), group=group)
+    return out
+
+
+class Mesh:
+    """The ranks as a grid pp x dp x tp, tp fastest, and this rank's place in it.
+
+    dp 0 takes what is left of the world. dp_group, tp_group, pp_group: the ranks that differ in that coordinate alone
+    (None where the degree is 1). pp_groups: two more of the pipeline's, [messages to lower ranks, to higher ranks], so
+    that each ordered pair of ranks has a channel of its own. ends_group: the first and the last stage.
+    Raises ValueError for degrees that do not multiply to the world.
+    """
+
+    def __init__(self, dp: int = 0, tp: int = 1, pp: int = 1, device_type: str = "cpu"):
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        rest = dp or max(1, world // (tp * pp))
+        if min(rest, tp, pp) < 1 or rest * tp * pp != world:
+            raise ValueError(f"dp x tp x pp must be the number of ranks: {dp or 'rest'} x {tp} x {pp} does not make "
+                             f"{world}")
+        self.dp, self.tp, self.pp = rest, tp, pp
+        self.dp_group = self.tp_group = self.pp_group = self.pp_groups = self.ends_group = None
+        if world > 1:
+            mesh = dist.device_mesh.init_device_mesh(device_type, (pp, rest, tp), mesh_dim_names=("pp", "dp", "tp"))
+            for name, degree in (("dp", rest), ("tp", tp), ("pp", pp)):
+                setattr(self, f"{name}_group", mesh.get_group(name) if degree > 1 else None)
+            if pp > 1:
+                lines = mesh.mesh.flatten(1).T.tolist()                            # the ranks of each pipeline
+                made = [dist.new_subgroups_by_enumeration(x)[0]
+                        for x in (lines, lines, [[line[0], line[-1]] for line in lines])]
+                ends = self.pp_rank in (0, pp - 1)
+                self.pp_groups, self.ends_group = made[:2], made[2] if ends else None
+        # for CommLedger; one that is all of the world is that group
+        self.axes = {"world": dist.group.WORLD, "dp": self.dp_group, "tp": self.tp_group, "pp": self.pp_groups,
+                     "ends": self.ends_group}
+
+    dp_rank = property(lambda self: rank(self.dp_group))
+    tp_rank = property(lambda self: rank(self.tp_group))
+    pp_rank = property(lambda self: rank(self.pp_group))
+
+    def place(self, r: int) -> tuple[int, int, int]:
+        """(pp, dp, tp) of a rank of the world."""
+        return r // (self.tp * self.dp), r // self.tp % self.dp, r % self.tp
+
+
+# ---- data parallelism ------------------------------------------------------------------------------------------------
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def all_reduce_gradients(module: nn.Module, group):
+    """Data parallelism in three lines, after backward: nothing overlaps, and every small tensor is a message."""
+    for p in trainable(module):
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        all_reduce(p.grad, group)
+
+
+class Bucket:
+    """A stretch of parameters whose gradients lie side by side in one flat tensor and are reduced by one call."""
+
+    def __init__(self, params: list[nn.Parameter], dtype):
+        self.params, self.flat, self.work = params, None, None
+        self.dtype, self.missing = dtype, set(params)
+
+    def views(self):
+        if self.flat is None:                                     # at the first backward, not while the model is built
+            self.flat = torch.zeros(sum(p.numel() for p in self.params), dtype=self.dtype, device=self.params[0].device)
+        parts = self.flat.split([p.numel() for p in self.params])
+        return {p: part.view_as(p) for p, part in zip(self.params, parts, strict=True)}
+
+
+class DataParallel(nn.Module):
+    """Any module on every rank of a group, each with its part of the batch: gradients become their sum (or mean).
+
+        1  at construction   parameters and buffers are broadcast from the group's rank 0
+        2  backward          a gradient that is ready is copied into its bucket; a full bucket's all-reduce starts at
+                             once, beside the rest of backward. Buckets run from the last parameter to the first,
+                             about the order in which gradients come
+        3  finish_gradient_synchronization()   starts the buckets that never filled, waits for all; p.grad are now
+                             views of the buckets
+
+    bucket_mb: MB (1e6 bytes) a bucket. reduce: "sum" | "mean". A parameter without a gradient on some ranks counts as
+    zero there; one without on all ranks keeps None, as in one process (a byte a parameter is reduced to know).
+    Gradients of micro-batches within no_sync() stay local and are added up. Buffers are broadcast once.
+    Raises ValueError for another reduce or a bucket_mb not above 0.
+    """
+
+    def __init__(self, module: nn.Module, group=None, bucket_mb: float = 25, reduce: str = "sum"):
+        super().__init__()
+        if reduce not in ("sum", "mean"):
+            raise ValueError(f"reduce must be sum or mean, got {reduce!r}")
+        if not bucket_mb > 0:
+            raise ValueError(f"bucket_mb must be above 0, got {bucket_mb}")
+        self.module, self.group, self.reduce = module, group, reduce
+        self.synchronize, self.buckets, self.bucket_of = True, [], {}
+        if group is None:
+            return
+        for x in (*module.parameters(), *module.buffers()):
+            dist.broadcast(x.detach(), group_src=0, group=group)
+        held = defaultdict(list)                                                    # dtype -> the bucket being filled
+        for p in reversed(trainable(module)):
+            dtype = p.grad_dtype or p.dtype
+            held[dtype].append(p)
+            if sum(x.numel() for x in held[dtype]) * dtype.itemsize >= bucket_mb * 1e6:
+                self.buckets.append(Bucket(held.pop(dtype), dtype))
+        self.buckets += [Bucket(params, dtype) for dtype, params in held.items()]
+        for bucket in self.buckets:
+            for p in bucket.params:
+                self.bucket_of[p] = bucket
+                p.register_post_accumulate_grad_hook(self.ready)
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        before, self.synchronize = self.synchronize, False
+        try:
+            yield
+        finally:
+            self.synchronize = before
+
+    def ready(self, p):
+        """p.grad is complete."""
+        bucket = self.bucket_of[p]
+        if not self.synchronize:
+            return
+        if bucket.work is not None:
+            raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} got a second gradient after its bucket was "
+                               "sent: call finish_gradient_synchronization() after each backward, or use no_sync()")
+        bucket.missing.discard(p)
+        if not bucket.missing:
+            self.start(bucket)
+
+    def start(self, bucket):
+        for p, view in bucket.views().items():
+            if p.grad is None:
+                view.zero_()
+            elif p.grad.data_ptr() != view.data_ptr():
+                view.copy_(p.grad)
+                p.grad = view                                                  # and what was there is freed
+        bucket.work = dist.all_reduce(bucket.flat, group=self.group, async_op=True)
+
+    def finish_gradient_synchronization(self):
+        if self.group is None:
+            return
+        params = [p for bucket in self.buckets for p in bucket.params]
+        used = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8, device=params[0].device)
+        knowing = dist.all_reduce(used, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        for bucket in self.buckets:                       # the same order on every rank: those that filled are ahead
+            if bucket.work is None:
+                self.start(bucket)
+        knowing.wait()
+        used = dict(zip(params, used.tolist(), strict=True))
+        for bucket in self.buckets:
+            bucket.work.wait()
+            if self.reduce == "mean":
+                bucket.flat /= size(self.group)
+            for p, view in bucket.views().items():
+                p.grad = view if used[p] else None
+            bucket.work, bucket.missing = None, set(bucket.params)
+
+
+# ---- tensor and sequence parallelism ---------------------------------------------------------------------------------
+
+class CopyToTP(torch.autograd.Function):
+    """f: forward identity, backward all-reduce."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return all_reduce(dy.clone(memory_format=torch.contiguous_format), ctx.group), None
+
+
+class ReduceFromTP(torch.autograd.Function):
+    """g: forward all-reduce, backward identity."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        return all_reduce(x.clone(memory_format=torch.contiguous_format), group)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy, None
+
+
+class GatherSequence(torch.autograd.Function):
+    """f under sequence parallelism: forward all-gather, backward reduce-scatter. (B, T/n, C) -> (B, T, C)."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return all_gather(x, group, 1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return reduce_scatter(dy, ctx.group, 1), None
+
+
+class ScatterSequence(torch.autograd.Function):
+    """g under sequence parallelism: forward reduce-scatter, backward all-gather. (B, T, C) -> (B, T/n, C)."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return reduce_scatter(x, group, 1)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return all_gather(dy, ctx.group, 1), None
+
+
+class Regather:
+    """Keeps a shard for backward in place of the gathered sequence, and gathers it once more when backward asks."""
+
+    def __init__(self, shard: Tensor, whole: Tensor, group):
+        self.shard, self.group, self.left, self.again = shard.detach(), group, 0, None
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+        self.identity = whole.data_ptr(), whole.numel()
+
+    def pack(self, t):
+        if (t.data_ptr(), t.numel()) != self.identity:
+            return t                                                                          # a weight
+        self.left += 1
+        return t.shape
+
+    def unpack(self, kept):
+        if isinstance(kept, Tensor):
+            return kept
+        if self.again is None:
+            self.again = all_gather(self.shard, self.group, 1)
+        whole, self.left = self.again.view(kept), self.left - 1
+        if not self.left:                                          # the last layer that reads it: q, k and v share it
+            self.again = None
+        return whole
+
+
+def enter(x: Tensor, group, sequence_parallel: bool):
+    """f(x), made once for all the layers that read x (q, k and v; gate and up) -> (f(x), context to compute in)."""
+    made, key = x.__dict__.setdefault("entered", {}), (group, sequence_parallel, torch.is_grad_enabled())
+    if key not in made:
+        whole = (GatherSequence if sequence_parallel else CopyToTP).apply(x, group)
+        made[key] = whole, Regather(x, whole, group).hooks if sequence_parallel else contextlib.nullcontext()
+    return made[key]
+
+
+def leave(x: Tensor, group, sequence_parallel: bool) -> Tensor:
+    """g(x)."""
+    return (ScatterSequence if sequence_parallel else ReduceFromTP).apply(x, group)
+
+
+def shard(p: nn.Parameter | None, dim: int, group, made: dict):
+    """This rank's equal part of p along dim, with p's attributes and its own box. Tied parameters stay tied (made)."""
+    if p is None:
+        return None
+    if p not in made:
+        n, part = size(group), p.shape[dim] // size(group)
+        at = rank(group) * part
+        new = nn.Parameter(p.detach().narrow(dim, at, part).clone(), requires_grad=p.requires_grad)
+        new.__dict__.update(p.__dict__)
+        start, _, full = p.box[dim]
+        new.box = (*p.box[:dim], (start + at, start + at + part, full), *p.box[dim + 1:])
+        assert part * n == p.shape[dim]
+        made[p] = new
+    return made[p]
+
+
+class ColumnParallelLinear(nn.Module):
+    """y_r = f(x) W_r^T + b_r: this rank's part of the outputs. x (B, T, C), or its shard (B, T/n, C) -> (B, T, out/n).
+
+    W_r (out/n, C), b_r (out/n): rows of W and b."""
+
+    def __init__(self, linear: nn.Linear, group, sequence_parallel=False, made=None):
+        super().__init__()
+        made = {} if made is None else made
+        self.weight, self.bias = shard(linear.weight, 0, group, made), shard(linear.bias, 0, group, made)
+        self.group, self.sequence_parallel = group, sequence_parallel
+
+    def forward(self, x):
+        whole, context = enter(x, self.group, self.sequence_parallel)
+        with context:
+            return F.linear(whole, self.weight, self.bias)
+
+
+class RowParallelLinear(nn.Module):
+    """y = g(x_r W_r^T) + b: x_r (B, T, in/n) is this rank's part of the inputs -> (B, T, C), or its shard (B, T/n, C).
+
+    W_r (C, in/n): columns of W; b is whole, and added once, after the sum."""
+
+    def __init__(self, linear: nn.Linear, group, sequence_parallel=False, made=None):
+        super().__init__()
+        self.weight, self.bias = shard(linear.weight, 1, group, {} if made is None else made), linear.bias
+        self.group, self.sequence_parallel = group, sequence_parallel
+
+    def forward(self, x):
+        y = leave(F.linear(x, self.weight), self.group, self.sequence_parallel)
+        return y if self.bias is None else y + self.bias
+
+
+class VocabParallelEmbedding(nn.Module):
+    """A rank holds V/n rows: other tokens give 0 here and their row elsewhere; g adds. tokens (B, T) -> (B, T, C), or
+    the shard (B, T/n, C)."""
+
+    def __init__(self, embedding: nn.Embedding, group, sequence_parallel=False, made=None):
+        super().__init__()
+        self.weight = shard(embedding.weight, 0, group, {} if made is None else made)
+        self.group, self.sequence_parallel = group, sequence_parallel
+
+    def forward(self, tokens):
+        local = tokens - self.weight.box[0][0]
+        elsewhere = (local < 0) | (local >= len(self.weight))
+        x = F.embedding(local.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere[..., None], 0)
+        return leave(x, self.group, self.sequence_parallel)
+
+
+class VocabParallelCrossEntropy(torch.autograd.Function):
+    """Linear layer and cross entropy with the vocabulary split: no rank ever holds a full row of logits.
+
+        z_r = x W_r^T     m = max over ranks of max z_r     l = sum over ranks of sum exp(z_r - m)
+        nll = log l + m - z_target                          dz_r = w (exp(z_r - m) / l - [target here])
+
+    Three numbers a token cross the wire: m, then l and the target's logit. `rows` tokens at a time; as in one process,
+    gradients are taken while the logits are there: dx_r = dz_r W_r is this rank's part of dx, which f's backward sums.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, weights, group, rows, with_grad):
+        ctx.dtypes, lo = (x.dtype, weight.dtype), weight.box[0][0]
+        acc = torch.promote_types(x.dtype, torch.float32)
+        if torch.is_autocast_enabled(x.device.type):
+            low = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(low), weight.to(low)
+        nll = torch.empty(len(x), dtype=acc, device=x.device)
+        dx = torch.empty(x.shape, dtype=acc, device=x.device) if with_grad else None
+        dw = torch.zeros(weight.shape, dtype=acc, device=x.device) if with_grad else None
+        for start in range(0, len(x), rows):
+            at = slice(start, start + rows)
+            local, has_target = targets[at, None] - lo, targets[at, None] >= 0                         # (n, 1)
+            here = (local >= 0) & (local < len(weight)) & has_target
+            local = local.masked_fill(~here, 0)
+            z = (x[at] @ weight.T).to(acc)                                                             # (n, V/ranks)
+            z -= all_reduce(z.amax(1, keepdim=True), group, dist.ReduceOp.MAX)
+            z_target = z.gather(1, local) * here
+            p = z.exp_()
+            total, z_target = all_reduce(torch.stack((p.sum(1, keepdim=True), z_target)), group)
+            nll[at] = ((total.log() - z_target) * has_target)[:, 0]
+            if with_grad:
+                w = weights[at, None] * has_target
+                dz = p.mul_(w / total).scatter_add_(1, local, -w * here).to(weight.dtype)
+                dx[at] = dz @ weight
+                dw += dz.T @ x[at]
+        if with_grad:
+            ctx.save_for_backward(dx, dw)
+        ctx.mark_non_differentiable(nll)
+        return (weights * nll).sum(), nll
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, _):
+        dx, dw = ctx.saved_tensors
+        return dx.mul_(g).to(ctx.dtypes[0]), dw.mul_(g).to(ctx.dtypes[1]), None, None, None, None, None
+
+
+class VocabParallelHead(nn.Module):
+    """W_r (V/n, C). Without targets: logits (B, T, V), gathered. With targets and weights (B, T): (loss, nll), the same
+    on every rank of the group: loss = sum of weights * nll, nll (B, T) detached."""
+
+    def __init__(self, head: nn.Module, group, sequence_parallel=False, made=None):
+        super().__init__()
+        self.weight = shard(head.weight, 0, group, {} if made is None else made)
+        self.group, self.sequence_parallel = group, sequence_parallel
+
+    def forward(self, x, targets=None, weights=None):
+        x, _ = enter(x, self.group, self.sequence_parallel)                                           # (B, T, C)
+        if targets is None:
+            return all_gather(F.linear(x, self.weight).detach(), self.group, -1)
+        if weights is None:
+            weights = torch.ones(targets.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        rows = max(256, (2**21 if x.device.type == "cpu" else 2**26) // len(self.weight))
+        loss, nll = VocabParallelCrossEntropy.apply(x.flatten(0, -2), self.weight, targets.flatten(), weights.flatten(),
+                                                    self.group, rows, torch.is_grad_enabled())
+        return loss, nll.view(targets.shape)
+
+
+STYLES = {"column": ColumnParallelLinear, "row": RowParallelLinear, "vocab": VocabParallelEmbedding,
+          "head": VocabParallelHead, "positions": None, "partial": None}
+PLAN = {"*.[qkv]_proj": "column", "*.o_proj": "row", "*.gate_proj": "column", "*.up_proj": "column",
+        "*.down_proj": "row", "*.[qk]_norm": "partial", "*embed_tokens": "vocab", "*embed_positions": "positions",
+        "*lm_head": "head"}                           # Hugging Face's names of a Llama's, and of our GPT-2's, modules
+
+
+def name_pieces(module: nn.Module):
+    """Give parameters that have none their full_name and box: all of a tensor of that name."""
+    for name, p in module.named_parameters():
+        p.__dict__.setdefault("full_name", name)
+        p.__dict__.setdefault("box", tuple((0, n, n) for n in p.shape))
+
+
+def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN, sequence_parallel: bool = True) -> nn.Module:
+    """Split a model over the ranks of a group from outside, in place: modules whose names match are swapped for their
+    parallel twins. Weights may be real (each rank keeps its slice) or on the meta device.
+
+    plan: {pattern of module names (fnmatch): style}, the first match counts. Styles:
+        column, row, vocab, head   the classes above
+        partial                    works on the heads between a column and a row: its gradient is a part, sum_over
+        positions                  an embedding of positions: under sequence parallelism each rank takes its own
+    sequence_parallel: what lies between row and column works on (B, T/n, C). The gradients of all whole parameters are
+    then parts too, and sum_over says so; reduce_partial_gradients() adds them up.
+    Raises ValueError, naming the module, for sizes and heads that the group's size does not divide.
+    """
+    name_pieces(model)
+    if group is None:
+        return model
+    n, made, matched = size(group), {}, 0
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        style = next((style for pattern, style in plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
+        if style is None:
+            continue
+        if style not in STYLES:
+            raise ValueError(f"{name}: its style must be one of {', '.join(STYLES)}, got {style!r}")
+        matched += 1
+        parent, _, child = name.rpartition(".")
+        parent = modules[parent]
+        if STYLES[style] is not None:
+            dim = 1 if style == "row" else 0
+            unit = getattr(parent, "head_dim", 1) if style in ("row", "column") else 1
+            if module.weight.shape[dim] % (unit * n):
+                what = f"{module.weight.shape[dim] // unit} heads" if unit > 1 else f"size {module.weight.shape[dim]}"
+                raise ValueError(f"{name}: tp must divide its {what}, got {n}")
+            setattr(parent, child, STYLES[style](module, group, sequence_parallel, made))
+        elif style == "partial":
+            for p in module.parameters():
+                p.sum_over = (group,)
+        elif sequence_parallel:
+            module.register_forward_hook(lambda _, args, x: x.chunk(n, -2)[rank(group)])
+    if not matched:
+        raise ValueError(f"plan must match a module's name, none of {', '.join(plan)} does")
+    if sequence_parallel:
+        split = set(made.values())
+        for p in model.parameters():
+            if p not in split:
+                p.sum_over = (group,)
+    return model
+
+
+# ---- pipeline schedules are data -------------------------------------------------------------------------------------
+
+class Op(NamedTuple):
+    """F forward, B backward, W the weights' part of it. Chunk c of rank r is stage c * p + r of p * v."""
+    kind: str
+    micro_batch: int
+    chunk: int = 0
+
+    def __str__(self):
+        return f"{self.kind}{self.micro_batch}" + (f".{self.chunk}" if self.chunk else "")
+
+
+def gpipe(p: int, m: int) -> list[list[Op]]:
+    """Each of p ranks: m forwards, then m backwards."""
+    return [[Op(kind, i) for kind in "FB" for i in range(m)] for _ in range(p)]
+
+
+def one_f_one_b(p: int, m: int) -> list[list[Op]]:
+    """Rank r runs p - 1 - r forwards ahead, then one forward, one backward, then the backwards that are left."""
+    schedule = []
+    for r in range(p):
+        ahead = min(p - 1 - r, m)
+        ops = [Op("F", i) for i in range(ahead)]
+        for i in range(m - ahead):
+            ops += [Op("F", ahead + i), Op("B", i)]
+        schedule.append(ops + [Op("B", i) for i in range(m - ahead, m)])
+    return schedule
+
+
+def interleaved(p: int, m: int, v: int = 2) -> list[list[Op]]:
+    """1f1b over v chunks a rank, p micro-batches through one chunk before the next. Raises ValueError unless p divides
+    m."""
+    if m % p:
+        raise ValueError(f"interleaved: the number of micro-batches must be a multiple of pp {p}, got {m}")
+    if v == 1:
+        return one_f_one_b(p, m)
+    forward = [Op("F", i + j, c) for i in range(0, m, p) for c in range(v) for j in range(p)]
+    backward = [Op("B", i + j, c) for i in range(0, m, p) for c in reversed(range(v)) for j in range(p)]
+    schedule = []
+    for r in range(p):
+        ahead = min(2 * (p - 1 - r) + (v - 1) * p, m * v)
+        ops = forward[:ahead]
+        for pair in zip(forward[ahead:], backward, strict=False):
+            ops += pair
+        schedule.append(ops + backward[m * v - ahead:])
+    return schedule
+
+
+def zero_bubble(p: int, m: int) -> list[list[Op]]:
+    """ZB-H1: 1f1b whose B is the input's gradient alone. Rank r does W of micro-batch i after B of i + r: as many
+    micro-batches are stored on every rank as 1f1b stores on the first, and W fills the waits at the end."""
+    schedule = []
+    for r, ops in enumerate(one_f_one_b(p, m)):
+        late = []
+        for op in ops:
+            late.append(op)
+            if op.kind == "B" and op.micro_batch >= r:
+                late.append(Op("W", op.micro_batch - r))
+        schedule.append(late + [Op("W", i) for i in range(max(0, m - r), m)])
+    return schedule
+
+
+def forward_only(p: int, m: int, v: int = 1) -> list[list[Op]]:
+    """Evaluation."""
+    return [[Op("F", i, c) for c in range(v) for i in range(m)] for _ in range(p)]
+
+
+SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved, "zb": zero_bubble}
+
+
+def stage(op: Op, r: int, p: int) -> int:
+    return op.chunk * p + r
+
+
+def needs(op: Op, s: int, last: int):
+    """What must have happened before op can run in stage s: a list of (kind, micro-batch, stage)."""
+    i = op.micro_batch
+    if op.kind == "F":
+        return [("F", i, s - 1)] if s else []
+    if op.kind == "B":
+        return [("F", i, s)] + ([("B", i, s + 1)] if s < last else [])
+    return [("B", i, s)]
+
+
+@dataclass
+class Timeline:
+    events: list             # for each rank: [(op, start, end), ...]
+    duration: float
+    bubble: float            # share of the ranks' time in which nothing runs
+    stored: list             # for each rank: the most micro-batches x chunks stored at once
+
+
+def simulate(schedule, forward: float = 1.0, backward: float = 1.0, weight: float = 1.0, p2p: float = 0.0) -> Timeline:
+    """Run a schedule on paper. Costs of F, of the input's and of the weights' part of the backward (a schedule without
+    W does both in B), and the delay of a message between ranks.
+
+    Raises ValueError, naming the operations, if the schedule is not complete, out of order, or waits for itself.
+    """
+    p = len(schedule)
+    chunks = 1 + max(op.chunk for ops in schedule for op in ops)
+    last, split = p * chunks - 1, any(op.kind == "W" for op in schedule[0])
+    kinds = sorted({op.kind for op in schedule[0]})
+    micro_batches = 1 + max(op.micro_batch for ops in schedule for op in ops)
+    for r, ops in enumerate(schedule):
+        expected = {Op(k, i, c) for k in kinds for i in range(micro_batches) for c in range(chunks)}
+        if set(ops) != expected or len(ops) != len(expected):
+            wrong = [str(op) for op in expected.symmetric_difference(ops)] or ["one twice"]
+            raise ValueError(f"schedule must hold each operation once, rank {r} differs in {', '.join(wrong[:4])}")
+    cost = {"F": forward, "B": backward + (0 if split else weight), "W": weight}
+    done, free, events, position = {}, [0.0] * p, [[] for _ in range(p)], [0] * p
+    moved = True
+    while moved:
+        moved = False
+        for r, ops in enumerate(schedule):
+            while position[r] < len(ops):
+                op = ops[position[r]]
+                s = stage(op, r, p)
+                before = needs(op, s, last)
+                if not all(x in done for x in before):
+                    break
+                start = max([free[r]] + [done[x] + (p2p if x[2] % p != r else 0) for x in before])
+                free[r] = done[op.kind, op.micro_batch, s] = start + cost[op.kind]
+                events[r].append((op, start, free[r]))
+                position[r], moved = position[r] + 1, True
+    stuck = [f"rank {r} at {ops[position[r]]}" for r, ops in enumerate(schedule) if position[r] < len(ops)]
+    if stuck:
+        raise ValueError(f"schedule must not wait for itself: {', '.join(stuck)}")
+    stored = []
+    for ops in schedule:
+        held = most = 0
+        for op in ops:
+            held += {"F": 1, "B": 0 if split else -1, "W": -1}[op.kind]
+            most = max(most, held)
+        stored.append(most)
+    busy = sum(end - start for line in events for _, start, end in line)
+    return Timeline(events, max(free), 1 - busy / (p * max(free)), stored)
+
+
+def draw(timeline: Timeline, width: int = 100) -> str:
+    """The timeline as text, a line a rank: an operation's letter repeated (small in odd micro-batches), dots where it
+    waits."""
+    lines = []
+    for r, events in enumerate(timeline.events):
+        line = ["."] * width
+        for op, start, end in events:
+            a, b = (round(t / timeline.duration * width) for t in (start, end))
+            line[a:b] = (op.kind.lower() if op.micro_batch % 2 else op.kind) * (b - a)
+        lines.append(f"rank {r}  {''.join(line)}")
+    return "\n".join(lines)
+
+
+def chrome_trace(timeline: Timeline) -> dict:
+    """For a JSON file that Perfetto (ui.perfetto.dev) or chrome://tracing opens. Seconds -> microseconds."""
+    return {"traceEvents": [{"name": str(op), "cat": op.kind, "ph": "X", "pid": 0, "tid": r, "ts": start * 1e6,
+                             "dur": (end - start) * 1e6, "args": op._asdict()}
+                            for r, events in enumerate(timeline.events) for op, start, end in events]}
+
+
+# ---- running a schedule ----------------------------------------------------------------------------------------------
+
+class SplitLinear(torch.autograd.Function):
+    """y = x W^T + b whose backward gives dx alone; the weights' part waits in a queue: (parameter, gradient later)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, queue):
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.bias, ctx.queue = weight, bias, queue
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        (x,), weight, bias, queue = ctx.saved_tensors, ctx.weight, ctx.bias, ctx.queue
+        queue.append((weight, lambda: (dy.flatten(0, -2).T @ x.flatten(0, -2).to(dy.dtype)).to(weight.dtype)))
+        if bias is not None and bias.requires_grad:
+            queue.append((bias, lambda: dy.flatten(0, -2).sum(0).to(bias.dtype)))
+        return (dy @ weight.to(dy.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None, None, None, None
+
+
+class SplitLinears(TorchFunctionMode):
+    """Inside, every F.linear with a trainable weight is a SplitLinear with this queue."""
+
+    def __init__(self, queue: list):
+        super().__init__()
+        self.queue = queue
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.linear and not kwargs and isinstance(args[1], nn.Parameter) and args[1].requires_grad:
+            x, weight, bias = (*args, None)[:3]
+            return SplitLinear.apply(x, weight, bias, self.queue)
+        return function(*args, **(kwargs or {}))
+
+
+def messages(schedule, source: int, target: int) -> list:
+    """What one rank sends another, in its order: [(kind, micro-batch, stage that needs it), ...]."""
+    p, last = len(schedule), len(schedule) * (1 + max(op.chunk for op in schedule[0])) - 1
+    sent = []
+    for op in schedule[source]:
+        s = stage(op, source, p)
+        to = s + {"F": 1, "B": -1, "W": last + 1}[op.kind]
+        if 0 <= to <= last and to % p == target:
+            sent.append((op.kind, op.micro_batch, to))
+    return sent
+
+
+class Channels:
+    """Messages of a pipeline rank. A pair of ranks has one channel each way, and receives are posted in the sender's
+    order, read off the schedule: no tags, no handshakes."""
+
+    def __init__(self, schedule, groups):
+        self.p, self.groups = len(schedule), groups
+        self.rank = 0 if groups is None else rank(groups[0])
+        self.coming = {source: deque(messages(schedule, source, self.rank)) for source in range(self.p)}
+        self.arriving, self.sending, self.here = {}, [], {}
+
+    def send(self, x: Tensor, key):
+        target = key[2] % self.p
+        if target == self.rank:
+            self.here[key] = x
+            return
+        x = x.contiguous()
+        self.sending = [(work, kept) for work, kept in self.sending if not work.is_completed()]
+        self.sending.append((dist.isend(x, group=self.groups[target > self.rank], group_dst=target), x))
+
+    def receive(self, key, source_stage: int, like):
+        """The message; like(micro_batch) gives an empty tensor of its shape."""
+        source = source_stage % self.p
+        if source == self.rank:
+            return self.here.pop(key)
+        while key not in self.arriving:
+            next_key = self.coming[source].popleft()
+            x = like(next_key[1])
+            self.arriving[next_key] = x, dist.irecv(x, group=self.groups[self.rank > source], group_src=source)
+        x, work = self.arriving.pop(key)
+        work.wait()
+        return x
+
+    def finish(self):
+        for work, _ in self.sending:
+            work.wait()
+        self.sending = []
+
+
+def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_like=None, no_sync=contextlib.nullcontext,
+                 on_op=None) -> list:
+    """Run this rank's operations of a schedule -> nll of each micro-batch on the last stage's rank, None elsewhere.
+
+    chunks       this rank's stages: callables, chunk(hidden=..., **batch) -> hidden, and of the last stage (loss, nll)
+    batches      a dict of tensors a micro-batch, the same on every rank
+    groups       Mesh.pp_groups; None for p = 1 (then a schedule is plain gradient accumulation)
+    seed         gradient of each loss: scale / N
+    hidden_like  batch -> an empty tensor like the hidden state between stages
+    no_sync      context around every operation that makes gradients but a chunk's last (DataParallel.no_sync)
+    on_op        on_op(op, asked, start, end): clocks before waiting for its input, before and after it ran
+
+    A schedule without B evaluates. With W, linears keep their weights' part of backward for it. A hidden state that was
+    sent is freed; of its graph only the edge stays.
+    """
+    channels, p = Channels(schedule, groups), len(schedule)
+    mine, last = schedule[channels.rank], p * len(chunks) - 1
+    kinds = {op.kind for op in mine}
+    final = {op.chunk: op for op in mine if op.kind == ("W" if "W" in kinds else "B")}
+    kept, queues, nlls = {}, defaultdict(list), [None] * len(batches)
+
+    def empty(i):
+        return hidden_like(batches[i])
+
+    def backward(op, tensors, gradients):
+        with contextlib.nullcontext() if op == final[op.chunk] else no_sync():
+            torch.autograd.backward(tensors, gradients)
+
+    for op in mine:
+        asked = time.perf_counter()
+        kind, i, c = op
+        s = stage(op, channels.rank, p)
+        hidden = gradient = None
+        if kind == "F" and s:
+            hidden = channels.receive(("F", i, s), s - 1, empty).requires_grad_("B" in kinds)
+        if kind == "B":
+            gradient = seed if s == last else channels.receive(("B", i, s), s + 1, empty)
+        start = time.perf_counter()
+        if kind == "F":
+            with SplitLinears(queues[i, c]) if "W" in kinds else torch.set_grad_enabled("B" in kinds):
+                out = chunks[c](hidden=hidden, **batches[i])
+            if s == last:
+                out, nlls[i] = out
+            else:
+                channels.send(out.detach(), ("F", i, s + 1))
+            if "B" in kinds:
+                kept[i, c] = hidden, torch.autograd.graph.get_gradient_edge(out), out.detach() if s == last else None
+            del out
+        elif kind == "B":
+            hidden, edge, loss = kept.pop((i, c))
+            backward(op, [edge], [gradient if loss is None else torch.full_like(loss, gradient)])
+            if s:
+                channels.send(hidden.grad, ("B", i, s - 1))
+        else:
+            parts = queues.pop((i, c), [])
+            while parts:                                                  # one gradient at a time: each frees its input
+                parameter, later = parts.pop()
+                context = contextlib.nullcontext() if op == final[c] and not parts else no_sync()
+                with context:
+                    torch.autograd.backward([parameter], [later()])
+        if on_op is not None:
+            on_op(op, asked, start, time.perf_counter())
+    channels.finish()
+    return nlls
+
+
+# ---- global quantities -----------------------------------------------------------------------------------------------
+
+def reduce_partial_gradients(params):
+    """Add up what sum_over says is partial, one message a group. After the gradients' sum over dp."""
+    held = defaultdict(list)
+    for p in params:
+        for group in getattr(p, "sum_over", ()):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            held[group].append(p.grad)
+    for group, gradients in held.items():
+        flat = all_reduce(torch.cat([g.flatten() for g in gradients]), group)
+        for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            g.copy_(part.view_as(g))
+
+
+def piece(p) -> tuple:
+    """What a tensor is a piece of, and which: equal on replicas alone."""
+    return p.full_name, p.box, getattr(p, "flat", None)
+
+
+def owned(params, group=None) -> list:
+    """Those of this rank's parameters that no lower rank of the group holds: each piece once over all ranks.
+
+    Raises ValueError, naming the tensor, if together they do not cover every tensor once.
+    """
+    params = list(params)
+    everyone = [[piece(p) for p in params]]
+    if group is not None:
+        everyone = [None] * size(group)
+        dist.all_gather_object(everyone, [piece(p) for p in params], group=group)
+    covered, wanted = defaultdict(int), {}
+    for name, box, flat in {x for pieces in everyone for x in pieces}:
+        covered[name] += math.prod(b - a for a, b, _ in box) if flat is None else flat[1] - flat[0]
+        wanted[name] = math.prod(n for _, _, n in box)
+    for name, total in wanted.items():
+        if covered[name] != total:
+            raise ValueError(f"{name}: the ranks' pieces must make its {total} elements, they make {covered[name]}")
+    lower = {x for pieces in everyone[:rank(group)] for x in pieces}
+    return [p for p in params if piece(p) not in lower]
+
+
+def squared_norm(tensors) -> Tensor:
+    """Sum of squares, a float64 scalar. Of owned gradients, over the world: the square of the global norm."""
+    tensors = list(tensors)
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
+    norms = torch._foreach_norm(tensors)
+    return torch.stack([n.double() for n in norms]).square().sum()
+
+
+def check_replicas(params, group=None):
+    """Raises RuntimeError naming the parameter and two ranks whose copies of the same piece differ in a bit."""
+    mine = [(piece(p), zlib.crc32(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())) for p in params]
+    everyone = [mine]
+    if group is not None:
+        everyone = [None] * size(group)
+        dist.all_gather_object(everyone, mine, group=group)
+    seen = {}
+    for r, pieces in enumerate(everyone):
+        for key, crc in pieces:
+            first, expected = seen.setdefault(key, (r, crc))
+            if crc != expected:
+                raise RuntimeError(f"{key[0]}: replicas must be equal, those of ranks {first} and {r} are not")
+
+
+# ---- the ledger ------------------------------------------------------------------------------------------------------
+
+COLLECTIVES = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter",
+               "broadcast_": "broadcast", "send": "send", "recv_": "recv"}
+WIRE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}          # x (n-1)/n of the payload, a ring's rank
+
+
+class Call(NamedTuple):
+    """One call: bytes is the payload, that is the whole tensor (all ranks' parts together)."""
+    axis: str
+    phase: str
+    collective: str
+    bytes: int
+    n: int
+    shape: tuple
+    dtype: torch.dtype
+    peer: int | None                 # of a send or receive: the other's rank in the group
+
+    @property
+    def wire(self) -> float:
+        """Bytes that a rank sends, as a ring: 2 (n-1)/n for all-reduce, (n-1)/n for its halves."""
+        factor = WIRE.get(self.collective)
+        return self.bytes * (factor * (self.n - 1) / self.n if factor else self.collective != "recv")
+
+
+class CommLedger(TorchDispatchMode):
+    """Inside, every torch.distributed call of this thread is counted, in backward and hooks too.
+
+    axes: {name: group or groups}. phase is yours to set: "forward", "backward", ... calls: the sequence of Calls.
+    """
+
+    def __init__(self, axes: dict):
+        super().__init__()
+        self.names = {g.group_name: name for name, groups in axes.items() if groups is not None
+                      for g in (groups if isinstance(groups, list | tuple) else [groups])}
+        self.phase, self.calls = "", []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            self.record(function._schema.name.removeprefix("c10d::"), args)
+        return function(*args, **(kwargs or {}))
+
+    def record(self, name, args):
+        schema = COLLECTIVES.get(name, name)
+        at = next(i for i, x in enumerate(args) if isinstance(x, torch.ScriptObject))
+        group = dist.ProcessGroup.unbox(args[at])
+        tensors = [x for arg in args[:at] for x in (arg if isinstance(arg, list) else [arg]) if isinstance(x, Tensor)]
+        if not tensors:                                                                                      # a barrier
+            return
+        whole = max(tensors, key=lambda x: x.numel())                    # gathered, or to be scattered: all parts
+        peer = args[at + 1] if schema in ("send", "recv") else None
+        self.calls.append(Call(self.names.get(group.group_name, group.group_name), self.phase, schema, whole.nbytes,
+                               group.size(), tuple(whole.shape), whole.dtype, peer))
+
+    def total(self, field: str = "bytes", **where) -> float:
+        """Sum of bytes, wire, or calls over the calls with these attributes: total("wire", axis="tp")."""
+        chosen = [x for x in self.calls if all(getattr(x, k) == v for k, v in where.items())]
+        return len(chosen) if field == "calls" else sum(getattr(x, field) for x in chosen)
+
+
+def check_sequences(sequences: list[list[Call]], axis: str):
+    """The calls of all members of one group, each in its order, must fit: the same collectives, and to every send a
+    receive, in order, for each pair. sequences[r]: of the group's rank r. Raises ValueError with what does not.
+    """
+    lines = [[x for x in calls if x.axis == axis] for calls in sequences]
+    collectives = [[(x.collective, x.shape, x.dtype) for x in line if x.peer is None] for line in lines]
+    for r, line in enumerate(collectives):
+        if line != collectives[0]:
+            at = next((i for i, (a, b) in enumerate(zip(line, collectives[0], strict=False)) if a != b),
+                      min(len(line), len(collectives[0])))
+            raise ValueError(f"{axis}: ranks 0 and {r} must issue the same calls, they differ from call {at} on")
+    for a, b in ((a, b) for a in range(len(lines)) for b in range(len(lines))):
+        sent, received = ([(x.shape, x.dtype) for x in lines[r] if (x.collective, x.peer) == (kind, other)]
+                          for r, kind, other in ((a, "send", b), (b, "recv", a)))
+        if sent != received:
+            raise ValueError(f"{axis}: rank {a} must send {b} what it receives, {len(sent)} against {len(received)}")
+
+
+def step_calls(mesh: Mesh, stages, layers: int, params, *, micro_batches: int, shape, sequence_parallel: bool,
+               itemsize: int = 4) -> dict:
+    """What one training step of this rank says to the others, from the formulas: {(axis, collective): (calls, bytes)}.
+
+    stages: (this rank's, how many there are); layers: in this rank's stages; params: its parameters; shape: (B, T, C)
+    of a micro-batch; itemsize: of hidden states. Calls None: as many as there are buckets, or chunks of the loss. The
+    forward is counted once (recompute none).
+    """
+    (mine, of), (B, T, C) = stages, shape
+    first, last, m = 0 in mine, of - 1 in mine, micro_batches
+    hidden, acc = B * T * C * itemsize, max(4, itemsize)
+    calls = {}
+    if mesh.dp > 1:                                        # gradients; which there are; the number of targets
+        size_of = sum(p.numel() * p.element_size() for p in params)
+        calls["dp", "all_reduce"] = None, size_of + len(params) + 8
+    if mesh.tp > 1:
+        ends = first + last                                                      # g of the embedding, f of the head
+        partial = sum(p.nbytes for p in params if mesh.tp_group in getattr(p, "sum_over", ()))
+        loss = m * last * 3 * B * T * acc                                                # max; sum, target's logit
+        if sequence_parallel:                              # 2 g forward and backward, 2 f, and 2 f again in backward
+            calls["tp", "all_gather"] = m * (6 * layers + ends), m * (6 * layers + ends) * hidden
+            calls["tp", "reduce_scatter"] = m * (4 * layers + ends), m * (4 * layers + ends) * hidden
+            calls["tp", "all_reduce"] = None, loss + partial
+        else:
+            calls["tp", "all_reduce"] = None, m * (4 * layers + ends) * hidden + loss + partial
+    if mesh.pp > 1:
+        part = hidden // (mesh.tp if sequence_parallel else 1)
+        boundaries = sum((s < of - 1) + (s > 0) for s in mine)
+        calls["pp", "send"] = calls["pp", "recv"] = m * boundaries, m * boundaries * part
+        tied = sum(p.nbytes for p in params if mesh.ends_group and mesh.ends_group in getattr(p, "sum_over", ()))
+        if tied:
+            calls["ends", "all_reduce"] = 1, tied
+    world = next((x for x in ("dp", "tp") if getattr(mesh, x) == mesh.dp * mesh.tp * mesh.pp), "world")
+    before = calls.get((world, "all_reduce"), (0, 0))[1]
+    calls[world, "all_reduce"] = None, before + 3 * 8                                 # loss, squared norm, please stop
+    return {key: value for key, value in calls.items() if value[1]}
+
+
+# ---- demo ------------------------------------------------------------------------------------------------------------
+
+def demo_run(flags: str, steps: int = 2):
+    """Steps of a small model on random tokens, as train.py takes them -> losses; events, Calls, formula of the last."""
+    import train
+    c = train.parse_config(f"""--n-layer 4 --n-head 4 --n-embd 64 --seq-len 64 --vocab-size 512 --tie-embeddings
+        --global-batch-size 8 --micro-batch-size 1 --adam-eps 1e-6 --lr 0.01 --no-document-mask --device cpu {flags}
+        """.split())
+    world = train.World(c)
+    model = train.Model(c, world, dtype=torch.float64)
+    optimizer, mesh, m = train.make_optimizer(model, c), world.mesh, c.global_batch_size // world.mesh.dp
+    losses, ledger = [], CommLedger(mesh.axes)
+    for step in range(steps):
+        x = torch.randint(512, (8, 65), generator=torch.Generator().manual_seed(step))
+        mine = ({"tokens": row[None, :-1], "targets": row[None, 1:]} for row in x[mesh.dp_rank * m:][:m])
+        events = []
+        model.on_op = lambda op, asked, start, end, events=events: events.append((op, start, end))
+        with ledger if step == steps - 1 else contextlib.nullcontext():
+            losses.append(train.train_step(model, optimizer, mine, step, c, world)[0])
+    check_replicas(model.parameters(), world.host)
+    chunks = model.ddp.module
+    formula = step_calls(mesh, ([chunk * c.pp + mesh.pp_rank for chunk in range(len(chunks))], train.stages(c)),
+                         sum(len(chunk.model.layers) for chunk in chunks), list(model.parameters()), micro_batches=m,
+                         shape=(1, 64, 64), sequence_parallel=c.sequence_parallel, itemsize=8)
+    return losses, events, ledger.calls, formula
+
+
+def demo():
+    """The claims of this file, measured | predicted, asserted: four ranks on this CPU, under half a minute. Starts its
+    own ranks, or is one of four that torchrun started."""
+    import multiprocessing
+    import os
+    import tempfile
+    if "RANK" in os.environ:
+        demo_rank(int(os.environ["RANK"]), "env://")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("fork")                                     # nothing has run here yet
+        ranks = [context.Process(target=demo_rank, args=(r, f"file://{folder}/store")) for r in range(4)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+    assert [process.exitcode for process in ranks] == [0] * 4, "a rank failed"
+
+
+def demo_rank(r: int, store: str):
+    import os
+    torch.set_num_threads(1)
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    alone = demo_run("")[0]                                                            # the run that all others must be
+    dist.init_process_group("gloo", init_method=store, rank=r, world_size=4)
+    say = print if r == 0 else (lambda *_: None)
+    mesh = Mesh(1, 2, 2)
+    say("ranks of a mesh pp 2 x dp 1 x tp 2, as (pp, dp, tp):  ", *(f"{x}: {mesh.place(x)}" for x in range(4)))
+    say(f"\n4 layers, 8 micro-batches of 64 tokens, float64; losses of one process: {[round(x, 6) for x in alone]}\n\n"
+        "layout                                difference   bytes rank 0 sends a step, counted | predicted")
+    for flags in ("--dp 4", "--tp 4", "--tp 4 --no-sequence-parallel", "--dp 2 --tp 2", "--pp 4 --pp-schedule gpipe",
+                  "--pp 4 --pp-schedule 1f1b", "--pp 4 --pp-schedule zb", "--dp 2 --pp 2 --pp-schedule interleaved",
+                  "--tp 2 --pp 2 --pp-schedule zb"):
+        losses, events, calls, formula = demo_run(flags)
+        difference = max(abs(a - b) for a, b in zip(losses, alone, strict=True))
+        counted = defaultdict(lambda: [0, 0])
+        for call in calls:
+            counted[call.axis, call.collective][0] += 1
+            counted[call.axis, call.collective][1] += call.bytes
+        assert difference < 1e-10 and counted.keys() == formula.keys(), (flags, counted, formula)
+        for key, (number, payload) in formula.items():
+            assert counted[key][1] == payload and number in (None, counted[key][0]), (flags, key, counted[key])
+        shown = "   ".join(f"{axis} {what} {counted[axis, what][1]:,} | {payload:,}" for (axis, what), (_, payload)
+                           in formula.items() if axis != "world" and what != "recv")
+        say(f"{flags:<38}{difference:.0e}        {shown}")
+        everyone = [None] * 4
+        dist.all_gather_object(everyone, events)
+        if flags == "--tp 2 --pp 2 --pp-schedule zb":
+            executed = everyone[::2]                                              # the stages of one pipeline
+
+    say("\nbubble / ideal time, stored micro-batches, simulated | formula: 4 stages, 8 micro-batches, F = B = W = 1")
+    for name, schedule, predicted, v, kept in (
+            ("gpipe", gpipe(4, 8), 3 / 8, 1, 8), ("1f1b", one_f_one_b(4, 8), 3 / 8, 1, 4),
+            ("interleaved, v = 2", interleaved(4, 8, 2), 3 / 16, 2, 4 * (1 + 3 / 8)),
+            ("zero bubble (ZB-H1)", zero_bubble(4, 8), 3 / 8 / 3, 1, 4)):
+        timeline = simulate(schedule)
+        waste, stored = timeline.bubble / (1 - timeline.bubble), max(timeline.stored) / v         # of the ideal time
+        say(f"{name:<22} {waste:.4f} | {predicted:.4f}   stored {stored:g} | {kept:g}\n{draw(timeline)}\n")
+        assert abs(waste - predicted) < 1e-12 and stored == kept
+    # Qi et al. 2023, table 9: profiled milliseconds of the 1.5 B model, 8 stages, 24 micro-batches
+    for name, schedule, published in (("1f1b", one_f_one_b(8, 24), .2431), ("zero bubble", zero_bubble(8, 24), .1585)):
+        bubble = simulate(schedule, 18.522, 18.086, 9.337, 0.601).bubble
+        say(f"{name:<12} with the paper's times: bubble {bubble:.4f} | {published}")
+        assert round(bubble, 4) == published
+    if r == 0:
+        first = min(start for line in executed for _, start, _ in line)
+        line = [[(op, start - first, end - first) for op, start, end in events] for events in executed]
+        end = max(end for events in line for _, _, end in events)
+        busy = sum(b - a for events in line for _, a, b in events)
+        timeline = Timeline(line, end, 1 - busy / (2 * end), [])
+        say(f"\nexecuted here, pp 2 x tp 2, zero bubble: {end * 1e3:.0f} ms, bubble {timeline.bubble:.2f} on "
+            f"{os.cpu_count()} cores\n{draw(timeline)}")
+        assert [[op for op, _, _ in events] for events in line] == zero_bubble(2, 8)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    demo()
