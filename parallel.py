@@ -174,10 +174,11 @@ class DataParallel(nn.Module):
 
         1  at construction   parameters and buffers are broadcast from the group's rank 0
         2  backward          a gradient that is ready is copied into its bucket; a full bucket's all-reduce starts at
-                             once, beside the rest of backward. Buckets run from the last parameter to the first,
-                             about the order in which gradients come
-        3  finish_gradient_synchronization()   starts the buckets that never filled, waits for all; p.grad are now
-                             views of the buckets
+                             once, beside the rest of backward, but never before the buckets ahead of it: every rank
+                             must issue the same calls in the same order, whatever its gradients do. Buckets run from
+                             the last parameter to the first, about the order in which gradients come
+        3  finish_gradient_synchronization()   starts the buckets that are left, waits for all; p.grad are now views
+                             of the buckets
 
     bucket_mb: MB (1e6 bytes) a bucket. reduce: "sum" | "mean". A parameter without a gradient on some ranks counts as
     zero there; one without on all ranks keeps None, as in one process (a byte a parameter is reduced to know).
@@ -192,7 +193,7 @@ class DataParallel(nn.Module):
         if not bucket_mb > 0:
             raise ValueError(f"bucket_mb must be above 0, got {bucket_mb}")
         self.module, self.group, self.reduce = module, group, reduce
-        self.synchronize, self.buckets, self.bucket_of = True, [], {}
+        self.synchronize, self.buckets, self.bucket_of, self.started = True, [], {}, 0
         if group is None:
             return
         for x in (*module.parameters(), *module.buffers()):
@@ -229,10 +230,12 @@ class DataParallel(nn.Module):
             raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} got a second gradient after its bucket was "
                                "sent: call finish_gradient_synchronization() after each backward, or use no_sync()")
         bucket.missing.discard(p)
-        if not bucket.missing:
-            self.start(bucket)
+        while self.started < len(self.buckets) and not self.buckets[self.started].missing:
+            self.start()
 
-    def start(self, bucket):
+    def start(self):
+        """The next bucket."""
+        bucket, self.started = self.buckets[self.started], self.started + 1
         for p, view in bucket.views().items():
             if p.grad is None:
                 view.zero_()
@@ -246,12 +249,9 @@ class DataParallel(nn.Module):
             return
         params = [p for bucket in self.buckets for p in bucket.params]
         used = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8, device=params[0].device)
-        knowing = dist.all_reduce(used, dist.ReduceOp.MAX, group=self.group, async_op=True)
-        for bucket in self.buckets:                       # the same order on every rank: those that filled are ahead
-            if bucket.work is None:
-                self.start(bucket)
-        knowing.wait()
-        used = dict(zip(params, used.tolist(), strict=True))
+        while self.started < len(self.buckets):
+            self.start()
+        used = dict(zip(params, all_reduce(used, self.group, dist.ReduceOp.MAX).tolist(), strict=True))
         for bucket in self.buckets:
             bucket.work.wait()
             if self.reduce == "mean":
@@ -259,6 +259,7 @@ class DataParallel(nn.Module):
             for p, view in bucket.views().items():
                 p.grad = view if used[p] else None
             bucket.work, bucket.missing = None, set(bucket.params)
+        self.started = 0
 
 
 # ---- tensor and sequence parallelism ---------------------------------------------------------------------------------

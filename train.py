@@ -284,6 +284,15 @@ def stages(c: Config) -> int:
     return c.pp * (c.pp_chunks if c.pp_schedule == "interleaved" and c.pp > 1 else 1)
 
 
+def schedule(c: Config, micro_batches: int) -> list:
+    """Each pipeline rank's operations of a step; of a pipeline of one, plain accumulation."""
+    if c.pp == 1:
+        return parallel.one_f_one_b(1, micro_batches)
+    if c.pp_schedule == "interleaved":
+        return parallel.interleaved(c.pp, micro_batches, c.pp_chunks)
+    return parallel.SCHEDULES[c.pp_schedule](c.pp, micro_batches)
+
+
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
 class World:
@@ -319,7 +328,7 @@ class World:
             raise BadInput("global_batch_size must be a multiple of micro_batch_size x dp = "
                            f"{c.micro_batch_size} x {dp} = {c.micro_batch_size * dp}, got {c.global_batch_size}")
         accum = c.global_batch_size // (c.micro_batch_size * dp)
-        if stages(c) > c.pp and accum % c.pp:
+        if c.pp_schedule == "interleaved" and accum % c.pp:
             raise BadInput(f"pp-schedule interleaved needs a multiple of pp = {c.pp} micro-batches a step, got "
                            f"{c.global_batch_size} / ({c.micro_batch_size} x dp {dp}) = {accum}")
         self.group = self.host = None
@@ -453,20 +462,15 @@ class Model(torch.nn.Module):
 
     def run(self, batches, seed=None) -> list:
         """Forward, and with a seed (of the gradient) backward, of micro-batches -> nll of each, on the last stage."""
-        c, p, chunks = self.c, self.c.pp, self.ddp.module
-        if seed is None:
-            schedule = parallel.forward_only(p, len(batches), len(chunks))
-        elif len(chunks) > 1:
-            schedule = parallel.interleaved(p, len(batches), len(chunks))
-        else:
-            schedule = parallel.SCHEDULES[c.pp_schedule if p > 1 else "1f1b"](p, len(batches))
+        c, chunks, m = self.c, self.ddp.module, len(batches)
+        order = parallel.forward_only(c.pp, m, len(chunks)) if seed is None else schedule(c, m)
         split = c.tp if c.sequence_parallel else 1
 
         def hidden_like(batch):
             B, T = batch["tokens"].shape
             return torch.empty(B, T // split, c.n_embd, dtype=self.dtype, device=self.world.device)
 
-        return parallel.run_schedule(schedule, [functools.partial(self, chunk) for chunk in chunks], batches,
+        return parallel.run_schedule(order, [functools.partial(self, chunk) for chunk in chunks], batches,
                                      self.mesh.pp_groups, seed=seed, hidden_like=hidden_like, no_sync=self.ddp.no_sync,
                                      on_op=self.on_op)
 
@@ -759,8 +763,7 @@ def layout(c: Config, world: World) -> dict:
     """What the mesh does to memory and messages: figures of the fullest pipeline rank, from its stages built without
     memory. Bytes as sent in a ring, a step."""
     mesh, m = world.mesh, c.global_batch_size // (c.micro_batch_size * world.mesh.dp)
-    name = c.pp_schedule if c.pp > 1 else "1f1b"
-    timeline = parallel.simulate(parallel.SCHEDULES[name](*(c.pp, m, c.pp_chunks)[:3 if name == "interleaved" else 2]))
+    timeline = parallel.simulate(schedule(c, m))
     ranks = []
     for r in range(c.pp):
         mine = range(r, stages(c), c.pp)
@@ -777,7 +780,7 @@ def layout(c: Config, world: World) -> dict:
             sent[axis] = sent.get(axis, 0) + call.wire
         ranks.append({"parameters": sum(p.numel() for p in params), "layers": layers, "bytes_sent": sent,
                       "stored": timeline.stored[r] / len(mine)})
-    return {"dp": mesh.dp, "tp": mesh.tp, "pp": mesh.pp, "schedule": name, "micro_batches": m, "ranks": ranks,
+    return {"dp": mesh.dp, "tp": mesh.tp, "pp": mesh.pp, "schedule": c.pp_schedule, "micro_batches": m, "ranks": ranks,
             "bubble": timeline.bubble}
 
 

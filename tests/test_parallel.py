@@ -1,11 +1,26 @@
+import copy
 import functools
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import ROOT
+from torch import nn
 
 import data
 import parallel
 import train
+from parallel import CommLedger, DataParallel, Op
 
 # ---- any layout is the same run --------------------------------------------------------------------------------------
 
@@ -29,25 +44,64 @@ LAYOUTS = [  # ranks, dp, tp, pp, other flags
 
 
 def trained(rank, n, argv, steps, dtype=torch.float64):
-    """`steps` steps as train.py takes them -> [(loss, norm), ...], this rank's pieces of the weights, an evaluation."""
+    """`steps` steps as train.py takes them -> [(loss, norm), ...], this rank's pieces of the weights, an evaluation,
+    and of the last step the calls to other ranks, what they should be, and the executed operations."""
     c = train.parse_config(argv)
     world = train.World(c)
-    model = train.Model(c, world, dtype=dtype)
-    optimizer = train.make_optimizer(model, c)
+    model, mesh = train.Model(c, world, dtype=dtype), world.mesh
+    optimizer, ledger, losses, ops = train.make_optimizer(model, c), CommLedger(mesh.axes), [], []
     loader = data.Loader(c.data, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, seed=c.seed,
-                         dp_rank=world.mesh.dp_rank, dp_size=world.mesh.dp)
-    losses = [train.train_step(model, optimizer, loader, step, c, world)[:2] for step in range(steps)]
+                         dp_rank=mesh.dp_rank, dp_size=mesh.dp)
+    for step in range(steps):
+        if step == steps - 1:
+            model.on_op = lambda op, *clocks: ops.append(op)
+            ledger.__enter__()
+        losses.append(train.train_step(model, optimizer, loader, step, c, world,
+                                       on_phase=lambda step, phase: setattr(ledger, "phase", phase))[:2])
+    ledger.__exit__(None, None, None)
     parallel.check_replicas(model.parameters(), world.host)
+    chunks = model.ddp.module
+    formula = parallel.step_calls(
+        mesh, ([i * c.pp + mesh.pp_rank for i in range(len(chunks))], train.stages(c)),
+        sum(len(chunk.model.layers) for chunk in chunks), list(model.parameters()),
+        micro_batches=c.global_batch_size // (c.micro_batch_size * mesh.dp),
+        shape=(c.micro_batch_size, c.seq_len, c.n_embd), sequence_parallel=c.sequence_parallel, itemsize=dtype.itemsize)
     val = data.Loader(c.data, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
     pieces = [(p.full_name, p.box, p.detach()) for p in model.parameters()]
-    return losses, pieces, train.evaluate(model, val, c, world)
+    return losses, pieces, train.evaluate(model, val, c, world), (ledger.calls, formula, mesh.place(rank), ops)
 
 
 @functools.cache
-def one_process(corpus, model):
-    losses, pieces, evaluation = trained(0, 1, [*TINY, *MODELS[model], "--data", str(corpus)], 5)
+def one_process(corpus, model, dtype=torch.float64, *flags):
+    losses, pieces, evaluation, _ = trained(0, 1, [*TINY, *MODELS[model], "--data", str(corpus), *flags], 5, dtype)
     assert losses[0][1] > 0.3 and losses[-1][0] < losses[0][0] - 0.2                              # it clips, and learns
     return losses, {name: p for name, _, p in pieces}, evaluation
+
+
+def differences(ours, pieces, losses, weights):
+    """Largest difference of a loss, of a norm, of a weight."""
+    loss, norm = (max(abs(a[i] - b[i]) for a, b in zip(ours, losses, strict=True)) for i in (0, 1))
+    return loss, norm, max((p - weights[name][tuple(slice(a, b) for a, b, _ in box)]).abs().max().item()
+                           for name, box, p in pieces)
+
+
+def check_calls(books, recompute):
+    """The ledger of each rank is the formula, and the ranks' books agree with one another."""
+    for calls, formula, _, _ in books:
+        counted = {}
+        for call in calls:
+            n, payload = counted.get((call.axis, call.collective), (0, 0))
+            counted[call.axis, call.collective] = n + 1, payload + call.bytes
+        if not recompute:                                                 # which repeats the forward's calls
+            assert counted.keys() == formula.keys()
+            for key, (n, payload) in formula.items():
+                assert counted[key] == (counted[key][0] if n is None else n, payload), (key, counted[key])
+    for axis, varies in (("pp", 0), ("dp", 1), ("tp", 2)):
+        lines = {}
+        for calls, _, place, _ in books:
+            lines.setdefault(place[:varies] + place[varies + 1:], []).append((place[varies], calls))
+        for line in lines.values():
+            parallel.check_sequences([calls for _, calls in sorted(line, key=lambda x: x[0])], axis)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -55,12 +109,592 @@ def one_process(corpus, model):
 def test_any_layout_is_the_same_run(corpus, run_ranks, model, ranks, dp, tp, pp, flags):
     losses, weights, evaluation = one_process(corpus, model)
     argv = [*TINY, *MODELS[model], "--data", str(corpus), *f"--dp {dp} --tp {tp} --pp {pp} {flags}".split()]
-    seen = set()
-    for ours, pieces, our_evaluation in run_ranks(trained, ranks, argv, 5):
-        for (loss, norm), (our_loss, our_norm) in zip(losses, ours, strict=True):
-            assert our_loss == pytest.approx(loss, abs=1e-10) and our_norm == pytest.approx(norm, abs=1e-10)
-        for name, box, p in pieces:
-            assert (p - weights[name][tuple(slice(a, b) for a, b, _ in box)]).abs().max() < 1e-10, name
-            seen.add(name)
+    answers = run_ranks(trained, ranks, argv, 5)
+    for ours, pieces, our_evaluation, _ in answers:
+        assert max(differences(ours, pieces, losses, weights)) < 1e-10
         assert our_evaluation == pytest.approx(evaluation, rel=1e-10)
-    assert seen == set(weights)
+    assert {name for _, pieces, _, _ in answers for name, _, _ in pieces} == set(weights)
+    check_calls([books for *_, books in answers], "recompute" in flags)
+
+
+@pytest.mark.parametrize("flags", ["--pp 2", "--pp 4 --pp-schedule zb", "--pp 2 --tp 2",
+                                   "--pp 2 --pp-schedule interleaved --pp-chunks 3"])
+def test_uneven_layers(corpus, run_ranks, flags):
+    layers = ["--n-layer", "7"]
+    losses, weights, _ = one_process(corpus, "llama tied", torch.float64, *layers)
+    argv = [*TINY, *MODELS["llama tied"], "--data", str(corpus), *layers, *flags.split()]
+    for ours, pieces, _, _ in run_ranks(trained, 4 if "4" in flags or "tp" in flags else 2, argv, 5):
+        assert max(differences(ours, pieces, losses, weights)) < 1e-10
+
+
+def test_eight_ranks(corpus, run_ranks):
+    losses, weights, _ = one_process(corpus, "llama")
+    argv = [*TINY, *MODELS["llama"], "--data", str(corpus), *"--dp 2 --tp 2 --pp 2".split()]
+    answers = run_ranks(trained, 8, argv, 5)
+    for ours, pieces, _, _ in answers:
+        assert max(differences(ours, pieces, losses, weights)) < 1e-10
+    check_calls([books for *_, books in answers], False)
+
+
+@pytest.mark.parametrize("ranks, flags", [(2, "--dp 2"), (4, "--pp 2 --tp 2"), (2, "--tp 2 --no-sequence-parallel"),
+                                          (2, "--pp 2 --pp-schedule zb")])
+def test_float32_is_as_near_as_one_process(corpus, run_ranks, ranks, flags):
+    """One process in float32 is off the float64 run by its rounding, which depends on how it splits its sums: the worst
+    of four splits into micro-batches is the measure, and a layout may be off by twice as much."""
+    losses, weights, _ = one_process(corpus, "llama")
+    splits = [one_process(corpus, "llama", torch.float32, "--micro-batch-size", str(k)) for k in (1, 2, 4, 8)]
+    off = [differences(x, [(name, tuple((0, k, k) for k in w.shape), w) for name, w in ws.items()], losses, weights)
+           for x, ws, _ in splits]
+    bounds = [2 * max(x) for x in zip(*off, strict=True)]
+    argv = [*TINY, *MODELS["llama"], "--data", str(corpus), *flags.split()]
+    for ours, pieces, _, _ in run_ranks(trained, ranks, argv, 5, torch.float32):
+        for error, bound in zip(differences(ours, pieces, losses, weights), bounds, strict=True):
+            assert error < bound < 1e-4
+
+
+def rerun(rank, n, argv):
+    c = train.parse_config(argv)
+    world = train.World(c)
+    return train.train(train.resolve(c, world.device), world)
+
+
+def test_a_run_goes_on_in_another_layout(corpus, tmp_path, run_ranks):
+    """Checkpoints are pieces by name: written by tp 2 x pp 2, read by four replicas, and by one process."""
+    def metrics(out):
+        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        return [x["loss"] for x in lines if "loss" in x]
+
+    argv = [*TINY, *MODELS["llama tied"], "--data", str(corpus), "--checkpoint-interval", "4",
+            "--keep-checkpoints", "9"]
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    assert train.main([*argv, "--out", str(plain)]) == 0
+    for steps, ranks, flags in (("step-00000012", 4, "--tp 2 --pp 2"), ("step-00000008", 4, "--dp 4"),
+                                ("", 2, "--pp 2 --pp-schedule interleaved")):
+        assert run_ranks(rerun, ranks, [*argv, "--out", str(out), *flags.split()]) == [0] * ranks
+        assert metrics(out) == pytest.approx(metrics(plain), abs=2e-5)
+        for path in sorted((out / "checkpoints").glob("step-*")):
+            if steps and path.name >= steps:
+                subprocess.run(["rm", "-r", str(path)], check=True)
+    ours, theirs = (data.newest_checkpoint(x / "checkpoints")[0] for x in (out, plain))
+    for name in theirs.names():
+        torch.testing.assert_close(ours.read(name), theirs.read(name), rtol=0, atol=1e-4)
+
+
+# ---- schedules, on paper ---------------------------------------------------------------------------------------------
+
+def all_schedules():
+    for p, m in itertools.product(range(1, 9), range(1, 17)):
+        yield p, m, 1, parallel.gpipe(p, m)
+        yield p, m, 1, parallel.one_f_one_b(p, m)
+        yield p, m, 1, parallel.zero_bubble(p, m)
+        for v in (1, 2, 3):
+            yield p, m, v, parallel.forward_only(p, m, v)
+            if m % p == 0:
+                yield p, m, v, parallel.interleaved(p, m, v)
+
+
+def test_every_schedule_is_complete_in_order_and_free_of_deadlock():
+    for p, m, v, schedule in all_schedules():
+        timeline = parallel.simulate(schedule)                                  # raises for what is not
+        assert len(schedule) == p and len(schedule[0]) % (m * v) == 0
+        # what is sent is what is needed, each once, and a receiver never needs a message that comes behind a later one
+        for r in range(p):
+            needed = [(*op[:2], parallel.stage(op, r, p)) for op in schedule[r]]
+            coming = [x for source in range(p) for x in parallel.messages(schedule, source, r)]
+            assert len(set(coming)) == len(coming) and set(coming) <= set(needed)
+        assert sum(len(parallel.messages(schedule, a, b)) for a in range(p) for b in range(p)) == sum(
+            op.kind == "F" and parallel.stage(op, r, p) > 0 or op.kind == "B" and parallel.stage(op, r, p) < p * v - 1
+            for r, ops in enumerate(schedule) for op in ops)
+        assert timeline.duration >= max(len(ops) for ops in schedule)
+
+
+@pytest.mark.parametrize("schedule, message", [
+    ([[Op("F", 0)], [Op("F", 0), Op("B", 0)]], "rank 1 differs in B0"),
+    ([[Op("F", 0), Op("F", 0), Op("B", 0)]] * 2, "one twice"),
+    ([[Op("B", 0), Op("F", 0)]], "rank 0 at B0"),
+    ([[Op("F", 0), Op("B", 0), Op("F", 1), Op("B", 1)], [Op("F", 1), Op("B", 1), Op("F", 0), Op("B", 0)]],
+     "rank 0 at B0, rank 1 at F1"),
+    ([[Op("F", 0), Op("W", 0), Op("B", 0)]], "rank 0 at W0")])
+def test_a_wrong_schedule_is_named(schedule, message):
+    with pytest.raises(ValueError, match=message):
+        parallel.simulate(schedule)
+    with pytest.raises(ValueError, match="multiple of pp 3, got 4"):
+        parallel.interleaved(3, 4)
+
+
+def test_bubbles_and_stored_micro_batches_are_the_formulas():
+    """Narayanan 2021, section 2.2; Korthikanti 2022, section 4.2.3; Qi 2023, table 2."""
+    for p, m, (f, b, w) in itertools.product((2, 4, 8), (8, 16), ((1, 1, 1), (3, 2, 1), (5, 4, 4))):
+        ideal = m * (f + b + w)
+        for schedule, duration, stored in (
+                (parallel.gpipe(p, m), ideal + (p - 1) * (f + b + w), m),
+                (parallel.one_f_one_b(p, m), ideal + (p - 1) * (f + b + w), p),
+                (parallel.zero_bubble(p, m), ideal + (p - 1) * (f + b - w), p)):
+            timeline = parallel.simulate(schedule, f, b, w)
+            assert timeline.duration == duration and max(timeline.stored) == stored
+            assert timeline.bubble == pytest.approx(1 - ideal / duration)
+        for v in (2, 3):
+            timeline = parallel.simulate(parallel.interleaved(p, m, v), f / v, b / v, w / v)
+            assert timeline.duration == pytest.approx(ideal + (p - 1) * (f + b + w) / v)
+            assert max(timeline.stored) / v == pytest.approx(min(m, p * (1 + (p - 1) / (p * v))))
+
+
+@pytest.mark.parametrize("p, m, f, b, w, p2p, plain, zero", [
+    (8, 24, 18.522, 18.086, 9.337, 0.601, 0.2431, 0.1585), (8, 64, 18.546, 18.097, 9.321, 0.762, 0.1240, 0.0674),
+    (8, 32, 29.802, 29.428, 19.530, 0.577, 0.1898, 0.1045), (8, 64, 29.935, 29.621, 19.388, 0.535, 0.1091, 0.0554),
+    (16, 48, 11.347, 11.248, 8.132, 0.377, 0.2552, 0.1397), (16, 64, 11.307, 11.254, 8.101, 0.379, 0.2082, 0.1088),
+    (32, 96, 10.419, 10.207, 7.715, 0.408, 0.2646, 0.1421), (32, 256, 10.402, 10.248, 7.698, 0.460, 0.1352, 0.0594)])
+def test_published_bubbles(p, m, f, b, w, p2p, plain, zero):
+    """Qi et al. 2023 (arXiv:2401.10241), tables 4, 5 and 9: profiled times in ms and bubble rates of 1F1B and ZB-H1."""
+    for schedule, published in ((parallel.one_f_one_b(p, m), plain), (parallel.zero_bubble(p, m), zero)):
+        assert round(parallel.simulate(schedule, f, b, w, p2p).bubble, 4) == published
+
+
+def test_the_trace_and_the_drawing_hold_every_operation():
+    timeline = parallel.simulate(parallel.zero_bubble(3, 5))
+    events = json.loads(json.dumps(parallel.chrome_trace(timeline)))["traceEvents"]
+    assert len(events) == 3 * 5 * 3 and {x["ph"] for x in events} == {"X"}
+    assert max(x["ts"] + x["dur"] for x in events) == pytest.approx(timeline.duration * 1e6)
+    for line, ops in zip(parallel.draw(timeline, 210).splitlines(), timeline.events, strict=True):
+        assert sum(map(line[8:].lower().count, "fbw")) == pytest.approx(210 * len(ops) / timeline.duration, abs=9)
+
+
+# ---- each part alone, on modules that are not ours, beside torch's ---------------------------------------------------
+
+class Odd(nn.Module):
+    """Tied, frozen, unused and rank-dependent parameters, and a buffer."""
+
+    def __init__(self, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.inp, self.mid, self.out = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 6)
+        self.frozen, self.unused, self.some = nn.Linear(8, 8), nn.Linear(3, 3), nn.Linear(8, 8)
+        self.tied = nn.Linear(8, 8)
+        self.tied.weight = self.mid.weight
+        self.register_buffer("shift", torch.zeros(8))
+        for x in (*self.parameters(), self.shift):
+            x.data = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x, some=True):
+        x = torch.tanh(self.inp(x)) + self.shift
+        x = torch.tanh(self.tied(torch.tanh(self.mid(x)))) + self.frozen(x)
+        return self.out(x + self.some(x) if some else x)
+
+
+def odd_batch(step, rank, micro):
+    return torch.randn(5, 6, generator=torch.Generator().manual_seed(step * 100 + rank * 10 + micro),
+                       dtype=torch.float64)
+
+
+def train_odd(rank, n, how, steps=4):
+    """Two micro-batches a step; on one rank alone a layer is used. -> weights, calls made in backward."""
+    module = Odd(seed=rank)                                                  # different: the broadcast is tested
+    group = dist.group.WORLD if n > 1 else None
+    if how == "ours":
+        model = DataParallel(module, group, bucket_mb=0.0006, reduce="mean")
+    elif how == "torch":
+        model = nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+    else:                                                                               # the plain version
+        model = copy.deepcopy(module)
+        for x in (*model.parameters(), model.shift):
+            dist.broadcast(x.detach(), 0)
+    optimizer = torch.optim.AdamW(module.parameters() if how != "plain" else model.parameters(), lr=0.05)
+    ledger = CommLedger({"dp": group})
+    for step in range(steps):
+        some = rank == 0 and step != 2
+        with ledger if how == "ours" else torch.enable_grad():
+            with model.no_sync() if how != "plain" else torch.enable_grad():
+                model(odd_batch(step, rank, 0), some).square().sum().backward()
+            loss = model(odd_batch(step, rank, 1), some).square().sum()
+            ledger.phase = "backward"
+            loss.backward()
+            ledger.phase = "finish"
+            if how == "ours":
+                model.finish_gradient_synchronization()
+            if how == "plain":
+                parallel.all_reduce_gradients(model, group)
+                for p in model.parameters():
+                    p.grad = p.grad and p.grad / n if p.grad is None else p.grad / n
+                model.unused.zero_grad()
+        if step == 2 and how != "torch":              # no rank used it: None, as in one process, where AdamW skips it
+            (module if how == "ours" else model).some.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict((model if how == "plain" else module).named_parameters()), ledger.calls
+
+
+def test_data_parallel_is_torchs_and_the_plain_one(run_ranks):
+    answers = {how: run_ranks(train_odd, 2, how) for how in ("ours", "torch", "plain")}
+    for how in ("torch", "plain"):
+        for name, p in answers["ours"][0][0].items():
+            assert torch.equal(p, answers["ours"][1][0][name])                                      # replicas
+            if not (how == "torch" and name.startswith("some")):          # torch keeps a zero gradient at step 2
+                torch.testing.assert_close(p, answers[how][0][0][name], rtol=0, atol=1e-12, msg=name)
+    calls = answers["ours"][0][1]
+    module = Odd(0)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    assert sum(x.bytes for x in calls if x.collective == "all_reduce") == 4 * (sum(p.nbytes for p in trained)
+                                                                               + len(trained))
+    parallel.check_sequences([x[1] for x in answers["ours"]], "dp")
+
+
+def buckets_leave(rank, n):
+    layers = nn.Sequential(*(nn.Linear(16, 16) for _ in range(6)))
+    model = DataParallel(layers, dist.group.WORLD, bucket_mb=16 * 17 * 4e-6)
+    with CommLedger({"dp": dist.group.WORLD}) as ledger:
+        loss = model(torch.ones(2, 16)).sum()
+        ledger.phase = "backward"
+        loss.backward()
+        ledger.phase = "finish"
+        model.finish_gradient_synchronization()
+    return [(x.phase, x.bytes) for x in ledger.calls]
+
+
+def test_buckets_leave_while_backward_goes_on(run_ranks):
+    assert run_ranks(buckets_leave, 2) == [[("backward", 16 * 17 * 4)] * 6 + [("finish", 12)]] * 2
+
+
+def twice(rank, n):
+    model = DataParallel(nn.Linear(3, 3), dist.group.WORLD)
+    for _ in range(2):
+        model(torch.ones(2, 3)).sum().backward()
+
+
+def test_a_second_backward_without_synchronization_is_refused(run_ranks):
+    with pytest.raises(AssertionError, match="got a second gradient after its bucket was sent"):
+        run_ranks(twice, 2)
+    for options, message in (({"reduce": "avg"}, "reduce must be sum or mean"), ({"bucket_mb": 0}, "bucket_mb must")):
+        with pytest.raises(ValueError, match=message):
+            DataParallel(nn.Linear(2, 2), None, **options)
+
+
+def tensor_parallel_mlp(rank, n, how):
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 12)).double()
+    x = torch.randn(2, 6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    upstream = torch.randn(2, 6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    if how == "torch":
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+        mesh = dist.device_mesh.init_device_mesh("cpu", (n,))
+        mlp = parallelize_module(mlp, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    elif how != "alone":
+        sp = how == "sequence"
+        mlp = parallel.tensor_parallel(mlp, dist.group.WORLD, plan={"0": "column", "2": "row"}, sequence_parallel=sp)
+        if sp:
+            x, upstream = x.chunk(n, 1)[rank], upstream.chunk(n, 1)[rank]
+    x = x.contiguous().requires_grad_()
+    y = mlp(x)
+    y.backward(upstream)
+    parallel.reduce_partial_gradients(mlp.parameters())
+    full = (lambda t: t.full_tensor()) if how == "torch" else (lambda t: t)
+    return y.detach(), x.grad, [full(p.grad).detach() for p in mlp.parameters()], [getattr(p, "box", None) for p in
+                                                                                   mlp.parameters()]
+
+
+def test_tensor_parallel_linears_are_torchs(run_ranks):
+    y, dx, grads, _ = tensor_parallel_mlp(0, 1, "alone")
+    for ours in run_ranks(tensor_parallel_mlp, 2, "torch"):
+        for a, b in zip((y, dx, *grads), (*ours[:2], *ours[2]), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    for how in ("plain", "sequence"):
+        for rank, (our_y, our_dx, our_grads, boxes) in enumerate(run_ranks(tensor_parallel_mlp, 2, how)):
+            part = (lambda t, r=rank: t.chunk(2, 1)[r]) if how == "sequence" else (lambda t: t)
+            torch.testing.assert_close(our_y, part(y), rtol=0, atol=1e-12)
+            torch.testing.assert_close(our_dx, part(dx), rtol=0, atol=1e-12)
+            for g, full, box in zip(our_grads, grads, boxes, strict=True):
+                torch.testing.assert_close(g, full[tuple(slice(a, b) for a, b, _ in box)], rtol=0, atol=1e-12)
+
+
+class PlainHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(24, 8), nn.Linear(8, 24, bias=False)
+        self.head.weight = self.embed.weight                                                              # tied
+        nn.init.normal_(self.embed.weight, generator=torch.Generator().manual_seed(3))
+        self.double()
+
+
+def vocabulary(rank, n, dtype=torch.float64):
+    module = PlainHead()
+    generator = torch.Generator().manual_seed(4)
+    tokens, targets = (torch.randint(24, (3, 10), generator=generator) for _ in range(2))
+    targets[torch.rand(3, 10, generator=generator) < 0.3] = -1
+    weights = torch.rand(3, 10, generator=generator, dtype=torch.float64)
+    if n == 1:
+        logits = module.head(module.embed(tokens))
+        nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none").view(3, 10)
+        loss = (nll * weights).sum()
+    else:
+        parallel.tensor_parallel(module, dist.group.WORLD, plan={"embed": "vocab", "head": "head"},
+                                 sequence_parallel=n == 2)
+        assert module.head.weight is module.embed.weight
+        loss, nll = module.head(module.embed(tokens), targets, weights)
+        logits = module.head(module.embed(tokens))
+    (loss * 3).backward()
+    return loss.detach(), nll.detach(), logits.detach(), module.embed.weight.grad
+
+
+def test_vocabulary_parallel_embedding_and_loss(run_ranks):
+    expected = vocabulary(0, 1)
+    for n in (2, 4):                                                          # with sequence parallelism, and without
+        for rank, ours in enumerate(run_ranks(vocabulary, n)):
+            for a, b in zip(ours, (*expected[:3], expected[3].chunk(n)[rank]), strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+class Attn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head_dim, self.q_proj, self.k_proj = 4, nn.Linear(8, 16), nn.Linear(8, 8)
+
+
+def refused(rank, n):
+    lines = []
+    eight = nn.Sequential(nn.Linear(8, 8))
+    for module, plan in ((Attn(), {"k_proj": "column"}), (nn.Sequential(nn.Linear(6, 6)), {"0": "row"}),
+                         (eight, {"1": "row"}), (eight, {"0": "col"})):
+        try:
+            parallel.tensor_parallel(module, dist.group.WORLD, plan=plan)
+        except ValueError as error:
+            lines.append(str(error))
+    for degrees in ((0, 3, 1), (2, 1, 1), (1, 1, 0)):
+        try:
+            parallel.Mesh(*degrees)
+        except ValueError as error:
+            lines.append(str(error))
+    return lines
+
+
+def test_what_does_not_divide_is_named(run_ranks):
+    for lines in run_ranks(refused, 4):
+        for line, expected in zip(lines, (
+                "k_proj: tp must divide its 2 heads, got 4", "0: tp must divide its size 6, got 4",
+                "plan must match a module's name, none of 1 does", "0: its style must be one of column, row, vocab",
+                "dp x tp x pp must be the number of ranks: rest x 3 x 1 does not make 4",
+                "dp x tp x pp must be the number of ranks: 2 x 1 x 1 does not make 4",
+                "dp x tp x pp must be the number of ranks: 1 x 1 x 0 does not make 4"), strict=True):
+            assert expected in line
+
+
+def stage_modules():
+    torch.manual_seed(5)
+    return [nn.Sequential(nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 10)).double() for _ in range(2)]
+
+
+def pipeline(rank, n, how):
+    """Two stages, six micro-batches, a squared-error loss -> losses on the last stage, this stage's gradients."""
+    from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+    modules, generator = stage_modules(), torch.Generator().manual_seed(6)
+    x, y = (torch.randn(6, 3, 10, dtype=torch.float64, generator=generator) for _ in range(2))
+    if how.startswith("torch"):
+        stage = PipelineStage(modules[rank], rank, n, torch.device("cpu"))
+        cls = ScheduleGPipe if how == "torch gpipe" else Schedule1F1B
+        losses = []
+        schedule = cls(stage, 6, loss_fn=lambda out, target: (out - target).square().sum(), scale_grads=False)
+        if rank == 0:
+            schedule.step(x.flatten(0, 1))
+        else:
+            schedule.step(target=y.flatten(0, 1), losses=losses)
+        losses = [x.item() for x in losses]
+    else:
+        group = dist.group.WORLD if n > 1 else None
+        groups = None if group is None else [dist.new_group(), dist.new_group()]
+        alive = []
+
+        def chunk(x, y, hidden=None, module=None, last=False):
+            out = module(x if hidden is None else hidden)
+            if not last:
+                alive.append(weakref.ref(out))
+                return out
+            nll = (out - y).square().sum(1)
+            return nll.sum(), nll.detach()
+
+        def on_op(op, *clocks):
+            assert all(x() is None for x in alive), "a hidden state that was sent is kept"
+
+        if n == 1:
+            chunks = [lambda hidden=None, **b: chunk(**b, hidden=modules[0](b["x"]), module=modules[1], last=True)]
+        else:
+            chunks = [functools.partial(chunk, module=modules[rank], last=rank == 1)]
+        nll = parallel.run_schedule(parallel.SCHEDULES[how](n, 6), chunks,
+                                    [{"x": a, "y": b} for a, b in zip(x, y, strict=True)], groups, seed=1.0,
+                                    hidden_like=lambda b: torch.empty_like(b["x"]), on_op=on_op)
+        losses = [x.sum().item() for x in nll if x is not None]
+    return losses, [p.grad for p in modules[rank].parameters()], [p.grad for p in modules[-1].parameters()]
+
+
+def test_pipelines_are_torchs(run_ranks):
+    losses, first, last = pipeline(0, 1, "1f1b")
+    for how in ("gpipe", "1f1b", "zb", "torch gpipe", "torch 1f1b"):
+        answers = run_ranks(pipeline, 2, how)
+        assert answers[1][0] == pytest.approx(losses, abs=1e-12)
+        for ours, expected in ((answers[0][1], first), (answers[1][1], last)):
+            for a, b in zip(ours, expected, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+# ---- global quantities, the ledger -----------------------------------------------------------------------------------
+
+def pieces(rank, n, fault):
+    p = nn.Parameter(torch.full((2, 3), 1.0 + (fault == "value") * rank))
+    q = nn.Parameter(torch.ones(2, 3))
+    p.full_name, p.box = "norm.weight", ((0, 2, 2), (0, 3, 3))
+    q.full_name, q.box = "big.weight", ((2 * rank, 2 * rank + 2, 2 * n + (fault == "hole")), (0, 3, 3))
+    mine = parallel.owned([p, q], dist.group.WORLD)
+    parallel.check_replicas([p, q], dist.group.WORLD)
+    return [x.full_name for x in mine], parallel.squared_norm(mine).item()
+
+
+def test_replicas_are_owned_once_and_must_be_equal(run_ranks):
+    answers = run_ranks(pieces, 2, None)
+    assert [names for names, _ in answers] == [["norm.weight", "big.weight"], ["big.weight"]]
+    assert [x for _, x in answers] == pytest.approx([12.0, 6.0], rel=1e-6)
+    with pytest.raises(AssertionError, match="norm.weight: replicas must be equal, those of ranks 0 and 1 are not"):
+        run_ranks(pieces, 2, "value")
+    with pytest.raises(AssertionError, match="big.weight: the ranks' pieces must make its 15 elements, they make 12"):
+        run_ranks(pieces, 2, "hole")
+    assert parallel.squared_norm([]) == 0
+
+
+def test_books_that_do_not_agree_are_found():
+    call = lambda kind, peer=None, shape=(3,): parallel.Call("tp", "", kind, 12, 2, shape, torch.float32, peer)
+    parallel.check_sequences([[call("all_reduce"), call("send", 1)], [call("all_reduce"), call("recv", 0)]], "tp")
+    for a, b, message in (([call("all_reduce")], [], "differ from call 0 on"),
+                          ([call("all_reduce")], [call("all_reduce", shape=(4,))], "differ from call 0 on"),
+                          ([call("send", 1)], [], "rank 0 must send 1 what it receives, 1 against 0"),
+                          ([call("send", 1), call("send", 1, (2,))], [call("recv", 0, (2,)), call("recv", 0)],
+                           "rank 0 must send 1")):
+        with pytest.raises(ValueError, match=message):
+            parallel.check_sequences([a, b], "tp")
+
+
+def loopback() -> int:
+    line = next(x for x in Path("/proc/net/dev").read_text().splitlines() if x.strip().startswith("lo:"))
+    return int(line.split(":")[1].split()[8])                                                            # bytes sent
+
+
+def busy_wire(rank, n):
+    x, rows, group = torch.ones(4_000_000), [], dist.group.WORLD
+    parallel.all_reduce(x, group)                                                                         # connected
+    for name, call in (("all_reduce", lambda: parallel.all_reduce(x, group)),
+                       ("all_gather", lambda: parallel.all_gather(x, group, 0)),
+                       ("reduce_scatter", lambda: parallel.reduce_scatter(x, group, 0)),
+                       ("send", lambda: dist.send(x, group_dst=1) if rank == 0 else dist.recv(x, group_src=0))):
+        dist.barrier()
+        before = loopback()
+        with CommLedger({"dp": group}) as ledger:
+            call()
+        dist.barrier()
+        rows.append((name, ledger.total("wire"), loopback() - before))
+    return rows
+
+
+@pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="counts the bytes of the loopback device")
+def test_what_is_counted_is_what_is_sent(run_ranks):
+    """16 MB: all-reduce 2 (n-1)/n of it a rank, gather 1/2 of 32. Gloo scatters by reducing everything everywhere, so
+    there the wire carries twice the ring's share; NCCL does not."""
+    expected = {"all_reduce": 2 * 16e6, "all_gather": 2 * 16e6, "reduce_scatter": 2 * 8e6, "send": 16e6}
+    answers = run_ranks(busy_wire, 2)
+    for (name, counted, sent), (_, also_counted, also_sent) in zip(*answers, strict=True):
+        assert counted + also_counted == expected[name]
+        wire = expected[name] * (2 if name == "reduce_scatter" else 1)
+        assert wire <= max(sent, also_sent) < 1.02 * wire + 100_000, name                         # headers, barriers
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------
+
+FAULTY = ["--n-layer", "2", "--n-head", "2", "--n-embd", "16", "--seq-len", "32", "--vocab-size", "512", "--steps",
+          "100000", "--global-batch-size", "4", "--device", "cpu", "--checkpoint-interval", "5", "--eval-interval", "0"]
+
+
+def children(pid) -> list[int]:
+    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def steps_done(out) -> int:
+    path = out / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def test_a_killed_rank_ends_the_others_and_all_start_again(corpus, tmp_path):
+    out = tmp_path / "run"
+    launcher = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *FAULTY, "--data", str(corpus), "--out",
+                                 str(out), "--nproc", "2", "--max-restarts", "1"], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: steps_done(out) > 7)
+        os.kill(children(launcher.pid)[1], signal.SIGKILL)                                       # rank 1
+        before = children(launcher.pid)
+        wait_for(lambda: launcher.poll() is not None or not set(before) & set(children(launcher.pid)), 10)
+        killed_at = steps_done(out)
+        wait_for(lambda: steps_done(out) > killed_at + 3)                         # started again from the checkpoint
+        launcher.send_signal(signal.SIGTERM)                                      # and ends as asked, having saved
+        stdout, stderr = launcher.communicate(timeout=30)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 0, stderr
+    assert "rank 1 was killed by signal 9, at step" in stderr and "start 2 of 2" in stderr
+    assert "resuming   at step" in stdout and "stopped at step" in stdout
+
+
+def failing(argv, raises):
+    """A rank that torchrun started, of which one raises in its fifth step."""
+    original = train.train_step
+
+    def step(model, optimizer, loader, step, *rest, **options):
+        if raises and step == 4:
+            raise ValueError("the fan fell off")
+        return original(model, optimizer, loader, step, *rest, **options)
+
+    train.train_step = step
+    sys.exit(train.main(argv))
+
+
+def test_a_rank_that_raises_ends_the_others(corpus, tmp_path):
+    argv = [*FAULTY, "--data", str(corpus), "--out", str(tmp_path / "run")]
+    code = """import sys
+sys.path[:0] = sys.argv[1:3]
+import test_parallel
+test_parallel.failing(sys.argv[4:], sys.argv[3] == "1")"""
+    environment = os.environ | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
+                                "MASTER_PORT": str(20000 + os.getpid() % 9999)}
+    ranks = [subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(ROOT / "tests"), str(r), *argv], text=True,
+                              env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE,
+                              stdout=subprocess.DEVNULL) for r in range(2)]
+    try:
+        said = [""] * 2
+        said[1] = ranks[1].communicate(timeout=90)[1]
+        gone = time.monotonic()
+        said[0] = ranks[0].communicate(timeout=10)[1]
+        assert time.monotonic() - gone < 10
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [1, 1]
+    assert "ValueError: the fan fell off" in said[1]
+    assert said[0].startswith("train.py: rank 0 lost the other ranks at step 4: ") and said[0].count("\n") == 1
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--nproc 3", "--global-batch-size must be a multiple of micro_batch_size x dp = "),
+    ("--nproc 2 --tp 4", "--dp x tp x pp must be the number of ranks: 1 x 4 x 1 is 4, the world has 2"),
+    ("--tp 3 --dry-run", "--tp must divide n_head 4, n_kv_head 4, n_ff 64, vocab_size 512, seq_len 32, got 3"),
+    ("--pp 8 --dry-run", "--pp must leave a layer to each of 8 x 1 stages, n_layer is 4"),
+    ("--pp 2 --pp-schedule interleaved --pp-chunks 3 --dry-run", "--pp must leave a layer to each of 2 x 3 stages"),
+    ("--pp 4 --pp-schedule interleaved --pp-chunks 1 --micro-batch-size 4 --dry-run", "a multiple of pp = 4 micro"),
+    ("--pp 2 --pp-schedule zb --recompute full --dry-run", "--recompute must be none with --pp-schedule zb, got full"),
+    ("--tp 2 --compile on --dry-run", "--compile must be off with --tp, got on"),
+    ("--max-restarts 1", "--max-restarts goes with --nproc"), ("--timeout 0", "--timeout must be at least 1 second")])
+def test_bad_layouts_are_one_line(flags, message, tmp_path):
+    answer = subprocess.run([sys.executable, str(ROOT / "train.py"), *TINY, "--out", str(tmp_path), *flags.split()],
+                            capture_output=True, text=True, timeout=60)
+    assert answer.returncode == 2, answer.stderr
+    assert message in answer.stderr and answer.stderr.count("\n") == 1
