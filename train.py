@@ -4,14 +4,15 @@
     python train.py --data "my/*.txt" --out out/mine      your text
     python train.py --out out/tiny --sample "def main("   continue a text
     python train.py --config 7b --dry-run                 what would it cost?
+    python train.py --nproc 4 --tp 2 --pp 2               four ranks: this CPU's cores, or GPUs
     torchrun --nproc-per-node 8 train.py --config small --data FOLDER
 
-Pre-training is one loop. A step, in order (G windows of T tokens, in micro-batches, over dp ranks):
+Pre-training is one loop. A step, in order (G windows of T tokens, in micro-batches, over a mesh pp x dp x tp of ranks):
 
     1.  N     = number of targets in the global batch                           known from the data, one all-reduce
-    2.  for each micro-batch:  (sum of nll / N).backward()                      gradients add up to those of the mean
-    3.  sum gradients over dp                                                   never a mean of means
-    4.  loss, |grad|^2 and "please stop" in one all-reduce
+    2.  run the schedule: forward and backward of sum(nll) / N, micro-batch by micro-batch, stage by stage
+    3.  sum gradients over dp, and over whoever else holds a part               never a mean of means
+    4.  loss, |grad|^2 (each weight counted once) and "please stop" in one all-reduce
     5.  non-finite loss or norm: stop, exit code 3, nothing is saved
     6.  grad *= min(1, clip / |grad|);   AdamW;   lr from lr_at(step)
 
@@ -140,6 +141,7 @@ class Config:
     checkpoint_interval: int = runtime(500, "steps between checkpoints (0: only at the end)")
     keep_checkpoints: int = runtime(2, "newest checkpoints to keep; the best by validation loss stays too")
     log_interval: int = runtime(1, "steps between printed lines (metrics.jsonl has all)")
+    profile: bool = runtime(False, "write when each rank ran which pipeline operation of the third step: trace.json")
     # other things it can do
     dry_run: bool = runtime(False, "print parameters, FLOPs, memory and expected time, then exit")
     json: bool = runtime(False, "with --dry-run: one JSON object")
@@ -671,6 +673,18 @@ class Folder:
         data.write_atomic(path, "".join(kept))
         self.metrics = self.held.enter_context(open(path, "a"))
 
+    def trace(self, events: list):
+        """(Op, start, end) of every rank, as a file for ui.perfetto.dev."""
+        everyone = [events]
+        if self.world.host is not None:
+            everyone = [None] * self.world.size
+            dist.all_gather_object(everyone, events, group=self.world.host)
+        start = min(a for line in everyone for _, a, _ in line)
+        lines = [[(parallel.Op(*op), a - start, b - start) for op, a, b in line] for line in everyone]
+        timeline = parallel.Timeline(lines, max(b for line in lines for *_, b in line), math.nan, [])
+        if self.world.rank == 0:
+            data.write_atomic(self.path / "trace.json", json.dumps(parallel.chrome_trace(timeline)))
+
     def log(self, **entry):
         if self.metrics:
             self.metrics.write(json.dumps(entry) + "\n")
@@ -894,7 +908,7 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
         say(f"{'resuming' if step else 'starting'}   at step {step} of {c.steps}, "
             f"{time.perf_counter() - start:.1f} s after the start\n")
 
-    saved, width = step if reader is not None else None, len(str(c.steps))
+    first, saved, width = step, step if reader is not None else None, len(str(c.steps))
     began = time.perf_counter() - facts["wall_seconds"]
     mark, marked = time.perf_counter(), step                               # of the rate that is printed
 
@@ -932,7 +946,11 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
             say(f"\nstopped at step {step} of {c.steps} and saved; the same command goes on from there")
             return 0
         # one step
+        events, profiled = [], c.profile and step == first + 2
+        model.on_op = (lambda op, asked, *clocks, to=events: to.append((op, *clocks))) if profiled else None
         loss, norm, stopping = train_step(model, optimizer, loader, step, c, world, asked, on_phase)
+        if profiled:
+            folder.trace(events)
         world.step = step = step + 1
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return diverged(f"loss {loss}, gradient norm {norm}")

@@ -43,6 +43,9 @@ LAYOUTS = [  # ranks, dp, tp, pp, other flags
     (2, 1, 2, 1, "--recompute full"), (2, 1, 2, 1, "--recompute selective")]
 
 
+PARITY = {}                                               # (dp, tp, pp, flags) -> differences, for the README's table
+
+
 def trained(rank, n, argv, steps, dtype=torch.float64):
     """`steps` steps as train.py takes them -> [(loss, norm), ...], this rank's pieces of the weights, an evaluation,
     and of the last step the calls to other ranks, what they should be, and the executed operations."""
@@ -104,17 +107,41 @@ def check_calls(books, recompute):
             parallel.check_sequences([calls for _, calls in sorted(line, key=lambda x: x[0])], axis)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("ranks, dp, tp, pp, flags", LAYOUTS)
-def test_any_layout_is_the_same_run(corpus, run_ranks, model, ranks, dp, tp, pp, flags):
+@pytest.mark.parametrize("ranks, dp, tp, pp, flags, model", [
+    pytest.param(*layout, model, marks=[pytest.mark.slow] * (model != "llama" and layout[4].split(" ")[-1] in (
+        "gpipe", "full", "selective"))) for model, layout in itertools.product(MODELS, LAYOUTS)])
+def test_any_layout_is_the_same_run(corpus, run_ranks, ranks, dp, tp, pp, flags, model):
     losses, weights, evaluation = one_process(corpus, model)
     argv = [*TINY, *MODELS[model], "--data", str(corpus), *f"--dp {dp} --tp {tp} --pp {pp} {flags}".split()]
     answers = run_ranks(trained, ranks, argv, 5)
     for ours, pieces, our_evaluation, _ in answers:
-        assert max(differences(ours, pieces, losses, weights)) < 1e-10
+        PARITY.setdefault((dp, tp, pp, flags), []).append(differences(ours, pieces, losses, weights))
+        assert max(PARITY[dp, tp, pp, flags][-1]) < 1e-10
         assert our_evaluation == pytest.approx(evaluation, rel=1e-10)
     assert {name for _, pieces, _, _ in answers for name, _, _ in pieces} == set(weights)
     check_calls([books for *_, books in answers], "recompute" in flags)
+
+
+def test_eight_ranks(corpus, run_ranks):
+    losses, weights, _ = one_process(corpus, "llama")
+    argv = [*TINY, *MODELS["llama"], "--data", str(corpus), *"--dp 2 --tp 2 --pp 2".split()]
+    answers = run_ranks(trained, 8, argv, 5)
+    PARITY[2, 2, 2, ""] = [differences(ours, pieces, losses, weights) for ours, pieces, _, _ in answers]
+    assert max(map(max, PARITY[2, 2, 2, ""])) < 1e-10
+    check_calls([books for *_, books in answers], False)
+
+
+def test_the_table_of_layouts_is_written_and_in_the_readme():
+    """out/parity.md: the largest difference to one process, over three models and all ranks."""
+    lines = ["| dp x tp x pp | flags | loss | gradient norm | weights |", "|---|---|---|---|---|"]
+    for (dp, tp, pp, flags), found in PARITY.items():
+        off = " | ".join(f"{max(x):.0e}" for x in zip(*found, strict=True))
+        lines.append(f"| {dp} x {tp} x {pp} | {flags} | {off} |")
+    (ROOT / "out").mkdir(exist_ok=True)
+    (ROOT / "out" / "parity.md").write_text("\n".join(lines) + "\n")
+    readme = (ROOT / "README.md").read_text()
+    for line in lines:
+        assert line.rsplit("|", 4)[0] in readme                                     # the layouts; figures vary a little
 
 
 @pytest.mark.parametrize("flags", ["--pp 2", "--pp 4 --pp-schedule zb", "--pp 2 --tp 2",
@@ -125,15 +152,6 @@ def test_uneven_layers(corpus, run_ranks, flags):
     argv = [*TINY, *MODELS["llama tied"], "--data", str(corpus), *layers, *flags.split()]
     for ours, pieces, _, _ in run_ranks(trained, 4 if "4" in flags or "tp" in flags else 2, argv, 5):
         assert max(differences(ours, pieces, losses, weights)) < 1e-10
-
-
-def test_eight_ranks(corpus, run_ranks):
-    losses, weights, _ = one_process(corpus, "llama")
-    argv = [*TINY, *MODELS["llama"], "--data", str(corpus), *"--dp 2 --tp 2 --pp 2".split()]
-    answers = run_ranks(trained, 8, argv, 5)
-    for ours, pieces, _, _ in answers:
-        assert max(differences(ours, pieces, losses, weights)) < 1e-10
-    check_calls([books for *_, books in answers], False)
 
 
 @pytest.mark.parametrize("ranks, flags", [(2, "--dp 2"), (4, "--pp 2 --tp 2"), (2, "--tp 2 --no-sequence-parallel"),
@@ -168,13 +186,15 @@ def test_a_run_goes_on_in_another_layout(corpus, tmp_path, run_ranks):
             "--keep-checkpoints", "9"]
     plain, out = tmp_path / "plain", tmp_path / "out"
     assert train.main([*argv, "--out", str(plain)]) == 0
-    for steps, ranks, flags in (("step-00000012", 4, "--tp 2 --pp 2"), ("step-00000008", 4, "--dp 4"),
+    for steps, ranks, flags in (("step-00000012", 4, "--tp 2 --pp 2 --profile"), ("step-00000008", 4, "--dp 4"),
                                 ("", 2, "--pp 2 --pp-schedule interleaved")):
         assert run_ranks(rerun, ranks, [*argv, "--out", str(out), *flags.split()]) == [0] * ranks
         assert metrics(out) == pytest.approx(metrics(plain), abs=2e-5)
         for path in sorted((out / "checkpoints").glob("step-*")):
             if steps and path.name >= steps:
                 subprocess.run(["rm", "-r", str(path)], check=True)
+    events = json.loads((out / "trace.json").read_text())["traceEvents"]
+    assert {x["tid"] for x in events} == {0, 1, 2, 3} and len(events) == 4 * 2 * 8
     ours, theirs = (data.newest_checkpoint(x / "checkpoints")[0] for x in (out, plain))
     for name in theirs.names():
         torch.testing.assert_close(ours.read(name), theirs.read(name), rtol=0, atol=1e-4)
@@ -684,16 +704,22 @@ test_parallel.failing(sys.argv[4:], sys.argv[3] == "1")"""
 
 
 @pytest.mark.parametrize("flags, message", [
+    ("--tp 3", "tp must divide n_head 4, n_kv_head 4, n_ff 64, vocab_size 512, seq_len 32, got 3"),
+    ("--pp 8", "pp must leave a layer to each of 8 x 1 stages, n_layer is 4"),
+    ("--pp 2 --pp-schedule interleaved --pp-chunks 3", "pp must leave a layer to each of 2 x 3 stages"),
+    ("--pp 2 --pp-schedule zb --recompute full", "recompute must be none with --pp-schedule zb, got full"),
+    ("--tp 2 --compile on", "compile must be off with --tp, got on"), ("--dp 2", "2 x 1 x 1 is 2, the world has 1"),
+    ("--tp 2", "dp x tp x pp must be the number of ranks: 1 x 2 x 1 is 2, the world has 1"),
+    ("--max-restarts 1", "max_restarts goes with --nproc"), ("--timeout 0", "timeout must be at least 1 second")])
+def test_bad_layouts_are_one_line(flags, message):
+    with pytest.raises(train.BadInput, match=message):
+        train.World(train.parse_config([*TINY, *flags.split()]))
+
+
+@pytest.mark.parametrize("flags, message", [
     ("--nproc 3", "--global-batch-size must be a multiple of micro_batch_size x dp = "),
-    ("--nproc 2 --tp 4", "--dp x tp x pp must be the number of ranks: 1 x 4 x 1 is 4, the world has 2"),
-    ("--tp 3 --dry-run", "--tp must divide n_head 4, n_kv_head 4, n_ff 64, vocab_size 512, seq_len 32, got 3"),
-    ("--pp 8 --dry-run", "--pp must leave a layer to each of 8 x 1 stages, n_layer is 4"),
-    ("--pp 2 --pp-schedule interleaved --pp-chunks 3 --dry-run", "--pp must leave a layer to each of 2 x 3 stages"),
-    ("--pp 4 --pp-schedule interleaved --pp-chunks 1 --micro-batch-size 4 --dry-run", "a multiple of pp = 4 micro"),
-    ("--pp 2 --pp-schedule zb --recompute full --dry-run", "--recompute must be none with --pp-schedule zb, got full"),
-    ("--tp 2 --compile on --dry-run", "--compile must be off with --tp, got on"),
-    ("--max-restarts 1", "--max-restarts goes with --nproc"), ("--timeout 0", "--timeout must be at least 1 second")])
-def test_bad_layouts_are_one_line(flags, message, tmp_path):
+    ("--pp 4 --pp-schedule interleaved --pp-chunks 1 --micro-batch-size 4 --dry-run", "a multiple of pp = 4 micro")])
+def test_all_ranks_find_it_and_one_line_says_it(flags, message, tmp_path):
     answer = subprocess.run([sys.executable, str(ROOT / "train.py"), *TINY, "--out", str(tmp_path), *flags.split()],
                             capture_output=True, text=True, timeout=60)
     assert answer.returncode == 2, answer.stderr

@@ -7,6 +7,7 @@
 3. How long a rank waits in finish_gradient_synchronization, with overlap and without.
 """
 
+import contextlib
 import copy
 import functools
 import math
@@ -175,18 +176,32 @@ def beside_pipelining(rank):
     return alternate(rank, {"run_schedule 1f1b": our_step, "torch Schedule1F1B": step})
 
 
-def on_one_core(rank, flags, steps):
+def on_one_core(rank, words, steps):
     """Steps of train.py's, tokens/s."""
     os.sched_setaffinity(0, {0})
-    c = train.parse_config([*MODEL, *WIDER, *flags])
+    c = train.parse_config([*MODEL, *WIDER, *(x for x in words if x != "ddp")])
     world = train.World(c)
     model, parts = train.Model(c, world), batches(c.global_batch_size)
     optimizer, dp, micro = train.make_optimizer(model, c), world.mesh.dp, c.micro_batch_size
     mine = [joined(parts[(i * dp + world.mesh.dp_rank) * micro:][:micro]) for i in range(len(parts) // (micro * dp))]
+    if "ddp" in words:                                             # torch's, for what two processes on a core cost it
+        theirs = nn.parallel.DistributedDataParallel(model.ddp.module[0])
+        model.ddp.synchronize = False
+
+        def step():
+            for i, batch in enumerate(mine):
+                with contextlib.nullcontext() if i == len(mine) - 1 else theirs.no_sync():
+                    theirs(**batch)[0].backward()
+            nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    else:
+        def step():
+            train.train_step(model, optimizer, iter(mine), 0, c, world)
     times = []
     for _ in range(steps + 1):
         start = time.perf_counter()
-        train.train_step(model, optimizer, iter(mine), 0, c, world)
+        step()
         times.append(time.perf_counter() - start)
     return c.tokens_per_step / statistics.median(times[1:])
 
@@ -228,9 +243,9 @@ def main(steps):
     print("pipeline, 2 stages, 8 micro-batches of a window")
     show(ranks(2, beside_pipelining))
     print("all ranks on one core: tokens/s beside one rank's")
-    layouts = ["--micro-batch-size 4", "--dp 2 --micro-batch-size 4", "--pp 2 --micro-batch-size 2",
-               "--tp 2 --micro-batch-size 4", "--tp 2 --micro-batch-size 4 --no-sequence-parallel",
-               "--dp 2 --tp 2 --pp 2 --micro-batch-size 2"]
+    layouts = ["--micro-batch-size 4", "--dp 2 --micro-batch-size 4", "--dp 2 --micro-batch-size 4 ddp",
+               "--pp 2 --micro-batch-size 2", "--tp 2 --micro-batch-size 4",
+               "--tp 2 --micro-batch-size 4 --no-sequence-parallel", "--dp 2 --tp 2 --pp 2 --micro-batch-size 2"]
     rates = {flags: [] for flags in layouts}
     for _ in range(3):                                                                                       # in turns
         for flags in layouts:
