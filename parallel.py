@@ -11,13 +11,14 @@ A rank has a place in a mesh pp x dp x tp; tp changes fastest, so that ranks tha
 mesh, the run is the same: sums are split, never redefined (a mean of means is not the mean). What differs is who sends
 what, per rank and step, with n ranks in the group, Psi parameters, a micro-batch of B x T tokens, C numbers a token:
 
-    axis  when                  what                                             bytes on the wire a rank (ring)
-    dp    backward              all-reduce of the gradients                      2 Psi (n-1)/n numbers
-    tp    layer, fwd and bwd    2 + 2 all-reduces of B T C  (g, and f's adjoint) 2 (n-1)/n x B T C each
-    tp+sp the same              all-gather + reduce-scatter in place of each;    (n-1)/n x B T C each; shards are
-                                and 2 all-gathers more in backward               kept, and gathered again
-    tp    loss                  max, sum of exponentials, target's logit         3 B T numbers, not B T V
-    pp    boundary, micro-batch B T C there and B T C back
+    axis    when                      what                                       numbers that a rank sends (in a ring)
+    dp      backward                  all-reduce of the gradients                2 (n-1)/n Psi
+    tp      a layer, forward; back    2 all-reduces; 2 (g and f, below)          2 (n-1)/n B T C each
+    tp+sp   the same                  an all-gather and a reduce-scatter in the  (n-1)/n B T C each
+                                      place of each; 2 all-gathers more in
+                                      backward, since only shards are kept
+    tp      loss                      max; sum of exponentials, target's logit   2 (n-1)/n 3 B T, and not B T V
+    pp      boundary, micro-batch     a hidden state there, its gradient back    B T C each (B T C / tp with sp)
 
 Tensor parallelism (Shoeybi 2019, arXiv:1909.08053). Split the first matrix by columns of the product, the second by
 rows of the input, and a pair of linears needs one sum:
@@ -108,7 +109,7 @@ class Mesh:
     dp 0 takes what is left of the world. dp_group, tp_group, pp_group: the ranks that differ in that coordinate alone
     (None where the degree is 1). pp_groups: two more of the pipeline's, [messages to lower ranks, to higher ranks], so
     that each ordered pair of ranks has a channel of its own. ends_group: the first and the last stage.
-    Raises ValueError for degrees that do not multiply to the world.
+    After dist.init_process_group. Raises ValueError for degrees that do not multiply to the world.
     """
 
     def __init__(self, dp: int = 0, tp: int = 1, pp: int = 1, device_type: str = "cpu"):
@@ -116,7 +117,7 @@ class Mesh:
         rest = dp or max(1, world // (tp * pp))
         if min(rest, tp, pp) < 1 or rest * tp * pp != world:
             raise ValueError(f"dp x tp x pp must be the number of ranks: {dp or 'rest'} x {tp} x {pp} does not make "
-                             f"{world}")
+                             f"{world}{'' if dist.is_initialized() else ' (torch.distributed is not initialised)'}")
         self.dp, self.tp, self.pp = rest, tp, pp
         self.dp_group = self.tp_group = self.pp_group = self.pp_groups = self.ends_group = None
         if world > 1:
@@ -171,6 +172,11 @@ class Bucket:
 
 class DataParallel(nn.Module):
     """Any module on every rank of a group, each with its part of the batch: gradients become their sum (or mean).
+
+        model = DataParallel(module, group)             unlike torch's DDP: a sum, and a line after backward
+        loss = model(x); loss.backward()
+        model.finish_gradient_synchronization()
+        optimizer.step(); optimizer.zero_grad()
 
         1  at construction   parameters and buffers are broadcast from the group's rank 0
         2  backward          a gradient that is ready is copied into its bucket; a full bucket's all-reduce starts at
@@ -501,7 +507,8 @@ def name_pieces(module: nn.Module):
         p.__dict__.setdefault("box", tuple((0, n, n) for n in p.shape))
 
 
-def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN, sequence_parallel: bool = True) -> nn.Module:
+def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN,
+                    sequence_parallel: bool | None = None) -> nn.Module:
     """Split a model over the ranks of a group from outside, in place: modules whose names match are swapped for their
     parallel twins. Weights may be real (each rank keeps its slice) or on the meta device.
 
@@ -509,25 +516,35 @@ def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN, sequence_para
         column, row, vocab, head   the classes above
         partial                    works on the heads between a column and a row: its gradient is a part, sum_over
         positions                  an embedding of positions: under sequence parallelism each rank takes its own
-    sequence_parallel: what lies between row and column works on (B, T/n, C). The gradients of all whole parameters are
-    then parts too, and sum_over says so; reduce_partial_gradients() adds them up.
-    Raises ValueError, naming the module, for sizes and heads that the group's size does not divide.
+    sequence_parallel: what lies between row and column works on (B, T/n, C). The vocab embedding hands out these parts:
+    None, the default, is True where the plan meets one; given True, a model without is fed this rank's positions. The
+    gradients of all whole parameters are then parts too, and sum_over says so; reduce_partial_gradients() adds them up.
+    Raises ValueError, naming the module, for sizes and heads that the group's size does not divide, a module that is
+    no linear or embedding, and a pattern of your plan that meets nothing.
     """
     name_pieces(model)
     if group is None:
         return model
-    n, made, matched = size(group), {}, 0
-    modules = dict(model.named_modules())
-    for name, module in modules.items():
-        style = next((style for pattern, style in plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
-        if style is None:
-            continue
+    n, made, modules = size(group), {}, dict(model.named_modules())
+    styles = {}
+    for name in list(modules)[1:]:                                                      # the first is the model itself
+        pattern = next((x for x in plan if fnmatch.fnmatchcase(name, x)), None)
+        if pattern is not None:
+            styles[name] = pattern, plan[pattern]
+    idle = set(plan) - {pattern for pattern, _ in styles.values()}
+    if idle and (plan is not PLAN or not styles):
+        raise ValueError(f"plan must meet a module with each pattern, {', '.join(sorted(idle))} meets none")
+    if sequence_parallel is None:
+        sequence_parallel = any(style == "vocab" for _, style in styles.values())
+    for name, (_, style) in styles.items():
+        module = modules[name]
         if style not in STYLES:
             raise ValueError(f"{name}: its style must be one of {', '.join(STYLES)}, got {style!r}")
-        matched += 1
         parent, _, child = name.rpartition(".")
         parent = modules[parent]
         if STYLES[style] is not None:
+            if getattr(getattr(module, "weight", None), "ndim", 0) != 2:
+                raise ValueError(f"{name}: style {style} needs a module with a matrix, got {type(module).__name__}")
             dim = 1 if style == "row" else 0
             unit = getattr(parent, "head_dim", 1) if style in ("row", "column") else 1
             if module.weight.shape[dim] % (unit * n):
@@ -539,8 +556,6 @@ def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN, sequence_para
                 p.sum_over = (group,)
         elif sequence_parallel:
             module.register_forward_hook(lambda _, args, x: x.chunk(n, -2)[rank(group)])
-    if not matched:
-        raise ValueError(f"plan must match a module's name, none of {', '.join(plan)} does")
     if sequence_parallel:
         split = set(made.values())
         for p in model.parameters():
@@ -1002,12 +1017,12 @@ def check_sequences(sequences: list[list[Call]], axis: str):
 
 
 def step_calls(mesh: Mesh, stages, layers: int, params, *, micro_batches: int, shape, sequence_parallel: bool,
-               itemsize: int = 4) -> dict:
+               itemsize: int = 4, recompute: bool = False) -> dict:
     """What one training step of this rank says to the others, from the formulas: {(axis, collective): (calls, bytes)}.
 
     stages: (this rank's, how many there are); layers: in this rank's stages; params: its parameters; shape: (B, T, C)
-    of a micro-batch; itemsize: of hidden states. Calls None: as many as there are buckets, or chunks of the loss. The
-    forward is counted once (recompute none).
+    of a micro-batch; itemsize: of hidden states; recompute: whole blocks run again in backward (but for the g at their
+    end, whose result nobody keeps). Calls None: as many as there are buckets, or chunks of the loss.
     """
     (mine, of), (B, T, C) = stages, shape
     first, last, m = 0 in mine, of - 1 in mine, micro_batches
@@ -1020,12 +1035,14 @@ def step_calls(mesh: Mesh, stages, layers: int, params, *, micro_batches: int, s
         ends = first + last                                                      # g of the embedding, f of the head
         partial = sum(p.nbytes for p in params if mesh.tp_group in getattr(p, "sum_over", ()))
         loss = m * last * 3 * B * T * acc                                                # max; sum, target's logit
-        if sequence_parallel:                              # 2 g forward and backward, 2 f, and 2 f again in backward
-            calls["tp", "all_gather"] = m * (6 * layers + ends), m * (6 * layers + ends) * hidden
-            calls["tp", "reduce_scatter"] = m * (4 * layers + ends), m * (4 * layers + ends) * hidden
+        sums = m * ((4 + recompute) * layers + ends)                                # 2 g, 2 adjoints of f a layer
+        if sequence_parallel:                              # gathers: 2 f, 2 adjoints of g, and 2 f again in backward
+            gathers = m * ((6 + 2 * recompute) * layers + ends)
+            calls["tp", "all_gather"] = gathers, gathers * hidden
+            calls["tp", "reduce_scatter"] = sums, sums * hidden
             calls["tp", "all_reduce"] = None, loss + partial
         else:
-            calls["tp", "all_reduce"] = None, m * (4 * layers + ends) * hidden + loss + partial
+            calls["tp", "all_reduce"] = None, sums * hidden + loss + partial
     if mesh.pp > 1:
         part = hidden // (mesh.tp if sequence_parallel else 1)
         boundaries = sum((s < of - 1) + (s > 0) for s in mine)
@@ -1098,7 +1115,7 @@ def demo_rank(r: int, store: str):
     mesh = Mesh(1, 2, 2)
     say("ranks of a mesh pp 2 x dp 1 x tp 2, as (pp, dp, tp):  ", *(f"{x}: {mesh.place(x)}" for x in range(4)))
     say(f"\n4 layers, 8 micro-batches of 64 tokens, float64; losses of one process: {[round(x, 6) for x in alone]}\n\n"
-        "layout                                difference   bytes rank 0 sends a step, counted | predicted")
+        "layout                                difference   bytes of rank 0's calls in a step, counted | predicted")
     for flags in ("--dp 4", "--tp 4", "--tp 4 --no-sequence-parallel", "--dp 2 --tp 2", "--pp 4 --pp-schedule gpipe",
                   "--pp 4 --pp-schedule 1f1b", "--pp 4 --pp-schedule zb", "--dp 2 --pp 2 --pp-schedule interleaved",
                   "--tp 2 --pp 2 --pp-schedule zb"):

@@ -264,13 +264,13 @@ def derive(c: Config) -> Config:
     if any(value % c.tp for value in split.values()):
         raise BadInput(f"tp must divide {', '.join(f'{name} {value}' for name, value in split.items())}, got {c.tp}")
     if stages(c) > c.n_layer:
-        raise BadInput(f"pp must leave a layer to each of {c.pp} x {stages(c) // c.pp} stages, n_layer is {c.n_layer}")
-    whole = {"tp": c.tp > 1, "pp-schedule zb": c.pp_schedule == "zb" and c.pp > 1}
-    for name, value, must, conflict in (("compile", c.compile, "off", any(whole.values())),
-                                        ("recompute", c.recompute, "none", whole["pp-schedule zb"])):
-        if conflict and value not in (must, "auto"):
-            raise BadInput(f"{name} must be {must} with --{' and --'.join(k for k, on in whole.items() if on)}, "
-                           f"got {value}")
+        times = f" x pp_chunks {c.pp_chunks}" if stages(c) > c.pp else ""
+        raise BadInput(f"pp {c.pp}{times} makes {stages(c)} stages of at least a layer each, n_layer is {c.n_layer}")
+    zb = c.pp_schedule == "zb" and c.pp > 1
+    if c.compile == "on" and (c.tp > 1 or zb):
+        raise BadInput(f"compile must be off with {'--tp' if c.tp > 1 else '--pp-schedule zb'}, got on")
+    if c.recompute != "none" and zb:
+        raise BadInput(f"recompute must be none with --pp-schedule zb, config {c.config} or a flag says {c.recompute}")
     return c
 
 
@@ -321,17 +321,20 @@ class World:
                 torch.accelerator.set_device_index(self.device.index)
             torch.zeros(1, device=self.device).item()
         except (RuntimeError, AssertionError, ZeroDivisionError, NotImplementedError) as error:
-            raise BadInput(f"device must be usable here, got {name!r}: {str(error).splitlines()[0]}") from None
+            why = "there is none" if isinstance(error, ZeroDivisionError) else str(error).splitlines()[0]
+            raise BadInput(f"device must be usable here, got {name!r}: {why}") from None
         dp = c.dp or max(1, self.size // (c.tp * c.pp))
         if dp * c.tp * c.pp != self.size:
-            raise BadInput(f"dp x tp x pp must be the number of ranks: {dp} x {c.tp} x {c.pp} is {dp * c.tp * c.pp}, "
-                           f"the world has {self.size}")
+            wanted = dp * c.tp * c.pp
+            raise BadInput(f"dp x tp x pp must be the number of ranks: {dp} x {c.tp} x {c.pp} is {wanted}, there "
+                           + (f"is 1; start them with --nproc {wanted}, or torchrun" if self.size == 1 else
+                              f"are {self.size}"))
         if c.global_batch_size % (c.micro_batch_size * dp):
             raise BadInput("global_batch_size must be a multiple of micro_batch_size x dp = "
                            f"{c.micro_batch_size} x {dp} = {c.micro_batch_size * dp}, got {c.global_batch_size}")
         accum = c.global_batch_size // (c.micro_batch_size * dp)
         if c.pp_schedule == "interleaved" and accum % c.pp:
-            raise BadInput(f"pp-schedule interleaved needs a multiple of pp = {c.pp} micro-batches a step, got "
+            raise BadInput(f"pp_schedule interleaved needs a multiple of pp = {c.pp} micro-batches a step, got "
                            f"{c.global_batch_size} / ({c.micro_batch_size} x dp {dp}) = {accum}")
         self.group = self.host = None
         self.step = 0                                     # where the run is, for whoever has to say what went wrong
@@ -785,7 +788,7 @@ def layout(c: Config, world: World) -> dict:
                              lambda name, box: torch.empty([b - a for a, b, _ in box], device="meta")) for at in mine]
         params, layers = [p for chunk in chunks for p in chunk.parameters()], sum(len(x.model.layers) for x in chunks)
         calls = parallel.step_calls(mesh, (mine, stages(c)), layers, params, micro_batches=m,
-                                    shape=(c.micro_batch_size, c.seq_len, c.n_embd),
+                                    shape=(c.micro_batch_size, c.seq_len, c.n_embd), recompute=c.recompute == "full",
                                     sequence_parallel=c.sequence_parallel)
         sent = {}
         for (axis, collective), (_, payload) in calls.items():
@@ -809,7 +812,7 @@ def dry_run(c: Config, world: World):
         return
     took = f"{b['seconds'] / 86400:,.1f} days" if b["seconds"] > 86400 else clock(b["seconds"])
     print(describe(b, c) + f"time       about {took} on {world.size} x {world.device.type} at "
-          f"{rate / 1e9:,.0f} GFLOP/s, from a short timing of one; waiting for messages not counted")
+          f"{rate / 1e9:,.0f} GFLOP/s, timed on this machine's; messages not counted")
 
 
 def card(c: Config, b: dict, manifest: dict, step: int, seconds: float) -> dict:

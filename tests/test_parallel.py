@@ -68,7 +68,8 @@ def trained(rank, n, argv, steps, dtype=torch.float64):
         mesh, ([i * c.pp + mesh.pp_rank for i in range(len(chunks))], train.stages(c)),
         sum(len(chunk.model.layers) for chunk in chunks), list(model.parameters()),
         micro_batches=c.global_batch_size // (c.micro_batch_size * mesh.dp),
-        shape=(c.micro_batch_size, c.seq_len, c.n_embd), sequence_parallel=c.sequence_parallel, itemsize=dtype.itemsize)
+        shape=(c.micro_batch_size, c.seq_len, c.n_embd), sequence_parallel=c.sequence_parallel, itemsize=dtype.itemsize,
+        recompute=c.recompute == "full")
     val = data.Loader(c.data, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
     pieces = [(p.full_name, p.box, p.detach()) for p in model.parameters()]
     return losses, pieces, train.evaluate(model, val, c, world), (ledger.calls, formula, mesh.place(rank), ops)
@@ -88,17 +89,16 @@ def differences(ours, pieces, losses, weights):
                            for name, box, p in pieces)
 
 
-def check_calls(books, recompute):
+def check_calls(books):
     """The ledger of each rank is the formula, and the ranks' books agree with one another."""
     for calls, formula, _, _ in books:
         counted = {}
         for call in calls:
             n, payload = counted.get((call.axis, call.collective), (0, 0))
             counted[call.axis, call.collective] = n + 1, payload + call.bytes
-        if not recompute:                                                 # which repeats the forward's calls
-            assert counted.keys() == formula.keys()
-            for key, (n, payload) in formula.items():
-                assert counted[key] == (counted[key][0] if n is None else n, payload), (key, counted[key])
+        assert counted.keys() == formula.keys()
+        for key, (n, payload) in formula.items():
+            assert counted[key] == (counted[key][0] if n is None else n, payload), (key, counted[key])
     for axis, varies in (("pp", 0), ("dp", 1), ("tp", 2)):
         lines = {}
         for calls, _, place, _ in books:
@@ -119,7 +119,7 @@ def test_any_layout_is_the_same_run(corpus, run_ranks, ranks, dp, tp, pp, flags,
         assert max(PARITY[dp, tp, pp, flags][-1]) < 1e-10
         assert our_evaluation == pytest.approx(evaluation, rel=1e-10)
     assert {name for _, pieces, _, _ in answers for name, _, _ in pieces} == set(weights)
-    check_calls([books for *_, books in answers], "recompute" in flags)
+    check_calls([books for *_, books in answers])
 
 
 def test_eight_ranks(corpus, run_ranks):
@@ -128,7 +128,7 @@ def test_eight_ranks(corpus, run_ranks):
     answers = run_ranks(trained, 8, argv, 5)
     PARITY[2, 2, 2, ""] = [differences(ours, pieces, losses, weights) for ours, pieces, _, _ in answers]
     assert max(map(max, PARITY[2, 2, 2, ""])) < 1e-10
-    check_calls([books for *_, books in answers], False)
+    check_calls([books for *_, books in answers])
 
 
 def test_the_table_of_layouts_is_written_and_in_the_readme():
@@ -473,7 +473,8 @@ def refused(rank, n):
     lines = []
     eight = nn.Sequential(nn.Linear(8, 8))
     for module, plan in ((Attn(), {"k_proj": "column"}), (nn.Sequential(nn.Linear(6, 6)), {"0": "row"}),
-                         (eight, {"1": "row"}), (eight, {"0": "col"})):
+                         (eight, {"0": "row", "1": "row"}), (eight, {"*": "column", "": "row"}),
+                         (eight, {"0": "col"}), (nn.Sequential(nn.ReLU()), {"0": "row"})):
         try:
             parallel.tensor_parallel(module, dist.group.WORLD, plan=plan)
         except ValueError as error:
@@ -490,7 +491,10 @@ def test_what_does_not_divide_is_named(run_ranks):
     for lines in run_ranks(refused, 4):
         for line, expected in zip(lines, (
                 "k_proj: tp must divide its 2 heads, got 4", "0: tp must divide its size 6, got 4",
-                "plan must match a module's name, none of 1 does", "0: its style must be one of column, row, vocab",
+                "plan must meet a module with each pattern, 1 meets none",
+                "plan must meet a module with each pattern,  meets none",
+                "0: its style must be one of column, row, vocab",
+                "0: style row needs a module with a matrix, got ReLU",
                 "dp x tp x pp must be the number of ranks: rest x 3 x 1 does not make 4",
                 "dp x tp x pp must be the number of ranks: 2 x 1 x 1 does not make 4",
                 "dp x tp x pp must be the number of ranks: 1 x 1 x 0 does not make 4"), strict=True):
@@ -705,11 +709,11 @@ test_parallel.failing(sys.argv[4:], sys.argv[3] == "1")"""
 
 @pytest.mark.parametrize("flags, message", [
     ("--tp 3", "tp must divide n_head 4, n_kv_head 4, n_ff 64, vocab_size 512, seq_len 32, got 3"),
-    ("--pp 8", "pp must leave a layer to each of 8 x 1 stages, n_layer is 4"),
-    ("--pp 2 --pp-schedule interleaved --pp-chunks 3", "pp must leave a layer to each of 2 x 3 stages"),
-    ("--pp 2 --pp-schedule zb --recompute full", "recompute must be none with --pp-schedule zb, got full"),
-    ("--tp 2 --compile on", "compile must be off with --tp, got on"), ("--dp 2", "2 x 1 x 1 is 2, the world has 1"),
-    ("--tp 2", "dp x tp x pp must be the number of ranks: 1 x 2 x 1 is 2, the world has 1"),
+    ("--pp 8", "pp 8 makes 8 stages of at least a layer each, n_layer is 4"),
+    ("--pp 2 --pp-schedule interleaved --pp-chunks 3", "pp 2 x pp_chunks 3 makes 6 stages"),
+    ("--pp 2 --pp-schedule zb --recompute full", "recompute must be none with --pp-schedule zb, config"),
+    ("--tp 2 --compile on", "compile must be off with --tp, got on"), ("--dp 2", "2 x 1 x 1 is 2, there is 1; start"),
+    ("--tp 2", "dp x tp x pp must be the number of ranks: 1 x 2 x 1 is 2, there is 1; start them with --nproc 2"),
     ("--max-restarts 1", "max_restarts goes with --nproc"), ("--timeout 0", "timeout must be at least 1 second")])
 def test_bad_layouts_are_one_line(flags, message):
     with pytest.raises(train.BadInput, match=message):
