@@ -57,6 +57,7 @@ import time
 import zlib
 from collections import defaultdict, deque
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -97,10 +98,17 @@ def reduce_scatter(x: Tensor, group, dim: int) -> Tensor:
     """This rank's part along dim of the sum of the ranks' x."""
     if group is None:
         return x
+    if x.shape[dim] % size(group):
+        raise ValueError(f"a sequence that is split must have a multiple of {size(group)} places, got {x.shape[dim]}")
     parts = torch.stack(x.chunk(size(group), dim))                                       # (n, ..., size / n, ...)
     out = parts.new_empty(parts.shape[1:])
     dist.reduce_scatter_single(out, parts.flatten(0, 1), group=group)
     return out
+
+
+def set_timeout(group, seconds: float):
+    """How long a rank waits for the group's others before it raises."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)          # torch has no public name for it
 
 
 class Mesh:
@@ -112,7 +120,7 @@ class Mesh:
     After dist.init_process_group. Raises ValueError for degrees that do not multiply to the world.
     """
 
-    def __init__(self, dp: int = 0, tp: int = 1, pp: int = 1, device_type: str = "cpu"):
+    def __init__(self, dp: int = 0, tp: int = 1, pp: int = 1, device_type: str = "cpu", timeout: float = 600):
         world = dist.get_world_size() if dist.is_initialized() else 1
         rest = dp or max(1, world // (tp * pp))
         if min(rest, tp, pp) < 1 or rest * tp * pp != world:
@@ -130,6 +138,10 @@ class Mesh:
                         for x in (lines, lines, [[line[0], line[-1]] for line in lines])]
                 ends = self.pp_rank in (0, pp - 1)
                 self.pp_groups, self.ends_group = made[:2], made[2] if ends else None
+            if dist.get_backend() != "fake":                 # torch's own default is half an hour, whatever the world's
+                for group in (self.dp_group, self.tp_group, self.pp_group, *(self.pp_groups or ()), self.ends_group):
+                    if group is not None:
+                        set_timeout(group, timeout)
         # for CommLedger; one that is all of the world is that group
         self.axes = {"world": dist.group.WORLD, "dp": self.dp_group, "tp": self.tp_group, "pp": self.pp_groups,
                      "ends": self.ends_group}
@@ -188,7 +200,9 @@ class DataParallel(nn.Module):
 
     bucket_mb: MB (1e6 bytes) a bucket. reduce: "sum" | "mean". A parameter without a gradient on some ranks counts as
     zero there; one without on all ranks keeps None, as in one process (a byte a parameter is reduced to know).
-    Gradients of micro-batches within no_sync() stay local and are added up. Buffers are broadcast once.
+    Gradients of micro-batches within no_sync() stay local and are added up; those of the step before must be gone
+    (zero_grad), or they are summed again. A bucket's memory stays, beside the gradients of micro-batches that are being
+    added up. Buffers are broadcast once.
     Raises ValueError for another reduce or a bucket_mb not above 0.
     """
 
@@ -234,7 +248,7 @@ class DataParallel(nn.Module):
             return
         if bucket.work is not None:
             raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} got a second gradient after its bucket was "
-                               "sent: call finish_gradient_synchronization() after each backward, or use no_sync()")
+                               "sent: within a step, all backward passes but the last belong in no_sync()")
         bucket.missing.discard(p)
         while self.started < len(self.buckets) and not self.buckets[self.started].missing:
             self.start()
@@ -251,7 +265,7 @@ class DataParallel(nn.Module):
         bucket.work = dist.all_reduce(bucket.flat, group=self.group, async_op=True)
 
     def finish_gradient_synchronization(self):
-        if self.group is None:
+        if not self.buckets:
             return
         params = [p for bucket in self.buckets for p in bucket.params]
         used = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8, device=params[0].device)
@@ -325,7 +339,7 @@ class Regather:
     """Keeps a shard for backward in place of the gathered sequence, and gathers it once more when backward asks."""
 
     def __init__(self, shard: Tensor, whole: Tensor, group):
-        self.shard, self.group, self.left, self.again = shard.detach(), group, 0, None
+        self.shard, self.version, self.group, self.left, self.again = shard.detach(), shard._version, group, 0, None
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
         self.identity = whole.data_ptr(), whole.numel()
 
@@ -339,6 +353,8 @@ class Regather:
         if isinstance(kept, Tensor):
             return kept
         if self.again is None:
+            if self.shard._version != self.version:
+                raise RuntimeError("sequence parallel: a layer's input was changed in place before its backward")
             self.again = all_gather(self.shard, self.group, 1)
         whole, self.left = self.again.view(kept), self.left - 1
         if not self.left:                                          # the last layer that reads it: q, k and v share it
@@ -346,13 +362,16 @@ class Regather:
         return whole
 
 
-def enter(x: Tensor, group, sequence_parallel: bool):
-    """f(x), made once for all the layers that read x (q, k and v; gate and up) -> (f(x), context to compute in)."""
-    made, key = x.__dict__.setdefault("entered", {}), (group, sequence_parallel, torch.is_grad_enabled())
+def enter(x: Tensor, group, sequence_parallel: bool, shared: dict | None = None):
+    """f(x) and the context to compute in, made once for all the layers that read x (q, k and v; gate and up): they
+    share a dict, which their parent's forward empties at its end. Under autocast x is cast here, so that what crosses
+    the wire, and what is kept, is what the layers multiply."""
+    made, key = {} if shared is None else shared, (id(x), x._version, torch.is_grad_enabled())
     if key not in made:
-        whole = (GatherSequence if sequence_parallel else CopyToTP).apply(x, group)
-        made[key] = whole, Regather(x, whole, group).hooks if sequence_parallel else contextlib.nullcontext()
-    return made[key]
+        low = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+        whole = (GatherSequence if sequence_parallel else CopyToTP).apply(low, group)
+        made[key] = whole, Regather(low, whole, group).hooks if sequence_parallel else contextlib.nullcontext(), x
+    return made[key][:2]
 
 
 def leave(x: Tensor, group, sequence_parallel: bool) -> Tensor:
@@ -385,10 +404,10 @@ class ColumnParallelLinear(nn.Module):
         super().__init__()
         made = {} if made is None else made
         self.weight, self.bias = shard(linear.weight, 0, group, made), shard(linear.bias, 0, group, made)
-        self.group, self.sequence_parallel = group, sequence_parallel
+        self.group, self.sequence_parallel, self.shared = group, sequence_parallel, None
 
     def forward(self, x):
-        whole, context = enter(x, self.group, self.sequence_parallel)
+        whole, context = enter(x, self.group, self.sequence_parallel, self.shared)
         with context:
             return F.linear(whole, self.weight, self.bias)
 
@@ -473,8 +492,8 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
 
 
 class VocabParallelHead(nn.Module):
-    """W_r (V/n, C). Without targets: logits (B, T, V), gathered. With targets and weights (B, T): (loss, nll), the same
-    on every rank of the group: loss = sum of weights * nll, nll (B, T) detached."""
+    """W_r (V/n, C). Without targets: logits (B, T, V), gathered, detached. With targets, weights (B, T): (loss, nll),
+    the same on every rank of the group: loss = sum of weights * nll, nll (B, T) detached."""
 
     def __init__(self, head: nn.Module, group, sequence_parallel=False, made=None):
         super().__init__()
@@ -526,7 +545,7 @@ def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN,
     if group is None:
         return model
     n, made, modules = size(group), {}, dict(model.named_modules())
-    styles = {}
+    styles, readers = {}, {}
     for name in list(modules)[1:]:                                                      # the first is the model itself
         pattern = next((x for x in plan if fnmatch.fnmatchcase(name, x)), None)
         if pattern is not None:
@@ -545,12 +564,23 @@ def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN,
         if STYLES[style] is not None:
             if getattr(getattr(module, "weight", None), "ndim", 0) != 2:
                 raise ValueError(f"{name}: style {style} needs a module with a matrix, got {type(module).__name__}")
+            for option in ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse") * (style == "vocab") + (
+                    "bias",) * (style == "head"):
+                value = getattr(module, option, None)
+                if value is not None and value is not False:
+                    raise ValueError(f"{name}: style {style} cannot do {option}, {type(module).__name__} has it")
             dim = 1 if style == "row" else 0
             unit = getattr(parent, "head_dim", 1) if style in ("row", "column") else 1
             if module.weight.shape[dim] % (unit * n):
                 what = f"{module.weight.shape[dim] // unit} heads" if unit > 1 else f"size {module.weight.shape[dim]}"
                 raise ValueError(f"{name}: tp must divide its {what}, got {n}")
-            setattr(parent, child, STYLES[style](module, group, sequence_parallel, made))
+            twin = STYLES[style](module, group, sequence_parallel, made)
+            setattr(parent, child, twin)
+            if style == "column":
+                if parent not in readers:
+                    readers[parent] = {}
+                    parent.register_forward_hook(lambda *_, shared=readers[parent]: shared.clear(), always_call=True)
+                twin.shared = readers[parent]
         elif style == "partial":
             for p in module.parameters():
                 p.sum_over = (group,)
@@ -728,32 +758,32 @@ class SplitLinear(torch.autograd.Function):
     """y = x W^T + b whose backward gives dx alone; the weights' part waits in a queue: (parameter, gradient later)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, queue):
+    def forward(ctx, x, parameters, queue):                    # a tuple: autograd does not see them, nor their hooks
         ctx.save_for_backward(x)
-        ctx.weight, ctx.bias, ctx.queue = weight, bias, queue
-        return F.linear(x, weight, bias)
+        ctx.parameters, ctx.queue = parameters, queue
+        return F.linear(x, *parameters)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        (x,), weight, bias, queue = ctx.saved_tensors, ctx.weight, ctx.bias, ctx.queue
+        (x,), (weight, bias), queue = ctx.saved_tensors, ctx.parameters, ctx.queue
         queue.append((weight, lambda: (dy.flatten(0, -2).T @ x.flatten(0, -2).to(dy.dtype)).to(weight.dtype)))
         if bias is not None and bias.requires_grad:
             queue.append((bias, lambda: dy.flatten(0, -2).sum(0).to(bias.dtype)))
-        return (dy @ weight.to(dy.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None, None, None, None
+        return (dy @ weight.to(dy.dtype)).to(x.dtype), None, None
 
 
 class SplitLinears(TorchFunctionMode):
-    """Inside, every F.linear with a trainable weight is a SplitLinear with this queue."""
+    """Inside, every F.linear with a trainable weight and an input that needs a gradient is a SplitLinear."""
 
     def __init__(self, queue: list):
         super().__init__()
         self.queue = queue
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear and not kwargs and isinstance(args[1], nn.Parameter) and args[1].requires_grad:
-            x, weight, bias = (*args, None)[:3]
-            return SplitLinear.apply(x, weight, bias, self.queue)
+        if (function is F.linear and not kwargs and isinstance(args[1], nn.Parameter) and args[1].requires_grad
+                and args[0].requires_grad):
+            return SplitLinear.apply(args[0], (*args[1:], None)[:2], self.queue)
         return function(*args, **(kwargs or {}))
 
 
@@ -773,8 +803,8 @@ class Channels:
     """Messages of a pipeline rank. A pair of ranks has one channel each way, and receives are posted in the sender's
     order, read off the schedule: no tags, no handshakes."""
 
-    def __init__(self, schedule, groups):
-        self.p, self.groups = len(schedule), groups
+    def __init__(self, schedule, groups, timeout: float):
+        self.p, self.groups, self.timeout = len(schedule), groups, timedelta(seconds=timeout)
         self.rank = 0 if groups is None else rank(groups[0])
         self.coming = {source: deque(messages(schedule, source, self.rank)) for source in range(self.p)}
         self.arriving, self.sending, self.here = {}, [], {}
@@ -798,17 +828,23 @@ class Channels:
             x = like(next_key[1])
             self.arriving[next_key] = x, dist.irecv(x, group=self.groups[self.rank > source], group_src=source)
         x, work = self.arriving.pop(key)
-        work.wait()
+        self.wait(work, x)
         return x
 
+    def wait(self, work, x):
+        if x.device.type == "cpu":
+            work.wait(self.timeout)                                # gloo's messages do not know the group's
+        else:
+            work.wait()                                            # NCCL's do, and a host need not wait for a device
+
     def finish(self):
-        for work, _ in self.sending:
-            work.wait()
+        for work, x in self.sending:
+            self.wait(work, x)
         self.sending = []
 
 
 def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_like=None, no_sync=contextlib.nullcontext,
-                 on_op=None) -> list:
+                 on_op=None, timeout: float = 600) -> list:
     """Run this rank's operations of a schedule -> nll of each micro-batch on the last stage's rank, None elsewhere.
 
     chunks       this rank's stages: callables, chunk(hidden=..., **batch) -> hidden, and of the last stage (loss, nll)
@@ -816,24 +852,27 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
     groups       Mesh.pp_groups; None for p = 1 (then a schedule is plain gradient accumulation)
     seed         gradient of each loss: scale / N
     hidden_like  batch -> an empty tensor like the hidden state between stages
-    no_sync      context around every operation that makes gradients but a chunk's last (DataParallel.no_sync)
+    no_sync      context around every gradient that is not its parameter's last (DataParallel.no_sync). With W, the
+                 weights of linears get theirs there and all others in B; no parameter may get both
     on_op        on_op(op, asked, start, end): clocks before waiting for its input, before and after it ran
+    timeout      seconds that a message may take
 
     A schedule without B evaluates. With W, linears keep their weights' part of backward for it. A hidden state that was
     sent is freed; of its graph only the edge stays.
     """
-    channels, p = Channels(schedule, groups), len(schedule)
+    channels, p = Channels(schedule, groups, timeout), len(schedule)
     mine, last = schedule[channels.rank], p * len(chunks) - 1
     kinds = {op.kind for op in mine}
-    final = {op.chunk: op for op in mine if op.kind == ("W" if "W" in kinds else "B")}
+    final = {(op.kind, op.chunk): op for op in mine}                       # of each chunk: the last B, the last W
     kept, queues, nlls = {}, defaultdict(list), [None] * len(batches)
 
     def empty(i):
         return hidden_like(batches[i])
 
-    def backward(op, tensors, gradients):
-        with contextlib.nullcontext() if op == final[op.chunk] else no_sync():
-            torch.autograd.backward(tensors, gradients)
+    def backward(tensor, gradient, more: bool):
+        """more: what gets a gradient here will get another."""
+        with no_sync() if more else contextlib.nullcontext():
+            torch.autograd.backward([tensor], [gradient])
 
     for op in mine:
         asked = time.perf_counter()
@@ -853,20 +892,20 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
             else:
                 channels.send(out.detach(), ("F", i, s + 1))
             if "B" in kinds:
-                kept[i, c] = hidden, torch.autograd.graph.get_gradient_edge(out), out.detach() if s == last else None
+                edge = torch.autograd.graph.get_gradient_edge(out) if out.requires_grad else None       # None: frozen
+                kept[i, c] = hidden, edge, out.detach() if s == last else None
             del out
         elif kind == "B":
             hidden, edge, loss = kept.pop((i, c))
-            backward(op, [edge], [gradient if loss is None else torch.full_like(loss, gradient)])
+            if edge is not None:
+                backward(edge, gradient if loss is None else torch.full_like(loss, gradient), op != final["B", c])
             if s:
-                channels.send(hidden.grad, ("B", i, s - 1))
+                channels.send(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad, ("B", i, s - 1))
         else:
             parts = queues.pop((i, c), [])
             while parts:                                                  # one gradient at a time: each frees its input
                 parameter, later = parts.pop()
-                context = contextlib.nullcontext() if op == final[c] and not parts else no_sync()
-                with context:
-                    torch.autograd.backward([parameter], [later()])
+                backward(parameter, later(), op != final["W", c] or any(x is parameter for x, _ in parts))
         if on_op is not None:
             on_op(op, asked, start, time.perf_counter())
     channels.finish()
@@ -879,7 +918,7 @@ def reduce_partial_gradients(params):
     """Add up what sum_over says is partial, one message a group. After the gradients' sum over dp."""
     held = defaultdict(list)
     for p in params:
-        for group in getattr(p, "sum_over", ()):
+        for group in getattr(p, "sum_over", ()) if p.requires_grad else ():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             held[group].append(p.grad)
     for group, gradients in held.items():

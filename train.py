@@ -37,6 +37,7 @@ Sources: AdamW (Loshchilov 2019, arXiv:1711.05101); WSD (arXiv:2404.06395); MFU 
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import difflib
@@ -54,6 +55,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -347,7 +349,7 @@ class World:
             # objects, files and long waits go over the hosts: rank 0 may prepare data for hours
             if not c.dry_run:
                 self.host = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
-        self.mesh = parallel.Mesh(dp, c.tp, c.pp, self.device.type)
+        self.mesh = parallel.Mesh(dp, c.tp, c.pp, self.device.type, c.timeout)
 
     def sum(self, tensor):
         """All-reduce in place over all ranks."""
@@ -477,7 +479,7 @@ class Model(torch.nn.Module):
 
         return parallel.run_schedule(order, [functools.partial(self, chunk) for chunk in chunks], batches,
                                      self.mesh.pp_groups, seed=seed, hidden_like=hidden_like, no_sync=self.ddp.no_sync,
-                                     on_op=self.on_op)
+                                     on_op=self.on_op, timeout=c.timeout)
 
 
 def make_optimizer(model, c: Config):
@@ -719,7 +721,8 @@ def budget(c: Config, world: World) -> dict:
                                        score_matrices=2 * (c.attention == "reference")) / split
     if split > 1:
         activations *= part.n_layer / c.n_layer
-    memory = {"parameters": 4 * most, "gradients": 4 * most, "optimizer": 8 * most,
+    buckets = 4 * most if at["dp"] > 1 and at["micro_batches"] > 1 else 0         # beside those that are being added up
+    memory = {"parameters": 4 * most, "gradients": 4 * most + buckets, "optimizer": 8 * most,
               "activations": round(activations * max(x["stored"] for x in at["ranks"]))}
     return {"config": dataclasses.asdict(c), "parameters": N, "embedding_parameters": c.vocab_size * c.n_embd,
             "tokens_per_step": c.tokens_per_step, "steps": c.steps, "tokens": tokens,
@@ -867,6 +870,8 @@ def train(c: Config, world: World, on_phase=lambda *at: None) -> int:
     "data", "forward_backward", "reduce", "update", "evaluate", "checkpoint"."""
     start = time.perf_counter()
     loader, val = open_data(c, world)
+    if world.host is not None:
+        parallel.set_timeout(world.host, c.timeout)                       # from here on nobody works for hours alone
     with Folder(c, world) as folder, stop_signals() as asked:
         return run(c, world, folder, loader, val, asked, on_phase, start)
 
@@ -1016,63 +1021,76 @@ def sample(c: Config, world: World) -> int:
 
 def launch(c: Config, argv) -> int:
     """--nproc: start this machine's ranks, each this program again, and watch them. When one fails, the others end
-    within seconds, one line says which and where, and --max-restarts starts all of them again from the checkpoint."""
+    within seconds, one line says which and where, and --max-restarts starts all of them again from the checkpoint.
+    SIGTERM and Ctrl-C are passed on; after one nothing is restarted, and a second kills."""
+    asked = []
     for attempt in range(c.max_restarts + 1):
-        with tempfile.TemporaryDirectory() as errors:
-            code, line = watch(c, argv, Path(errors))
+        code, line = watch(c, argv, asked)
         if line:
             print(line, file=sys.stderr, flush=True)
-        if code in (0, 2, 3) or attempt == c.max_restarts:
+        if code in (0, 2, 3) or attempt == c.max_restarts or asked:
             return code
         print(f"train.py: start {attempt + 2} of {c.max_restarts + 1}", file=sys.stderr, flush=True)
 
 
-def watch(c: Config, argv, errors: Path) -> tuple[int, str]:
-    """Run the ranks once -> exit code, and a line if it is not 0."""
+def watch(c: Config, argv, asked: list) -> tuple[int, str]:
+    """Run the ranks once -> exit code, and a line if it is not 0. What a rank that failed wrote to stderr stays in
+    OUT/rank-R.err."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     threads = str(max(1, (os.cpu_count() or 1) // c.nproc))
-    ranks = []
+    ranks, errors = [], tempfile.TemporaryDirectory()
     for r in range(c.nproc):
         env = {"OMP_NUM_THREADS": threads} | os.environ | {
             "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(c.nproc), "LOCAL_WORLD_SIZE": str(c.nproc),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        with open(errors / str(r), "w") as stderr:
-            ranks.append(subprocess.Popen([sys.executable, __file__, *argv], env=env, stderr=stderr))
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LAUNCHED": "1"}
+        with open(Path(errors.name, str(r)), "w") as stderr:                        # a session: Ctrl-C comes from here
+            ranks.append(subprocess.Popen([sys.executable, __file__, *argv], env=env, stderr=stderr,
+                                          start_new_session=True))
 
-    def pass_on(number, frame):                        # Ctrl-C reaches the ranks by itself: they are of this terminal
+    def pass_on(number, frame):
         for process in ranks:
-            if number == signal.SIGTERM and process.poll() is None:
-                process.send_signal(number)
+            if process.poll() is None:
+                process.send_signal(signal.SIGKILL if asked else signal.SIGTERM)
+        asked.append(number)
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        while all(process.poll() is None for process in ranks) or not any(process.poll() for process in ranks):
-            if all(process.poll() == 0 for process in ranks):
-                return 0, ""
-            time.sleep(0.05)
-        deadline = time.monotonic() + 5                # whoever hears of it in time says so and ends by himself
-        while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+        early = None                                   # whoever ends first, with the run not done: a 0 may be too early
+        while any(process.poll() is None for process in ranks):
+            if early is None and any(process.poll() is not None for process in ranks):
+                early = time.monotonic()
+            failed = any(process.poll() for process in ranks)
+            if early is not None and time.monotonic() - early > (5 if failed else c.timeout):
+                break                                  # whoever hears of a failure in time says so and ends by himself
             time.sleep(0.05)
     finally:
+        codes = [process.poll() for process in ranks]                              # None: had to be ended from here
         for process in ranks:
             process.kill()
             process.wait()
         for number, handler in before.items():
             signal.signal(number, handler)
-    said = [(errors / str(r)).read_text().strip() for r in range(c.nproc)]
-    codes = [process.returncode for process in ranks]
-    # who failed first: not one that was left alone by another, nor one that this function killed
-    guilty = min(range(c.nproc), key=lambda r: (codes[r] == 0, LOST in said[r], codes[r] == -9 and not said[r]
-                                                and any(x > 0 and LOST not in y for x, y in zip(codes, said,
-                                                                                                strict=True))))
+    said = [Path(errors.name, str(r)).read_text().strip() for r in range(c.nproc)]
+    errors.cleanup()
+    if not any(code != 0 for code in codes):
+        return 0, ""
+    # who failed first: nobody that had to be ended, nor one that lost the others
+    guilty = min(range(c.nproc), key=lambda r: (codes[r] is None, LOST in said[r]))
     if codes[guilty] in (2, 3):
         return codes[guilty], said[guilty]
-    step = max((int(m) for m in re.findall(LOST + r".*?step (\d+)", "\n".join(said))), default=None)
+    if asked and codes[guilty] == -signal.SIGTERM:
+        return 1, "train.py: stopped before the run had begun"
+    steps = re.findall(r"at step (\d+)", "\n".join(said))
+    kept = ""
+    if said[guilty] and Path(c.out).is_dir():
+        Path(c.out, f"rank-{guilty}.err").write_text(said[guilty] + "\n")
+        kept = f"; see {c.out}/rank-{guilty}.err"
+    ours = [line for line in said[guilty].splitlines() if line.startswith("train.py: ")]
     how = (f"was killed by signal {-codes[guilty]}" if codes[guilty] < 0 else
-           f"failed: {said[guilty].splitlines()[-1] if said[guilty] else f'exit code {codes[guilty]}'}")
-    return 1, f"train.py: rank {guilty} {how}" + (f", at step {step}" if step is not None else "")
+           f"failed: {ours[-1].split(': ', 1)[1]}" if ours else f"ended with exit code {codes[guilty]}")
+    return 1, f"train.py: rank {guilty} {how}" + (f", at step {max(map(int, steps))}" if steps else "") + kept
 
 
 LOST = "lost the other ranks"
@@ -1081,12 +1099,14 @@ LOST = "lost the other ranks"
 def lost(error: Exception, world) -> bool:
     """Whether this is a peer's failure and not this rank's: what gloo and NCCL raise when a connection breaks or a
     message does not come."""
-    return world is not None and world.size > 1 and isinstance(error, RuntimeError) and (
-        isinstance(error, dist.DistError) or bool(re.search("gloo|NCCL|onnection|timed out|Timed out", str(error))))
+    said = re.search("gloo|NCCL|Connection (closed|reset)|Timed out", str(error))
+    return world is not None and isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or bool(said))
 
 
 def main(argv=None) -> int:
     argv, world = sys.argv[1:] if argv is None else argv, None
+    if "LAUNCHED" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)                       # PR_SET_PDEATHSIG: not to outlive the launcher
     try:
         c = parse_config(argv)
         if c.nproc and "RANK" not in os.environ and not dist.is_initialized():
@@ -1107,13 +1127,14 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)
         return 1
-    except RuntimeError as error:
-        if not lost(error, world):
-            if world is not None and world.size > 1:
-                print(f"train.py: rank {world.rank} failed at step {world.step}", file=sys.stderr)
+    except Exception as error:
+        if world is None or world.size == 1:
             raise
-        print(f"train.py: rank {world.rank} {LOST} at step {world.step}: {str(error).splitlines()[0][:200]}",
-              file=sys.stderr, flush=True)
+        what = LOST if lost(error, world) else f"failed with {type(error).__name__}"
+        if what != LOST:
+            traceback.print_exc()
+        first = (str(error).splitlines() or [""])[0][:200]
+        print(f"train.py: rank {world.rank} {what} at step {world.step}: {first}", file=sys.stderr, flush=True)
         os._exit(1)                                       # a broken group cannot be closed in order
     finally:
         if dist.is_initialized():

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import functools
 import itertools
@@ -426,6 +427,53 @@ def test_tensor_parallel_linears_are_torchs(run_ranks):
                 torch.testing.assert_close(g, full[tuple(slice(a, b) for a, b, _ in box)], rtol=0, atol=1e-12)
 
 
+def kept_and_cast(rank, n, sequence_parallel):
+    """-> inputs that outlive a step, gathers in float32 and under autocast, if a refilled input is seen, an error."""
+    mlp = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 12))
+    plan = {"0": "column", "2": "row"}
+    parallel.tensor_parallel(mlp, dist.group.WORLD, plan=plan, sequence_parallel=sequence_parallel)
+    alive = []
+    for grad, leaf in ((True, True), (True, False), (False, False)):
+        x = torch.randn(2, 4, 12, requires_grad=leaf)
+        y = x if leaf else x * 2
+        with torch.set_grad_enabled(grad):
+            out = mlp(y)
+        if grad:
+            out.sum().backward()
+        alive += [weakref.ref(x), weakref.ref(y)]
+        del x, y, out
+    sizes = []
+    for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        with CommLedger({"tp": dist.group.WORLD}) as ledger, context:
+            mlp(torch.randn(2, 4, 12, requires_grad=True) * 1).float().sum().backward()
+        sizes.append([(x.bytes, x.dtype) for x in ledger.calls if x.collective == "all_gather"])
+    x = torch.zeros(2, 4, 12)
+    answers = []
+    for value in (1.0, 2.0):                                       # a buffer that is filled again and again
+        x.fill_(value)
+        answers.append(mlp(x).detach())
+    out, error = mlp(x.requires_grad_() * 1), ""
+    if sequence_parallel:
+        x = torch.randn(2, 4, 12)
+        out = mlp(x)
+        x.zero_()
+        try:
+            out.sum().backward()
+        except RuntimeError as e:
+            error = str(e)
+    return sum(x() is not None for x in alive), sizes, torch.equal(*answers), error
+
+
+def test_inputs_are_let_go_cast_once_and_may_not_change(run_ranks):
+    for sequence_parallel in (False, True):
+        for alive, sizes, same, error in run_ranks(kept_and_cast, 2, sequence_parallel):
+            assert alive == 0 and not same
+            if sequence_parallel:                                   # x; x again in backward; the gradient of the output
+                whole = 2 * 8 * 12
+                assert sizes == [[(4 * whole, torch.float32)] * 3, [(2 * whole, torch.bfloat16)] * 3]
+                assert "changed in place" in error
+
+
 class PlainHead(nn.Module):
     def __init__(self):
         super().__init__()
@@ -472,7 +520,8 @@ class Attn(nn.Module):
 def refused(rank, n):
     lines = []
     eight = nn.Sequential(nn.Linear(8, 8))
-    for module, plan in ((Attn(), {"k_proj": "column"}), (nn.Sequential(nn.Linear(6, 6)), {"0": "row"}),
+    for module, plan in ((eight, {"0": "head"}), (nn.Sequential(nn.Embedding(8, 4, padding_idx=0)), {"0": "vocab"}),
+                         (Attn(), {"k_proj": "column"}), (nn.Sequential(nn.Linear(6, 6)), {"0": "row"}),
                          (eight, {"0": "row", "1": "row"}), (eight, {"*": "column", "": "row"}),
                          (eight, {"0": "col"}), (nn.Sequential(nn.ReLU()), {"0": "row"})):
         try:
@@ -490,6 +539,7 @@ def refused(rank, n):
 def test_what_does_not_divide_is_named(run_ranks):
     for lines in run_ranks(refused, 4):
         for line, expected in zip(lines, (
+                "0: style head cannot do bias", "0: style vocab cannot do padding_idx, Embedding has it",
                 "k_proj: tp must divide its 2 heads, got 4", "0: tp must divide its size 6, got 4",
                 "plan must meet a module with each pattern, 1 meets none",
                 "plan must meet a module with each pattern,  meets none",
@@ -556,6 +606,69 @@ def test_pipelines_are_torchs(run_ranks):
         for ours, expected in ((answers[0][1], first), (answers[1][1], last)):
             for a, b in zip(ours, expected, strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def frozen(rank, n, schedule):
+    """The first stage is frozen; and a module that is frozen as a whole."""
+    modules, group = stage_modules(), dist.group.WORLD
+    modules[0].requires_grad_(False)
+    x = torch.ones(4, 3, 10, dtype=torch.float64)
+
+    def chunk(x, hidden=None):
+        out = modules[rank](x if hidden is None else hidden)
+        return out if rank == 0 else (out.square().sum(), out.detach())
+
+    parallel.run_schedule(parallel.SCHEDULES[schedule](2, 4), [chunk], [{"x": row} for row in x],
+                          [dist.new_group(), dist.new_group()], hidden_like=lambda b: torch.empty_like(b["x"]))
+    DataParallel(modules[0], group).finish_gradient_synchronization()
+    norm = nn.LayerNorm(4).requires_grad_(False)
+    norm.weight.sum_over = (group,)
+    parallel.reduce_partial_gradients(norm.parameters())
+    return [p.grad is not None for p in modules[rank].parameters()], norm.weight.grad
+
+
+def test_frozen_parts(run_ranks):
+    for schedule in ("1f1b", "zb"):
+        assert run_ranks(frozen, 2, schedule) == [([False] * 4, None), ([True] * 4, None)]
+
+
+def started_in_backward(rank, n, corpus, flags):
+    c = train.parse_config([*TINY, *MODELS["llama"], "--data", str(corpus), *flags.split()])
+    world = train.World(c)
+    small = functools.partial(DataParallel, bucket_mb=0.01)
+    parallel.DataParallel, kept = small, DataParallel
+    model = train.Model(c, world)
+    parallel.DataParallel = kept
+    loader = data.Loader(c.data, micro_batch_size=1, seq_len=c.seq_len, dp_rank=world.mesh.dp_rank, dp_size=2)
+    model.run([train.to_device(next(loader), c, world.device) for _ in range(4)], seed=1.0)
+    return model.ddp.started, len(model.ddp.buckets)
+
+
+def test_buckets_leave_during_the_last_backward_of_a_pipeline(corpus, run_ranks):
+    for schedule in ("1f1b", "zb"):
+        for started, buckets in run_ranks(started_in_backward, 4, corpus, f"--dp 2 --pp 2 --pp-schedule {schedule}"):
+            assert started == buckets > 5
+
+
+def waiting(rank, n, which):
+    """One rank waits in a group for another that does not come -> seconds until it gave up."""
+    mesh = parallel.Mesh(1, 2, 2, timeout=1)
+    start = time.monotonic()
+    if rank == 0:
+        with pytest.raises(RuntimeError):
+            if which == "tp":
+                parallel.all_reduce(torch.ones(1), mesh.tp_group)
+            else:
+                parallel.run_schedule(parallel.one_f_one_b(2, 1), [lambda hidden, x: x * 1], [{"x": torch.ones(1)}],
+                                      mesh.pp_groups, hidden_like=lambda b: b["x"], timeout=1)
+    gone = time.monotonic() - start
+    time.sleep(max(0, 4 - gone))
+    return gone
+
+
+def test_nobody_waits_longer_than_the_timeout(run_ranks):
+    for which in ("tp", "pp"):
+        assert 0.5 < run_ranks(waiting, 4, which)[0] < 3
 
 
 # ---- global quantities, the ledger -----------------------------------------------------------------------------------
@@ -669,6 +782,23 @@ def test_a_killed_rank_ends_the_others_and_all_start_again(corpus, tmp_path):
     assert "resuming   at step" in stdout and "stopped at step" in stdout
 
 
+def test_the_launcher_passes_signals_on_and_is_not_outlived(corpus, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "train.py"), *FAULTY, "--data", str(corpus), "--out", str(out), "--nproc",
+               "2", "--max-restarts", "3"]
+    early = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(children(early.pid)) == 2)
+    early.send_signal(signal.SIGTERM)                                          # before a rank can know what it means
+    said = early.communicate(timeout=20)[1]
+    assert early.returncode == 1 and said == "train.py: stopped before the run had begun\n"
+    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: steps_done(out) > 2)
+    ranks = children(launcher.pid)
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: not any(Path(f"/proc/{r}").exists() for r in ranks), 10)
+
+
 def failing(argv, raises):
     """A rank that torchrun started, of which one raises in its fifth step."""
     original = train.train_step
@@ -704,6 +834,7 @@ test_parallel.failing(sys.argv[4:], sys.argv[3] == "1")"""
             process.kill()
     assert [process.returncode for process in ranks] == [1, 1]
     assert "ValueError: the fan fell off" in said[1]
+    assert said[1].endswith("train.py: rank 1 failed with ValueError at step 4: the fan fell off\n")
     assert said[0].startswith("train.py: rank 0 lost the other ranks at step 4: ") and said[0].count("\n") == 1
 
 
