@@ -51,13 +51,13 @@ run: python parallel.py        (starts its own ranks)
 """
 
 import contextlib
-import fnmatch
 import math
 import time
 import zlib
 from collections import defaultdict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import torch
@@ -106,6 +106,14 @@ def reduce_scatter(x: Tensor, group, dim: int) -> Tensor:
     return out
 
 
+def gather_objects(x, group) -> list:
+    """Every rank's x, on every rank."""
+    everyone = [x] * size(group)
+    if group is not None:
+        dist.all_gather_object(everyone, x, group=group)
+    return everyone
+
+
 def set_timeout(group, seconds: float):
     """How long a rank waits for the group's others before it raises."""
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)          # torch has no public name for it
@@ -126,7 +134,7 @@ class Mesh:
         if min(rest, tp, pp) < 1 or rest * tp * pp != world:
             raise ValueError(f"dp x tp x pp must be the number of ranks: {dp or 'rest'} x {tp} x {pp} does not make "
                              f"{world}{'' if dist.is_initialized() else ' (torch.distributed is not initialised)'}")
-        self.dp, self.tp, self.pp = rest, tp, pp
+        self.dp, self.tp, self.pp, self.world = rest, tp, pp, dist.group.WORLD
         self.dp_group = self.tp_group = self.pp_group = self.pp_groups = self.ends_group = None
         if world > 1:
             mesh = dist.device_mesh.init_device_mesh(device_type, (pp, rest, tp), mesh_dim_names=("pp", "dp", "tp"))
@@ -143,7 +151,7 @@ class Mesh:
                     if group is not None:
                         set_timeout(group, timeout)
         # for CommLedger; one that is all of the world is that group
-        self.axes = {"world": dist.group.WORLD, "dp": self.dp_group, "tp": self.tp_group, "pp": self.pp_groups,
+        self.axes = {"world": self.world, "dp": self.dp_group, "tp": self.tp_group, "pp": self.pp_groups,
                      "ends": self.ends_group}
 
     dp_rank = property(lambda self: rank(self.dp_group))
@@ -284,55 +292,35 @@ class DataParallel(nn.Module):
 
 # ---- tensor and sequence parallelism ---------------------------------------------------------------------------------
 
-class CopyToTP(torch.autograd.Function):
-    """f: forward identity, backward all-reduce."""
+class Exchange(torch.autograd.Function):
+    """y = there(x), dx = back(dy): a collective and its adjoint."""
 
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return all_reduce(dy.clone(memory_format=torch.contiguous_format), ctx.group), None
-
-
-class ReduceFromTP(torch.autograd.Function):
-    """g: forward all-reduce, backward identity."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        return all_reduce(x.clone(memory_format=torch.contiguous_format), group)
+    def forward(ctx, x, there, back):
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     def backward(ctx, dy):
-        return dy, None
+        return ctx.back(dy), None, None
 
 
-class GatherSequence(torch.autograd.Function):
-    """f under sequence parallelism: forward all-gather, backward reduce-scatter. (B, T/n, C) -> (B, T, C)."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return all_gather(x, group, 1)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return reduce_scatter(dy, ctx.group, 1), None
+def collectives(group, sequence_parallel: bool):
+    """What stands before a column layer, and its adjoint, which stands behind a row layer: (f, g) as plain functions.
+    With sequence parallelism from (B, T/n, C) to (B, T, C), and back."""
+    if sequence_parallel:
+        return lambda x: all_gather(x, group, 1), lambda x: reduce_scatter(x, group, 1)
+    return lambda x: x.view_as(x), lambda x: all_reduce(x.clone(memory_format=torch.contiguous_format), group)
 
 
-class ScatterSequence(torch.autograd.Function):
-    """g under sequence parallelism: forward reduce-scatter, backward all-gather. (B, T, C) -> (B, T/n, C)."""
+def copy_to_tp_region(x: Tensor, group, sequence_parallel: bool = False) -> Tensor:
+    """f: forward identity, backward all-reduce; or forward all-gather, backward reduce-scatter."""
+    return Exchange.apply(x, *collectives(group, sequence_parallel))
 
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return reduce_scatter(x, group, 1)
 
-    @staticmethod
-    def backward(ctx, dy):
-        return all_gather(dy, ctx.group, 1), None
+def reduce_from_tp_region(x: Tensor, group, sequence_parallel: bool = False) -> Tensor:
+    """g: forward all-reduce, backward identity; or forward reduce-scatter, backward all-gather."""
+    return Exchange.apply(x, *reversed(collectives(group, sequence_parallel)))
 
 
 class Regather:
@@ -362,85 +350,84 @@ class Regather:
         return whole
 
 
-def enter(x: Tensor, group, sequence_parallel: bool, shared: dict | None = None):
-    """f(x) and the context to compute in, made once for all the layers that read x (q, k and v; gate and up): they
-    share a dict, which their parent's forward empties at its end. Under autocast x is cast here, so that what crosses
-    the wire, and what is kept, is what the layers multiply."""
-    made, key = {} if shared is None else shared, (id(x), x._version, torch.is_grad_enabled())
-    if key not in made:
-        low = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
-        whole = (GatherSequence if sequence_parallel else CopyToTP).apply(low, group)
-        made[key] = whole, Regather(low, whole, group).hooks if sequence_parallel else contextlib.nullcontext(), x
-    return made[key][:2]
-
-
-def leave(x: Tensor, group, sequence_parallel: bool) -> Tensor:
-    """g(x)."""
-    return (ScatterSequence if sequence_parallel else ReduceFromTP).apply(x, group)
-
-
-def shard(p: nn.Parameter | None, dim: int, group, made: dict):
-    """This rank's equal part of p along dim, with p's attributes and its own box. Tied parameters stay tied (made)."""
-    if p is None:
-        return None
+def shard(p: nn.Parameter, dim: int, group, made: dict) -> nn.Parameter:
+    """This rank's equal part of p along dim, with p's attributes and its own box; made: those there are already."""
     if p not in made:
-        n, part = size(group), p.shape[dim] // size(group)
+        part = p.shape[dim] // size(group)
         at = rank(group) * part
         new = nn.Parameter(p.detach().narrow(dim, at, part).clone(), requires_grad=p.requires_grad)
         new.__dict__.update(p.__dict__)
         start, _, full = p.box[dim]
         new.box = (*p.box[:dim], (start + at, start + at + part, full), *p.box[dim + 1:])
-        assert part * n == p.shape[dim]
         made[p] = new
     return made[p]
 
 
-class ColumnParallelLinear(nn.Module):
+class ParallelModule(nn.Module):
+    """A module's twin with this rank's part of its matrix: box says which. Tied matrices stay tied (made)."""
+
+    dim, lacks = 0, ()                                    # the matrix is split along dim; what the module must not have
+
+    def __init__(self, module: nn.Module, group=None, sequence_parallel: bool = False, made: dict | None = None):
+        super().__init__()
+        made = {} if made is None else made
+        self.weight, bias = shard(module.weight, self.dim, group, made), getattr(module, "bias", None)
+        self.bias = bias if self.dim or bias is None else shard(bias, 0, group, made)
+        self.group, self.sequence_parallel, self.shared = group, sequence_parallel, None
+
+    def enter(self, x):
+        """f(x) and the context to compute in, made once for all the layers that read x (q, k and v; gate and up): they
+        share a dict, which their parent's forward empties at its end. Under autocast x is cast here, so that what
+        crosses the wire, and what is kept, is what the layers multiply."""
+        made, key, kind = self.shared, (id(x), x._version, torch.is_grad_enabled()), x.device.type
+        if made is None or key not in made:
+            low = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+            whole = copy_to_tp_region(low, self.group, self.sequence_parallel)
+            keep = Regather(low, whole, self.group).hooks if self.sequence_parallel else contextlib.nullcontext()
+            if made is None:
+                return whole, keep
+            made[key] = whole, keep, x                                          # x stays, so that its id stays its own
+        return made[key][:2]
+
+    def leave(self, x):
+        """g(x)."""
+        return reduce_from_tp_region(x, self.group, self.sequence_parallel)
+
+
+class ColumnParallelLinear(ParallelModule):
     """y_r = f(x) W_r^T + b_r: this rank's part of the outputs. x (B, T, C), or its shard (B, T/n, C) -> (B, T, out/n).
 
     W_r (out/n, C), b_r (out/n): rows of W and b."""
 
-    def __init__(self, linear: nn.Linear, group, sequence_parallel=False, made=None):
-        super().__init__()
-        made = {} if made is None else made
-        self.weight, self.bias = shard(linear.weight, 0, group, made), shard(linear.bias, 0, group, made)
-        self.group, self.sequence_parallel, self.shared = group, sequence_parallel, None
-
     def forward(self, x):
-        whole, context = enter(x, self.group, self.sequence_parallel, self.shared)
+        whole, context = self.enter(x)
         with context:
             return F.linear(whole, self.weight, self.bias)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(ParallelModule):
     """y = g(x_r W_r^T) + b: x_r (B, T, in/n) is this rank's part of the inputs -> (B, T, C), or its shard (B, T/n, C).
 
     W_r (C, in/n): columns of W; b is whole, and added once, after the sum."""
 
-    def __init__(self, linear: nn.Linear, group, sequence_parallel=False, made=None):
-        super().__init__()
-        self.weight, self.bias = shard(linear.weight, 1, group, {} if made is None else made), linear.bias
-        self.group, self.sequence_parallel = group, sequence_parallel
+    dim = 1
 
     def forward(self, x):
-        y = leave(F.linear(x, self.weight), self.group, self.sequence_parallel)
+        y = self.leave(F.linear(x, self.weight))
         return y if self.bias is None else y + self.bias
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(ParallelModule):
     """A rank holds V/n rows: other tokens give 0 here and their row elsewhere; g adds. tokens (B, T) -> (B, T, C), or
     the shard (B, T/n, C)."""
 
-    def __init__(self, embedding: nn.Embedding, group, sequence_parallel=False, made=None):
-        super().__init__()
-        self.weight = shard(embedding.weight, 0, group, {} if made is None else made)
-        self.group, self.sequence_parallel = group, sequence_parallel
+    lacks = ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse")
 
     def forward(self, tokens):
         local = tokens - self.weight.box[0][0]
         elsewhere = (local < 0) | (local >= len(self.weight))
         x = F.embedding(local.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere[..., None], 0)
-        return leave(x, self.group, self.sequence_parallel)
+        return self.leave(x)
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
@@ -449,81 +436,65 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         z_r = x W_r^T     m = max over ranks of max z_r     l = sum over ranks of sum exp(z_r - m)
         nll = log l + m - z_target                          dz_r = w (exp(z_r - m) / l - [target here])
 
-    Three numbers a token cross the wire: m, then l and the target's logit. `rows` tokens at a time; as in one process,
-    gradients are taken while the logits are there: dx_r = dz_r W_r is this rank's part of dx, which f's backward sums.
+    Three numbers a token cross the wire: m, then l and the target's logit. `rows` tokens at a time, and gradients are
+    taken while the logits are there: dx_r = dz_r W_r is this rank's part of dx, which f's backward sums.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, weights, group, rows, with_grad):
-        ctx.dtypes, lo = (x.dtype, weight.dtype), weight.box[0][0]
-        acc = torch.promote_types(x.dtype, torch.float32)
-        if torch.is_autocast_enabled(x.device.type):
-            low = torch.get_autocast_dtype(x.device.type)
-            x, weight = x.to(low), weight.to(low)
-        nll = torch.empty(len(x), dtype=acc, device=x.device)
-        dx = torch.empty(x.shape, dtype=acc, device=x.device) if with_grad else None
-        dw = torch.zeros(weight.shape, dtype=acc, device=x.device) if with_grad else None
-        for start in range(0, len(x), rows):
-            at = slice(start, start + rows)
-            local, has_target = targets[at, None] - lo, targets[at, None] >= 0                         # (n, 1)
-            here = (local >= 0) & (local < len(weight)) & has_target
-            local = local.masked_fill(~here, 0)
-            z = (x[at] @ weight.T).to(acc)                                                             # (n, V/ranks)
+        W, lo, acc = weight.to(x.dtype), weight.box[0][0], weights.dtype
+        ctx.dtypes, nll, dx, dw = (x.dtype, weight.dtype), [], [], torch.zeros_like(W, dtype=acc) if with_grad else None
+        for x_i, target, w in zip(*(t.split(rows) for t in (x, targets[:, None], weights[:, None])), strict=True):
+            here, w = (target >= lo) & (target < lo + len(W)), w * (target >= 0)                       # (n, 1)
+            local = (target - lo).masked_fill(~here, 0)
+            # z = x W^T - m
+            z = (x_i @ W.T).to(acc)                                                                    # (n, V/ranks)
             z -= all_reduce(z.amax(1, keepdim=True), group, dist.ReduceOp.MAX)
+            # l = sum exp(z), and z_target from the rank that has it
             z_target = z.gather(1, local) * here
             p = z.exp_()
-            total, z_target = all_reduce(torch.stack((p.sum(1, keepdim=True), z_target)), group)
-            nll[at] = ((total.log() - z_target) * has_target)[:, 0]
+            l, z_target = all_reduce(torch.stack((p.sum(1, keepdim=True), z_target)), group)
+            nll.append((l.log() - z_target) * (target >= 0))
             if with_grad:
-                w = weights[at, None] * has_target
-                dz = p.mul_(w / total).scatter_add_(1, local, -w * here).to(weight.dtype)
-                dx[at] = dz @ weight
-                dw += dz.T @ x[at]
+                # dz = w (p / l - [target here])
+                dz = p.mul_(w / l).scatter_add_(1, local, -w * here).to(W.dtype)
+                dx.append((dz @ W).to(acc))
+                dw += dz.T @ x_i
+        nll = torch.cat(nll)[:, 0]
         if with_grad:
-            ctx.save_for_backward(dx, dw)
+            ctx.save_for_backward(torch.cat(dx), dw)
         ctx.mark_non_differentiable(nll)
         return (weights * nll).sum(), nll
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, _):
-        dx, dw = ctx.saved_tensors
-        return dx.mul_(g).to(ctx.dtypes[0]), dw.mul_(g).to(ctx.dtypes[1]), None, None, None, None, None
+        return *(d.mul_(g).to(dtype) for d, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)), *[None] * 5
 
 
-class VocabParallelHead(nn.Module):
+class VocabParallelHead(ParallelModule):
     """W_r (V/n, C). Without targets: logits (B, T, V), gathered, detached. With targets, weights (B, T): (loss, nll),
     the same on every rank of the group: loss = sum of weights * nll, nll (B, T) detached."""
 
-    def __init__(self, head: nn.Module, group, sequence_parallel=False, made=None):
-        super().__init__()
-        self.weight = shard(head.weight, 0, group, {} if made is None else made)
-        self.group, self.sequence_parallel = group, sequence_parallel
+    lacks = ("bias",)
 
     def forward(self, x, targets=None, weights=None):
-        x, _ = enter(x, self.group, self.sequence_parallel)                                           # (B, T, C)
+        acc = torch.promote_types(x.dtype, torch.float32)
+        x, _ = self.enter(x)                                                                          # (B, T, C)
         if targets is None:
             return all_gather(F.linear(x, self.weight).detach(), self.group, -1)
-        if weights is None:
-            weights = torch.ones(targets.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        weights = torch.ones_like(targets, dtype=acc) if weights is None else weights.to(acc)
         rows = max(256, (2**21 if x.device.type == "cpu" else 2**26) // len(self.weight))
         loss, nll = VocabParallelCrossEntropy.apply(x.flatten(0, -2), self.weight, targets.flatten(), weights.flatten(),
                                                     self.group, rows, torch.is_grad_enabled())
         return loss, nll.view(targets.shape)
 
 
-STYLES = {"column": ColumnParallelLinear, "row": RowParallelLinear, "vocab": VocabParallelEmbedding,
-          "head": VocabParallelHead, "positions": None, "partial": None}
+LINEARS = {"column": ColumnParallelLinear, "row": RowParallelLinear}
+STYLES = LINEARS | {"vocab": VocabParallelEmbedding, "head": VocabParallelHead}
 PLAN = {"*.[qkv]_proj": "column", "*.o_proj": "row", "*.gate_proj": "column", "*.up_proj": "column",
         "*.down_proj": "row", "*.[qk]_norm": "partial", "*embed_tokens": "vocab", "*embed_positions": "positions",
         "*lm_head": "head"}                           # Hugging Face's names of a Llama's, and of our GPT-2's, modules
-
-
-def name_pieces(module: nn.Module):
-    """Give parameters that have none their full_name and box: all of a tensor of that name."""
-    for name, p in module.named_parameters():
-        p.__dict__.setdefault("full_name", name)
-        p.__dict__.setdefault("box", tuple((0, n, n) for n in p.shape))
 
 
 def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN,
@@ -541,56 +512,48 @@ def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN,
     Raises ValueError, naming the module, for sizes and heads that the group's size does not divide, a module that is
     no linear or embedding, and a pattern of your plan that meets nothing.
     """
-    name_pieces(model)
-    if group is None:
-        return model
-    n, made, modules = size(group), {}, dict(model.named_modules())
-    styles, readers = {}, {}
-    for name in list(modules)[1:]:                                                      # the first is the model itself
-        pattern = next((x for x in plan if fnmatch.fnmatchcase(name, x)), None)
-        if pattern is not None:
-            styles[name] = pattern, plan[pattern]
-    idle = set(plan) - {pattern for pattern, _ in styles.values()}
-    if idle and (plan is not PLAN or not styles):
-        raise ValueError(f"plan must meet a module with each pattern, {', '.join(sorted(idle))} meets none")
+    for name, p in model.named_parameters():
+        p.__dict__.setdefault("full_name", name)
+        p.__dict__.setdefault("box", tuple((0, length, length) for length in p.shape))
+    n, made, readers, modules = size(group), {}, {}, dict(model.named_modules())
+    met = {name: pattern for name in list(modules)[1:] for pattern in reversed(plan) if fnmatchcase(name, pattern)}
+    if not met or plan is not PLAN and set(plan) - set(met.values()):
+        raise ValueError("plan must meet a module with each pattern, "
+                         f"{', '.join(sorted(set(plan) - set(met.values())))} meets none")
     if sequence_parallel is None:
-        sequence_parallel = any(style == "vocab" for _, style in styles.values())
-    for name, (_, style) in styles.items():
-        module = modules[name]
-        if style not in STYLES:
-            raise ValueError(f"{name}: its style must be one of {', '.join(STYLES)}, got {style!r}")
-        parent, _, child = name.rpartition(".")
+        sequence_parallel = "vocab" in map(plan.get, met.values())
+    for name, pattern in met.items():
+        module, style, (parent, _, child) = modules[name], plan[pattern], name.rpartition(".")
         parent = modules[parent]
-        if STYLES[style] is not None:
+        if style == "partial":
+            for p in module.parameters():
+                p.sum_over = (group,)
+        elif style == "positions":
+            if sequence_parallel:
+                module.register_forward_hook(lambda _, args, x: x.chunk(n, -2)[rank(group)])
+        elif style not in STYLES:
+            raise ValueError(f"{name}: its style must be one of {', '.join(STYLES)}, partial, positions, got {style!r}")
+        else:
+            twin, what = STYLES[style], type(module).__name__
             if getattr(getattr(module, "weight", None), "ndim", 0) != 2:
-                raise ValueError(f"{name}: style {style} needs a module with a matrix, got {type(module).__name__}")
-            for option in ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse") * (style == "vocab") + (
-                    "bias",) * (style == "head"):
+                raise ValueError(f"{name}: style {style} needs a module with a matrix, got {what}")
+            for option in twin.lacks:
                 value = getattr(module, option, None)
                 if value is not None and value is not False:
-                    raise ValueError(f"{name}: style {style} cannot do {option}, {type(module).__name__} has it")
-            dim = 1 if style == "row" else 0
-            unit = getattr(parent, "head_dim", 1) if style in ("row", "column") else 1
-            if module.weight.shape[dim] % (unit * n):
-                what = f"{module.weight.shape[dim] // unit} heads" if unit > 1 else f"size {module.weight.shape[dim]}"
-                raise ValueError(f"{name}: tp must divide its {what}, got {n}")
-            twin = STYLES[style](module, group, sequence_parallel, made)
-            setattr(parent, child, twin)
+                    raise ValueError(f"{name}: style {style} cannot do {option}, {what} has it")
+            length, unit = module.weight.shape[twin.dim], getattr(parent, "head_dim", 1) if style in LINEARS else 1
+            if length % (unit * n):
+                size_of = f"{length // unit} heads" if unit > 1 else f"size {length}"
+                raise ValueError(f"{name}: tp must divide its {size_of}, got {n}")
+            setattr(parent, child, twin(module, group, sequence_parallel, made))
             if style == "column":
                 if parent not in readers:
                     readers[parent] = {}
                     parent.register_forward_hook(lambda *_, shared=readers[parent]: shared.clear(), always_call=True)
-                twin.shared = readers[parent]
-        elif style == "partial":
-            for p in module.parameters():
-                p.sum_over = (group,)
-        elif sequence_parallel:
-            module.register_forward_hook(lambda _, args, x: x.chunk(n, -2)[rank(group)])
+                getattr(parent, child).shared = readers[parent]
     if sequence_parallel:
-        split = set(made.values())
-        for p in model.parameters():
-            if p not in split:
-                p.sum_over = (group,)
+        for p in set(model.parameters()) - set(made.values()):
+            p.sum_over = (group,)
     return model
 
 
@@ -606,40 +569,35 @@ class Op(NamedTuple):
         return f"{self.kind}{self.micro_batch}" + (f".{self.chunk}" if self.chunk else "")
 
 
+def run_ahead(p: int, m: int, v: int, ahead) -> list[list[Op]]:
+    """Rank r runs ahead(r) forwards, then one forward and one backward in turns, then the backwards that are left. With
+    v chunks a rank, p micro-batches go through one chunk before the next. The number ahead is all that differs:"""
+    rounds = [range(i, min(i + p, m)) for i in range(0, m, p)]
+    forward = [Op("F", i, c) for few in rounds for c in range(v) for i in few]
+    backward = [Op("B", i, c) for few in rounds for c in reversed(range(v)) for i in few]
+    schedule = []
+    for r in range(p):
+        n = min(ahead(r), m * v)
+        turns = [op for pair in zip(forward[n:], backward, strict=False) for op in pair]
+        schedule.append(forward[:n] + turns + backward[m * v - n:])
+    return schedule
+
+
 def gpipe(p: int, m: int) -> list[list[Op]]:
-    """Each of p ranks: m forwards, then m backwards."""
-    return [[Op(kind, i) for kind in "FB" for i in range(m)] for _ in range(p)]
+    """All of the forwards."""
+    return run_ahead(p, m, 1, lambda r: m)
 
 
 def one_f_one_b(p: int, m: int) -> list[list[Op]]:
-    """Rank r runs p - 1 - r forwards ahead, then one forward, one backward, then the backwards that are left."""
-    schedule = []
-    for r in range(p):
-        ahead = min(p - 1 - r, m)
-        ops = [Op("F", i) for i in range(ahead)]
-        for i in range(m - ahead):
-            ops += [Op("F", ahead + i), Op("B", i)]
-        schedule.append(ops + [Op("B", i) for i in range(m - ahead, m)])
-    return schedule
+    """As many as there are ranks behind."""
+    return run_ahead(p, m, 1, lambda r: p - 1 - r)
 
 
 def interleaved(p: int, m: int, v: int = 2) -> list[list[Op]]:
-    """1f1b over v chunks a rank, p micro-batches through one chunk before the next. Raises ValueError unless p divides
-    m."""
+    """Enough for the first micro-batches to be through all chunks. Raises ValueError unless p divides m."""
     if m % p:
         raise ValueError(f"interleaved: the number of micro-batches must be a multiple of pp {p}, got {m}")
-    if v == 1:
-        return one_f_one_b(p, m)
-    forward = [Op("F", i + j, c) for i in range(0, m, p) for c in range(v) for j in range(p)]
-    backward = [Op("B", i + j, c) for i in range(0, m, p) for c in reversed(range(v)) for j in range(p)]
-    schedule = []
-    for r in range(p):
-        ahead = min(2 * (p - 1 - r) + (v - 1) * p, m * v)
-        ops = forward[:ahead]
-        for pair in zip(forward[ahead:], backward, strict=False):
-            ops += pair
-        schedule.append(ops + backward[m * v - ahead:])
-    return schedule
+    return run_ahead(p, m, v, lambda r: (p - 1 - r) * min(v, 2) + (v - 1) * p)
 
 
 def zero_bubble(p: int, m: int) -> list[list[Op]]:
@@ -668,14 +626,15 @@ def stage(op: Op, r: int, p: int) -> int:
     return op.chunk * p + r
 
 
-def needs(op: Op, s: int, last: int):
-    """What must have happened before op can run in stage s: a list of (kind, micro-batch, stage)."""
-    i = op.micro_batch
-    if op.kind == "F":
-        return [("F", i, s - 1)] if s else []
-    if op.kind == "B":
-        return [("F", i, s)] + ([("B", i, s + 1)] if s < last else [])
-    return [("B", i, s)]
+def awaits(op: Op, s: int, last: int):
+    """The message that op needs in stage s, from the stage before or behind: (kind, micro-batch, s), or None."""
+    return (op.kind, op.micro_batch, s) if op.kind == "F" and s > 0 or op.kind == "B" and s < last else None
+
+
+def passes_on(op: Op, s: int, last: int):
+    """The message that op's result is: a hidden state to the next stage, its gradient to the one before; or None."""
+    to = s + {"F": 1, "B": -1, "W": last + 1}[op.kind]
+    return (op.kind, op.micro_batch, to) if 0 <= to <= last else None
 
 
 @dataclass
@@ -683,7 +642,7 @@ class Timeline:
     events: list             # for each rank: [(op, start, end), ...]
     duration: float
     bubble: float            # share of the ranks' time in which nothing runs
-    stored: list             # for each rank: the most micro-batches x chunks stored at once
+    stored: list = ()        # for each rank, on paper: the most micro-batches x chunks stored at once
 
 
 def simulate(schedule, forward: float = 1.0, backward: float = 1.0, weight: float = 1.0, p2p: float = 0.0) -> Timeline:
@@ -703,22 +662,24 @@ def simulate(schedule, forward: float = 1.0, backward: float = 1.0, weight: floa
             wrong = [str(op) for op in expected.symmetric_difference(ops)] or ["one twice"]
             raise ValueError(f"schedule must hold each operation once, rank {r} differs in {', '.join(wrong[:4])}")
     cost = {"F": forward, "B": backward + (0 if split else weight), "W": weight}
-    done, free, events, position = {}, [0.0] * p, [[] for _ in range(p)], [0] * p
+    arrived, done, free, events = {}, set(), [0.0] * p, [[] for _ in range(p)]
     moved = True
     while moved:
         moved = False
         for r, ops in enumerate(schedule):
-            while position[r] < len(ops):
-                op = ops[position[r]]
+            for op in ops[len(events[r]):]:
                 s = stage(op, r, p)
-                before = needs(op, s, last)
-                if not all(x in done for x in before):
+                message, before = awaits(op, s, last), op._replace(kind={"B": "F", "W": "B"}.get(op.kind, ""))
+                if message is not None and message not in arrived or before.kind and (r, before) not in done:
                     break
-                start = max([free[r]] + [done[x] + (p2p if x[2] % p != r else 0) for x in before])
-                free[r] = done[op.kind, op.micro_batch, s] = start + cost[op.kind]
+                start = max(free[r], arrived.get(message, 0.0))
+                free[r] = start + cost[op.kind]
                 events[r].append((op, start, free[r]))
-                position[r], moved = position[r] + 1, True
-    stuck = [f"rank {r} at {ops[position[r]]}" for r, ops in enumerate(schedule) if position[r] < len(ops)]
+                done.add((r, op))
+                if (sent := passes_on(op, s, last)) is not None:
+                    arrived[sent] = free[r] + (p2p if sent[2] % p != r else 0)
+                moved = True
+    stuck = [f"rank {r} at {ops[len(events[r])]}" for r, ops in enumerate(schedule) if len(events[r]) < len(ops)]
     if stuck:
         raise ValueError(f"schedule must not wait for itself: {', '.join(stuck)}")
     stored = []
@@ -728,8 +689,16 @@ def simulate(schedule, forward: float = 1.0, backward: float = 1.0, weight: floa
             held += {"F": 1, "B": 0 if split else -1, "W": -1}[op.kind]
             most = max(most, held)
         stored.append(most)
+    return replace(executed_timeline(events), stored=stored)
+
+
+def executed_timeline(clocks: list) -> Timeline:
+    """(op, start, end) of each rank, by a clock that the ranks share, from 0 on."""
+    zero = min(start for line in clocks for _, start, _ in line)
+    events = [[(op, start - zero, end - zero) for op, start, end in line] for line in clocks]
+    duration = max(end for line in events for *_, end in line)
     busy = sum(end - start for line in events for _, start, end in line)
-    return Timeline(events, max(free), 1 - busy / (p * max(free)), stored)
+    return Timeline(events, duration, 1 - busy / (len(events) * duration))
 
 
 def draw(timeline: Timeline, width: int = 100) -> str:
@@ -788,15 +757,10 @@ class SplitLinears(TorchFunctionMode):
 
 
 def messages(schedule, source: int, target: int) -> list:
-    """What one rank sends another, in its order: [(kind, micro-batch, stage that needs it), ...]."""
+    """What one rank sends another, in its order."""
     p, last = len(schedule), len(schedule) * (1 + max(op.chunk for op in schedule[0])) - 1
-    sent = []
-    for op in schedule[source]:
-        s = stage(op, source, p)
-        to = s + {"F": 1, "B": -1, "W": last + 1}[op.kind]
-        if 0 <= to <= last and to % p == target:
-            sent.append((op.kind, op.micro_batch, to))
-    return sent
+    sent = [passes_on(op, stage(op, source, p), last) for op in schedule[source]]
+    return [x for x in sent if x is not None and x[2] % p == target]
 
 
 class Channels:
@@ -809,38 +773,34 @@ class Channels:
         self.coming = {source: deque(messages(schedule, source, self.rank)) for source in range(self.p)}
         self.arriving, self.sending, self.here = {}, [], {}
 
-    def send(self, x: Tensor, key):
-        target = key[2] % self.p
+    def send(self, x: Tensor, message):
+        target = message[2] % self.p
         if target == self.rank:
-            self.here[key] = x
+            self.here[message] = x
             return
         x = x.contiguous()
-        self.sending = [(work, kept) for work, kept in self.sending if not work.is_completed()]
-        self.sending.append((dist.isend(x, group=self.groups[target > self.rank], group_dst=target), x))
+        self.sending = [(x, work) for x, work in self.sending if not work.is_completed()]
+        self.sending.append((x, dist.isend(x, group=self.groups[target > self.rank], group_dst=target)))
 
-    def receive(self, key, source_stage: int, like):
-        """The message; like(micro_batch) gives an empty tensor of its shape."""
-        source = source_stage % self.p
+    def receive(self, message, like):
+        """like(micro_batch) gives an empty tensor of its shape."""
+        source = (message[2] + (-1 if message[0] == "F" else 1)) % self.p
         if source == self.rank:
-            return self.here.pop(key)
-        while key not in self.arriving:
-            next_key = self.coming[source].popleft()
-            x = like(next_key[1])
-            self.arriving[next_key] = x, dist.irecv(x, group=self.groups[self.rank > source], group_src=source)
-        x, work = self.arriving.pop(key)
-        self.wait(work, x)
+            return self.here.pop(message)
+        while message not in self.arriving:
+            coming = self.coming[source].popleft()
+            x = like(coming[1])
+            self.arriving[coming] = x, dist.irecv(x, group=self.groups[self.rank > source], group_src=source)
+        return self.wait(*self.arriving.pop(message))
+
+    def wait(self, x, work):
+        # gloo's messages do not know their group's timeout; NCCL's do, and there a host need not wait for its device
+        work.wait(self.timeout) if x.device.type == "cpu" else work.wait()
         return x
 
-    def wait(self, work, x):
-        if x.device.type == "cpu":
-            work.wait(self.timeout)                                # gloo's messages do not know the group's
-        else:
-            work.wait()                                            # NCCL's do, and a host need not wait for a device
-
     def finish(self):
-        for work, x in self.sending:
-            self.wait(work, x)
-        self.sending = []
+        while self.sending:
+            self.wait(*self.sending.pop())
 
 
 def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_like=None, no_sync=contextlib.nullcontext,
@@ -866,9 +826,6 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
     final = {(op.kind, op.chunk): op for op in mine}                       # of each chunk: the last B, the last W
     kept, queues, nlls = {}, defaultdict(list), [None] * len(batches)
 
-    def empty(i):
-        return hidden_like(batches[i])
-
     def backward(tensor, gradient, more: bool):
         """more: what gets a gradient here will get another."""
         with no_sync() if more else contextlib.nullcontext():
@@ -878,29 +835,27 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
         asked = time.perf_counter()
         kind, i, c = op
         s = stage(op, channels.rank, p)
-        hidden = gradient = None
-        if kind == "F" and s:
-            hidden = channels.receive(("F", i, s), s - 1, empty).requires_grad_("B" in kinds)
-        if kind == "B":
-            gradient = seed if s == last else channels.receive(("B", i, s), s + 1, empty)
+        message, target = awaits(op, s, last), passes_on(op, s, last)
+        got = None if message is None else channels.receive(message, lambda i: hidden_like(batches[i]))
         start = time.perf_counter()
         if kind == "F":
+            hidden = None if got is None else got.requires_grad_("B" in kinds)
             with SplitLinears(queues[i, c]) if "W" in kinds else torch.set_grad_enabled("B" in kinds):
                 out = chunks[c](hidden=hidden, **batches[i])
-            if s == last:
+            if target is None:
                 out, nlls[i] = out
             else:
-                channels.send(out.detach(), ("F", i, s + 1))
+                channels.send(out.detach(), target)
             if "B" in kinds:
                 edge = torch.autograd.graph.get_gradient_edge(out) if out.requires_grad else None       # None: frozen
-                kept[i, c] = hidden, edge, out.detach() if s == last else None
+                kept[i, c] = hidden, edge, torch.full_like(out, seed) if target is None else None
             del out
         elif kind == "B":
-            hidden, edge, loss = kept.pop((i, c))
+            hidden, edge, gradient = kept.pop((i, c))
             if edge is not None:
-                backward(edge, gradient if loss is None else torch.full_like(loss, gradient), op != final["B", c])
-            if s:
-                channels.send(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad, ("B", i, s - 1))
+                backward(edge, got if gradient is None else gradient, op != final["B", c])
+            if target is not None:
+                channels.send(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad, target)
         else:
             parts = queues.pop((i, c), [])
             while parts:                                                  # one gradient at a time: each frees its input
@@ -938,10 +893,7 @@ def owned(params, group=None) -> list:
     Raises ValueError, naming the tensor, if together they do not cover every tensor once.
     """
     params = list(params)
-    everyone = [[piece(p) for p in params]]
-    if group is not None:
-        everyone = [None] * size(group)
-        dist.all_gather_object(everyone, [piece(p) for p in params], group=group)
+    everyone = gather_objects([piece(p) for p in params], group)
     covered, wanted = defaultdict(int), {}
     for name, box, flat in {x for pieces in everyone for x in pieces}:
         covered[name] += math.prod(b - a for a, b, _ in box) if flat is None else flat[1] - flat[0]
@@ -965,12 +917,8 @@ def squared_norm(tensors) -> Tensor:
 def check_replicas(params, group=None):
     """Raises RuntimeError naming the parameter and two ranks whose copies of the same piece differ in a bit."""
     mine = [(piece(p), zlib.crc32(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())) for p in params]
-    everyone = [mine]
-    if group is not None:
-        everyone = [None] * size(group)
-        dist.all_gather_object(everyone, mine, group=group)
     seen = {}
-    for r, pieces in enumerate(everyone):
+    for r, pieces in enumerate(gather_objects(mine, group)):
         for key, crc in pieces:
             first, expected = seen.setdefault(key, (r, crc))
             if crc != expected:
@@ -1037,168 +985,164 @@ class CommLedger(TorchDispatchMode):
         return len(chosen) if field == "calls" else sum(getattr(x, field) for x in chosen)
 
 
-def check_sequences(sequences: list[list[Call]], axis: str):
-    """The calls of all members of one group, each in its order, must fit: the same collectives, and to every send a
-    receive, in order, for each pair. sequences[r]: of the group's rank r. Raises ValueError with what does not.
-    """
-    lines = [[x for x in calls if x.axis == axis] for calls in sequences]
-    collectives = [[(x.collective, x.shape, x.dtype) for x in line if x.peer is None] for line in lines]
-    for r, line in enumerate(collectives):
-        if line != collectives[0]:
-            at = next((i for i, (a, b) in enumerate(zip(line, collectives[0], strict=False)) if a != b),
-                      min(len(line), len(collectives[0])))
-            raise ValueError(f"{axis}: ranks 0 and {r} must issue the same calls, they differ from call {at} on")
-    for a, b in ((a, b) for a in range(len(lines)) for b in range(len(lines))):
-        sent, received = ([(x.shape, x.dtype) for x in lines[r] if (x.collective, x.peer) == (kind, other)]
-                          for r, kind, other in ((a, "send", b), (b, "recv", a)))
-        if sent != received:
-            raise ValueError(f"{axis}: rank {a} must send {b} what it receives, {len(sent)} against {len(received)}")
-
-
-def step_calls(mesh: Mesh, stages, layers: int, params, *, micro_batches: int, shape, sequence_parallel: bool,
-               itemsize: int = 4, recompute: bool = False) -> dict:
+def step_calls(mesh: Mesh, stages, pairs: int, params, *, micro_batches: int, shape, sequence_parallel: bool,
+               itemsize: int = 4, recomputed: int = 0) -> dict:
     """What one training step of this rank says to the others, from the formulas: {(axis, collective): (calls, bytes)}.
 
-    stages: (this rank's, how many there are); layers: in this rank's stages; params: its parameters; shape: (B, T, C)
-    of a micro-batch; itemsize: of hidden states; recompute: whole blocks run again in backward (but for the g at their
-    end, whose result nobody keeps). Calls None: as many as there are buckets, or chunks of the loss.
+    stages: (this rank's, how many there are); pairs of a column and a row layer in them; params: this rank's; shape:
+    (B, T, C) of a micro-batch; itemsize: of hidden states; recomputed: blocks that run again in backward (but for the g
+    at their end, whose result nobody keeps). Calls None: as many as there are buckets, or chunks of the loss.
     """
-    (mine, of), (B, T, C) = stages, shape
-    first, last, m = 0 in mine, of - 1 in mine, micro_batches
-    hidden, acc = B * T * C * itemsize, max(4, itemsize)
-    calls = {}
+    (mine, of), (B, T, C), m = stages, shape, micro_batches
+    first, last, hidden, acc = 0 in mine, of - 1 in mine, B * T * C * itemsize, max(4, itemsize)
+    again = pairs if recomputed else 0
+    partial = {group: sum(p.nbytes for p in params if group is not None and group in getattr(p, "sum_over", ()))
+               for group in (mesh.tp_group, mesh.ends_group)}
+    calls = {("world", "all_reduce"): (1, 3 * 8)}                                     # loss, squared norm, please stop
     if mesh.dp > 1:                                        # gradients; which there are; the number of targets
-        size_of = sum(p.numel() * p.element_size() for p in params)
-        calls["dp", "all_reduce"] = None, size_of + len(params) + 8
+        calls["dp", "all_reduce"] = None, sum(p.nbytes for p in params) + len(params) + 8
     if mesh.tp > 1:
         ends = first + last                                                      # g of the embedding, f of the head
-        partial = sum(p.nbytes for p in params if mesh.tp_group in getattr(p, "sum_over", ()))
-        loss = m * last * 3 * B * T * acc                                                # max; sum, target's logit
-        sums = m * ((4 + recompute) * layers + ends)                                # 2 g, 2 adjoints of f a layer
-        if sequence_parallel:                              # gathers: 2 f, 2 adjoints of g, and 2 f again in backward
-            gathers = m * ((6 + 2 * recompute) * layers + ends)
+        sums = m * (2 * pairs + again - recomputed + ends)                                       # g, and f's adjoint
+        other = m * last * 3 * B * T * acc + partial[mesh.tp_group]                  # m, l, z_target; norms' gradients
+        if sequence_parallel:
+            gathers = m * (3 * pairs + again + ends)                             # f, g's adjoint, f again in backward
             calls["tp", "all_gather"] = gathers, gathers * hidden
             calls["tp", "reduce_scatter"] = sums, sums * hidden
-            calls["tp", "all_reduce"] = None, loss + partial
-        else:
-            calls["tp", "all_reduce"] = None, sums * hidden + loss + partial
+        calls["tp", "all_reduce"] = None, other + (0 if sequence_parallel else sums * hidden)
     if mesh.pp > 1:
+        messages = m * sum((s < of - 1) + (s > 0) for s in mine)
         part = hidden // (mesh.tp if sequence_parallel else 1)
-        boundaries = sum((s < of - 1) + (s > 0) for s in mine)
-        calls["pp", "send"] = calls["pp", "recv"] = m * boundaries, m * boundaries * part
-        tied = sum(p.nbytes for p in params if mesh.ends_group and mesh.ends_group in getattr(p, "sum_over", ()))
-        if tied:
-            calls["ends", "all_reduce"] = 1, tied
-    if mesh.dp * mesh.tp * mesh.pp == 1:
-        return {}
-    world = next((x for x in ("dp", "tp") if getattr(mesh, x) == mesh.dp * mesh.tp * mesh.pp), "world")
-    before = calls.get((world, "all_reduce"), (0, 0))[1]
-    calls[world, "all_reduce"] = None, before + 3 * 8                                 # loss, squared norm, please stop
-    return {key: value for key, value in calls.items() if value[1]}
+        calls["pp", "send"] = calls["pp", "recv"] = messages, messages * part
+        calls["ends", "all_reduce"] = 1, partial[mesh.ends_group]                                      # a tied weight
+    for axis in ("dp", "tp"):                              # a group that is all of the world goes by the axis' name
+        if getattr(mesh, axis) == mesh.dp * mesh.tp * mesh.pp > 1:
+            calls[axis, "all_reduce"] = None, calls[axis, "all_reduce"][1] + calls.pop(("world", "all_reduce"))[1]
+    return {key: value for key, value in calls.items() if value[1] and mesh.dp * mesh.tp * mesh.pp > 1}
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------------
 
-def demo_run(flags: str, steps: int = 2):
-    """Steps of a small model on random tokens, as train.py takes them -> losses; events, Calls, formula of the last."""
-    import train
-    c = train.parse_config(f"""--n-layer 4 --n-head 4 --n-embd 64 --seq-len 64 --vocab-size 512 --tie-embeddings
-        --global-batch-size 8 --micro-batch-size 1 --adam-eps 1e-6 --lr 0.01 --no-document-mask --device cpu {flags}
-        """.split())
-    world = train.World(c)
-    model = train.Model(c, world, dtype=torch.float64)
-    optimizer, mesh, m = train.make_optimizer(model, c), world.mesh, c.global_batch_size // world.mesh.dp
-    losses, ledger = [], CommLedger(mesh.axes)
-    for step in range(steps):
-        x = torch.randint(512, (8, 65), generator=torch.Generator().manual_seed(step))
-        mine = ({"tokens": row[None, :-1], "targets": row[None, 1:]} for row in x[mesh.dp_rank * m:][:m])
-        events = []
-        model.on_op = lambda op, asked, start, end, events=events: events.append((op, start, end))
-        with ledger if step == steps - 1 else contextlib.nullcontext():
-            losses.append(train.train_step(model, optimizer, mine, step, c, world)[0])
-    check_replicas(model.parameters(), world.host)
-    chunks = model.ddp.module
-    formula = step_calls(mesh, ([chunk * c.pp + mesh.pp_rank for chunk in range(len(chunks))], train.stages(c)),
-                         sum(len(chunk.model.layers) for chunk in chunks), list(model.parameters()), micro_batches=m,
-                         shape=(1, 64, 64), sequence_parallel=c.sequence_parallel, itemsize=8)
-    return losses, events, ledger.calls, formula
-
-
 def demo():
-    """The claims of this file, measured | predicted, asserted: four ranks on this CPU, under half a minute. Starts its
-    own ranks, or is one of four that torchrun started."""
+    """The claims of this file, measured | predicted | error, asserted: four ranks on this CPU, under half a minute.
+    Starts its own ranks, or is one of four that torchrun started."""
     import multiprocessing
     import os
     import tempfile
+
+    class Toy(nn.Module):
+        """Embedding, four residual MLPs, head."""
+
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.head = nn.Embedding(64, 16), nn.Linear(16, 64, bias=False)
+            self.layers = nn.ModuleDict({str(i): nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(),
+                                                               nn.Linear(32, 16)) for i in range(4)})
+
+        def forward(self, tokens, targets, hidden=None):
+            x = self.embed(tokens) if hidden is None else hidden
+            for layer in self.layers.values():
+                x = x + layer(x)
+            return x if self.head is None else self.head(x, targets)
+
+    def make_stage(s, of, mesh, sequence_parallel):
+        toy = tensor_parallel(Toy().double(), mesh.tp_group, sequence_parallel=sequence_parallel,
+                              plan={"embed": "vocab", "head": "head", "layers.*.1": "column", "layers.*.3": "row"})
+        for i in range(4):
+            if not s * 4 // of <= i < (s + 1) * 4 // of:
+                del toy.layers[str(i)]
+        toy.embed, toy.head = toy.embed if s == 0 else None, toy.head if s == of - 1 else None
+        return toy
+
+    def train(mesh, order, v=1, sequence_parallel=True):
+        """Two steps -> losses; events, Calls, formula of the last."""
+        of, m, stages = mesh.pp * v, 8 // mesh.dp, [c * mesh.pp + mesh.pp_rank for c in range(v)]
+        model = DataParallel(nn.ModuleList(make_stage(s, of, mesh, sequence_parallel) for s in stages), mesh.dp_group)
+        optimizer, mine = torch.optim.AdamW(model.parameters(), 0.01), owned(model.parameters(), mesh.world)
+        losses, counts = [], mesh.pp_rank == mesh.pp - 1 and mesh.tp_rank == 0
+        for step in range(2):
+            x = torch.randint(64, (8, 9), generator=torch.Generator().manual_seed(step))[mesh.dp_rank * m:][:m]
+            events = []
+            with CommLedger(mesh.axes) as ledger:
+                N = all_reduce(torch.tensor(m * 8), mesh.dp_group)
+                nll = run_schedule(order, model.module, [dict(tokens=y[None, :-1], targets=y[None, 1:]) for y in x],
+                                   mesh.pp_groups, seed=1 / N, no_sync=model.no_sync,
+                                   hidden_like=lambda b: torch.empty(1, 8 // (mesh.tp if sequence_parallel else 1), 16,
+                                                                     dtype=torch.float64),
+                                   on_op=lambda op, asked, *clocks, to=events: to.append((op, *clocks)))
+                model.finish_gradient_synchronization()
+                reduce_partial_gradients(model.parameters())
+                total = torch.zeros(3, dtype=torch.float64)
+                total[0] = sum(y.sum() for y in nll) / N if counts else 0
+                total[1] = squared_norm(p.grad for p in mine)
+                losses.append(all_reduce(total, mesh.world)[:2].tolist())
+            optimizer.step()
+            optimizer.zero_grad()
+        check_replicas(model.parameters(), mesh.world)
+        formula = step_calls(mesh, (stages, of), sum(len(x.layers) for x in model.module), list(model.parameters()),
+                             micro_batches=m, shape=(1, 8, 16), sequence_parallel=sequence_parallel, itemsize=8)
+        return torch.tensor(losses, dtype=torch.float64), events, ledger.calls, formula
+
+    def run(r, store):
+        torch.set_num_threads(1)
+        say = print if r == 0 else (lambda *_: None)
+        alone = train(Mesh(), one_f_one_b(1, 8))[0]                                    # the run that all others must be
+        dist.init_process_group("gloo", init_method=store, rank=r, world_size=4)
+        mesh = Mesh(1, 2, 2)
+        say("ranks of a mesh pp 2 x dp 1 x tp 2, as (pp, dp, tp):  ", *(f"{x}: {mesh.place(x)}" for x in range(4)))
+        say("\n4 layers, 8 micro-batches, float64, two steps; calls of rank 0 in a step, payload in bytes\n"
+            f"dp tp pp  {'':<24}largest error       bytes measured | predicted | error")
+        for degrees, name, order, v, sp in (
+                ((4, 1, 1), "", one_f_one_b(1, 2), 1, True), ((1, 4, 1), "", one_f_one_b(1, 8), 1, True),
+                ((1, 4, 1), "no sequence parallelism", one_f_one_b(1, 8), 1, False),
+                ((2, 2, 1), "", one_f_one_b(1, 4), 1, True), ((1, 1, 4), "gpipe", gpipe(4, 8), 1, True),
+                ((1, 1, 4), "1f1b", one_f_one_b(4, 8), 1, True), ((1, 1, 4), "zb", zero_bubble(4, 8), 1, True),
+                ((2, 1, 2), "interleaved", interleaved(2, 4), 2, True), ((1, 2, 2), "zb", zero_bubble(2, 8), 1, True)):
+            losses, events, calls, formula = train(Mesh(*degrees), order, v, sp)
+            error, counted = (losses - alone).abs().max().item(), {}
+            for call in calls:
+                number, payload = counted.get((call.axis, call.collective), (0, 0))
+                counted[call.axis, call.collective] = number + 1, payload + call.bytes
+            assert error < 1e-10 and counted.keys() == formula.keys()
+            for key, (number, payload) in formula.items():
+                assert counted[key] == (number or counted[key][0], payload), (degrees, name, key)
+            shown = [f"{axis} {what} {counted[axis, what][1]:,} | {payload:,} | 0" for (axis, what), (_, payload)
+                     in formula.items() if axis != "world" and what != "recv"]
+            say(f" {'  '.join(map(str, degrees))}  {name:<24}{error:<21.0e}{'   '.join(shown)}")
+        executed = gather_objects(events, mesh.world)[::2]                                  # the stages of one pipeline
+
+        say("\nbubble / ideal time, stored micro-batches; simulated | formula; 4 stages, 8 micro-batches, F = B = W")
+        for name, schedule, predicted, v, kept in (
+                ("gpipe", gpipe(4, 8), 3 / 8, 1, 8), ("1f1b", one_f_one_b(4, 8), 3 / 8, 1, 4),
+                ("interleaved, v = 2", interleaved(4, 8, 2), 3 / 16, 2, 4 * (1 + 3 / 8)),
+                ("zero bubble (ZB-H1)", zero_bubble(4, 8), 3 / 8 / 3, 1, 4)):
+            timeline = simulate(schedule)
+            waste, stored = timeline.bubble / (1 - timeline.bubble), max(timeline.stored) / v
+            say(f"{name:<22} {waste:.4f} | {predicted:.4f}   stored {stored:g} | {kept:g}\n{draw(timeline)}\n")
+            assert abs(waste - predicted) < 1e-12 and stored == kept
+        # Qi et al. 2023, tables 5 and 9: profiled milliseconds of the 1.5 B model, 8 stages, 24 micro-batches
+        for name, schedule, published in (("1f1b", one_f_one_b, 0.2431), ("zero bubble", zero_bubble, 0.1585)):
+            bubble = simulate(schedule(8, 24), 18.522, 18.086, 9.337, 0.601).bubble
+            say(f"{name:<12} with the paper's times: bubble {bubble:.4f} | {published}")
+            assert round(bubble, 4) == published
+        timeline = executed_timeline(executed)
+        say(f"\nexecuted here, pp 2 x tp 2, zero bubble: {timeline.duration * 1e3:.0f} ms, bubble "
+            f"{timeline.bubble:.2f}, {os.cpu_count()} cores\n{draw(timeline)}")
+        assert [[op for op, *_ in line] for line in timeline.events] == zero_bubble(2, 8) and 7e9 * 16 == 112e9
+        dist.destroy_process_group()
+
     if "RANK" in os.environ:
-        demo_rank(int(os.environ["RANK"]), "env://")
+        run(int(os.environ["RANK"]), "env://")
         return
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context("fork")                                     # nothing has run here yet
-        ranks = [context.Process(target=demo_rank, args=(r, f"file://{folder}/store")) for r in range(4)]
+        ranks = [context.Process(target=run, args=(r, f"file://{folder}/store")) for r in range(4)]
         for process in ranks:
             process.start()
         for process in ranks:
             process.join()
     assert [process.exitcode for process in ranks] == [0] * 4, "a rank failed"
-
-
-def demo_rank(r: int, store: str):
-    import os
-    torch.set_num_threads(1)
-    for name in ("RANK", "WORLD_SIZE"):
-        os.environ.pop(name, None)
-    alone = demo_run("")[0]                                                            # the run that all others must be
-    dist.init_process_group("gloo", init_method=store, rank=r, world_size=4)
-    say = print if r == 0 else (lambda *_: None)
-    mesh = Mesh(1, 2, 2)
-    say("ranks of a mesh pp 2 x dp 1 x tp 2, as (pp, dp, tp):  ", *(f"{x}: {mesh.place(x)}" for x in range(4)))
-    say(f"\n4 layers, 8 micro-batches of 64 tokens, float64; losses of one process: {[round(x, 6) for x in alone]}\n\n"
-        "layout                                difference   bytes of rank 0's calls in a step, counted | predicted")
-    for flags in ("--dp 4", "--tp 4", "--tp 4 --no-sequence-parallel", "--dp 2 --tp 2", "--pp 4 --pp-schedule gpipe",
-                  "--pp 4 --pp-schedule 1f1b", "--pp 4 --pp-schedule zb", "--dp 2 --pp 2 --pp-schedule interleaved",
-                  "--tp 2 --pp 2 --pp-schedule zb"):
-        losses, events, calls, formula = demo_run(flags)
-        difference = max(abs(a - b) for a, b in zip(losses, alone, strict=True))
-        counted = defaultdict(lambda: [0, 0])
-        for call in calls:
-            counted[call.axis, call.collective][0] += 1
-            counted[call.axis, call.collective][1] += call.bytes
-        assert difference < 1e-10 and counted.keys() == formula.keys(), (flags, counted, formula)
-        for key, (number, payload) in formula.items():
-            assert counted[key][1] == payload and number in (None, counted[key][0]), (flags, key, counted[key])
-        shown = "   ".join(f"{axis} {what} {counted[axis, what][1]:,} | {payload:,}" for (axis, what), (_, payload)
-                           in formula.items() if axis != "world" and what != "recv")
-        say(f"{flags:<38}{difference:.0e}        {shown}")
-        everyone = [None] * 4
-        dist.all_gather_object(everyone, events)
-        if flags == "--tp 2 --pp 2 --pp-schedule zb":
-            executed = everyone[::2]                                              # the stages of one pipeline
-
-    say("\nbubble / ideal time, stored micro-batches, simulated | formula: 4 stages, 8 micro-batches, F = B = W = 1")
-    for name, schedule, predicted, v, kept in (
-            ("gpipe", gpipe(4, 8), 3 / 8, 1, 8), ("1f1b", one_f_one_b(4, 8), 3 / 8, 1, 4),
-            ("interleaved, v = 2", interleaved(4, 8, 2), 3 / 16, 2, 4 * (1 + 3 / 8)),
-            ("zero bubble (ZB-H1)", zero_bubble(4, 8), 3 / 8 / 3, 1, 4)):
-        timeline = simulate(schedule)
-        waste, stored = timeline.bubble / (1 - timeline.bubble), max(timeline.stored) / v         # of the ideal time
-        say(f"{name:<22} {waste:.4f} | {predicted:.4f}   stored {stored:g} | {kept:g}\n{draw(timeline)}\n")
-        assert abs(waste - predicted) < 1e-12 and stored == kept
-    # Qi et al. 2023, table 9: profiled milliseconds of the 1.5 B model, 8 stages, 24 micro-batches
-    for name, schedule, published in (("1f1b", one_f_one_b(8, 24), .2431), ("zero bubble", zero_bubble(8, 24), .1585)):
-        bubble = simulate(schedule, 18.522, 18.086, 9.337, 0.601).bubble
-        say(f"{name:<12} with the paper's times: bubble {bubble:.4f} | {published}")
-        assert round(bubble, 4) == published
-    if r == 0:
-        first = min(start for line in executed for _, start, _ in line)
-        line = [[(op, start - first, end - first) for op, start, end in events] for events in executed]
-        end = max(end for events in line for _, _, end in events)
-        busy = sum(b - a for events in line for _, a, b in events)
-        timeline = Timeline(line, end, 1 - busy / (2 * end), [])
-        say(f"\nexecuted here, pp 2 x tp 2, zero bubble: {end * 1e3:.0f} ms, bubble {timeline.bubble:.2f} on "
-            f"{os.cpu_count()} cores\n{draw(timeline)}")
-        assert [[op for op, _, _ in events] for events in line] == zero_bubble(2, 8)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -680,13 +680,7 @@ class Folder:
 
     def trace(self, events: list):
         """(Op, start, end) of every rank, as a file for ui.perfetto.dev."""
-        everyone = [events]
-        if self.world.host is not None:
-            everyone = [None] * self.world.size
-            dist.all_gather_object(everyone, events, group=self.world.host)
-        start = min(a for line in everyone for _, a, _ in line)
-        lines = [[(parallel.Op(*op), a - start, b - start) for op, a, b in line] for line in everyone]
-        timeline = parallel.Timeline(lines, max(b for line in lines for *_, b in line), math.nan, [])
+        timeline = parallel.executed_timeline(parallel.gather_objects(events, self.world.host))
         if self.world.rank == 0:
             data.write_atomic(self.path / "trace.json", json.dumps(parallel.chrome_trace(timeline)))
 
@@ -790,9 +784,10 @@ def layout(c: Config, world: World) -> dict:
         chunks = [make_stage(c, torch.device("meta"), mesh, at,
                              lambda name, box: torch.empty([b - a for a, b, _ in box], device="meta")) for at in mine]
         params, layers = [p for chunk in chunks for p in chunk.parameters()], sum(len(x.model.layers) for x in chunks)
-        calls = parallel.step_calls(mesh, (mine, stages(c)), layers, params, micro_batches=m,
-                                    shape=(c.micro_batch_size, c.seq_len, c.n_embd), recompute=c.recompute == "full",
-                                    sequence_parallel=c.sequence_parallel)
+        calls = parallel.step_calls(mesh, (mine, stages(c)), 2 * layers, params, micro_batches=m,
+                                    shape=(c.micro_batch_size, c.seq_len, c.n_embd),
+                                    sequence_parallel=c.sequence_parallel,
+                                    recomputed=layers if c.recompute == "full" else 0)
         sent = {}
         for (axis, collective), (_, payload) in calls.items():
             n = {"dp": mesh.dp, "tp": mesh.tp, "ends": 2}.get(axis, world.size)
