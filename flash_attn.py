@@ -389,13 +389,16 @@ if triton is not None:
         return lo, full_lo, full_hi, hi
 
     @triton.jit
-    def _edge(bounds, plane, at, ids, own, walked):
+    def _edge(bounds, plane, at, ids, own, walked, EDGES: tl.constexpr):
         """What tells a hidden score at the edges. Loaded after the full tiles: registers are scarce there. own, walked:
         where in ids this program's positions start, and those it walks over."""
         own_id = at
-        if ids is not None:
-            own_id = tl.load(ids + own + at)
-        return tl.load(bounds + at), tl.load(bounds + plane + at), own_id, walked
+        edge = None
+        if EDGES:
+            if ids is not None:
+                own_id = tl.load(ids + own + at)
+            edge = tl.load(bounds + at), tl.load(bounds + plane + at), own_id, walked
+        return edge
 
     @triton.jit
     def _hidden(edge, ids, start, n, BLOCK: tl.constexpr):
@@ -484,16 +487,14 @@ if triton is not None:
         q_i = _load(q, sq, 0, rows, D, BLOCK_M, BLOCK_D, INDEX, True, False)                           # (M, D)
         m_i, l_i = tl.full([BLOCK_M], -float("inf"), ACC), tl.zeros([BLOCK_M], ACC)
         acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-        for j in tl.range(full_lo, full_hi, BLOCK_N):
-            k_j = _load(k, sk, j, S, D, BLOCK_N, BLOCK_D, INDEX, False, TMA)                           # (N, D)
-            v_j = _load(v, sv, j, S, D, BLOCK_N, BLOCK_D, INDEX, False, TMA)
-            m_i, l_i, acc = _fwd_tile(q_i, k_j, v_j, m_i, l_i, acc, None, None, j, S, SCALE, PRECISION)
-        edge = _edge(bounds, bounds_stride[0], i, ids, b * L + L - T + start, b * L + L - S)
-        for j in tl.range(lo, hi - (full_hi - full_lo), BLOCK_N, num_stages=1):
-            j = j if j < full_lo else j + (full_hi - full_lo)
-            k_j = _load(k, sk, j, S, D, BLOCK_N, BLOCK_D, INDEX, True, TMA)
-            v_j = _load(v, sv, j, S, D, BLOCK_N, BLOCK_D, INDEX, True, TMA)
-            m_i, l_i, acc = _fwd_tile(q_i, k_j, v_j, m_i, l_i, acc, edge, ids, j, S, SCALE, PRECISION)
+        for EDGES in tl.static_range(2):
+            first, stop = (lo, hi - (full_hi - full_lo)) if EDGES else (full_lo, full_hi)
+            edge = _edge(bounds, bounds_stride[0], i, ids, b * L + L - T + start, b * L + L - S, EDGES)
+            for j in tl.range(first, stop, BLOCK_N, num_stages=1 if EDGES else None):
+                j += tl.where(j < full_lo, 0, full_hi - full_lo) if EDGES else 0
+                k_j = _load(k, sk, j, S, D, BLOCK_N, BLOCK_D, INDEX, EDGES, TMA)                       # (N, D)
+                v_j = _load(v, sv, j, S, D, BLOCK_N, BLOCK_D, INDEX, EDGES, TMA)
+                m_i, l_i, acc = _fwd_tile(q_i, k_j, v_j, m_i, l_i, acc, edge, ids, j, S, SCALE, PRECISION)
         # o = o / l, lse = m + log l; an empty row has l = 0 and m = -inf
         l_i = tl.where(l_i == 0, 1.0, l_i)
         _store(o, so, b, h, start, rows, acc / l_i[:, None], D, INDEX)
@@ -537,23 +538,19 @@ if triton is not None:
             q_h = _matrix(q, sq, b, h * GROUP + g, 0, T, D, BLOCK_M, BLOCK_D, TMA)
             do_h = _matrix(do, sdo, b, h * GROUP + g, 0, T, D, BLOCK_M, BLOCK_D, TMA)
             row = ((b * tl.num_programs(1) + h) * GROUP + g) * T
-            for i in tl.range(full_lo, full_hi, BLOCK_M):
-                q_i = _load(q_h, sq, i, T, D, BLOCK_M, BLOCK_D, INDEX, False, TMA)                     # (M, D)
-                do_i = _load(do_h, sdo, i, T, D, BLOCK_M, BLOCK_D, INDEX, False, TMA)
-                at = i + tl.arange(0, BLOCK_M)
-                lse_i, delta_i = tl.load(lse2 + row + at), tl.load(delta + row + at)                   # (M)
-                dk_j, dv_j = _dkdv_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dk_j, dv_j,
-                                        None, None, i, T, SCALE, PRECISION)
-            edge = _edge(bounds, bounds_stride[0], j, ids, b * L + L - S + start, b * L + L - T)
-            for i in tl.range(lo, hi - (full_hi - full_lo), BLOCK_M, num_stages=1):
-                i = i if i < full_lo else i + (full_hi - full_lo)
-                q_i = _load(q_h, sq, i, T, D, BLOCK_M, BLOCK_D, INDEX, True, TMA)
-                do_i = _load(do_h, sdo, i, T, D, BLOCK_M, BLOCK_D, INDEX, True, TMA)
-                at = i + tl.arange(0, BLOCK_M)
-                lse_i = tl.load(lse2 + row + at, mask=at < T, other=0.0)
-                delta_i = tl.load(delta + row + at, mask=at < T, other=0.0)
-                dk_j, dv_j = _dkdv_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dk_j, dv_j,
-                                        edge, ids, i, T, SCALE, PRECISION)
+            for EDGES in tl.static_range(2):
+                first, stop = (lo, hi - (full_hi - full_lo)) if EDGES else (full_lo, full_hi)
+                edge = _edge(bounds, bounds_stride[0], j, ids, b * L + L - S + start, b * L + L - T, EDGES)
+                for i in tl.range(first, stop, BLOCK_M, num_stages=1 if EDGES else None):
+                    i += tl.where(i < full_lo, 0, full_hi - full_lo) if EDGES else 0
+                    q_i = _load(q_h, sq, i, T, D, BLOCK_M, BLOCK_D, INDEX, EDGES, TMA)                 # (M, D)
+                    do_i = _load(do_h, sdo, i, T, D, BLOCK_M, BLOCK_D, INDEX, EDGES, TMA)
+                    at = i + tl.arange(0, BLOCK_M)
+                    there, other = (at < T, 0.0) if EDGES else (None, None)
+                    lse_i = tl.load(lse2 + row + at, mask=there, other=other)                          # (M)
+                    delta_i = tl.load(delta + row + at, mask=there, other=other)
+                    dk_j, dv_j = _dkdv_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dk_j, dv_j,
+                                            edge, ids, i, T, SCALE, PRECISION)
         _store(dk, sdk, b, h, start, rows, dk_j * (SCALE * LN2), D, INDEX)
         _store(dv, sdv, b, h, start, rows, dv_j, D, INDEX)
 
@@ -574,16 +571,14 @@ if triton is not None:
         row = (b * tl.num_programs(1) + h) * T + start
         lse_i, delta_i = tl.load(lse2 + row + i), tl.load(delta + row + i)                             # (M)
         dq_i = tl.zeros([BLOCK_M, BLOCK_D], lse2.dtype.element_ty)
-        for j in tl.range(full_lo, full_hi, BLOCK_N):
-            k_j = _load(k, sk, j, S, D, BLOCK_N, BLOCK_D, INDEX, False, TMA)                           # (N, D)
-            v_j = _load(v, sv, j, S, D, BLOCK_N, BLOCK_D, INDEX, False, TMA)
-            dq_i = _dq_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dq_i, None, None, j, S, SCALE, PRECISION)
-        edge = _edge(bounds, bounds_stride[0], i, ids, b * L + L - T + start, b * L + L - S)
-        for j in tl.range(lo, hi - (full_hi - full_lo), BLOCK_N, num_stages=1):
-            j = j if j < full_lo else j + (full_hi - full_lo)
-            k_j = _load(k, sk, j, S, D, BLOCK_N, BLOCK_D, INDEX, True, TMA)
-            v_j = _load(v, sv, j, S, D, BLOCK_N, BLOCK_D, INDEX, True, TMA)
-            dq_i = _dq_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dq_i, edge, ids, j, S, SCALE, PRECISION)
+        for EDGES in tl.static_range(2):
+            first, stop = (lo, hi - (full_hi - full_lo)) if EDGES else (full_lo, full_hi)
+            edge = _edge(bounds, bounds_stride[0], i, ids, b * L + L - T + start, b * L + L - S, EDGES)
+            for j in tl.range(first, stop, BLOCK_N, num_stages=1 if EDGES else None):
+                j += tl.where(j < full_lo, 0, full_hi - full_lo) if EDGES else 0
+                k_j = _load(k, sk, j, S, D, BLOCK_N, BLOCK_D, INDEX, EDGES, TMA)                       # (N, D)
+                v_j = _load(v, sv, j, S, D, BLOCK_N, BLOCK_D, INDEX, EDGES, TMA)
+                dq_i = _dq_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dq_i, edge, ids, j, S, SCALE, PRECISION)
         _store(dq, sdq, b, h, start, rows, dq_i * (SCALE * LN2), D, INDEX)
 
 

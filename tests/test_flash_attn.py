@@ -462,8 +462,8 @@ PLANTED = {  # what is wrong -> (the line, what it becomes)
     "triton: alpha not applied to o": ("v, acc * alpha[:, None], input", "v, acc, input"),
     "triton: no delta in dk": ("ds = p * (dp - delta[None, :])", "ds = p * dp"),
     "triton: dlse forgotten": ("tl.sum(o_i * do_i, 1) - dlse_i", "tl.sum(o_i * do_i, 1)"),
-    "triton: the last edge tile dropped": ("range(lo, hi - (full_hi - full_lo), BLOCK_N",
-                                           "range(lo, hi - (full_hi - full_lo) - BLOCK_N, BLOCK_N"),
+    "triton: the last edge tile dropped": ("(lo, hi - (full_hi - full_lo)) if EDGES",
+                                           "(lo, hi - (full_hi - full_lo) - 16) if EDGES"),
     "triton: dk not scaled": ("dk_j * (SCALE * LN2)", "dk_j"),
     "triton: ids not compared": ("hidden |= own_id[:, None] != tl.load(", "hidden |= own_id[:, None] < tl.load(")}
 
