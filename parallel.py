@@ -986,12 +986,13 @@ class CommLedger(TorchDispatchMode):
 
 
 def step_calls(mesh: Mesh, stages, pairs: int, params, *, micro_batches: int, shape, sequence_parallel: bool,
-               itemsize: int = 4, recomputed: int = 0) -> dict:
+               itemsize: int = 4, low: int = 0, recomputed: int = 0) -> dict:
     """What one training step of this rank says to the others, from the formulas: {(axis, collective): (calls, bytes)}.
 
     stages: (this rank's, how many there are); pairs of a column and a row layer in them; params: this rank's; shape:
-    (B, T, C) of a micro-batch; itemsize: of hidden states; recomputed: blocks that run again in backward (but for the g
-    at their end, whose result nobody keeps). Calls None: as many as there are buckets, or chunks of the loss.
+    (B, T, C) of a micro-batch; itemsize: of hidden states; low: of what linears multiply, less under autocast;
+    recomputed: blocks that run again in backward (but for the g at their end, whose result nobody keeps). Calls None:
+    as many as there are buckets, or chunks of the loss.
     """
     (mine, of), (B, T, C), m = stages, shape, micro_batches
     first, last, hidden, acc = 0 in mine, of - 1 in mine, B * T * C * itemsize, max(4, itemsize)
@@ -1002,14 +1003,15 @@ def step_calls(mesh: Mesh, stages, pairs: int, params, *, micro_batches: int, sh
     if mesh.dp > 1:                                        # gradients; which there are; the number of targets
         calls["dp", "all_reduce"] = None, sum(p.nbytes for p in params) + len(params) + 8
     if mesh.tp > 1:
-        ends = first + last                                                      # g of the embedding, f of the head
-        sums = m * (2 * pairs + again - recomputed + ends)                                       # g, and f's adjoint
+        inner = B * T * C * (low or itemsize)
+        sums = 2 * pairs + again - recomputed + last                             # g; f's adjoint, the head's too
+        sums = m * (sums + first), m * (sums * inner + first * hidden)           # and the embedding's g
         other = m * last * 3 * B * T * acc + partial[mesh.tp_group]                  # m, l, z_target; norms' gradients
         if sequence_parallel:
-            gathers = m * (3 * pairs + again + ends)                             # f, g's adjoint, f again in backward
-            calls["tp", "all_gather"] = gathers, gathers * hidden
-            calls["tp", "reduce_scatter"] = sums, sums * hidden
-        calls["tp", "all_reduce"] = None, other + (0 if sequence_parallel else sums * hidden)
+            gathers = 3 * pairs + again + last                                   # f; g's adjoint; f again in backward
+            calls["tp", "all_gather"] = m * (gathers + first), m * (gathers * inner + first * hidden)
+            calls["tp", "reduce_scatter"] = sums
+        calls["tp", "all_reduce"] = None, other + (0 if sequence_parallel else sums[1])
     if mesh.pp > 1:
         messages = m * sum((s < of - 1) + (s > 0) for s in mine)
         part = hidden // (mesh.tp if sequence_parallel else 1)

@@ -786,7 +786,7 @@ def layout(c: Config, world: World) -> dict:
         params, layers = [p for chunk in chunks for p in chunk.parameters()], sum(len(x.model.layers) for x in chunks)
         calls = parallel.step_calls(mesh, (mine, stages(c)), 2 * layers, params, micro_batches=m,
                                     shape=(c.micro_batch_size, c.seq_len, c.n_embd),
-                                    sequence_parallel=c.sequence_parallel,
+                                    sequence_parallel=c.sequence_parallel, low=2 if c.precision == "bf16" else 4,
                                     recomputed=layers if c.recompute == "full" else 0)
         sent = {}
         for (axis, collective), (_, payload) in calls.items():

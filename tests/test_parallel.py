@@ -71,7 +71,7 @@ def trained(rank, n, argv, steps, dtype=torch.float64):
         list(model.parameters()),
         micro_batches=c.global_batch_size // (c.micro_batch_size * mesh.dp),
         shape=(c.micro_batch_size, c.seq_len, c.n_embd), sequence_parallel=c.sequence_parallel, itemsize=dtype.itemsize,
-        recomputed=layers if c.recompute == "full" else 0)
+        low=2 if c.precision == "bf16" else dtype.itemsize, recomputed=layers if c.recompute == "full" else 0)
     val = data.Loader(c.data, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
     pieces = [(p.full_name, p.box, p.detach()) for p in model.parameters()]
     return losses, pieces, train.evaluate(model, val, c, world), (ledger.calls, formula, mesh.place(rank), ops)
@@ -182,6 +182,19 @@ def test_float32_is_as_near_as_one_process(corpus, run_ranks, ranks, flags):
     for ours, pieces, _, _ in run_ranks(trained, ranks, argv, 5, torch.float32):
         for error, bound in zip(differences(ours, pieces, losses, weights), bounds, strict=True):
             assert error < bound < 1e-4
+
+
+@pytest.mark.parametrize("flags", ["--tp 2 --pp 2 --pp-schedule zb", "--tp 2 --pp 2 --no-sequence-parallel",
+                                   "--dp 2 --tp 2"])
+def test_bf16_is_near_float32_and_its_calls_are_the_formula(corpus, run_ranks, flags):
+    """As for one process: half an ulp of bfloat16, relative."""
+    losses, _, _ = one_process(corpus, "llama", torch.float32)
+    argv = [*TINY, *MODELS["llama"], "--data", str(corpus), "--precision", "bf16", *flags.split()]
+    answers = run_ranks(trained, 4, argv, 5, torch.float32)
+    for ours, *_ in answers:
+        for (loss, _), (plain, _) in zip(ours, losses, strict=True):
+            assert loss != plain and abs(loss - plain) < 2**-8 * plain
+    check_calls([books for *_, books in answers])
 
 
 def rerun(rank, n, argv):
