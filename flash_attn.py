@@ -133,14 +133,8 @@ class Limits(NamedTuple):
     ids: Tensor | None         # (B, L) int32, L = max(T, S): queries are its last T, keys its last S; None without
 
 
-def limits(T, S, causal, window, documents, device) -> Limits:
-    """The mask, as intervals. Made once for a shape; with documents, for each call."""
-    if documents is None:
-        return limits_of_shape(T, S, causal, window, device)
-    return make_limits(T, S, causal, window, documents, device)
-
-
-def make_limits(T, S, causal, window, documents, device):
+def make_limits(T, S, causal, window, documents, device) -> Limits:
+    """The mask, as intervals."""
     far, spans = T + S, None if documents is None else document_spans(documents)
     back = far if window is None else window - 1
     front = far if window is None and not causal else 0
@@ -148,9 +142,12 @@ def make_limits(T, S, causal, window, documents, device):
                   None if spans is None else spans[0].to(torch.int32).contiguous())
 
 
-@functools.lru_cache(maxsize=64)
-def limits_of_shape(T, S, causal, window, device):
-    return make_limits(T, S, causal, window, None, device)
+limits_of_shape = functools.lru_cache(maxsize=64)(make_limits)
+
+
+def limits(T, S, causal, window, documents, device) -> Limits:
+    """Made once for a shape; with documents, which may change in place, for each call."""
+    return (limits_of_shape if documents is None else make_limits)(T, S, causal, window, documents, device)
 
 
 def tiles(bounds: Tensor, block: int, step: int) -> Tensor:
@@ -815,12 +812,12 @@ def check(q, k, v, sm_scale, window, documents, backend):
                                   or documents.is_complex() or documents.device != q.device):
         raise ValueError(f"documents must be ({B}, {max(T, S)}) whole numbers on {q.device}, "
                          f"got {tuple(documents.shape)} {documents.dtype} on {documents.device}")
-    if backend == "triton" and not INTERPRET and q.dtype == torch.float64:
-        raise RuntimeError(f"backend triton runs float64 only under TRITON_INTERPRET=1; {OTHERS}")
-    if backend == "triton" and INTERPRET and q.dtype not in INTERPRETED:
-        raise RuntimeError(f"backend triton: the interpreter computes with the bits of {q.dtype}, not values; {OTHERS}")
-    if backend == "triton" and max(B, q.shape[-3]) > 65535:
-        raise RuntimeError(f"backend triton: a GPU's grid takes B and H up to 65535, got {tuple(q.shape)}; {OTHERS}")
+    for wrong, rule in ((not INTERPRET and q.dtype == torch.float64, "runs float64 only under TRITON_INTERPRET=1"),
+                        (INTERPRET and q.dtype not in INTERPRETED, "the interpreter computes with the bits of "
+                         f"{q.dtype}, not its values"),
+                        (max(B, q.shape[-3]) > 65535, f"a grid takes B and H up to 65535, got {tuple(q.shape)}")):
+        if backend == "triton" and wrong:
+            raise RuntimeError(f"backend triton: {rule}; {OTHERS}")
     if backend in KERNELS and not torch.compiler.is_compiling() and any(
             torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v)):
         raise RuntimeError(f"backend {backend} has no forward-mode derivative: use backend=\"reference\"")
@@ -1037,11 +1034,11 @@ def demo():
     forward, backward = count_passes(textbook, *meta, torch.empty_like(meta[0]))
     print(f"    textbook, passes over the score matrix: forward {forward} | 10, backward {backward} | 13")
     assert (forward, backward) == (10, 13)
+    blocks = {name: choices[0][:2] for name, choices in CONFIGS["pointers"][128].items()}
     if INTERPRET:
         q, k, v, do, o, dq, dk, dv = (torch.randn(1, 2, 128, 32, dtype=torch.float16) for _ in range(8))
         lse, delta = torch.zeros(1, 2, 128), torch.zeros(1, 2, 128)
         at = limits(128, 128, True, None, None, q.device)
-        blocks = {name: choices[0][:2] for name, choices in CONFIGS["pointers"][128].items()}
         formula = traffic(q, k, at, blocks)
         for name, matrices, vectors in (("_attn_fwd", (q, k, v, o), (lse,)),
                                         ("_bwd_dkdv", (q, k, v, do, dk, dv), (lse, delta)),
@@ -1055,7 +1052,6 @@ def demo():
     # score matrix is 2.1 GB. Textbook: the paper's has one mask and dropout; ours without any mask (8 of the 23 passes
     # are the two fills') is below it, with both above. Flash: all tiles hit the L2 cache, or none does.
     q = torch.empty(64, 16, 1024, 64, dtype=torch.float16, device="meta")
-    blocks = {name: choices[0][:2] for name, choices in CONFIGS["pointers"][128].items()}
     kernels = traffic(q, q, limits(1024, 1024, False, None, None, torch.device("cpu")), blocks).values()
     matrix, rows = q.numel() // 64 * 1024 * 2, 12 * q.nbytes                           # q k v o; do o q k v again; ...
     plain, fills = (passes * matrix / 1e9 for passes in (forward + backward - 8, 8))
