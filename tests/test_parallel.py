@@ -490,6 +490,42 @@ def kept_and_cast(rank, n, sequence_parallel):
     return sum(x() is not None for x in alive), sizes, torch.equal(*answers), error
 
 
+def gathered_at_once(rank, n):
+    """-> how many gathered sequences live at each gather of backward: three pairs, each with two readers of its input."""
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up, self.down = nn.Linear(12, 16), nn.Linear(12, 16), nn.Linear(16, 12)
+
+        def forward(self, x):
+            return self.down(self.gate(x) * self.up(x))
+
+    model = nn.Sequential(*(Pair() for _ in range(3)))
+    parallel.tensor_parallel(model, dist.group.WORLD, sequence_parallel=True,
+                             plan={"*.gate": "column", "*.up": "column", "*.down": "row"})
+    original, alive, counts = parallel.all_gather, [], []
+
+    def gather(x, group, dim):
+        counts.append(sum(y() is not None for y in alive))
+        y = original(x, group, dim)
+        alive.append(weakref.ref(y))
+        return y
+
+    out = model(torch.randn(2, 4, 12))
+    parallel.all_gather = gather
+    try:
+        out.square().sum().backward()
+    finally:
+        parallel.all_gather = original
+    return counts, sum(y() is not None for y in alive)
+
+
+def test_what_is_gathered_again_goes_with_its_readers(run_ranks):
+    """g's adjoint and f again, three times: each finds at most the gradient alive that it belongs to."""
+    for counts, left in run_ranks(gathered_at_once, 2):
+        assert len(counts) == 6 and max(counts) <= 1 and left == 0
+
+
 def test_inputs_are_let_go_cast_once_and_may_not_change(run_ranks):
     for sequence_parallel in (False, True):
         for alive, sizes, same, error in run_ranks(kept_and_cast, 2, sequence_parallel):
