@@ -491,7 +491,7 @@ def kept_and_cast(rank, n, sequence_parallel):
 
 
 def gathered_at_once(rank, n):
-    """-> how many gathered sequences live at each gather of backward: three pairs, each with two readers of its input."""
+    """-> how many gathered sequences live at each gather of backward: three pairs, each with two readers of x."""
     class Pair(nn.Module):
         def __init__(self):
             super().__init__()
