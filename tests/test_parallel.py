@@ -517,13 +517,18 @@ def gathered_at_once(rank, n):
         out.square().sum().backward()
     finally:
         parallel.all_gather = original
-    return counts, sum(y() is not None for y in alive)
+    pair, x = model[0], torch.randn(2, 4, 12)
+    pair.forward = lambda x: (pair.gate(x), pair.up(x.add_(1)))                             # between two readers
+    with torch.no_grad():
+        up = pair(x)[1]
+        changed = torch.equal(up, pair.up(x.clone()))
+    return counts, sum(y() is not None for y in alive), changed
 
 
 def test_what_is_gathered_again_goes_with_its_readers(run_ranks):
     """g's adjoint and f again, three times: each finds at most the gradient alive that it belongs to."""
-    for counts, left in run_ranks(gathered_at_once, 2):
-        assert len(counts) == 6 and max(counts) <= 1 and left == 0
+    for counts, left, changed in run_ranks(gathered_at_once, 2):
+        assert len(counts) == 6 and max(counts) <= 1 and left == 0 and changed
 
 
 def test_inputs_are_let_go_cast_once_and_may_not_change(run_ranks):
@@ -710,6 +715,27 @@ def test_buckets_leave_during_the_last_backward_of_a_pipeline(corpus, run_ranks)
     for schedule in ("1f1b", "zb"):
         for started, buckets in run_ranks(started_in_backward, 4, corpus, f"--dp 2 --pp 2 --pp-schedule {schedule}"):
             assert started == buckets > 5
+
+
+def used_twice(rank, n):
+    """A pipeline of one whose matrix two linears of a chunk multiply by -> its gradient, and plain autograd's."""
+    torch.manual_seed(0)
+    x, layer = torch.randn(3, 2, 4, dtype=torch.float64), nn.Linear(4, 4).double()
+    model = DataParallel(layer, dist.group.WORLD)
+
+    def chunk(x, hidden=None):
+        out = layer(layer(x.clone().requires_grad_()).relu())
+        return out.square().sum(), out.detach()
+
+    parallel.run_schedule(parallel.zero_bubble(1, 3), [chunk], [{"x": part} for part in x], no_sync=model.no_sync)
+    model.finish_gradient_synchronization()
+    expected = torch.autograd.grad(chunk(x)[0], layer.weight)[0]
+    return layer.weight.grad / n, expected
+
+
+def test_a_matrix_used_twice_is_sent_once(run_ranks):
+    for ours, expected in run_ranks(used_twice, 2):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
 def waiting(rank, n, which):
