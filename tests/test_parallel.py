@@ -227,6 +227,30 @@ def test_a_run_goes_on_in_another_layout(corpus, tmp_path, run_ranks):
         torch.testing.assert_close(ours.read(name), theirs.read(name), rtol=0, atol=1e-4)
 
 
+def drifting(rank, n, argv):
+    """A run in which one rank's weights go astray."""
+    original = train.train_step
+
+    def step(model, *rest, **options):
+        answer = original(model, *rest, **options)
+        next(model.parameters()).data += rank * 1e-3
+        return answer
+
+    train.train_step = step
+    try:
+        rerun(rank, n, argv)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        train.train_step = original
+
+
+def test_a_run_whose_replicas_differ_does_not_end_well(corpus, tmp_path, run_ranks):
+    argv = [*TINY, "--data", str(corpus), "--out", str(tmp_path / "out"), "--steps", "2", "--dp", "2"]
+    assert set(run_ranks(drifting, 2, argv)) == {
+        "model.embed_tokens.weight: replicas must be equal, those of ranks 0 and 1 are not"}
+
+
 # ---- schedules, on paper ---------------------------------------------------------------------------------------------
 
 def all_schedules():
