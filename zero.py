@@ -1,0 +1,679 @@
+"""ZeRO: what data parallelism copies to every rank, split over the ranks instead.
+
+Data parallelism keeps a whole copy of the model states on every rank. With mixed precision and Adam a parameter takes
+
+    2 (fp16 weight)  +  2 (fp16 gradient)  +  K = 12 (fp32 weight, two fp32 moments)   =  16 bytes
+
+so 7.5 billion parameters need 120 GB on each of 64 GPUs, 64 times the same. Yet a rank that updates one 64th of the
+weights needs one 64th of the moments; a gradient is needed until it is summed, a weight while its layer runs. ZeRO
+(Rajbhandari 2020, arXiv:1910.02054, Figure 1) keeps a shard of each and sends the rest when it is needed. Psi
+parameters, n ranks, m micro-batches a step:
+
+    stage  splits               bytes a rank                       7.5 B on 64   a rank sends, x Psi (n-1)/n
+    0      nothing              (2 + 2 + K) Psi                      120 GB      2        all-reduce
+    1      optimizer states     (2 + 2) Psi + K Psi / n             31.4 GB      2        reduce-scatter, all-gather
+    2      and gradients        2 Psi + (2 + K) Psi / n             16.6 GB      m + 1    m reduce-scatters, all-gather
+    3      and parameters       (2 + 2 + K) Psi / n                  1.9 GB      3 m      2 all-gathers and a
+                                                                                          reduce-scatter each
+    (the paper's 2, 2, 2, 3 Psi are m = 1: an all-reduce is a reduce-scatter and an all-gather)
+
+The lesson is when each buffer is freed. A step of one micro-batch, of a model of three layers on rank r, time running
+to the right; = is a whole layer in memory, - a rank's shard, > what is sent:
+
+              forward            backward                     step
+    stage 1   w ================================================================      always whole
+              g                         3===============----   own slice summed       whole until the step is over
+                                           2============----   in place
+                                              1=========----
+              o ---------------------------------------------- update, w gathered >
+    stage 2   w ================================================================
+              g                         3==>-----------------                         a bucket is whole for a moment
+                                           2==>--------------
+                                              1==>-----------
+    stage 3   w 1>=  2>=  3>=  |  3>=  2>=  1>=                                       a layer is whole while it runs
+              g                      3==>--------------------
+                                          2==>---------------
+                                               1==>----------
+
+Everything lies in buckets: parameters side by side in a flat row, padded so that n divides it; the r-th of n equal
+slices is rank r's. The optimizer sees, for each parameter, the part that lies in the slice, as a view. An elementwise
+optimizer cannot tell the difference.
+
+    symbol   in code                     shape, dtype
+    Psi      num_params                  parameters of the model
+    n, r     size(group), rank(group)    ranks that share the model states, and which of them this is
+    -        Bucket.weights              stage 1, 2: (n slice,) the parameters; stage 3: (slice,), the master's dtype
+    -        Bucket.grads                (n slice,) gradients that are arriving, None most of the time
+    -        Bucket.total                (slice,) their sum over ranks and micro-batches
+    -        shard.flat = (lo, hi)       which elements of the (local) parameter a shard is, row by row
+
+Map: formulas - Bucket - GradientShards (what the stages share) - ShardedOptimizer (1, 2) - FullyShard (3) - the global
+norm - demo. Not here: offloading, sharded activations, optimizers that need whole matrices.
+
+run: python zero.py        (starts its own ranks)
+"""
+
+import contextlib
+import functools
+import itertools
+import weakref
+from collections import defaultdict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+# ---- the formulas ----------------------------------------------------------------------------------------------------
+
+
+def memory_per_rank(num_params: float, stage: int, dp: int, *, param_bytes: float = 2, grad_bytes: float = 2,
+                    state_bytes: float = 12) -> dict:
+    """Bytes of model states on each of dp ranks: {"parameters", "gradients", "states", "total"}. The defaults are those
+    of mixed-precision Adam, K = 12; plain float32 Adam is 4, 4, 8. (Rajbhandari 2020, Figure 1, Table 1)"""
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"stage must be one of 0, 1, 2, 3, got {stage}")
+    bytes = {"parameters": param_bytes * num_params / (dp if stage >= 3 else 1),
+             "gradients": grad_bytes * num_params / (dp if stage >= 2 else 1),
+             "states": state_bytes * num_params / (dp if stage >= 1 else 1)}
+    return bytes | {"total": sum(bytes.values())}
+
+
+def comm_volume(num_params: float, stage: int, dp: int, micro_batches: int = 1) -> dict:
+    """Numbers that a rank sends in a step, by collective, as a ring or directly: {"all_reduce", "reduce_scatter",
+    "all_gather"}. (Rajbhandari 2020, Section 7, is micro_batches = 1)"""
+    part = num_params * (dp - 1) / dp
+    return {"all_reduce": 2 * part if stage == 0 else 0,
+            "reduce_scatter": part * {0: 0, 1: 1}.get(stage, micro_batches),
+            "all_gather": part * {0: 0, 1: 1, 2: 1, 3: 2 * micro_batches}[stage]}
+
+
+# ---- groups: None is this process alone, and nothing is sent ---------------------------------------------------------
+
+def size(group) -> int:
+    return 1 if group is None else group.size()
+
+
+def rank(group) -> int:
+    return 0 if group is None else group.rank()
+
+
+# ---- parameters side by side -----------------------------------------------------------------------------------------
+
+class Bucket:
+    """Parameters in one flat row of n equal slices; slice r is rank r's. Gradients are put into a row of the same
+    layout, which is reduced by one message and freed."""
+
+    def __init__(self, params: list[Tensor], group, grad_dtype: torch.dtype, total_dtype: torch.dtype):
+        self.params, self.group, self.device = params, group, params[0].device
+        self.grad_dtype, self.total_dtype = grad_dtype, total_dtype
+        *starts, self.numel = itertools.accumulate((p.numel() for p in params), initial=0)
+        self.start = dict(zip(params, starts, strict=True))
+        self.slice = -(-self.numel // size(group))                              # rounded up: the last slices are padded
+        self.length = self.slice * size(group)
+        self.weights = self.grads = self.received = self.out = self.work = self.total = None
+        self.arrivals, self.sent = dict.fromkeys(params, 0), 0
+
+    def view(self, row: Tensor, p: Tensor) -> Tensor:
+        """p's place in a whole row."""
+        return row[self.start[p]:self.start[p] + p.numel()].view(p.shape)
+
+    def own(self, row: Tensor) -> Tensor:
+        """This rank's slice of a whole row."""
+        return row[rank(self.group) * self.slice:][:self.slice]
+
+    def flat(self, p: Tensor, r: int | None = None) -> tuple[int, int]:
+        """(lo, hi): the elements of p that lie in rank r's slice, in this rank's by default; lo = hi if none do."""
+        at = (rank(self.group) if r is None else r) * self.slice - self.start[p]
+        return min(max(at, 0), p.numel()), min(max(at + self.slice, 0), p.numel())
+
+    def part(self, row: Tensor, p: Tensor) -> Tensor:
+        """p's elements in a rank's slice."""
+        lo, hi = self.flat(p)
+        at = self.start[p] + lo - rank(self.group) * self.slice
+        return row[at:at + hi - lo] if hi > lo else row[:0]
+
+    # -- gradients
+
+    def take(self, p):
+        """A gradient has arrived: into the row, and what autograd made is freed. The next one is added in place."""
+        if self.grads is None:
+            self.grads = torch.empty(self.length, dtype=self.grad_dtype, device=self.device)
+            self.grads[self.numel:] = 0
+        view = self.view(self.grads, p)
+        if p.grad.data_ptr() != view.data_ptr():
+            view.copy_(p.grad)
+            p.grad = view
+
+    def send(self, keep: bool):
+        """Start the reduce-scatter of what has arrived. keep: the sum takes its slice's place and the row stays (stage
+        1); else the row is freed once it is sent."""
+        if self.grads is None:                                                       # nothing here, but elsewhere
+            self.grads = torch.zeros(self.length, dtype=self.grad_dtype, device=self.device)
+        for p in self.params:
+            if p.grad is None:
+                self.view(self.grads, p).zero_()
+            p.grad = None
+        self.sent += 1
+        if size(self.group) == 1:
+            self.out = self.grads
+            return
+        self.out = self.own(self.grads) if keep else self.grads.new_empty(self.slice)
+        if self.device.type == "cpu":
+            # gloo's reduce-scatter takes twice the time of an exchange of slices, which are then summed in rank order
+            self.received = torch.empty_like(self.grads)
+            self.work = dist.all_to_all_single(self.received, self.grads, group=self.group, async_op=True)
+        else:
+            self.work = dist.reduce_scatter_single(self.out, self.grads, group=self.group, async_op=True)
+
+    def receive(self, mean: bool):
+        """Wait for it; add the sum to those of earlier micro-batches."""
+        if self.work is not None:
+            self.work.wait()
+        self.grads = self.work = None
+        if self.received is not None:
+            torch.sum(self.received.view(size(self.group), self.slice), 0, out=self.out)
+            self.received = None
+        if mean:
+            self.out /= size(self.group)
+        out, self.out = self.out.to(self.total_dtype), None
+        self.total = out if self.total is None else self.total.add_(out)
+
+
+def make_buckets(params, group, bucket_mb: float) -> list[Bucket]:
+    """In the order in which gradients come: from the last parameter to the first. Those that are alike share buckets:
+    dtypes, device, sum_over (a weight tied across stages, whose sum both need, is alone on both)."""
+    held, buckets = defaultdict(list), []
+    for p in reversed(params):
+        key = p.dtype, p.grad_dtype or p.dtype, p.device, getattr(p, "sum_over", ())
+        held[key].append(p)
+        if sum(x.numel() for x in held[key]) * key[1].itemsize >= bucket_mb * 1e6:
+            buckets.append(Bucket(held.pop(key), group, key[1], key[1]))
+    return buckets + [Bucket(few, group, key[1], key[1]) for key, few in held.items()]
+
+
+def check(group, reduce: str, params):
+    if group is not None and dist.get_rank(group) < 0:
+        raise ValueError(f"group must hold this rank, rank {dist.get_rank()} is not in it")
+    if reduce not in ("sum", "mean"):
+        raise ValueError(f"reduce must be sum or mean, got {reduce!r}")
+    for p in params:
+        if getattr(p, "sharded", False):
+            raise ValueError(f"{getattr(p, 'full_name', 'a parameter')} must not be sharded already, it is")
+
+
+def make_shard(p: Tensor, values: Tensor, flat: tuple[int, int]) -> nn.Parameter:
+    """The part of p that this rank updates: p's attributes, and flat."""
+    new = nn.Parameter(values, requires_grad=p.requires_grad)
+    new.__dict__.update(p.__dict__)
+    new.flat, new.sharded = flat, True
+    return new
+
+
+class GradientShards:
+    """What the stages share: gradients are summed into shards, bucket by bucket, beside the rest of backward.
+
+        1  a gradient that is ready is copied into its bucket's row
+        2  a bucket that is full is sent, but never before those ahead of it: all ranks issue the same calls in the same
+           order. One is under way at a time; it is received, and its row freed, when the next one is ready to go
+        3  finish_gradient_synchronization()   sends what is left, as often as there were passes, receives it, and
+                                               gives each shard its gradient
+
+    A bucket that is sent holds what has arrived since it was last sent, so backward may come in any portions: each
+    bucket leaves as often as its parameters got a gradient. A parameter without one on some ranks counts as zero there;
+    one without on all keeps None.
+    """
+
+    def watch(self, buckets: list[Bucket], shards: dict, group, reduce: str, keep: bool):
+        """shards: {parameter: its shard here}. keep: stage 1, gradients stay whole and are sent once a step."""
+        self.buckets, self.shards, self.group, self.mean, self.keep = buckets, shards, group, reduce == "mean", keep
+        self.bucket_of = {p: bucket for bucket in buckets for p in bucket.params}
+        self.synchronize, self.turn, self.flying, self.used = True, 0, None, set()
+        for p in self.bucket_of:
+            p.register_post_accumulate_grad_hook(self.ready)
+        self.mine, here = {id(shard) for shard in shards.values()}, weakref.ref(self)
+
+        def not_yet(optimizer, *_):
+            self = here()
+            if self is not None and self.used and any(id(p) in self.mine for g in optimizer.param_groups
+                                                      for p in g["params"]):
+                raise RuntimeError("gradients must be summed before the update: call finish_gradient_synchronization() "
+                                   "between backward and step()")
+
+        weakref.finalize(self, register_optimizer_step_pre_hook(not_yet).remove)
+
+    def ready(self, p):
+        """p.grad is complete."""
+        bucket = self.bucket_of[p]
+        self.used.add(p)
+        if self.keep and bucket.sent:
+            raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} got a second gradient after its bucket was "
+                               "sent: at stage 1 all backward passes of a step but the last belong in no_sync()")
+        bucket.take(p)
+        if self.synchronize:
+            bucket.arrivals[p] += 1
+            while all(n > self.buckets[self.turn].sent for n in self.buckets[self.turn].arrivals.values()):
+                self.send()
+
+    def send(self):
+        """The next bucket."""
+        bucket, self.turn = self.buckets[self.turn], (self.turn + 1) % len(self.buckets)
+        self.receive()
+        bucket.send(self.keep)
+        self.flying = bucket
+
+    def receive(self):
+        if self.flying is not None:
+            self.flying.receive(self.mean)
+            self.flying = None
+
+    def finish_gradient_synchronization(self):
+        if not self.buckets:
+            return
+        passes = max(1, *(n for bucket in self.buckets for n in bucket.arrivals.values()))
+        while self.buckets[self.turn].sent < passes:
+            self.send()
+        self.receive()
+        params = list(self.bucket_of)
+        used = torch.tensor([p in self.used for p in params], dtype=torch.uint8, device=params[0].device)
+        if size(self.group) > 1:
+            dist.all_reduce(used, dist.ReduceOp.MAX, group=self.group)
+        for p, anywhere in zip(params, used.tolist(), strict=True):
+            bucket = self.bucket_of[p]
+            if anywhere and p in self.shards:
+                shard, part = self.shards[p], bucket.part(bucket.total, p)
+                shard.grad = part if shard.grad is None else shard.grad + part
+        for bucket in self.buckets:
+            bucket.total, bucket.sent, bucket.arrivals = None, 0, dict.fromkeys(bucket.params, 0)
+        self.turn, self.used = 0, set()
+
+
+# ---- stages 1 and 2 --------------------------------------------------------------------------------------------------
+
+def check_elementwise(optimizer_cls, options: dict):
+    """Raises ValueError unless two halves of a tensor, updated apart, become what the whole becomes."""
+    generator = torch.Generator().manual_seed(0)
+    whole, *gradients = torch.randn(4, 4, 6, generator=generator)
+    name = getattr(getattr(optimizer_cls, "func", optimizer_cls), "__name__", "it")
+
+    def updated(params, split):
+        optimizer = optimizer_cls(params, **options)
+        for gradient in gradients:
+            for p, g in zip(params, split(gradient), strict=True):
+                p.grad = g.clone()
+            optimizer.step()
+        return torch.cat([p.detach().flatten() for p in params])
+
+    def halves(x):
+        return x.flatten().split((10, 14))
+
+    optimizer_cls([nn.Parameter(whole.clone())], **options)                          # what it raises here is not ours
+    try:
+        one = updated([nn.Parameter(whole.clone())], lambda x: [x])
+        two = updated([nn.Parameter(x.clone()) for x in halves(whole)], halves)
+        differs = (one - two).abs().max() > 1e-3 * (one - whole.flatten()).abs().max()
+        why = f"{name} updates two halves of a tensor unlike the whole"
+    except Exception as error:                                                          # LBFGS, Muon, SparseAdam
+        differs, why = True, f"{name} cannot update a part of a tensor: {str(error).splitlines()[0]}"
+    if differs:
+        raise ValueError(f"optimizer_cls must be elementwise to be sharded, {why}")
+
+
+class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
+    """Stages 1 and 2: an optimizer whose states are split over the ranks of a group.
+
+        optimizer = ShardedOptimizer(model.parameters(), torch.optim.AdamW, group=group, stage=2, lr=1e-3)
+        loss.backward()                                      stage 1: micro-batches but the last in optimizer.no_sync()
+        optimizer.finish_gradient_synchronization()
+        norm = clip_grad_norm_(optimizer, 1.0)
+        optimizer.step(); optimizer.zero_grad()
+
+    params: parameters or parameter groups, as for any optimizer; frozen ones are left alone. They are broadcast from
+    the group's rank 0 and become views of flat rows. order: the parameters in the order of their use, if params is
+    another (gradients come in the reverse; a bucket leaves when its last one has come). optimizer_cls: any callable
+    (params, **kwargs) -> an elementwise optimizer; kwargs are its own. reduce: "sum" | "mean" over the group.
+    bucket_mb: MB (1e6 bytes) of gradients a bucket.
+
+    stage 1   gradients stay whole until they are sent, once a step
+    stage 2   every micro-batch's are sent during backward, and freed: no rank ever holds all (no_sync does nothing)
+
+    param_groups and state are those of the optimizer inside: of the shards, which carry the parameters' attributes and
+    flat. state_dict() is the plain optimizer's, of whole tensors, on every rank, on the CPU; load_state_dict() takes
+    such a one: of this optimizer, of another number of ranks, or of the plain one.
+    Raises ValueError for an optimizer that is not elementwise, a group without this rank, parameters that are sharded;
+    RuntimeError for step() before finish_gradient_synchronization().
+    """
+
+    def __init__(self, params, optimizer_cls, *, group=None, stage: int = 1, reduce: str = "sum", bucket_mb: float = 25,
+                 order=None, **kwargs):
+        if stage not in (1, 2):
+            raise ValueError(f"stage must be 1 or 2, got {stage}; 3 is FullyShard, 0 is data parallelism")
+        if not bucket_mb > 0:
+            raise ValueError(f"bucket_mb must be above 0, got {bucket_mb}")
+        check_elementwise(optimizer_cls, kwargs)
+        super().__init__(params, kwargs)
+        self.whole, self.stage = [group["params"] for group in self.param_groups], stage
+        self.params = [p for few in self.whole for p in few]
+        order = self.params if order is None else list(order)
+        if set(order) != set(self.params):
+            raise ValueError(f"order must hold the parameters of params, {len(self.params)}, got {len(order)} others")
+        check(group, reduce, order)
+        for p in order:
+            if group is not None and not p.requires_grad:
+                dist.broadcast(p.detach(), group_src=0, group=group)
+        buckets, shards = make_buckets([p for p in order if p.requires_grad], group, bucket_mb), {}
+        for bucket in buckets:
+            bucket.weights = torch.zeros(bucket.length, dtype=bucket.params[0].dtype, device=bucket.device)
+            for p in bucket.params:
+                p.data = bucket.view(bucket.weights, p).copy_(p.data)
+            if group is not None:
+                dist.broadcast(bucket.weights, group_src=0, group=group)
+            for p in bucket.params:
+                lo, hi = bucket.flat(p)
+                if hi > lo:
+                    shards[p] = make_shard(p, bucket.part(bucket.own(bucket.weights), p), (lo, hi))
+                    shards[p].grad_dtype = bucket.grad_dtype
+                p.sharded = True
+        self.watch(buckets, shards, group, reduce, keep=stage == 1)
+        self.inner = optimizer_cls([group | {"params": [shards[p] for p in few if p in shards]}
+                                    for group, few in zip(self.param_groups, self.whole, strict=True)], **kwargs)
+        self.show_inner()
+
+    def show_inner(self):
+        self.defaults, self.param_groups, self.state = self.inner.defaults, self.inner.param_groups, self.inner.state
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        """Stage 1: gradients are added up here, not sent."""
+        before, self.synchronize = self.synchronize, not self.keep
+        try:
+            yield
+        finally:
+            self.synchronize = before
+
+    def step(self, closure=None):
+        """Each rank updates its shard, then all gather the parameters."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            self.finish_gradient_synchronization()
+        self.inner.step()
+        if size(self.group) > 1:
+            works = [dist.all_gather_single(bucket.weights, bucket.own(bucket.weights), group=self.group, async_op=True)
+                     for bucket in self.buckets]
+            for work in works:
+                work.wait()
+        return loss
+
+    def state_dict(self) -> dict:
+        """One parameter's states at a time are put together."""
+        state, at = {}, {p: i for i, p in enumerate(self.params)}
+        for p, i in at.items():
+            mine = self.state[self.shards[p]] if p in self.shards else {}
+            parts = [{key: x.cpu() if isinstance(x, Tensor) else x for key, x in mine.items()}] * size(self.group)
+            if size(self.group) > 1:
+                dist.all_gather_object(parts, parts[0], group=self.group)
+            parts = [part for part in parts if part]
+            if parts:
+                state[i] = {key: torch.cat([part[key] for part in parts]).view(p.shape)
+                            if isinstance(x, Tensor) and x.ndim else x for key, x in parts[0].items()}
+        return {"state": state, "param_groups": [group | {"params": [at[p] for p in few]}
+                                                 for group, few in zip(self.param_groups, self.whole, strict=True)]}
+
+    def load_state_dict(self, state_dict: dict):
+        """Takes this rank's part of it. Raises ValueError if it is not of these parameters."""
+        there, here = [len(group["params"]) for group in state_dict["param_groups"]], [len(few) for few in self.whole]
+        if there != here:
+            raise ValueError(f"state_dict must have groups of {here} parameters, has {there}")
+        state, groups, saved = {}, [], (i for group in state_dict["param_groups"] for i in group["params"])
+        held = [(i, p, self.shards[p]) for i, p in zip(saved, self.params, strict=True) if p in self.shards]
+        at = {p: n for n, (_, p, _) in enumerate(held)}
+        for i, p, shard in held:
+            state[at[p]] = {key: x.flatten()[slice(*shard.flat)] if key != "step" and isinstance(x, Tensor) and
+                            x.shape == p.shape else x for key, x in state_dict["state"].get(i, {}).items()}
+        groups = [group | {"params": [at[p] for p in few if p in at]}
+                  for group, few in zip(state_dict["param_groups"], self.whole, strict=True)]
+        self.inner.load_state_dict({"state": {n: x for n, x in state.items() if x}, "param_groups": groups})
+        self.show_inner()
+
+
+# ---- stage 3 ---------------------------------------------------------------------------------------------------------
+
+class Unit(Bucket):
+    """The parameters of a block: at rest a shard of each; all of them while a forward or a backward runs there.
+
+    The whole ones are views of a row whose memory goes and comes: whoever keeps one for backward (autograd) finds it
+    filled again by then, and no memory hangs on it until then."""
+
+    def __init__(self, params, places, group, compute_dtype, reduce_dtype, init):
+        super().__init__(params, group, reduce_dtype or params[0].dtype, params[0].dtype)
+        self.places, self.holders, self.arriving, self.whole = places, set(), None, True
+        for p in params:
+            values = init(p) if p.is_meta and init is not None else p.detach().clone()
+            if group is not None and init is None and not p.is_meta:
+                dist.broadcast(values, group_src=0, group=group)
+            if self.weights is None:
+                self.weights = torch.zeros(self.slice, dtype=p.dtype, device=values.device)
+            lo, hi = self.flat(p)
+            self.part(self.weights, p).copy_(values.flatten()[lo:hi])
+        self.device = self.weights.device
+        self.row = torch.empty(self.length, dtype=compute_dtype or params[0].dtype, device=self.device)
+        self.shards, start = {}, {}
+        for p in params:
+            # .data: a count of changes of its own, since autograd must not take the row's refilling for a change
+            whole = nn.Parameter(self.view(self.row, p).data, p.requires_grad)
+            whole.__dict__.update(p.__dict__)
+            whole.grad_dtype, start[whole] = self.grad_dtype, self.start[p]
+            self.shards[whole] = make_shard(p, self.part(self.weights, p), self.flat(p))
+        self.params, self.start, self.arrivals = list(start), start, dict.fromkeys(start, 0)
+        self.free()
+
+    def swap(self, those):
+        """Which tensors the modules hold."""
+        for p, places in zip(self.params, self.places, strict=True):
+            for module, name in places:
+                module._parameters[name] = those[p]
+
+    def gather(self):
+        """Start to gather the row."""
+        if not self.whole:
+            self.whole = True
+            self.row.untyped_storage().resize_(self.length * self.row.itemsize)
+            self.own(self.row).copy_(self.weights)                                            # in the compute dtype
+            if size(self.group) > 1:
+                self.arriving = dist.all_gather_single(self.row, self.own(self.row), group=self.group, async_op=True)
+
+    def arrive(self):
+        if self.arriving is not None:
+            self.arriving.wait()
+            self.arriving = None
+
+    def hold(self, visit):
+        self.gather()
+        self.arrive()
+        self.holders.add(visit)
+        self.swap({p: p for p in self.params})
+
+    def free(self, visit=None):
+        """visit needs it no longer; by default, nobody does."""
+        self.holders = self.holders - {visit} if visit else set()
+        if self.whole and not self.holders:
+            self.arrive()
+            self.row.untyped_storage().resize_(0)
+            self.whole = False
+            self.swap(self.shards)
+
+    def send(self, keep):
+        super().send(keep)
+        self.free()                                               # all its gradients are there: its backward is over
+
+
+class Leave(torch.autograd.Function):
+    """The identity on a block's inputs. Its backward comes when the block's is over."""
+
+    @staticmethod
+    def forward(ctx, done, *inputs):
+        ctx.done = done
+        return tuple(x.view_as(x) for x in inputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        ctx.done()
+        return None, *gradients
+
+
+class FullyShard(GradientShards, nn.Module):
+    """Stage 3: parameters, gradients and optimizer states are split over the ranks of a group.
+
+        model = FullyShard(module, group, blocks=module.layers)
+        optimizer = torch.optim.AdamW(model.parameters())                 of the shards
+        model(x).sum().backward()                                         any number of micro-batches
+        model.finish_gradient_synchronization()
+        norm = clip_grad_norm_(model.parameters(), 1.0, group)
+        optimizer.step(); optimizer.zero_grad()
+
+        1  forward    before a block, its parameters are gathered in compute_dtype, and the next block's begin to be;
+                      after it, they are freed
+        2  backward   the same in the reverse: gathered again before it, the block's ahead begin to be; freed after it.
+                      Its gradients are reduce-scattered beside what follows, in reduce_dtype, and added up in shards
+        3  optimizer  updates the shards: nothing to gather until the next forward
+
+    blocks: modules to gather as one (default: the members of each ModuleList and ModuleDict). Any other module with
+    parameters of its own, an embedding or a head, is one by itself; in a block within a block each parameter belongs to
+    the inner one. A parameter that two blocks share is gathered for either. At rest modules hold the shards (1-d, with
+    the parameters' attributes and flat), so parameters() and an optimizer see these; with recomputation inside a block
+    there is one gather in forward and one in backward.
+
+    init: called for each parameter on the meta device, gives its values, the same on every rank: no rank ever holds
+    the whole model. Without it parameters are real and the group's rank 0's count. compute_dtype: of the gathered
+    parameters, and of the float inputs of forward(); reduce_dtype: of gradients on the wire; both default to the
+    parameters' own. reduce: "sum" | "mean". Raises ValueError for a block that is not in the module, a group without
+    this rank, sharded parameters, meta ones without init; RuntimeError for an optimizer's step() before
+    finish_gradient_synchronization().
+    """
+
+    def __init__(self, module: nn.Module, group=None, *, blocks=None, compute_dtype=None, reduce_dtype=None,
+                 reduce: str = "sum", init=None):
+        super().__init__()
+        check(group, reduce, module.parameters())
+        paths = dict(module.named_modules(remove_duplicate=False))
+        if blocks is None:
+            lists = [x for x in paths.values() if isinstance(x, nn.ModuleList | nn.ModuleDict)]
+            blocks = [block for x in lists for block in x.children()]
+        blocks = set(blocks)
+        for strange in blocks - set(paths.values()):
+            raise ValueError(f"blocks must be in the module, {type(strange).__name__} is not")
+        if init is None and any(p.is_meta for p in module.parameters()):
+            raise ValueError("init must give the values of parameters on the meta device, got None")
+        for name, p in module.named_parameters():
+            p.__dict__.setdefault("full_name", name)
+            p.__dict__.setdefault("box", tuple((0, length, length) for length in p.shape))
+        # who gathers a parameter: the innermost block around it, or the module that holds it
+        places, owners = defaultdict(dict), defaultdict(dict)
+        for path, holder in paths.items():
+            parts = path.split(".") if path else []
+            above = [paths[".".join(parts[:n])] for n in range(len(parts), -1, -1)]
+            owner = next((x for x in above if x in blocks), holder)
+            for name, p in holder._parameters.items():
+                if p is not None:
+                    places[p][holder, name] = owners[p][owner] = True
+        alike = defaultdict(list)
+        for p, few in owners.items():
+            alike[tuple(few), p.dtype, p.device, p.requires_grad, getattr(p, "sum_over", ())].append(p)
+        for x in module.buffers():
+            if group is not None and not x.is_meta:
+                dist.broadcast(x, group_src=0, group=group)
+        self.compute_dtype, self.units, self.visits = compute_dtype, [], []
+        self.needs = defaultdict(list)                                       # module -> its units, in the order of use
+        for few, *_ in alike:
+            for owner in few:
+                self.needs[owner] = []
+        for (few, *_), params in alike.items():
+            unit = Unit(params, [list(places[p]) for p in params], group, compute_dtype, reduce_dtype, init)
+            self.units.append(unit)
+            for owner in few:
+                self.needs[owner].append(unit)
+        self.order = list(self.needs)
+        for at, owner in enumerate(self.order):
+            owner.register_forward_pre_hook(functools.partial(self.enter, at), with_kwargs=True, prepend=True)
+            owner.register_forward_hook(functools.partial(self.leave, at), always_call=True)
+        self.module = module
+        self.watch([unit for unit in reversed(self.units) if unit.params[0].requires_grad],
+                   {p: shard for unit in self.units for p, shard in unit.shards.items()}, group, reduce, keep=False)
+
+    def forward(self, *args, **kwargs):
+        if self.compute_dtype is not None:
+            args, kwargs = tree_map_only(Tensor, lambda x: x.to(self.compute_dtype) if x.is_floating_point() else x,
+                                         (args, kwargs))
+        return self.module(*args, **kwargs)
+
+    def prefetch(self, at: int):
+        for unit in self.needs[self.order[at]] if 0 <= at < len(self.order) else ():
+            unit.gather()
+
+    def enter(self, at, module, args, kwargs):
+        """Before a block's forward."""
+        visit = object()
+        self.visits.append(visit)
+        self.begin(at, visit, at + 1)
+        leaves, spec = tree_flatten((args, kwargs))
+        differentiable = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+        if torch.is_grad_enabled() and differentiable:
+            inputs = Leave.apply(functools.partial(self.end, at, visit), *(leaves[i] for i in differentiable))
+            for i, x in zip(differentiable, inputs, strict=True):
+                leaves[i] = x
+        return tree_unflatten(leaves, spec)
+
+    def leave(self, at, module, args, out):
+        """After it."""
+        visit = self.visits.pop()
+        self.end(at, visit)
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.requires_grad:                      # before the block's backward
+                x.register_hook(lambda _: self.begin(at, visit, at - 1))
+
+    def begin(self, at, visit, then):
+        for unit in self.needs[self.order[at]]:
+            unit.hold(visit)
+        self.prefetch(then)
+
+    def end(self, at, visit):
+        for unit in self.needs[self.order[at]]:
+            unit.free(visit)
+
+    def finish_gradient_synchronization(self):
+        super().finish_gradient_synchronization()
+        for unit in self.units:
+            unit.free()
+
+    @torch.no_grad()
+    def full_parameters(self):
+        """(full_name, whole parameter) of each, in the shards' dtype, one after the other: every rank must ask. No more
+        than a block is gathered at a time; dict(model.full_parameters()) has all."""
+        for unit in self.units:
+            row = torch.empty(unit.length, dtype=unit.weights.dtype, device=unit.device)
+            unit.own(row).copy_(unit.weights)
+            if size(unit.group) > 1:
+                dist.all_gather_single(row, unit.own(row), group=unit.group)
+            for p in unit.params:
+                yield p.full_name, unit.view(row, p).clone()
+
+
+# ---- the global norm -------------------------------------------------------------------------------------------------
+
+def clip_grad_norm_(shards, max_norm: float, group=None) -> float:
+    """Scale gradients so that the norm of all ranks' shards together is at most max_norm -> the norm before. Infinite
+    or NaN on every rank if a gradient is on one (found-inf): then nothing is scaled."""
+    shards = list(shards)
+    grads = [p.grad for p in shards if p.grad is not None]
+    square = torch.zeros((), dtype=torch.float64, device=shards[0].device)
+    for g in grads:
+        square += g.double().square().sum()
+    if size(group) > 1:
+        dist.all_reduce(square, group=group)
+    norm = square.sqrt().item()
+    if max_norm < norm < float("inf"):
+        torch._foreach_mul_(grads, max_norm / norm)
+    return norm
