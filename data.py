@@ -656,6 +656,29 @@ def write_checkpoint(folder, pieces, meta: dict, *, group=None):
         torch.distributed.barrier(group)
 
 
+def boxes(box, lo: int, hi: int):
+    """Elements lo ... hi - 1 of a box, counted row by row, as at most 2 ndim - 1 boxes in their order: (box, the
+    elements' first, their end), ..."""
+    if lo >= hi:
+        return
+    if not box:
+        yield (), lo, hi
+        return
+    (start, _, size), rest = box[0], box[1:]
+    inner = math.prod(b - a for a, b, _ in rest)                                               # elements a row
+    while lo < hi:
+        row = lo // inner
+        rows = (hi - lo) // inner if lo == row * inner else 0
+        if rows:
+            end = lo + rows * inner
+            yield ((start + row, start + row + rows, size), *rest), lo, end
+        else:                                                                         # the end, or beginning, of a row
+            end = min(hi, (row + 1) * inner)
+            for part, a, b in boxes(rest, lo - row * inner, end - row * inner):
+                yield ((start + row, start + row + 1, size), *part), a + row * inner, b + row * inner
+        lo = end
+
+
 def check_box(name: str, box, shape):
     """box must be a slice of a tensor of this shape."""
     if [size for _, _, size in box] != list(shape) or not all(0 <= start <= stop <= size for start, stop, size in box):

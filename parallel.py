@@ -928,8 +928,8 @@ def check_replicas(params, group=None):
 # ---- the ledger ------------------------------------------------------------------------------------------------------
 
 COLLECTIVES = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter",
-               "broadcast_": "broadcast", "send": "send", "recv_": "recv"}
-WIRE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0}          # x (n-1)/n of the payload, a ring's rank
+               "alltoall_base_": "all_to_all", "broadcast_": "broadcast", "send": "send", "recv_": "recv"}
+WIRE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}       # x (n-1)/n of the payload
 
 
 class Call(NamedTuple):
@@ -986,13 +986,14 @@ class CommLedger(TorchDispatchMode):
 
 
 def step_calls(mesh: Mesh, stages, pairs: int, params, *, micro_batches: int, shape, sequence_parallel: bool,
-               itemsize: int = 4, low: int = 0, recomputed: int = 0) -> dict:
+               itemsize: int = 4, low: int = 0, recomputed: int = 0, gradients: dict | None = None) -> dict:
     """What one training step of this rank says to the others, from the formulas: {(axis, collective): (calls, bytes)}.
 
     stages: (this rank's, how many there are); pairs of a column and a row layer in them; params: this rank's; shape:
     (B, T, C) of a micro-batch; itemsize: of hidden states; low: of what linears multiply, less under autocast;
-    recomputed: blocks that run again in backward (but for the g at their end, whose result nobody keeps). Calls None:
-    as many as there are buckets, or chunks of the loss.
+    recomputed: blocks that run again in backward (but for the g at their end, whose result nobody keeps); gradients:
+    {collective: (calls, bytes)} of those that sum them over dp, DataParallel's by default. Calls None: as many as there
+    are buckets, or chunks of the loss.
     """
     (mine, of), (B, T, C), m = stages, shape, micro_batches
     first, last, hidden, acc = 0 in mine, of - 1 in mine, B * T * C * itemsize, max(4, itemsize)
@@ -1000,8 +1001,10 @@ def step_calls(mesh: Mesh, stages, pairs: int, params, *, micro_batches: int, sh
     partial = {group: sum(p.nbytes for p in params if group is not None and group in getattr(p, "sum_over", ()))
                for group in (mesh.tp_group, mesh.ends_group)}
     calls = {("world", "all_reduce"): (1, 3 * 8)}                                     # loss, squared norm, please stop
-    if mesh.dp > 1:                                        # gradients; which there are; the number of targets
-        calls["dp", "all_reduce"] = None, sum(p.nbytes for p in params) + len(params) + 8
+    if mesh.dp > 1:                                                                  # gradients; which there are
+        gradients = gradients or {"all_reduce": (None, sum(p.nbytes for p in params) + len(params))}
+        calls |= {("dp", collective): counted for collective, counted in gradients.items()}
+        calls["dp", "all_reduce"] = None, gradients["all_reduce"][1] + 8                     # the number of targets
     if mesh.tp > 1:
         inner = B * T * C * (low or itemsize)
         sums = 2 * pairs + again - recomputed + last                             # g; f's adjoint, the head's too

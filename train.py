@@ -66,6 +66,7 @@ import data
 import flash_attn
 import model as net
 import parallel
+import zero
 
 # ---- configs ---------------------------------------------------------------------------------------------------------
 
@@ -130,6 +131,7 @@ class Config:
     sequence_parallel: bool = runtime(True, "with tp: norms and residuals split along the sequence")
     pp_schedule: str = runtime("1f1b", "order of the pipeline's operations", choices=tuple(parallel.SCHEDULES))
     pp_chunks: int = runtime(2, "interleaved: stages a rank")
+    zero: int = runtime(0, "split over dp: 1 optimizer states, 2 and gradients, 3 and parameters", choices=(0, 1, 2, 3))
     compile: str = runtime("auto", "torch.compile each block; auto: on accelerators", choices=("auto", "on", "off"))
     device: str = runtime("auto", "auto: this rank's accelerator, else cpu")
     nproc: int = runtime(0, "start and watch this many ranks on this machine (0: torchrun does, or there is one)")
@@ -269,8 +271,9 @@ def derive(c: Config) -> Config:
         times = f" x pp_chunks {c.pp_chunks}" if stages(c) > c.pp else ""
         raise BadInput(f"pp {c.pp}{times} makes {stages(c)} stages of at least a layer each, n_layer is {c.n_layer}")
     zb = c.pp_schedule == "zb" and c.pp > 1
-    if c.compile == "on" and (c.tp > 1 or zb):
-        raise BadInput(f"compile must be off with {'--tp' if c.tp > 1 else '--pp-schedule zb'}, got on")
+    if c.compile == "on" and not compilable(c):
+        raise BadInput(f"compile must be off with {'--tp' if c.tp > 1 else '--pp-schedule zb' if zb else '--zero 3'}, "
+                       "got on")
     if c.recompute != "none" and zb:
         raise BadInput(f"recompute must be none with --pp-schedule zb, config {c.config} or a flag says {c.recompute}")
     return c
@@ -416,14 +419,19 @@ def lr_at(step: int, c: Config) -> float:
     return low + (c.lr - low) * min(1.0, left)
 
 
+def compilable(c: Config) -> bool:
+    return c.tp == 1 and (c.pp == 1 or c.pp_schedule != "zb") and c.zero < 3
+
+
 def compiles(c: Config, device) -> bool:
-    plain = c.tp == 1 and (c.pp == 1 or c.pp_schedule != "zb")
-    return device.type != "meta" and (c.compile == "on" or c.compile == "auto" and device.type != "cpu" and plain)
+    wanted = c.compile == "on" or c.compile == "auto" and device.type != "cpu" and compilable(c)
+    return wanted and device.type != "meta"
 
 
-def make_stage(c: Config, device, mesh=None, at: int = 0, read=None, dtype=torch.float32) -> net.GPT:
+def make_stage(c: Config, device, mesh=None, at: int = 0, read=None, dtype=torch.float32, sync=None) -> net.GPT:
     """Stage `at` of the model on the device (of one: all of it), this rank's part of its width: weights by name from
-    keyed_init, or from read(name, box), a checkpoint's Reader.read. No rank ever holds more."""
+    keyed_init, or from read(name, box), a checkpoint's Reader.read. No rank ever holds more: at --zero 3 not even that,
+    but shards, and who gathers them is appended to `sync`."""
     backend = flash_attn.resolve_backend(c.attention, device)
     attention = functools.partial(flash_attn.flash_attention, backend=backend)
     if backend == "sdpa":                                # the model's own, which shares one mask among its layers
@@ -442,7 +450,12 @@ def make_stage(c: Config, device, mesh=None, at: int = 0, read=None, dtype=torch
             gpt.model.embed_tokens = gpt.model.embed_positions = None
         if not last:
             gpt.model.norm = gpt.lm_head = None
-    gpt = net.fill(gpt, read or (lambda name, box: net.keyed_init(name, box, c.seed, c.model)), device, dtype)
+    read = read or (lambda name, box: net.keyed_init(name, box, c.seed, c.model))
+    if c.zero == 3 and sync is not None:
+        sync.append(zero.FullyShard(gpt, mesh.dp_group, blocks=gpt.model.layers.values(), init=lambda p: read(
+            p.full_name, p.box).to(device, dtype)))
+        return gpt
+    gpt = net.fill(gpt, read, device, dtype)
     if compiles(c, device):
         for block in gpt.model.layers.values():
             block.compile()
@@ -450,18 +463,27 @@ def make_stage(c: Config, device, mesh=None, at: int = 0, read=None, dtype=torch
 
 
 class Model(torch.nn.Module):
-    """This rank's part of the model: its stages (most often one), wrapped for data parallelism."""
+    """This rank's part of the model: its stages (most often one), and `sync`, who sums their gradients over dp."""
 
     def __init__(self, c: Config, world: World, read=None, dtype=torch.float32):
         super().__init__()
         self.c, self.mesh, self.world, self.dtype = c, world.mesh, world, dtype
-        chunks = [make_stage(c, world.device, self.mesh, chunk * c.pp + self.mesh.pp_rank, read, dtype)
-                  for chunk in range(stages(c) // c.pp)]
-        self.ddp = parallel.DataParallel(torch.nn.ModuleList(chunks), self.mesh.dp_group)
-        self.owned = parallel.owned(self.parameters(), world.host)          # each piece once over the world
+        self.sync, self.no_sync = [], contextlib.nullcontext
+        self.chunks = torch.nn.ModuleList(make_stage(c, world.device, self.mesh, chunk * c.pp + self.mesh.pp_rank, read,
+                                                     dtype, self.sync) for chunk in range(stages(c) // c.pp))
+        if c.zero == 0:
+            self.sum_with(parallel.DataParallel(self.chunks, self.mesh.dp_group))
         self.last = self.mesh.pp_rank == c.pp - 1                           # where losses are
         self.counts = self.last and self.mesh.tp_rank == 0                  # and counted
         self.on_op = None                                                   # run_schedule's clock
+
+    def sum_with(self, sync):
+        """A DataParallel, or at --zero 1 and 2 the optimizer."""
+        self.sync, self.no_sync = [sync], sync.no_sync
+
+    def finish_gradient_synchronization(self):
+        for sync in self.sync:
+            sync.finish_gradient_synchronization()
 
     def forward(self, chunk, **inputs):
         with compute_dtype(self.c, self.world.device):
@@ -469,7 +491,7 @@ class Model(torch.nn.Module):
 
     def run(self, batches, seed=None) -> list:
         """Forward, and with a seed (of the gradient) backward, of micro-batches -> nll of each, on the last stage."""
-        c, chunks, m = self.c, self.ddp.module, len(batches)
+        c, chunks, m = self.c, self.chunks, len(batches)
         order = parallel.forward_only(c.pp, m, len(chunks)) if seed is None else schedule(c, m)
         split = c.tp if c.sequence_parallel else 1
 
@@ -478,15 +500,28 @@ class Model(torch.nn.Module):
             return torch.empty(B, T // split, c.n_embd, dtype=self.dtype, device=self.world.device)
 
         return parallel.run_schedule(order, [functools.partial(self, chunk) for chunk in chunks], batches,
-                                     self.mesh.pp_groups, seed=seed, hidden_like=hidden_like, no_sync=self.ddp.no_sync,
+                                     self.mesh.pp_groups, seed=seed, hidden_like=hidden_like, no_sync=self.no_sync,
                                      on_op=self.on_op, timeout=c.timeout)
 
 
 def make_optimizer(model, c: Config):
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    """AdamW of what this rank updates. optimizer.owned: those of its tensors that no lower rank updates too."""
+    matrices = [p for p in model.parameters() if len(p.box) >= 2]
+    vectors = [p for p in model.parameters() if len(p.box) < 2]
     groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
+    options = dict(lr=c.lr, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
+    if c.zero in (1, 2):
+        optimizer = zero.ShardedOptimizer(groups, torch.optim.AdamW, group=model.mesh.dp_group, stage=c.zero,
+                                          order=model.parameters(), **options)
+        model.sum_with(optimizer)
+    else:
+        optimizer = torch.optim.AdamW(groups, **options)
+    optimizer.owned = parallel.owned(updated(optimizer), model.world.host)
+    return optimizer
+
+
+def updated(optimizer) -> list:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def resolve(c: Config, device) -> Config:
@@ -525,13 +560,13 @@ def train_step(model, optimizer, loader, step: int, c: Config, world: World, ask
     nlls = model.run(batches, seed=1 / N)
     # 3. the sum over dp, and over whatever else holds a part
     on_phase(step, "reduce")
-    model.ddp.finish_gradient_synchronization()
-    parallel.reduce_partial_gradients(model.parameters())
+    model.finish_gradient_synchronization()
+    parallel.reduce_partial_gradients(updated(optimizer))
     # 4. loss, |grad|^2 (replicas: the lowest rank's alone counts) and the wish to stop
     total = torch.zeros(3, dtype=torch.float64, device=world.device)
     if model.counts:
         total[0] = torch.stack([nll.double().sum() for nll in nlls]).sum() / N
-    total[1] = parallel.squared_norm(p.grad for p in model.owned)
+    total[1] = parallel.squared_norm(p.grad for p in optimizer.owned)
     total[2] = bool(asked)
     loss, sumsq, stop = world.sum(total).tolist()
     norm = math.sqrt(sumsq) if math.isfinite(sumsq) else math.nan
@@ -539,7 +574,7 @@ def train_step(model, optimizer, loader, step: int, c: Config, world: World, ask
     if math.isfinite(loss) and math.isfinite(norm):
         on_phase(step, "update")
         if c.grad_clip and norm > c.grad_clip:
-            torch._foreach_mul_([p.grad for p in model.parameters()], c.grad_clip / norm)
+            torch._foreach_mul_([p.grad for p in updated(optimizer)], c.grad_clip / norm)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, c)
         optimizer.step()
@@ -553,10 +588,15 @@ def evaluate(model, loader, c: Config, world: World) -> dict:
     token_bytes = torch.from_numpy(loader.tokenizer.token_bytes).to(world.device)
     total = torch.zeros(3, dtype=torch.float64, device=world.device)
     windows = min(loader.num_windows, c.eval_windows or loader.num_windows)
-    firsts = range(world.mesh.dp_rank * c.micro_batch_size, windows, world.mesh.dp * c.micro_batch_size)
-    for at in range(0, len(firsts), 2 * c.pp):                               # enough for every stage to have work
-        batches = [to_device(loader.batch(range(first, min(first + c.micro_batch_size, windows))), c, world.device)
-                   for first in firsts[at:at + 2 * c.pp]]
+    each = math.ceil(windows / (world.mesh.dp * c.micro_batch_size))               # batches: as many on every rank
+    firsts = [(i * world.mesh.dp + world.mesh.dp_rank) * c.micro_batch_size for i in range(each)]
+    for at in range(0, each, 2 * c.pp):                                            # enough for every stage to have work
+        batches = []
+        for first in firsts[at:at + 2 * c.pp]:
+            batch = loader.batch(range(min(first, windows - 1), min(first + c.micro_batch_size, windows)))
+            if first >= windows:
+                batch["targets"].fill_(-1)                                                         # does not count
+            batches.append(to_device(batch, c, world.device))
         for batch, nll in zip(batches, model.run(batches), strict=True):
             if model.counts:
                 there = batch["targets"] >= 0
@@ -573,25 +613,28 @@ def is_finite(model, world: World) -> bool:
     return world.sum(bad).item() == 0
 
 
-def checkpoint_pieces(model, optimizer):
+def checkpoint_pieces(optimizer):
     """(name, box, tensor) of every weight this rank owns and of what the optimizer keeps for it: NAME.exp_avg, ...; a
-    number that all pieces share (NAME.step) is written beside the first."""
-    for p in model.owned:
-        yield p.full_name, p.box, p
-        for key, value in optimizer.state[p].items():
+    number that all pieces share (NAME.step) is written beside the first. A shard is written as boxes."""
+    for p in optimizer.owned:
+        lo, hi = getattr(p, "flat", (0, p.numel()))
+        boxes = list(data.boxes(p.box, lo, hi))
+        for name, value in ((p.full_name, p), *((f"{p.full_name}.{key}", x) for key, x in optimizer.state[p].items())):
             if value.shape == p.shape:
-                yield f"{p.full_name}.{key}", p.box, value
-            elif all(start == 0 for start, _, _ in p.box):
-                yield f"{p.full_name}.{key}", (), value
+                for box, a, b in boxes:
+                    yield name, box, value.flatten()[a - lo:b - lo].view([stop - start for start, stop, _ in box])
+            elif lo == 0 < hi and all(start == 0 for start, _, _ in p.box):
+                yield name, (), value
 
 
 def load_optimizer(optimizer, reader):
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            for name in reader.names():
-                if name.startswith(p.full_name + ".") and "." not in (key := name[len(p.full_name) + 1:]):
-                    box = p.box if reader.tensors[name]["shape"] else ()
-                    optimizer.state[p][key] = reader.read(name, box).to(p.device)
+    for p in updated(optimizer):
+        for name in reader.names():
+            if name.startswith(p.full_name + ".") and "." not in (key := name[len(p.full_name) + 1:]):
+                value = reader.read(name, p.box if reader.tensors[name]["shape"] else ())
+                if hasattr(p, "flat") and value.ndim:
+                    value = value.flatten()[slice(*p.flat)].clone()
+                optimizer.state[p][key] = value.to(p.device)
 
 
 def generate_text(gpt, tokenizer, ids, c: Config, seed: int) -> str:
@@ -784,7 +827,11 @@ def layout(c: Config, world: World) -> dict:
         chunks = [make_stage(c, torch.device("meta"), mesh, at,
                              lambda name, box: torch.empty([b - a for a, b, _ in box], device="meta")) for at in mine]
         params, layers = [p for chunk in chunks for p in chunk.parameters()], sum(len(x.model.layers) for x in chunks)
+        volume = zero.comm_volume(4 * sum(p.numel() for p in params), c.zero, mesh.dp, m)
+        share = mesh.dp / max(1, mesh.dp - 1)                                                # sent -> payload
+        sharded = {what: (None, round(sent * share)) for what, sent in volume.items()}
         calls = parallel.step_calls(mesh, (mine, stages(c)), 2 * layers, params, micro_batches=m,
+                                    gradients=sharded | {"all_reduce": (None, len(params))} if c.zero else None,
                                     shape=(c.micro_batch_size, c.seq_len, c.n_embd),
                                     sequence_parallel=c.sequence_parallel, low=2 if c.precision == "bf16" else 4,
                                     recomputed=layers if c.recompute == "full" else 0)
@@ -939,7 +986,7 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
                 return diverged("a weight is not finite")
             on_phase(step, "checkpoint")
             facts = card(c, b, manifest, step, time.perf_counter() - began)
-            folder.save(step, checkpoint_pieces(model, optimizer), {
+            folder.save(step, checkpoint_pieces(optimizer), {
                 "step": step, "config": dataclasses.asdict(c), "loader": loader.state_dict(), "card": facts,
                 "evaluation": evaluation, "tokenizer_sha256": tokenizer.sha256})
             saved, mark, marked = step, time.perf_counter(), step
@@ -982,10 +1029,11 @@ def finish(model, val, c: Config, folder: Folder, facts: dict, evaluation: dict 
               f"   ({yardstick} on the validation text)")
         # continue the first lines of three held-out documents, where this rank has the whole model
         ids = val.shards[0][:4_000_000]
-        for n, at in enumerate((ids == val.tokenizer.bos_id).nonzero()[0][:3 * (c.tp == c.pp == 1)]):
+        alone = model.mesh.tp == model.mesh.pp == 1 and (c.zero < 3 or model.mesh.dp == 1)
+        for n, at in enumerate((ids == val.tokenizer.bos_id).nonzero()[0][:3 * alone]):
             prompt = ids[at:at + 16].tolist()
             print(f"\n--- sample {n + 1} ---\n{val.tokenizer.decode(prompt)}|"
-                  f"{generate_text(model.ddp.module[0], val.tokenizer, prompt, c, seed=n)}")
+                  f"{generate_text(model.chunks[0], val.tokenizer, prompt, c, seed=n)}")
     else:
         print("\nno validation: its documents do not fill one window of seq_len + 1 tokens")
     print(f"\nwall time  {clock(facts['wall_seconds'])} of training\ncard       {folder.path / 'card.md'}\n"

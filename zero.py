@@ -43,7 +43,7 @@ optimizer cannot tell the difference.
     Psi      num_params                  parameters of the model
     n, r     size(group), rank(group)    ranks that share the model states, and which of them this is
     -        Bucket.weights              stage 1, 2: (n slice,) the parameters; stage 3: (slice,), the master's dtype
-    -        Bucket.grads                (n slice,) gradients that are arriving, None most of the time
+    -        Bucket.grads, sending       (n slice,) gradients that are arriving, or on their way; None most of the time
     -        Bucket.total                (slice,) their sum over ranks and micro-batches
     -        shard.flat = (lo, hi)       which elements of the (local) parameter a shard is, row by row
 
@@ -63,6 +63,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 # ---- the formulas ----------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ class Bucket:
         self.start = dict(zip(params, starts, strict=True))
         self.slice = -(-self.numel // size(group))                              # rounded up: the last slices are padded
         self.length = self.slice * size(group)
-        self.weights = self.grads = self.received = self.out = self.work = self.total = None
+        self.weights = self.grads = self.sending = self.received = self.out = self.work = self.total = None
         self.arrivals, self.sent = dict.fromkeys(params, 0), 0
 
     def view(self, row: Tensor, p: Tensor) -> Tensor:
@@ -155,23 +156,23 @@ class Bucket:
             if p.grad is None:
                 self.view(self.grads, p).zero_()
             p.grad = None
-        self.sent += 1
+        self.sending, self.grads, self.sent = self.grads, None, self.sent + 1
         if size(self.group) == 1:
-            self.out = self.grads
+            self.out = self.sending
             return
-        self.out = self.own(self.grads) if keep else self.grads.new_empty(self.slice)
+        self.out = self.own(self.sending) if keep else self.sending.new_empty(self.slice)
         if self.device.type == "cpu":
             # gloo's reduce-scatter takes twice the time of an exchange of slices, which are then summed in rank order
-            self.received = torch.empty_like(self.grads)
-            self.work = dist.all_to_all_single(self.received, self.grads, group=self.group, async_op=True)
+            self.received = torch.empty_like(self.sending)
+            self.work = dist.all_to_all_single(self.received, self.sending, group=self.group, async_op=True)
         else:
-            self.work = dist.reduce_scatter_single(self.out, self.grads, group=self.group, async_op=True)
+            self.work = dist.reduce_scatter_single(self.out, self.sending, group=self.group, async_op=True)
 
     def receive(self, mean: bool):
         """Wait for it; add the sum to those of earlier micro-batches."""
         if self.work is not None:
             self.work.wait()
-        self.grads = self.work = None
+        self.sending = self.work = None
         if self.received is not None:
             torch.sum(self.received.view(size(self.group), self.slice), 0, out=self.out)
             self.received = None
@@ -448,18 +449,19 @@ class Unit(Bucket):
     filled again by then, and no memory hangs on it until then."""
 
     def __init__(self, params, places, group, compute_dtype, reduce_dtype, init):
-        super().__init__(params, group, reduce_dtype or params[0].dtype, params[0].dtype)
+        super().__init__(params, group, None, None)
         self.places, self.holders, self.arriving, self.whole = places, set(), None, True
         for p in params:
             values = init(p) if p.is_meta and init is not None else p.detach().clone()
             if group is not None and init is None and not p.is_meta:
                 dist.broadcast(values, group_src=0, group=group)
             if self.weights is None:
-                self.weights = torch.zeros(self.slice, dtype=p.dtype, device=values.device)
+                self.weights = torch.zeros(self.slice, dtype=values.dtype, device=values.device)
             lo, hi = self.flat(p)
             self.part(self.weights, p).copy_(values.flatten()[lo:hi])
-        self.device = self.weights.device
-        self.row = torch.empty(self.length, dtype=compute_dtype or params[0].dtype, device=self.device)
+        self.device, dtype = self.weights.device, self.weights.dtype
+        self.grad_dtype, self.total_dtype = reduce_dtype or dtype, dtype
+        self.row = torch.empty(self.length, dtype=compute_dtype or dtype, device=self.device)
         self.shards, start = {}, {}
         for p in params:
             # .data: a count of changes of its own, since autograd must not take the row's refilling for a change
@@ -677,3 +679,164 @@ def clip_grad_norm_(shards, max_norm: float, group=None) -> float:
     if max_norm < norm < float("inf"):
         torch._foreach_mul_(grads, max_norm / norm)
     return norm
+
+
+# ---- what is in memory -----------------------------------------------------------------------------------------------
+
+def holdings(sync: GradientShards, optimizer) -> dict:
+    """The tensors of model states that are there now: {"parameters", "gathered": rows of stage 3, "gradients",
+    "buckets": gradients on their way, "arriving": those autograd has just made, "states"}."""
+    buckets, stage3 = getattr(sync, "units", sync.buckets), hasattr(sync, "units")
+    rows = [row for bucket in buckets for row in (bucket.grads, bucket.sending, bucket.out)]
+    parts = {"parameters": [bucket.weights for bucket in buckets],
+             "gathered": [unit.row for unit in buckets if stage3],
+             "gradients": [bucket.total for bucket in buckets] + [shard.grad for shard in sync.shards.values()]
+             + rows * sync.keep,
+             "buckets": [bucket.received for bucket in buckets] + rows * (not sync.keep),
+             "arriving": [p.grad for p in sync.bucket_of],
+             "states": [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]}
+    return {kind: [x for x in tensors if x is not None] for kind, tensors in parts.items()}
+
+
+class MemoryLedger(TorchDispatchMode):
+    """Inside, after every operation of this thread, in backward and hooks too, the bytes of tensors' storages are added
+    up: peak has the most of each kind, and of all together. holdings: () -> {kind: tensors}; a storage counts once, for
+    the first kind that has it."""
+
+    def __init__(self, holdings):
+        super().__init__()
+        self.holdings, self.peak = holdings, defaultdict(int)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        seen, total = set(), 0
+        for kind, tensors in self.holdings().items():
+            here = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
+            held = sum(n for key, n in here.items() if key not in seen)
+            seen |= here.keys()
+            self.peak[kind], total = max(self.peak[kind], held), total + held
+        self.peak["total"] = max(self.peak["total"], total)
+        return out
+
+
+# ---- demo ------------------------------------------------------------------------------------------------------------
+
+def demo():
+    """The claims of this file, measured | formula | error, asserted: four ranks on this CPU, in seconds. Starts its own
+    ranks, or is one of four that torchrun started."""
+    import multiprocessing
+    import os
+    import tempfile
+
+    import parallel
+
+    # Rajbhandari 2020, Table 1 and Figure 1: GB (1e9 bytes) of model states a rank, as printed (some cut, not rounded)
+    published = {(7.5e9, 1, 64): 31.4, (7.5e9, 2, 64): 16.6, (7.5e9, 3, 64): 1.88, (7.5e9, 3, 1024): 0.12,
+                 (128e9, 1, 1024): 513, (128e9, 2, 256): 263, (128e9, 3, 64): 32, (1e12, 1, 64): 4187,
+                 (1e12, 2, 1024): 2013, (1e12, 3, 1024): 15.6}
+
+    class Toy(nn.Module):
+        """Embedding, four residual MLPs, head: ten matrices of 1,024 parameters."""
+
+        def __init__(self):
+            super().__init__()
+            generator = torch.Generator().manual_seed(0)
+            self.embed = nn.Embedding(64, 16)
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 64, bias=False), nn.GELU(),
+                                                      nn.Linear(64, 16, bias=False)) for _ in range(4))
+            self.head = nn.Linear(16, 64, bias=False)                                   # in the order of their use
+            for p in self.parameters():
+                p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3
+
+        def forward(self, tokens, targets):
+            x = self.embed(tokens)
+            for layer in self.layers:
+                x = x + layer(x)
+            return nn.functional.cross_entropy(self.head(x).flatten(0, 1), targets.flatten(), reduction="sum")
+
+    def train(stage, group):
+        """Three steps of two micro-batches on each of four ranks -> weights, peak bytes, bytes sent in the last."""
+        toy, r, n = Toy(), rank(group), size(group)
+        if stage == 0:
+            sync = parallel.DataParallel(toy, group)
+            optimizer = torch.optim.AdamW(toy.parameters(), 0.01)
+
+            def there():
+                return {"parameters": list(toy.parameters()),
+                        "gradients": [p.grad for p in toy.parameters() if p.grad is not None]
+                        + [bucket.flat for bucket in sync.buckets if bucket.flat is not None],
+                        "states": [x for state in optimizer.state.values() for x in state.values() if x.ndim]}
+        else:
+            if stage == 3:
+                sync = FullyShard(toy, group)
+                optimizer = torch.optim.AdamW(sync.parameters(), 0.01)
+            else:
+                sync = optimizer = ShardedOptimizer(toy.parameters(), torch.optim.AdamW, group=group, stage=stage,
+                                                    bucket_mb=8 * 1024 / 1e6, lr=0.01)
+
+            def there():
+                held = holdings(sync, optimizer)
+                return held | {"states": [x for x in held["states"] if x.ndim]}
+        memory = MemoryLedger(there)
+        for step in range(3):
+            with parallel.CommLedger({"dp": group}) as wire, memory:
+                for i in range(r, 8, n):
+                    batch = torch.randint(64, (2, 2, 6), generator=torch.Generator().manual_seed(8 * step + i))
+                    with sync.no_sync() if stage < 2 and i + n < 8 else contextlib.nullcontext():
+                        toy(*batch).backward()
+                sync.finish_gradient_synchronization()
+                optimizer.step()
+            optimizer.zero_grad()
+        weights = dict(sync.full_parameters() if stage == 3 else toy.named_parameters())
+        sent = sum(x.wire for x in wire.calls if x.dtype == torch.float64)
+        return weights, memory.peak, sent
+
+    def run(r, store):
+        torch.set_num_threads(1)
+        say = print if r == 0 else (lambda *_: None)
+        alone = train(0, None)[0]                                                   # the run that all others must be
+        dist.init_process_group("gloo", init_method=store, rank=r, world_size=4)
+        psi, n, m = 10 * 1024, 4, 2
+        say(f"{psi:,} parameters, 4 ranks, {m} micro-batches, float64 (8 + 8 + 16 bytes a parameter); bytes of a rank: "
+            "measured | formula | error\nstage  " + "".join(f"{x:<25}" for x in (
+                "parameters", "gradients", "states", "buffers", "sent")) + "off AdamW by")
+        for stage in range(4):
+            weights, peak, sent = train(stage, dist.group.WORLD)
+            formula = memory_per_rank(psi, stage, n, param_bytes=8, grad_bytes=8, state_bytes=16)
+            formula["gradients"] *= 1 + (stage == 0)              # the bucket, beside gradients that are being added up
+            # a bucket (1: a matrix; 3: a layer, of two) that is received; 2, 3: and those that fill and are sent, and a
+            # slice of the sum; 3: and two layers gathered, this one and the next
+            buffers = 8 * 1024 * (0, 1, 3 + 1 / n, 2 * (3 + 1 / n + 2))[stage]
+            volume = 8 * sum(comm_volume(psi, stage, n, m).values())
+            row = [(peak[kind], formula[kind]) for kind in ("parameters", "gradients", "states")]
+            row += [(peak["buckets"] + peak["gathered"], buffers), (sent, volume)]
+            error = max((weights[name] - p).abs().max().item() for name, p in alone.items())
+            say(f"{stage:<7}" + "".join(f"{f'{a:,.0f} | {b:,.0f} | {a - b:,.0f}':<25}" for a, b in row)
+                + f"{error:.0e}")
+            assert error < 1e-12 and all(a == b for a, b in row), (stage, row)
+
+        say("\nmodel states of the paper (Table 1), 2 + 2 + 12 bytes a parameter, GB a rank: formula | published")
+        for (params, stage, dp), gb in published.items():
+            ours = memory_per_rank(params, stage, dp)["total"] / 1e9
+            say(f"{params / 1e9:>6,g} B on {dp:>4} ranks, stage {stage}: {ours:,.2f} | {gb:,g}")
+            assert abs(ours - gb) < 1 if gb > 200 else abs(ours - gb) < 0.06
+        assert memory_per_rank(7.5e9, 0, 64)["total"] == 120e9
+        for stage, factor in enumerate((2, 2, 2, 3)):                                           # the paper's, Section 7
+            assert sum(comm_volume(psi, stage, n).values()) == factor * psi * (n - 1) / n
+        dist.destroy_process_group()
+
+    if "RANK" in os.environ:
+        run(int(os.environ["RANK"]), "env://")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("fork")                                     # nothing has run here yet
+        ranks = [context.Process(target=run, args=(r, f"file://{folder}/store")) for r in range(4)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+    assert [process.exitcode for process in ranks] == [0] * 4, "a rank failed"
+
+
+if __name__ == "__main__":
+    demo()

@@ -275,7 +275,7 @@ def test_a_non_finite_step_changes_nothing(corpus):
     c = train.parse_config([*MINI, "--data", str(corpus)])
     world = train.World(c)
     gpt = train.Model(c, world)
-    gpt.ddp.module[0].lm_head.weight.data[3, 3] = math.inf
+    gpt.chunks[0].lm_head.weight.data[3, 3] = math.inf
     optimizer, loader = train.make_optimizer(gpt, c), data.Loader(corpus, micro_batch_size=4, seq_len=32)
     before = [p.clone() for p in gpt.parameters()]
     loss, norm, _ = train.train_step(gpt, optimizer, loader, 0, c, world)
@@ -394,7 +394,7 @@ def test_evaluation_is_nats_per_token_and_bits_per_byte(corpus):
     for i in range(val.num_windows):
         b = val.batch([i])
         with torch.no_grad():
-            logits = gpt.ddp.module[0](b["tokens"], documents=b["documents"])
+            logits = gpt.chunks[0](b["tokens"], documents=b["documents"])
         nats += F.cross_entropy(logits.double().flatten(0, 1), b["targets"].flatten(), ignore_index=-1,
                                 reduction="sum").item()
         targets += int((b["targets"] >= 0).sum())

@@ -85,7 +85,8 @@ def sharded(module, stage, group, **options):
         model = FullyShard(module, group, **options)
         optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
         return model, optimizer, model, lambda: dict(model.full_parameters())
-    optimizer = ShardedOptimizer(module.parameters(), torch.optim.AdamW, group=group, stage=stage, bucket_mb=0.0006, **ADAMW)
+    optimizer = ShardedOptimizer(module.parameters(), torch.optim.AdamW, group=group, stage=stage, bucket_mb=0.0006,
+                                 **ADAMW)
     return module, optimizer, optimizer, lambda: {name: p.detach() for name, p in module.named_parameters()}
 
 

@@ -152,7 +152,7 @@ def beside_pipelining(rank):
     world = train.World(c)
     ours = train.Model(c, world)
     parts = batches(8)
-    gpt = copy.deepcopy(ours.ddp.module[0])
+    gpt = copy.deepcopy(ours.chunks[0])
     head, gpt.lm_head = gpt.lm_head, None
     if head is not None:
         gpt.register_module("head", head)                                        # its gradient comes through the loss
@@ -185,8 +185,8 @@ def on_one_core(rank, words, steps):
     optimizer, dp, micro = train.make_optimizer(model, c), world.mesh.dp, c.micro_batch_size
     mine = [joined(parts[(i * dp + world.mesh.dp_rank) * micro:][:micro]) for i in range(len(parts) // (micro * dp))]
     if "ddp" in words:                                             # torch's, for what two processes on a core cost it
-        theirs = nn.parallel.DistributedDataParallel(model.ddp.module[0])
-        model.ddp.synchronize = False
+        theirs = nn.parallel.DistributedDataParallel(model.chunks[0])
+        model.sync[0].synchronize = False
 
         def step():
             for i, batch in enumerate(mine):
