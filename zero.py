@@ -432,8 +432,9 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
         held = [(i, p, self.shards[p]) for i, p in zip(saved, self.params, strict=True) if p in self.shards]
         at = {p: n for n, (_, p, _) in enumerate(held)}
         for i, p, shard in held:
-            state[at[p]] = {key: x.flatten()[slice(*shard.flat)] if key != "step" and isinstance(x, Tensor) and
-                            x.shape == p.shape else x for key, x in state_dict["state"].get(i, {}).items()}
+            own = {key: x.flatten()[slice(*shard.flat)] if key != "step" and isinstance(x, Tensor) and x.shape == p.shape
+                   else x for key, x in state_dict["state"].get(i, {}).items()}
+            state[at[p]] = {key: x.clone() if isinstance(x, Tensor) else x for key, x in own.items()}   # and no more
         groups = [group | {"params": [at[p] for p in few if p in at]}
                   for group, few in zip(state_dict["param_groups"], self.whole, strict=True)]
         self.inner.load_state_dict({"state": {n: x for n, x in state.items() if x}, "param_groups": groups})
@@ -637,9 +638,12 @@ class FullyShard(GradientShards, nn.Module):
                 x.register_hook(lambda _: self.begin(at, visit, at - 1))
 
     def begin(self, at, visit, then):
-        for unit in self.needs[self.order[at]]:
+        units = self.needs[self.order[at]]
+        again = any(unit.holders for unit in units)                          # a forward that a backward repeats
+        for unit in units:
             unit.hold(visit)
-        self.prefetch(then)
+        if not again:
+            self.prefetch(then)
 
     def end(self, at, visit):
         for unit in self.needs[self.order[at]]:

@@ -659,8 +659,8 @@ def test_compiled_blocks_train_and_sample_without_a_warning(corpus, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["model", "data", "flash_attn", "parallel"])
+@pytest.mark.parametrize("name", ["model", "data", "flash_attn", "parallel", "zero"])
 def test_demos_run_and_assert(name):
     done = subprocess.run([sys.executable, str(ROOT / f"{name}.py")], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == "" and "predicted" in done.stdout
+    assert done.stderr == "" and ("predicted" in done.stdout or "formula" in done.stdout)
