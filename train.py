@@ -758,8 +758,12 @@ def budget(c: Config, world: World) -> dict:
                                        score_matrices=2 * (c.attention == "reference")) / split
     if split > 1:
         activations *= part.n_layer / c.n_layer
-    buckets = 4 * most if at["dp"] > 1 and at["micro_batches"] > 1 else 0         # beside those that are being added up
-    memory = {"parameters": 4 * most, "gradients": 4 * most + buckets, "optimizer": 8 * most,
+    dp, states = at["dp"], zero.memory_per_rank(most, c.zero, at["dp"], param_bytes=4, grad_bytes=4, state_bytes=8)
+    bucket = min(10e6, 4 * most) if c.zero < 3 else 4 * max(x["unit"] for x in at["ranks"])
+    buffers = {0: 4 * most * (at["micro_batches"] > 1),                           # beside those that are being added up
+               1: bucket * (1 + 1 / dp), 2: bucket * (3 + 1 / dp), 3: bucket * (5 + 1 / dp)}[c.zero] * (dp > 1)
+    memory = {"parameters": round(states["parameters"]), "gradients": round(states["gradients"] + buffers),
+              "optimizer": round(states["states"]),
               "activations": round(activations * max(x["stored"] for x in at["ranks"]))}
     return {"config": dataclasses.asdict(c), "parameters": N, "embedding_parameters": c.vocab_size * c.n_embd,
             "tokens_per_step": c.tokens_per_step, "steps": c.steps, "tokens": tokens,
@@ -785,6 +789,12 @@ def describe(b: dict, c: Config) -> str:
                      f"layers {', '.join(str(x['layers']) for x in at['ranks'])}\n")
         sent = ", ".join(f"{axis} {size / 1e6:,.1f}" for axis, size in sent.items() if axis != "world")
         grid += f"messages   {sent} MB a step, sent by a rank\n"
+        if c.zero > 1 and at["micro_batches"] > 1 and at["dp"] > 1:
+            most = max(x["parameters"] for x in at["ranks"])
+            each, once = (sum(zero.comm_volume(4 * most, stage, at["dp"], at["micro_batches"]).values()) / 1e6
+                          for stage in (c.zero, 1))
+            grid += (f"zero {c.zero}     sends {each:,.1f} MB of them, with every one of {at['micro_batches']} "
+                     f"micro-batches; stage 1 would send {once:,.1f} MB, once a step\n")
     return (f"model      {c.config}: {b['parameters']:,} parameters, {b['embedding_parameters']:,} in the embedding\n"
             f"run        {c.steps:,} steps x {b['tokens_per_step']:,} tokens = {b['tokens'] / 1e6:,.1f} M tokens, "
             f"{b['tokens_per_parameter']:.1f} a parameter; {b['flops']:.2e} FLOPs\n"
@@ -840,8 +850,10 @@ def layout(c: Config, world: World) -> dict:
             n = {"dp": mesh.dp, "tp": mesh.tp, "ends": 2}.get(axis, world.size)
             call = parallel.Call(axis, "", collective, payload, n, (), torch.float32, None)
             sent[axis] = sent.get(axis, 0) + call.wire
+        units = [x for chunk in chunks for x in (*chunk.model.layers.values(), chunk.model.embed_tokens, chunk.lm_head)]
         ranks.append({"parameters": sum(p.numel() for p in params), "layers": layers, "bytes_sent": sent,
-                      "stored": timeline.stored[r] / len(mine)})
+                      "stored": timeline.stored[r] / len(mine),
+                      "unit": max(sum(p.numel() for p in x.parameters()) for x in units if x is not None)})
     return {"dp": mesh.dp, "tp": mesh.tp, "pp": mesh.pp, "schedule": c.pp_schedule, "micro_batches": m, "ranks": ranks,
             "bubble": timeline.bubble}
 

@@ -17,23 +17,24 @@ parameters, n ranks, m micro-batches a step:
                                                                                           reduce-scatter each
     (the paper's 2, 2, 2, 3 Psi are m = 1: an all-reduce is a reduce-scatter and an all-gather)
 
-The lesson is when each buffer is freed. A step of one micro-batch, of a model of three layers on rank r, time running
-to the right; = is a whole layer in memory, - a rank's shard, > what is sent:
+The lesson is when each buffer is freed. A step of two micro-batches of a model of three layers, time running to the
+right; = is a whole layer in memory, - this rank's shard of it, > a message:
 
-              forward            backward                     step
-    stage 1   w ================================================================      always whole
-              g                         3===============----   own slice summed       whole until the step is over
-                                           2============----   in place
-                                              1=========----
-              o ---------------------------------------------- update, w gathered >
-    stage 2   w ================================================================
-              g                         3==>-----------------                         a bucket is whole for a moment
-                                           2==>--------------
-                                              1==>-----------
-    stage 3   w 1>=  2>=  3>=  |  3>=  2>=  1>=                                       a layer is whole while it runs
-              g                      3==>--------------------
-                                          2==>---------------
-                                               1==>----------
+                   forward    backward            forward    backward            step
+    stage 1   w    =====================================================================>   gathered at the end
+              g               3===================================3==>----------------      whole from the first
+                                 2===================================2==>-------------      gradient to the last
+                                    1===================================1==>----------
+    stage 2   w    =====================================================================>   gathered at the end
+              g               3==>--------------------------------3==>----------------      whole until it is sent
+                                 2==>--------------------------------2==>-------------
+                                    1==>--------------------------------1==>----------
+    stage 3   w    >1>2>3=    >3>2>1==            >1>2>3=    >3>2>1==                       whole while it runs, and
+              g               3==>--------------------------------3==>----------------      the next one ahead of it
+                                 2==>--------------------------------2==>-------------
+                                    1==>--------------------------------1==>----------
+
+With a single micro-batch stages 1 and 2 are the same.
 
 Everything lies in buckets: parameters side by side in a flat row, padded so that n divides it; the r-th of n equal
 slices is rank r's. The optimizer sees, for each parameter, the part that lies in the slice, as a view. An elementwise
@@ -147,9 +148,8 @@ class Bucket:
             view.copy_(p.grad)
             p.grad = view
 
-    def send(self, keep: bool):
-        """Start the reduce-scatter of what has arrived. keep: the sum takes its slice's place and the row stays (stage
-        1); else the row is freed once it is sent."""
+    def send(self):
+        """Start the reduce-scatter of what has arrived."""
         if self.grads is None:                                                       # nothing here, but elsewhere
             self.grads = torch.zeros(self.length, dtype=self.grad_dtype, device=self.device)
         for p in self.params:
@@ -160,7 +160,7 @@ class Bucket:
         if size(self.group) == 1:
             self.out = self.sending
             return
-        self.out = self.own(self.sending) if keep else self.sending.new_empty(self.slice)
+        self.out = self.sending.new_empty(self.slice)
         if self.device.type == "cpu":
             # gloo's reduce-scatter takes twice the time of an exchange of slices, which are then summed in rank order
             self.received = torch.empty_like(self.sending)
@@ -226,9 +226,9 @@ class GradientShards:
     one without on all keeps None.
     """
 
-    def watch(self, buckets: list[Bucket], shards: dict, group, reduce: str, keep: bool):
-        """shards: {parameter: its shard here}. keep: stage 1, gradients stay whole and are sent once a step."""
-        self.buckets, self.shards, self.group, self.mean, self.keep = buckets, shards, group, reduce == "mean", keep
+    def watch(self, buckets: list[Bucket], shards: dict, group, reduce: str, once: bool):
+        """shards: {parameter: its shard here}. once: stage 1, no_sync() keeps gradients here."""
+        self.buckets, self.shards, self.group, self.mean, self.once = buckets, shards, group, reduce == "mean", once
         self.bucket_of = {p: bucket for bucket in buckets for p in bucket.params}
         self.synchronize, self.turn, self.flying, self.used = True, 0, None, set()
         for p in self.bucket_of:
@@ -248,9 +248,6 @@ class GradientShards:
         """p.grad is complete."""
         bucket = self.bucket_of[p]
         self.used.add(p)
-        if self.keep and bucket.sent:
-            raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} got a second gradient after its bucket was "
-                               "sent: at stage 1 all backward passes of a step but the last belong in no_sync()")
         bucket.take(p)
         if self.synchronize:
             bucket.arrivals[p] += 1
@@ -261,7 +258,7 @@ class GradientShards:
         """The next bucket."""
         bucket, self.turn = self.buckets[self.turn], (self.turn + 1) % len(self.buckets)
         self.receive()
-        bucket.send(self.keep)
+        bucket.send()
         self.flying = bucket
 
     def receive(self):
@@ -336,8 +333,8 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
     (params, **kwargs) -> an elementwise optimizer; kwargs are its own. reduce: "sum" | "mean" over the group.
     bucket_mb: MB (1e6 bytes) of gradients a bucket.
 
-    stage 1   gradients stay whole until they are sent, once a step
-    stage 2   every micro-batch's are sent during backward, and freed: no rank ever holds all (no_sync does nothing)
+    stage 1   gradients are added up within no_sync(), and sent during the last micro-batch's backward
+    stage 2   every micro-batch's are sent during its backward, and freed: no rank ever holds all (no_sync does nothing)
 
     param_groups and state are those of the optimizer inside: of the shards, which carry the parameters' attributes and
     flat. state_dict() is the plain optimizer's, of whole tensors, on every rank, on the CPU; load_state_dict() takes
@@ -346,7 +343,7 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
     RuntimeError for step() before finish_gradient_synchronization().
     """
 
-    def __init__(self, params, optimizer_cls, *, group=None, stage: int = 1, reduce: str = "sum", bucket_mb: float = 25,
+    def __init__(self, params, optimizer_cls, *, group=None, stage: int = 1, reduce: str = "sum", bucket_mb: float = 10,
                  order=None, **kwargs):
         if stage not in (1, 2):
             raise ValueError(f"stage must be 1 or 2, got {stage}; 3 is FullyShard, 0 is data parallelism")
@@ -376,7 +373,7 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
                     shards[p] = make_shard(p, bucket.part(bucket.own(bucket.weights), p), (lo, hi))
                     shards[p].grad_dtype = bucket.grad_dtype
                 p.sharded = True
-        self.watch(buckets, shards, group, reduce, keep=stage == 1)
+        self.watch(buckets, shards, group, reduce, once=stage == 1)
         self.inner = optimizer_cls([group | {"params": [shards[p] for p in few if p in shards]}
                                     for group, few in zip(self.param_groups, self.whole, strict=True)], **kwargs)
         self.show_inner()
@@ -387,7 +384,7 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
     @contextlib.contextmanager
     def no_sync(self):
         """Stage 1: gradients are added up here, not sent."""
-        before, self.synchronize = self.synchronize, not self.keep
+        before, self.synchronize = self.synchronize, not self.once
         try:
             yield
         finally:
@@ -401,11 +398,8 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
                 loss = closure()
             self.finish_gradient_synchronization()
         self.inner.step()
-        if size(self.group) > 1:
-            works = [dist.all_gather_single(bucket.weights, bucket.own(bucket.weights), group=self.group, async_op=True)
-                     for bucket in self.buckets]
-            for work in works:
-                work.wait()
+        for bucket in self.buckets if size(self.group) > 1 else ():
+            dist.all_gather_single(bucket.weights, bucket.own(bucket.weights), group=self.group)
         return loss
 
     def state_dict(self) -> dict:
@@ -428,13 +422,14 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
         there, here = [len(group["params"]) for group in state_dict["param_groups"]], [len(few) for few in self.whole]
         if there != here:
             raise ValueError(f"state_dict must have groups of {here} parameters, has {there}")
-        state, groups, saved = {}, [], (i for group in state_dict["param_groups"] for i in group["params"])
-        held = [(i, p, self.shards[p]) for i, p in zip(saved, self.params, strict=True) if p in self.shards]
+        state, numbers = {}, (i for group in state_dict["param_groups"] for i in group["params"])
+        held = [(i, p, self.shards[p]) for i, p in zip(numbers, self.params, strict=True) if p in self.shards]
         at = {p: n for n, (_, p, _) in enumerate(held)}
         for i, p, shard in held:
-            own = {key: x.flatten()[slice(*shard.flat)] if key != "step" and isinstance(x, Tensor) and x.shape == p.shape
-                   else x for key, x in state_dict["state"].get(i, {}).items()}
-            state[at[p]] = {key: x.clone() if isinstance(x, Tensor) else x for key, x in own.items()}   # and no more
+            saved = state_dict["state"].get(i, {})
+            own = {key: x.flatten()[slice(*shard.flat)] for key, x in saved.items()
+                   if isinstance(x, Tensor) and x.shape == p.shape and key != "step"}
+            state[at[p]] = {key: x.clone() if isinstance(x, Tensor) else x for key, x in (saved | own).items()}
         groups = [group | {"params": [at[p] for p in few if p in at]}
                   for group, few in zip(state_dict["param_groups"], self.whole, strict=True)]
         self.inner.load_state_dict({"state": {n: x for n, x in state.items() if x}, "param_groups": groups})
@@ -508,8 +503,8 @@ class Unit(Bucket):
             self.whole = False
             self.swap(self.shards)
 
-    def send(self, keep):
-        super().send(keep)
+    def send(self):
+        super().send()
         self.free()                                               # all its gradients are there: its backward is over
 
 
@@ -604,7 +599,7 @@ class FullyShard(GradientShards, nn.Module):
             owner.register_forward_hook(functools.partial(self.leave, at), always_call=True)
         self.module = module
         self.watch([unit for unit in reversed(self.units) if unit.params[0].requires_grad],
-                   {p: shard for unit in self.units for p, shard in unit.shards.items()}, group, reduce, keep=False)
+                   {p: shard for unit in self.units for p, shard in unit.shards.items()}, group, reduce, once=False)
 
     def forward(self, *args, **kwargs):
         if self.compute_dtype is not None:
@@ -688,15 +683,15 @@ def clip_grad_norm_(shards, max_norm: float, group=None) -> float:
 # ---- what is in memory -----------------------------------------------------------------------------------------------
 
 def holdings(sync: GradientShards, optimizer) -> dict:
-    """The tensors of model states that are there now: {"parameters", "gathered": rows of stage 3, "gradients",
-    "buckets": gradients on their way, "arriving": those autograd has just made, "states"}."""
+    """The tensors of model states that are there now: {"parameters", "gathered": rows of stage 3, "gradients": shards
+    (at stage 1 whole ones too), "buckets": gradients on their way, "arriving": just made by autograd, "states"}."""
     buckets, stage3 = getattr(sync, "units", sync.buckets), hasattr(sync, "units")
-    rows = [row for bucket in buckets for row in (bucket.grads, bucket.sending, bucket.out)]
+    rows = [row for bucket in buckets for row in (bucket.grads, bucket.sending)]
     parts = {"parameters": [bucket.weights for bucket in buckets],
              "gathered": [unit.row for unit in buckets if stage3],
              "gradients": [bucket.total for bucket in buckets] + [shard.grad for shard in sync.shards.values()]
-             + rows * sync.keep,
-             "buckets": [bucket.received for bucket in buckets] + rows * (not sync.keep),
+             + rows * sync.once,
+             "buckets": [x for bucket in buckets for x in (bucket.received, bucket.out)] + rows * (not sync.once),
              "arriving": [p.grad for p in sync.bucket_of],
              "states": [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]}
     return {kind: [x for x in tensors if x is not None] for kind, tensors in parts.items()}
@@ -808,9 +803,9 @@ def demo():
             weights, peak, sent = train(stage, dist.group.WORLD)
             formula = memory_per_rank(psi, stage, n, param_bytes=8, grad_bytes=8, state_bytes=16)
             formula["gradients"] *= 1 + (stage == 0)              # the bucket, beside gradients that are being added up
-            # a bucket (1: a matrix; 3: a layer, of two) that is received; 2, 3: and those that fill and are sent, and a
-            # slice of the sum; 3: and two layers gathered, this one and the next
-            buffers = 8 * 1024 * (0, 1, 3 + 1 / n, 2 * (3 + 1 / n + 2))[stage]
+            # a bucket (1, 2: a matrix; 3: a layer, of two) that is received, and a slice of the sum; 2, 3: and those
+            # that fill and are sent; 3: and two layers gathered, this one and the next
+            buffers = 8 * 1024 * (0, 1 + 1 / n, 3 + 1 / n, 2 * (3 + 1 / n + 2))[stage]
             volume = 8 * sum(comm_volume(psi, stage, n, m).values())
             row = [(peak[kind], formula[kind]) for kind in ("parameters", "gradients", "states")]
             row += [(peak["buckets"] + peak["gathered"], buffers), (sent, volume)]

@@ -272,11 +272,11 @@ def memory(rank, n, stage, m=2, fault=None):
                                             bucket_mb=4 * size / 1e6, **ADAMW)
     kept, rows, alive = [], [], []
 
-    def send(bucket, keep):
+    def send(bucket):
         rows.append(StorageWeakRef(bucket.grads.untyped_storage()))
         alive.append(sum(not x.expired() for x in rows))
         kept.append(bucket.grads if fault == "gradients kept" else None)
-        type(bucket).send(bucket, keep)
+        type(bucket).send(bucket)
 
     for bucket in sync.buckets:
         bucket.send = functools.partial(send, bucket)
@@ -309,11 +309,11 @@ def test_peaks_are_the_formula_to_the_byte(run_ranks, n, stage):
         # the gathered: this layer and the next
         assert peak["gathered"] == (2 * layer if stage == 3 else 0)
         if n > 1:
-            # 1: one bucket received; 2, 3: one that fills, one that is sent and received, a slice of the sum
-            assert peak["buckets"] == (layer if stage == 1 else 3 * layer + layer // n)
+            # one bucket that is received, and a slice of the sum; 2, 3: one that fills, one that is sent
+            assert peak["buckets"] == (1 if stage == 1 else 3) * layer + layer // n
         assert sum(gathered) == 0
         if n > 1:                                            # the backend may let go of one a moment after it is there
-            assert max(alive) == 10 if stage == 1 else max(alive) <= 2
+            assert max(alive) <= 2
         m, part = 2, 4 * psi * (n - 1) / n
         sent = sum(x.wire for x in calls if x.dtype == torch.float32)
         assert sent == (0 if n == 1 else part * {1: 2, 2: m + 1, 3: 3 * m}[stage])
@@ -590,8 +590,3 @@ def test_bad_input_is_one_line(run_ranks):
     model(torch.ones(2)).sum().backward()
     with pytest.raises(RuntimeError, match="call finish_gradient_synchronization.. between backward and step"):
         plain.step()
-    layer = nn.Linear(2, 2)
-    optimizer = sgd(layer.parameters(), stage=1)
-    layer(torch.ones(2)).sum().backward()
-    with pytest.raises(RuntimeError, match="got a second gradient after its bucket was sent: at stage 1"):
-        layer(torch.ones(2)).sum().backward()
