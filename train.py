@@ -761,8 +761,9 @@ def budget(c: Config, world: World) -> dict:
     dp, states = at["dp"], zero.memory_per_rank(most, c.zero, at["dp"], param_bytes=4, grad_bytes=4, state_bytes=8)
     bucket = min(10e6, 4 * most) if c.zero < 3 else 4 * max(x["unit"] for x in at["ranks"])
     buffers = {0: 4 * most * (at["micro_batches"] > 1),                           # beside those that are being added up
-               1: bucket * (1 + 1 / dp), 2: bucket * (3 + 1 / dp), 3: bucket * (5 + 1 / dp)}[c.zero] * (dp > 1)
-    memory = {"parameters": round(states["parameters"]), "gradients": round(states["gradients"] + buffers),
+               1: bucket * (1 + 1 / dp), 2: bucket * (3 + 1 / dp), 3: bucket * (3 + 1 / dp)}[c.zero] * (dp > 1)
+    gathered = 2 * bucket * (c.zero == 3)
+    memory = {"parameters": round(states["parameters"] + gathered), "gradients": round(states["gradients"] + buffers),
               "optimizer": round(states["states"]),
               "activations": round(activations * max(x["stored"] for x in at["ranks"]))}
     return {"config": dataclasses.asdict(c), "parameters": N, "embedding_parameters": c.vocab_size * c.n_embd,
