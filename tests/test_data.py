@@ -1,4 +1,6 @@
+import itertools
 import json
+import math
 import os
 import random
 import re
@@ -599,3 +601,16 @@ def test_four_ranks_write_one_checkpoint(tmp_path, run_ranks):
 def test_crc_of_a_shard_is_zlibs(corpus):
     entry = data.read_sealed(corpus / "manifest.json", "tokens")["splits"]["val"]["shards"][0]
     assert zlib.crc32((corpus / entry["file"]).read_bytes()[32:]) == entry["crc32"]
+
+
+@pytest.mark.parametrize("box", [(), ((0, 5, 5),), ((2, 5, 9), (1, 4, 6)), ((0, 3, 3), (2, 4, 4), (1, 4, 8))])
+def test_a_range_of_a_box_is_few_boxes(box):
+    """All ranges of a slice, in order, by at most 2 ndim - 1 boxes."""
+    full = torch.arange(math.prod(n for *_, n in box)).view([n for *_, n in box])
+    local = full[tuple(slice(a, b) for a, b, _ in box)].flatten()
+    for lo, hi in itertools.combinations_with_replacement(range(len(local) + 1), 2):
+        parts = list(data.boxes(box, lo, hi))
+        assert len(parts) <= max(1, 2 * len(box) - 1)
+        assert [i for _, a, b in parts for i in range(a, b)] == list(range(lo, hi))
+        for part, a, b in parts:
+            assert torch.equal(full[tuple(slice(x, y) for x, y, _ in part)].flatten(), local[a:b])
