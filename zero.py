@@ -76,10 +76,10 @@ def memory_per_rank(num_params: float, stage: int, dp: int, *, param_bytes: floa
     of mixed-precision Adam, K = 12; plain float32 Adam is 4, 4, 8. (Rajbhandari 2020, Figure 1, Table 1)"""
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"stage must be one of 0, 1, 2, 3, got {stage}")
-    bytes = {"parameters": param_bytes * num_params / (dp if stage >= 3 else 1),
-             "gradients": grad_bytes * num_params / (dp if stage >= 2 else 1),
-             "states": state_bytes * num_params / (dp if stage >= 1 else 1)}
-    return bytes | {"total": sum(bytes.values())}
+    held = {"parameters": param_bytes * num_params / (dp if stage >= 3 else 1),
+            "gradients": grad_bytes * num_params / (dp if stage >= 2 else 1),
+            "states": state_bytes * num_params / (dp if stage >= 1 else 1)}
+    return held | {"total": sum(held.values())}
 
 
 def comm_volume(num_params: float, stage: int, dp: int, micro_batches: int = 1) -> dict:
@@ -125,9 +125,9 @@ class Bucket:
         """This rank's slice of a whole row."""
         return row[rank(self.group) * self.slice:][:self.slice]
 
-    def flat(self, p: Tensor, r: int | None = None) -> tuple[int, int]:
-        """(lo, hi): the elements of p that lie in rank r's slice, in this rank's by default; lo = hi if none do."""
-        at = (rank(self.group) if r is None else r) * self.slice - self.start[p]
+    def flat(self, p: Tensor) -> tuple[int, int]:
+        """(lo, hi): the elements of p that lie in this rank's slice; lo = hi if none do."""
+        at = rank(self.group) * self.slice - self.start[p]
         return min(max(at, 0), p.numel()), min(max(at + self.slice, 0), p.numel())
 
     def part(self, row: Tensor, p: Tensor) -> Tensor:
@@ -281,7 +281,7 @@ class GradientShards:
             bucket = self.bucket_of[p]
             if anywhere and p in self.shards:
                 shard, part = self.shards[p], bucket.part(bucket.total, p)
-                shard.grad = part if shard.grad is None else shard.grad + part
+                shard.grad = part if shard.grad is None else shard.grad.add_(part)
         for bucket in self.buckets:
             bucket.total, bucket.sent, bucket.arrivals = None, 0, dict.fromkeys(bucket.params, 0)
         self.turn, self.used = 0, set()
@@ -324,7 +324,7 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
         optimizer = ShardedOptimizer(model.parameters(), torch.optim.AdamW, group=group, stage=2, lr=1e-3)
         loss.backward()                                      stage 1: micro-batches but the last in optimizer.no_sync()
         optimizer.finish_gradient_synchronization()
-        norm = clip_grad_norm_(optimizer, 1.0)
+        norm = clip_grad_norm_(optimizer.shards.values(), 1.0, group)
         optimizer.step(); optimizer.zero_grad()
 
     params: parameters or parameter groups, as for any optimizer; frozen ones are left alone. They are broadcast from
@@ -406,7 +406,7 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
         """One parameter's states at a time are put together."""
         state, at = {}, {p: i for i, p in enumerate(self.params)}
         for p, i in at.items():
-            mine = self.state[self.shards[p]] if p in self.shards else {}
+            mine = self.state.get(self.shards.get(p), {})
             parts = [{key: x.cpu() if isinstance(x, Tensor) else x for key, x in mine.items()}] * size(self.group)
             if size(self.group) > 1:
                 dist.all_gather_object(parts, parts[0], group=self.group)
