@@ -142,7 +142,6 @@ class Bucket:
         """A gradient has arrived: into the row, and what autograd made is freed. The next one is added in place."""
         if self.grads is None:
             self.grads = torch.empty(self.length, dtype=self.grad_dtype, device=self.device)
-            self.grads[self.numel:] = 0
         view = self.view(self.grads, p)
         if p.grad.data_ptr() != view.data_ptr():
             view.copy_(p.grad)
@@ -448,8 +447,8 @@ class Unit(Bucket):
         super().__init__(params, group, None, None)
         self.places, self.holders, self.arriving, self.whole = places, set(), None, True
         for p in params:
-            values = init(p) if p.is_meta and init is not None else p.detach().clone()
-            if group is not None and init is None and not p.is_meta:
+            values = init(p) if p.is_meta else p.detach().clone()
+            if group is not None and not p.is_meta:
                 dist.broadcast(values, group_src=0, group=group)
             if self.weights is None:
                 self.weights = torch.zeros(self.slice, dtype=values.dtype, device=values.device)
@@ -545,11 +544,12 @@ class FullyShard(GradientShards, nn.Module):
     there is one gather in forward and one in backward.
 
     init: called for each parameter on the meta device, gives its values, the same on every rank: no rank ever holds
-    the whole model. Without it parameters are real and the group's rank 0's count. compute_dtype: of the gathered
+    the whole model. Real parameters, and buffers, become those of the group's rank 0. compute_dtype: of the gathered
     parameters, and of the float inputs of forward(); reduce_dtype: of gradients on the wire; both default to the
-    parameters' own. reduce: "sum" | "mean". Raises ValueError for a block that is not in the module, a group without
-    this rank, sharded parameters, meta ones without init; RuntimeError for an optimizer's step() before
-    finish_gradient_synchronization().
+    parameters' own. reduce: "sum" | "mean". All ranks must run the same blocks in the same order, and what a block's
+    backward begins with must be among its outputs: not a loss that it leaves on the module.
+    Raises ValueError for a block that is not in the module, a group without this rank, sharded parameters, meta ones
+    without init; RuntimeError for an optimizer's step() before finish_gradient_synchronization().
     """
 
     def __init__(self, module: nn.Module, group=None, *, blocks=None, compute_dtype=None, reduce_dtype=None,
@@ -585,9 +585,6 @@ class FullyShard(GradientShards, nn.Module):
                 dist.broadcast(x, group_src=0, group=group)
         self.compute_dtype, self.units, self.visits = compute_dtype, [], []
         self.needs = defaultdict(list)                                       # module -> its units, in the order of use
-        for few, *_ in alike:
-            for owner in few:
-                self.needs[owner] = []
         for (few, *_), params in alike.items():
             unit = Unit(params, [list(places[p]) for p in params], group, compute_dtype, reduce_dtype, init)
             self.units.append(unit)

@@ -8,6 +8,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+import model as net
 import parallel
 import zero
 from zero import FullyShard, ShardedOptimizer
@@ -131,7 +132,7 @@ def test_every_stage_is_plain_adamw(run_ranks, n, stage):
                 torch.testing.assert_close(saved["state"][i], x, rtol=0, atol=1e-10)
 
 
-def beside_data_parallel(rank, n, stage):
+def beside_data_parallel(rank, n, stage, micro_batches):
     """-> whether three steps leave the same bits as our DataParallel does."""
     group, modules = dist.group.WORLD, [Odd(seed=rank, dtype=torch.float32) for _ in range(2)]
     plain = parallel.DataParallel(modules[0], group, bucket_mb=0.0003)
@@ -140,8 +141,8 @@ def beside_data_parallel(rank, n, stage):
                                    bucket_mb=0.0003, foreach=False, **ADAMW)]
     for step in range(3):
         for sync, module, optimizer in zip((plain, optimizers[1]), modules, optimizers, strict=True):
-            for i in range(rank, 8, n):
-                last = i + n >= 8
+            for i in range(rank, micro_batches, n):
+                last = i + n >= micro_batches
                 with sync.no_sync() if not last and (stage == 1 or sync is plain) else torch.enable_grad():
                     module(*batch(step, i)).backward()
             sync.finish_gradient_synchronization()
@@ -151,10 +152,12 @@ def beside_data_parallel(rank, n, stage):
                                                               strict=True)]
 
 
-def test_stage_1_is_data_parallel_bit_for_bit(run_ranks):
-    """Two ranks: a + b in either order. Stage 2 adds micro-batches after ranks, not before: equal but for rounding."""
-    for same in run_ranks(beside_data_parallel, 2, 1):
-        assert all(x for _, x in same), same
+def test_stages_1_and_2_are_data_parallel_bit_for_bit(run_ranks):
+    """Two ranks: a + b in either order. Stage 2 adds micro-batches after ranks, not before: with several, equal but for
+    rounding."""
+    for stage, micro_batches in ((1, 8), (2, 2)):
+        for same in run_ranks(beside_data_parallel, 2, stage, micro_batches):
+            assert all(x for _, x in same), same
 
 
 # ---- beside torch's own ----------------------------------------------------------------------------------------------
@@ -525,6 +528,18 @@ def test_the_norm_is_over_all_shards_and_found_inf_is_everywhere(run_ranks):
     for bad in (float("inf"), float("nan")):
         (a, g), (b, _) = run_ranks(norms, 2, bad)
         assert not (a < float("inf")) and not (b < float("inf")) and g.tolist() == [3.0, 4.0]
+
+
+def generated(rank, n):
+    gpts = [net.build(net.ModelConfig(vocab_size=32, seq_len=16, n_layer=2, n_head=2, n_kv_head=2, head_dim=8, n_embd=16,
+                                      n_ff=32, tie_embeddings=True)) for _ in range(2)]
+    FullyShard(gpts[1], dist.group.WORLD)
+    return [gpt.generate(torch.tensor([[1, 2, 3]]), 6, temperature=0.0).tolist() for gpt in gpts]
+
+
+def test_a_sharded_model_generates(run_ranks):
+    for plain, ours in run_ranks(generated, 2):
+        assert plain == ours and len(plain[0]) == 9
 
 
 # ---- refusals --------------------------------------------------------------------------------------------------------
