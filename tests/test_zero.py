@@ -531,8 +531,9 @@ def test_the_norm_is_over_all_shards_and_found_inf_is_everywhere(run_ranks):
 
 
 def generated(rank, n):
-    gpts = [net.build(net.ModelConfig(vocab_size=32, seq_len=16, n_layer=2, n_head=2, n_kv_head=2, head_dim=8, n_embd=16,
-                                      n_ff=32, tie_embeddings=True)) for _ in range(2)]
+    config = net.ModelConfig(vocab_size=32, seq_len=16, n_layer=2, n_head=2, n_kv_head=2, head_dim=8, n_embd=16,
+                             n_ff=32, tie_embeddings=True)
+    gpts = [net.build(config) for _ in range(2)]
     FullyShard(gpts[1], dist.group.WORLD)
     return [gpt.generate(torch.tensor([[1, 2, 3]]), 6, temperature=0.0).tolist() for gpt in gpts]
 

@@ -32,7 +32,7 @@ import train  # noqa: E402
 
 MODEL = """--n-layer 8 --n-head 4 --n-embd 256 --seq-len 256 --vocab-size 2048 --global-batch-size 8
 --micro-batch-size 1 --no-document-mask --device cpu""".split()
-WIDER = "--n-layer 4 --n-embd 384 --global-batch-size 16".split()             # for ranks that share a core
+WIDER = "--n-layer 4 --n-embd 384 --global-batch-size 32".split()             # for ranks that share a core
 TURNS = 9
 
 
@@ -244,6 +244,7 @@ def main(steps):
     show(ranks(2, beside_pipelining))
     print("all ranks on one core: tokens/s beside one rank's")
     layouts = ["--micro-batch-size 4", "--dp 2 --micro-batch-size 4", "--dp 2 --micro-batch-size 4 ddp",
+               "--dp 2 --zero 1 --micro-batch-size 4",
                "--pp 2 --micro-batch-size 2", "--tp 2 --micro-batch-size 4",
                "--tp 2 --micro-batch-size 4 --no-sequence-parallel", "--dp 2 --tp 2 --pp 2 --micro-batch-size 2"]
     rates = {flags: [] for flags in layouts}

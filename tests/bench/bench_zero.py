@@ -3,7 +3,8 @@
 Two ranks on two cores, float32, AdamW, one micro-batch of 2 windows of 256 a rank, taking turns step by step in one
 run: stage 1 | DistributedDataParallel and ZeroRedundancyOptimizer; stage 2 | FSDP2 that keeps its parameters between
 forward and backward; stage 3 | FSDP2. Median of the ratios of neighbouring steps; the largest resident memory of a rank
-whose process runs nothing else; and where a step's time goes.
+whose process runs nothing else (glibc told to give freed blocks back: what is held counts, not what malloc keeps); and
+where a step's time goes.
 """
 
 import os
@@ -111,6 +112,7 @@ def entry(rank, n, store, fn, args, answers):
 
 
 def ranks(n, fn, *args):
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000" if fn is resident else ""
     context = mp.get_context("spawn")
     answers = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
