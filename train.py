@@ -842,7 +842,7 @@ def layout(c: Config, world: World) -> dict:
         share = mesh.dp / max(1, mesh.dp - 1)                                                # sent -> payload
         sharded = {what: (None, round(sent * share)) for what, sent in volume.items()}
         calls = parallel.step_calls(mesh, (mine, stages(c)), 2 * layers, params, micro_batches=m,
-                                    gradients=sharded | {"all_reduce": (None, len(params))} if c.zero else None,
+                                    gradients=sharded | {"all_reduce": (None, 4 * len(params) + 4)} if c.zero else None,
                                     shape=(c.micro_batch_size, c.seq_len, c.n_embd),
                                     sequence_parallel=c.sequence_parallel, low=2 if c.precision == "bf16" else 4,
                                     recomputed=layers if c.recompute == "full" else 0)

@@ -115,7 +115,7 @@ class Bucket:
         self.slice = -(-self.numel // size(group))                              # rounded up: the last slices are padded
         self.length = self.slice * size(group)
         self.weights = self.grads = self.sending = self.received = self.out = self.work = self.total = None
-        self.arrivals, self.sent = dict.fromkeys(params, 0), 0
+        self.arrivals, self.sent, self.awaited = dict.fromkeys(params, 0), 0, params
 
     def view(self, row: Tensor, p: Tensor) -> Tensor:
         """p's place in a whole row."""
@@ -220,16 +220,18 @@ class GradientShards:
         3  finish_gradient_synchronization()   sends what is left, as often as there were passes, receives it, and
                                                gives each shard its gradient
 
-    A bucket that is sent holds what has arrived since it was last sent, so backward may come in any portions: each
-    bucket leaves as often as its parameters got a gradient. A parameter without one on some ranks counts as zero there;
-    one without on all keeps None.
+    A bucket that is sent holds what has arrived since it was last sent, so backward may come in any portions: every
+    bucket leaves once for each pass. A parameter without a gradient on some ranks counts as zero there; one without on
+    all keeps None, and its bucket does not wait for it in the next step.
     """
 
-    def watch(self, buckets: list[Bucket], shards: dict, group, reduce: str, once: bool):
-        """shards: {parameter: its shard here}. once: stage 1, no_sync() keeps gradients here."""
-        self.buckets, self.shards, self.group, self.mean, self.once = buckets, shards, group, reduce == "mean", once
+    def watch(self, buckets: list[Bucket], shards: dict, group, reduce: str, *, once=False, everywhere=False):
+        """shards: {parameter: its shard here}. once: stage 1, no_sync() keeps gradients here. everywhere: stage 3, as
+        gathers go between and gradients must be sent at the same point on all ranks."""
+        self.buckets, self.shards, self.group, self.mean = buckets, shards, group, reduce == "mean"
+        self.once, self.everywhere = once, everywhere
         self.bucket_of = {p: bucket for bucket in buckets for p in bucket.params}
-        self.synchronize, self.turn, self.flying, self.used = True, 0, None, set()
+        self.synchronize, self.turn, self.passes, self.flying, self.used = True, 0, 0, None, set()
         for p in self.bucket_of:
             p.register_post_accumulate_grad_hook(self.ready)
         self.mine, here = {id(shard) for shard in shards.values()}, weakref.ref(self)
@@ -250,8 +252,12 @@ class GradientShards:
         bucket.take(p)
         if self.synchronize:
             bucket.arrivals[p] += 1
-            while all(n > self.buckets[self.turn].sent for n in self.buckets[self.turn].arrivals.values()):
+            self.passes = max(self.passes, bucket.arrivals[p])
+            while self.is_full(self.buckets[self.turn]):
                 self.send()
+
+    def is_full(self, bucket) -> bool:
+        return bucket.sent < self.passes and all(bucket.arrivals[p] > bucket.sent for p in bucket.awaited)
 
     def send(self):
         """The next bucket."""
@@ -268,22 +274,31 @@ class GradientShards:
     def finish_gradient_synchronization(self):
         if not self.buckets:
             return
-        passes = max(1, *(n for bucket in self.buckets for n in bucket.arrivals.values()))
-        while self.buckets[self.turn].sent < passes:
+        while self.buckets[self.turn].sent < max(1, self.passes):
             self.send()
         self.receive()
-        params = list(self.bucket_of)
-        used = torch.tensor([p in self.used for p in params], dtype=torch.uint8, device=params[0].device)
+        # which parameters have a gradient anywhere, and whether one that nobody waited for came after its bucket left
+        params, late = list(self.bucket_of), any(bucket.grads is not None for bucket in self.buckets)
+        flags = torch.tensor([*(p in self.used for p in params), late], dtype=torch.int32, device=params[0].device)
         if size(self.group) > 1:
-            dist.all_reduce(used, dist.ReduceOp.MAX, group=self.group)
-        for p, anywhere in zip(params, used.tolist(), strict=True):
-            bucket = self.bucket_of[p]
-            if anywhere and p in self.shards:
-                shard, part = self.shards[p], bucket.part(bucket.total, p)
-                shard.grad = part if shard.grad is None else shard.grad.add_(part)
+            dist.all_reduce(flags, group=self.group)
+        *used, late = flags.tolist()
+        for p, ranks in zip(params, used, strict=True):
+            if self.everywhere and 0 < ranks < size(self.group):
+                raise RuntimeError(f"{p.full_name} must be used on all ranks or none at stage 3, {ranks} of "
+                                   f"{size(self.group)} used it")
+        for _ in self.buckets if late else ():
+            self.send()
+        self.receive()
+        self.turn, self.passes, self.used = 0, 0, {p for p, anywhere in zip(params, used, strict=True) if anywhere}
+        for p in self.used & self.shards.keys():
+            bucket, shard = self.bucket_of[p], self.shards[p]
+            part = bucket.part(bucket.total, p)
+            shard.grad = part if shard.grad is None else shard.grad.add_(part)
         for bucket in self.buckets:
+            bucket.awaited = [p for p in bucket.params if p in self.used]
             bucket.total, bucket.sent, bucket.arrivals = None, 0, dict.fromkeys(bucket.params, 0)
-        self.turn, self.used = 0, set()
+        self.used = set()
 
 
 # ---- stages 1 and 2 --------------------------------------------------------------------------------------------------
@@ -464,7 +479,8 @@ class Unit(Bucket):
             whole.__dict__.update(p.__dict__)
             whole.grad_dtype, start[whole] = self.grad_dtype, self.start[p]
             self.shards[whole] = make_shard(p, self.part(self.weights, p), self.flat(p))
-        self.params, self.start, self.arrivals = list(start), start, dict.fromkeys(start, 0)
+        self.params = self.awaited = list(start)
+        self.start, self.arrivals = start, dict.fromkeys(start, 0)
         self.free()
 
     def swap(self, those):
@@ -501,10 +517,6 @@ class Unit(Bucket):
             self.row.untyped_storage().resize_(0)
             self.whole = False
             self.swap(self.shards)
-
-    def send(self):
-        super().send()
-        self.free()                                               # all its gradients are there: its backward is over
 
 
 class Leave(torch.autograd.Function):
@@ -546,10 +558,11 @@ class FullyShard(GradientShards, nn.Module):
     init: called for each parameter on the meta device, gives its values, the same on every rank: no rank ever holds
     the whole model. Real parameters, and buffers, become those of the group's rank 0. compute_dtype: of the gathered
     parameters, and of the float inputs of forward(); reduce_dtype: of gradients on the wire; both default to the
-    parameters' own. reduce: "sum" | "mean". All ranks must run the same blocks in the same order, and what a block's
-    backward begins with must be among its outputs: not a loss that it leaves on the module.
+    parameters' own. reduce: "sum" | "mean". All ranks must run the same blocks and use the same parameters in the
+    same order, and what a block's backward begins with must be among its outputs: not a loss it leaves on the module.
     Raises ValueError for a block that is not in the module, a group without this rank, sharded parameters, meta ones
-    without init; RuntimeError for an optimizer's step() before finish_gradient_synchronization().
+    without init; RuntimeError for an optimizer's step() before finish_gradient_synchronization(), and by that for a
+    parameter that some ranks used and others did not.
     """
 
     def __init__(self, module: nn.Module, group=None, *, blocks=None, compute_dtype=None, reduce_dtype=None,
@@ -596,7 +609,8 @@ class FullyShard(GradientShards, nn.Module):
             owner.register_forward_hook(functools.partial(self.leave, at), always_call=True)
         self.module = module
         self.watch([unit for unit in reversed(self.units) if unit.params[0].requires_grad],
-                   {p: shard for unit in self.units for p, shard in unit.shards.items()}, group, reduce, once=False)
+                   {p: shard for unit in self.units for p, shard in unit.shards.items()}, group, reduce,
+                   everywhere=True)
 
     def forward(self, *args, **kwargs):
         if self.compute_dtype is not None:
@@ -611,7 +625,6 @@ class FullyShard(GradientShards, nn.Module):
     def enter(self, at, module, args, kwargs):
         """Before a block's forward."""
         visit = object()
-        self.visits.append(visit)
         self.begin(at, visit, at + 1)
         leaves, spec = tree_flatten((args, kwargs))
         differentiable = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
@@ -619,15 +632,22 @@ class FullyShard(GradientShards, nn.Module):
             inputs = Leave.apply(functools.partial(self.end, at, visit), *(leaves[i] for i in differentiable))
             for i, x in zip(differentiable, inputs, strict=True):
                 leaves[i] = x
+        self.visits.append((visit, bool(differentiable)))
         return tree_unflatten(leaves, spec)
 
     def leave(self, at, module, args, out):
         """After it."""
-        visit = self.visits.pop()
+        visit, leaves = self.visits.pop()
+
+        def before_backward(_):
+            self.begin(at, visit, at - 1)
+            if not leaves:                                      # an embedding: nothing tells, until backward is over
+                torch.autograd.Variable._execution_engine.queue_callback(lambda: self.end(at, visit))
+
         self.end(at, visit)
         for x in tree_leaves(out):
-            if isinstance(x, Tensor) and x.requires_grad:                      # before the block's backward
-                x.register_hook(lambda _: self.begin(at, visit, at - 1))
+            if isinstance(x, Tensor) and x.requires_grad:
+                x.register_hook(before_backward)
 
     def begin(self, at, visit, then):
         units = self.needs[self.order[at]]

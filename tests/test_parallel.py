@@ -55,7 +55,8 @@ PARITY = {}                                               # (dp, tp, pp, flags) 
 
 def sharded_gradients(syncs, stage, m) -> dict:
     """ZeRO's calls in a step: each bucket is scattered once (1) or every micro-batch, parameters are gathered once, or
-    (3) twice a micro-batch wherever they are used; a byte a parameter says which have a gradient."""
+    (3) twice a micro-batch wherever they are used; four bytes a parameter say who has a gradient, and if one was late.
+    """
     def rows(buckets):                                                                                        # padded
         return len(buckets), sum(-(-sum(p.numel() for p in bucket.params) // n) * n * bucket.weights.itemsize
                                  for bucket in buckets)
@@ -65,7 +66,7 @@ def sharded_gradients(syncs, stage, m) -> dict:
     n, scatters, gathers = size(buckets[0].group), 1 if stage == 1 else m, 2 * m if stage == 3 else 1
     return {"all_to_all": tuple(scatters * x for x in rows(buckets)),
             "all_gather": tuple(gathers * x for x in rows(used)),
-            "all_reduce": (None, sum(len(bucket.params) for bucket in buckets))}
+            "all_reduce": (None, 4 * (sum(len(bucket.params) for bucket in buckets) + len(syncs)))}
 
 
 def trained(rank, n, argv, steps, dtype=torch.float64):

@@ -112,7 +112,9 @@ def entry(rank, n, store, fn, args, answers):
 
 
 def ranks(n, fn, *args):
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000" if fn is resident else ""
+    os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
+    if fn is resident:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = "1000000"
     context = mp.get_context("spawn")
     answers = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
