@@ -539,7 +539,9 @@ def resolve(c: Config, device) -> Config:
 
 def compute_dtype(c: Config, device):
     """bf16: matrix products in bfloat16 by autocast; weights, gradients and Adam's moments stay float32."""
-    return torch.autocast(device.type, torch.bfloat16) if c.precision == "bf16" else contextlib.nullcontext()
+    # at --zero 3 no copies of weights are kept from one use to the next
+    bf16 = torch.autocast(device.type, torch.bfloat16, cache_enabled=c.zero < 3)
+    return bf16 if c.precision == "bf16" else contextlib.nullcontext()
 
 
 def to_device(batch, c: Config, device):
@@ -762,7 +764,8 @@ def budget(c: Config, world: World) -> dict:
     bucket = min(10e6, 4 * most) if c.zero < 3 else 4 * max(x["unit"] for x in at["ranks"])
     buffers = {0: 4 * most * (at["micro_batches"] > 1),                           # beside those that are being added up
                1: bucket * (1 + 1 / dp), 2: bucket * (3 + 1 / dp), 3: bucket * (3 + 1 / dp)}[c.zero] * (dp > 1)
-    gathered = 2 * bucket * (c.zero == 3)
+    # gathered: this layer and the next; and in bf16, what autograd keeps of every layer
+    gathered = (2 * bucket + 2 * most * (c.precision == "bf16" and c.recompute != "full")) * (c.zero == 3)
     memory = {"parameters": round(states["parameters"] + gathered), "gradients": round(states["gradients"] + buffers),
               "optimizer": round(states["states"]),
               "activations": round(activations * max(x["stored"] for x in at["ranks"]))}

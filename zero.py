@@ -59,6 +59,7 @@ import functools
 import itertools
 import weakref
 from collections import defaultdict
+from dataclasses import is_dataclass
 
 import torch
 import torch.distributed as dist
@@ -221,8 +222,9 @@ class GradientShards:
                                                gives each shard its gradient
 
     A bucket that is sent holds what has arrived since it was last sent, so backward may come in any portions: every
-    bucket leaves once for each pass. A parameter without a gradient on some ranks counts as zero there; one without on
-    all keeps None, and its bucket does not wait for it in the next step.
+    bucket leaves once for each pass, of which all ranks must make equally many. A parameter without a gradient on some
+    ranks counts as zero there (at stage 3 it must be all or none: gathers go between); one without on all keeps None,
+    and its bucket does not wait for it in the next step.
     """
 
     def watch(self, buckets: list[Bucket], shards: dict, group, reduce: str, *, once=False, everywhere=False):
@@ -283,10 +285,7 @@ class GradientShards:
         if size(self.group) > 1:
             dist.all_reduce(flags, group=self.group)
         *used, late = flags.tolist()
-        for p, ranks in zip(params, used, strict=True):
-            if self.everywhere and 0 < ranks < size(self.group):
-                raise RuntimeError(f"{p.full_name} must be used on all ranks or none at stage 3, {ranks} of "
-                                   f"{size(self.group)} used it")
+        partly = [(p, x) for p, x in zip(params, used, strict=True) if 0 < x < size(self.group)]
         for _ in self.buckets if late else ():
             self.send()
         self.receive()
@@ -297,16 +296,74 @@ class GradientShards:
             shard.grad = part if shard.grad is None else shard.grad.add_(part)
         for bucket in self.buckets:
             bucket.awaited = [p for p in bucket.params if p in self.used]
-            bucket.total, bucket.sent, bucket.arrivals = None, 0, dict.fromkeys(bucket.params, 0)
-        self.used = set()
+        self.forget()
+        if self.everywhere and partly:
+            raise RuntimeError(f"{partly[0][0].full_name} must be used on all ranks or none at stage 3, {partly[0][1]} "
+                               f"of {size(self.group)} used it")
+
+    def forget(self):
+        """Gradients that are under way."""
+        self.receive()
+        for bucket in self.buckets:
+            bucket.grads, bucket.total, bucket.sent = None, None, 0
+            bucket.arrivals = dict.fromkeys(bucket.params, 0)
+            for p in bucket.params:
+                p.grad = None
+        self.turn, self.passes, self.used = 0, 0, set()
+
+    def zero_grad(self, set_to_none: bool = True):
+        """The shards' gradients, and those of a step that was given up before finish_gradient_synchronization()."""
+        super().zero_grad(set_to_none)
+        self.forget()
+
+    # -- optimizer states as if nothing were split
+
+    def full_state_dict(self, optimizer, whole) -> dict:
+        """The state_dict of an optimizer of shards as the plain one would have it: of whole tensors, on the CPU, on
+        every rank; put together one parameter at a time. whole: for each group its whole parameters."""
+        params = [p for few in whole for p in few]
+        state, at = {}, {p: i for i, p in enumerate(params)}
+        for p, i in at.items():
+            mine = optimizer.state.get(self.shards.get(p), {})
+            parts = [{key: x.cpu() if isinstance(x, Tensor) else x for key, x in mine.items()}] * size(self.group)
+            if size(self.group) > 1:
+                dist.all_gather_object(parts, parts[0], group=self.group)
+            parts = [part for part in parts if part]
+            if parts:
+                state[i] = {key: torch.cat([part[key] for part in parts]).view(p.shape)
+                            if isinstance(x, Tensor) and x.ndim else x for key, x in parts[0].items()}
+        return {"state": state, "param_groups": [group | {"params": [at[p] for p in few]}
+                                                 for group, few in zip(optimizer.param_groups, whole, strict=True)]}
+
+    def load_full_state_dict(self, optimizer, whole, state_dict: dict):
+        """This rank's part of such a one. Raises ValueError if it is not of these parameters."""
+        there, here = [len(group["params"]) for group in state_dict["param_groups"]], [len(few) for few in whole]
+        if there != here:
+            raise ValueError(f"state_dict must have groups of {here} parameters, has {there}")
+        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+        params = [p for few in whole for p in few]
+        held = [(i, p, self.shards[p]) for i, p in zip(numbers, params, strict=True) if p in self.shards]
+        state, at = {}, {p: n for n, (_, p, _) in enumerate(held)}
+        for i, p, shard in held:
+            saved = state_dict["state"].get(i, {})
+            whole_ones = {key: x for key, x in saved.items() if isinstance(x, Tensor) and key != "step"}
+            for key, x in whole_ones.items():
+                if x.shape != p.shape:
+                    raise ValueError(f"state_dict: {key} of parameter {i} must have shape {tuple(p.shape)}, has "
+                                     f"{tuple(x.shape)}")
+            own = {key: x.flatten()[slice(*shard.flat)] for key, x in whole_ones.items() if x.shape == p.shape}
+            state[at[p]] = {key: x.clone() if isinstance(x, Tensor) else x for key, x in (saved | own).items()}
+        groups = [group | {"params": [at[p] for p in few if p in at]}
+                  for group, few in zip(state_dict["param_groups"], whole, strict=True)]
+        optimizer.load_state_dict({"state": {n: x for n, x in state.items() if x}, "param_groups": groups})
 
 
 # ---- stages 1 and 2 --------------------------------------------------------------------------------------------------
 
-def check_elementwise(optimizer_cls, options: dict):
+def check_elementwise(optimizer_cls, options: dict, device):
     """Raises ValueError unless two halves of a tensor, updated apart, become what the whole becomes."""
-    generator = torch.Generator().manual_seed(0)
-    whole, *gradients = torch.randn(4, 4, 6, generator=generator)
+    whole, *gradients = torch.randn(4, 4, 6, generator=torch.Generator().manual_seed(0)).to(device)
+    options = options | ({"lr": 0.1} if options.get("lr") == 0 else {})                      # a rise that starts at 0
     name = getattr(getattr(optimizer_cls, "func", optimizer_cls), "__name__", "it")
 
     def updated(params, split):
@@ -341,7 +398,7 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
         norm = clip_grad_norm_(optimizer.shards.values(), 1.0, group)
         optimizer.step(); optimizer.zero_grad()
 
-    params: parameters or parameter groups, as for any optimizer; frozen ones are left alone. They are broadcast from
+    params: parameters or parameter groups, as for any optimizer; frozen ones are left alone for good. All come from
     the group's rank 0 and become views of flat rows. order: the parameters in the order of their use, if params is
     another (gradients come in the reverse; a bucket leaves when its last one has come). optimizer_cls: any callable
     (params, **kwargs) -> an elementwise optimizer; kwargs are its own. reduce: "sum" | "mean" over the group.
@@ -353,6 +410,7 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
     param_groups and state are those of the optimizer inside: of the shards, which carry the parameters' attributes and
     flat. state_dict() is the plain optimizer's, of whole tensors, on every rank, on the CPU; load_state_dict() takes
     such a one: of this optimizer, of another number of ranks, or of the plain one.
+    A batch is given up by optimizer.zero_grad(). A torch.amp.GradScaler sees one rank's inf alone: do not.
     Raises ValueError for an optimizer that is not elementwise, a group without this rank, parameters that are sharded;
     RuntimeError for step() before finish_gradient_synchronization().
     """
@@ -363,13 +421,13 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
             raise ValueError(f"stage must be 1 or 2, got {stage}; 3 is FullyShard, 0 is data parallelism")
         if not bucket_mb > 0:
             raise ValueError(f"bucket_mb must be above 0, got {bucket_mb}")
-        check_elementwise(optimizer_cls, kwargs)
         super().__init__(params, kwargs)
+        check_elementwise(optimizer_cls, kwargs, self.param_groups[0]["params"][0].device)
         self.whole, self.stage = [group["params"] for group in self.param_groups], stage
-        self.params = [p for few in self.whole for p in few]
-        order = self.params if order is None else list(order)
-        if set(order) != set(self.params):
-            raise ValueError(f"order must hold the parameters of params, {len(self.params)}, got {len(order)} others")
+        given = [p for few in self.whole for p in few]
+        order = given if order is None else list(order)
+        if len(order) != len(given) or set(order) != set(given):
+            raise ValueError(f"order must hold each of the {len(given)} parameters once, got another {len(order)}")
         check(group, reduce, order)
         for p in order:
             if group is not None and not p.requires_grad:
@@ -417,37 +475,16 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict:
-        """One parameter's states at a time are put together."""
-        state, at = {}, {p: i for i, p in enumerate(self.params)}
-        for p, i in at.items():
-            mine = self.state.get(self.shards.get(p), {})
-            parts = [{key: x.cpu() if isinstance(x, Tensor) else x for key, x in mine.items()}] * size(self.group)
-            if size(self.group) > 1:
-                dist.all_gather_object(parts, parts[0], group=self.group)
-            parts = [part for part in parts if part]
-            if parts:
-                state[i] = {key: torch.cat([part[key] for part in parts]).view(p.shape)
-                            if isinstance(x, Tensor) and x.ndim else x for key, x in parts[0].items()}
-        return {"state": state, "param_groups": [group | {"params": [at[p] for p in few]}
-                                                 for group, few in zip(self.param_groups, self.whole, strict=True)]}
+        return self.full_state_dict(self.inner, self.whole)
 
     def load_state_dict(self, state_dict: dict):
-        """Takes this rank's part of it. Raises ValueError if it is not of these parameters."""
-        there, here = [len(group["params"]) for group in state_dict["param_groups"]], [len(few) for few in self.whole]
-        if there != here:
-            raise ValueError(f"state_dict must have groups of {here} parameters, has {there}")
-        state, numbers = {}, (i for group in state_dict["param_groups"] for i in group["params"])
-        held = [(i, p, self.shards[p]) for i, p in zip(numbers, self.params, strict=True) if p in self.shards]
-        at = {p: n for n, (_, p, _) in enumerate(held)}
-        for i, p, shard in held:
-            saved = state_dict["state"].get(i, {})
-            own = {key: x.flatten()[slice(*shard.flat)] for key, x in saved.items()
-                   if isinstance(x, Tensor) and x.shape == p.shape and key != "step"}
-            state[at[p]] = {key: x.clone() if isinstance(x, Tensor) else x for key, x in (saved | own).items()}
-        groups = [group | {"params": [at[p] for p in few if p in at]}
-                  for group, few in zip(state_dict["param_groups"], self.whole, strict=True)]
-        self.inner.load_state_dict({"state": {n: x for n, x in state.items() if x}, "param_groups": groups})
+        self.load_full_state_dict(self.inner, self.whole, state_dict)
         self.show_inner()
+
+    def add_param_group(self, param_group: dict):
+        if hasattr(self, "inner"):
+            raise ValueError("params must all be given at construction, add_param_group() got more")
+        super().add_param_group(param_group)
 
 
 # ---- stage 3 ---------------------------------------------------------------------------------------------------------
@@ -558,8 +595,13 @@ class FullyShard(GradientShards, nn.Module):
     init: called for each parameter on the meta device, gives its values, the same on every rank: no rank ever holds
     the whole model. Real parameters, and buffers, become those of the group's rank 0. compute_dtype: of the gathered
     parameters, and of the float inputs of forward(); reduce_dtype: of gradients on the wire; both default to the
-    parameters' own. reduce: "sum" | "mean". All ranks must run the same blocks and use the same parameters in the
-    same order, and what a block's backward begins with must be among its outputs: not a loss it leaves on the module.
+    parameters' own. reduce: "sum" | "mean".
+
+    What it asks of a module: the next block is the next one defined (another order costs memory, not truth); parameters
+    are used in the forward of the block, or module, that holds them; all ranks run the same blocks and use the same
+    parameters in the same order; what a block's backward begins with is among its outputs (tensors in tuples, lists,
+    dicts, dataclasses), and not changed in place by others; no second derivatives. A batch is given up by
+    model.zero_grad(). An optimizer's states as if nothing were split: full_state_dict(), load_full_state_dict().
     Raises ValueError for a block that is not in the module, a group without this rank, sharded parameters, meta ones
     without init; RuntimeError for an optimizer's step() before finish_gradient_synchronization(), and by that for a
     parameter that some ranks used and others did not.
@@ -593,11 +635,13 @@ class FullyShard(GradientShards, nn.Module):
         alike = defaultdict(list)
         for p, few in owners.items():
             alike[tuple(few), p.dtype, p.device, p.requires_grad, getattr(p, "sum_over", ())].append(p)
-        for x in module.buffers():
-            if group is not None and not x.is_meta:
+        for name, x in module.named_buffers():
+            if x.is_meta:
+                raise ValueError(f"{name} must not be on the meta device, init gives parameters alone")
+            if group is not None:
                 dist.broadcast(x, group_src=0, group=group)
         self.compute_dtype, self.units, self.visits = compute_dtype, [], []
-        self.needs = defaultdict(list)                                       # module -> its units, in the order of use
+        self.needs = defaultdict(list)                             # module -> its units, in the order of definition
         for (few, *_), params in alike.items():
             unit = Unit(params, [list(places[p]) for p in params], group, compute_dtype, reduce_dtype, init)
             self.units.append(unit)
@@ -616,7 +660,12 @@ class FullyShard(GradientShards, nn.Module):
         if self.compute_dtype is not None:
             args, kwargs = tree_map_only(Tensor, lambda x: x.to(self.compute_dtype) if x.is_floating_point() else x,
                                          (args, kwargs))
-        return self.module(*args, **kwargs)
+        try:
+            return self.module(*args, **kwargs)
+        finally:
+            for unit in self.units:                                         # gathered ahead, and not used after all
+                if not unit.holders:
+                    unit.free()
 
     def prefetch(self, at: int):
         for unit in self.needs[self.order[at]] if 0 <= at < len(self.order) else ():
@@ -645,7 +694,11 @@ class FullyShard(GradientShards, nn.Module):
                 torch.autograd.Variable._execution_engine.queue_callback(lambda: self.end(at, visit))
 
         self.end(at, visit)
-        for x in tree_leaves(out):
+        rows = {unit.row.untyped_storage()._cdata for unit in self.units}
+        for x in tree_leaves(vars(out) if is_dataclass(out) else out):
+            if isinstance(x, Tensor) and x.untyped_storage()._cdata in rows:
+                raise RuntimeError(f"{type(module).__name__} must not return its parameter, which is freed now: name "
+                                   "the module that uses it in blocks")
             if isinstance(x, Tensor) and x.requires_grad:
                 x.register_hook(before_backward)
 
@@ -665,6 +718,17 @@ class FullyShard(GradientShards, nn.Module):
         super().finish_gradient_synchronization()
         for unit in self.units:
             unit.free()
+
+    def whole_groups(self, optimizer) -> list:
+        """For each group of an optimizer of the shards, the whole parameters."""
+        whole = {shard: p for p, shard in self.shards.items()}
+        return [[whole[shard] for shard in group["params"]] for group in optimizer.param_groups]
+
+    def full_state_dict(self, optimizer) -> dict:
+        return super().full_state_dict(optimizer, self.whole_groups(optimizer))
+
+    def load_full_state_dict(self, optimizer, state_dict: dict):
+        super().load_full_state_dict(optimizer, self.whole_groups(optimizer), state_dict)
 
     @torch.no_grad()
     def full_parameters(self):
@@ -686,9 +750,10 @@ def clip_grad_norm_(shards, max_norm: float, group=None) -> float:
     or NaN on every rank if a gradient is on one (found-inf): then nothing is scaled."""
     shards = list(shards)
     grads = [p.grad for p in shards if p.grad is not None]
-    square = torch.zeros((), dtype=torch.float64, device=shards[0].device)
+    device = torch.accelerator.current_accelerator() if group is not None and "nccl" in group.name() else "cpu"
+    square = torch.zeros((), dtype=torch.float64, device=shards[0].device if shards else device)
     for g in grads:
-        square += g.double().square().sum()
+        square += g.abs().double().square().sum()
     if size(group) > 1:
         dist.all_reduce(square, group=group)
     norm = square.sqrt().item()

@@ -596,7 +596,7 @@ def test_bad_input_is_one_line(run_ranks):
             (lambda: sgd(layer.parameters(), stage=3), "stage must be 1 or 2, got 3; 3 is FullyShard"),
             (lambda: sgd(layer.parameters(), bucket_mb=0), "bucket_mb must be above 0, got 0"),
             (lambda: sgd(layer.parameters(), reduce="avg"), "reduce must be sum or mean, got 'avg'"),
-            (lambda: sgd(layer.parameters(), order=[layer.bias]), "order must hold the parameters of params, 2"),
+            (lambda: sgd(layer.parameters(), order=[layer.bias]), "order must hold each of the 2 parameters once"),
             (lambda: FullyShard(layer, blocks=[nn.Linear(2, 2)]), "blocks must be in the module, Linear is not"),
             (lambda: FullyShard(nn.Linear(2, 2, device="meta")), "init must give the values of parameters on the meta"),
             (lambda: zero.memory_per_rank(1, 4, 1), "stage must be one of 0, 1, 2, 3, got 4")):
