@@ -1,4 +1,5 @@
 import functools
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -546,6 +547,129 @@ def test_a_sharded_model_generates(run_ranks):
         assert plain == ours and len(plain[0]) == 9
 
 
+def given_up(rank, n, stage):
+    """A batch whose gradients are not used -> weights after another one, with it and without."""
+    answers = []
+    for abandon in (True, False):
+        model, optimizer, sync, weights = sharded(Odd(0), stage, dist.group.WORLD)
+        if abandon:
+            model(*batch(9, rank)).backward()
+            sync.zero_grad()
+        model(*batch(0, rank)).backward()
+        sync.finish_gradient_synchronization()
+        optimizer.step()
+        answers.append({name: p.clone() for name, p in weights().items()})
+    return all(torch.equal(p, answers[1][name]) for name, p in answers[0].items())
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_a_batch_can_be_given_up(run_ranks, stage):
+    assert run_ranks(given_up, 2, stage) == [True, True]
+
+
+class HeadFirst(nn.Module):
+    """Defined in another order than used."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.layers = nn.Linear(5, 5), nn.ModuleList(nn.Linear(5, 5) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return self.head(x)
+
+
+def halved(rank, n):
+    """Weights changed between two forwards -> the second's error; what stays gathered."""
+    plain, x = HeadFirst(), torch.ones(2, 5)
+    model = FullyShard(HeadFirst(), dist.group.WORLD)
+    with torch.no_grad():
+        model(x)
+        for p in (*model.parameters(), *plain.parameters()):
+            p.mul_(0.5)
+        return (model(x) - plain(x)).abs().max().item(), sum(unit.whole for unit in model.units)
+
+
+def test_weights_gathered_ahead_do_not_grow_stale(run_ranks):
+    assert all(error < 1e-6 and gathered == 0 for error, gathered in run_ranks(halved, 2))
+
+
+def stage_3_goes_on(rank, n, saved, steps):
+    """FullyShard with states of whole tensors loaded, and saved."""
+    module = Odd(0)
+    for name, p in saved[0].items():
+        module.get_parameter(name).data.copy_(p)
+    model = FullyShard(module, dist.group.WORLD)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    model.load_full_state_dict(optimizer, saved[1])
+    for step in steps:
+        for i in range(rank, 8, n):
+            model(*batch(step, i, LAST[3])).backward()
+        model.finish_gradient_synchronization()
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(model.full_parameters()), model.full_state_dict(optimizer)
+
+
+def test_states_of_stage_3_go_on_in_another_world(run_ranks):
+    expected = saved = {name: p.detach() for name, p in Odd(0).named_parameters()}, torch.optim.AdamW(
+        Odd(0).parameters(), **ADAMW).state_dict()
+    for at, n in enumerate((4, 2)):
+        module = Odd(0)
+        module.load_state_dict(expected[0], strict=False)
+        plain = torch.optim.AdamW(module.parameters(), lr=1.0)
+        plain.load_state_dict(expected[1])
+        sum(module(*batch(at, i, LAST[3])) for i in range(8)).backward()
+        plain.step()
+        expected = {name: p.detach() for name, p in module.named_parameters()}, plain.state_dict()
+        saved = run_ranks(stage_3_goes_on, n, saved, [at])[0]
+        for name, p in expected[0].items():
+            torch.testing.assert_close(saved[0][name], p, rtol=0, atol=1e-10, msg=name)
+
+
+class Position(nn.Module):
+    """Hands out its parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self):
+        return self.weight[:2]
+
+
+class Positioned(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.position, self.layer = Position(), nn.Linear(5, 5)
+
+    def forward(self, x):
+        return self.layer(x + self.position())
+
+
+@dataclass
+class Answer:
+    hidden: torch.Tensor
+
+
+class Wrapped(nn.Linear):
+    def forward(self, x):
+        return Answer(super().forward(x))
+
+
+def test_outputs_at_stage_3():
+    with pytest.raises(RuntimeError, match="Position must not return its parameter, which is freed now: name"):
+        FullyShard(Positioned())(torch.ones(2, 5))
+    module = Positioned()
+    FullyShard(module, blocks=[module])(torch.ones(2, 5)).sum().backward()
+    model = FullyShard(Wrapped(3, 3))
+    model(torch.ones(2, 3)).hidden.sum().backward()
+    model.finish_gradient_synchronization()
+    assert [p.grad.abs().sum().item() for p in model.parameters()] == [18.0, 6.0]
+
+
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("optimizer, options, message", [
@@ -608,6 +732,19 @@ def test_bad_input_is_one_line(run_ranks):
             again()
     with pytest.raises(ValueError, match="state_dict must have groups of .2. parameters, has .1."):
         optimizer.load_state_dict(torch.optim.SGD([layer.weight], lr=0.1).state_dict())
+    other = torch.optim.AdamW(nn.Linear(3, 3).parameters())
+    for group in other.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    other.step()
+    with pytest.raises(ValueError, match="exp_avg of parameter 0 must have shape .2, 2., has .3, 3."):
+        optimizer.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="params must all be given at construction"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    norm = nn.BatchNorm1d(2, device="meta")
+    with pytest.raises(ValueError, match="running_mean must not be on the meta device"):
+        FullyShard(norm, init=lambda p: torch.ones(p.shape))
+    assert zero.clip_grad_norm_([], 1.0) == 0
     layer(torch.ones(2)).sum().backward()
     with pytest.raises(RuntimeError, match="call finish_gradient_synchronization.. between backward and step"):
         optimizer.step()
