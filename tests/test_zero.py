@@ -582,18 +582,23 @@ class HeadFirst(nn.Module):
 
 
 def halved(rank, n):
-    """Weights changed between two forwards -> the second's error; what stays gathered."""
-    plain, x = HeadFirst(), torch.ones(2, 5)
-    model = FullyShard(HeadFirst(), dist.group.WORLD)
+    """Weights changed between two forwards -> the second's error; what stays gathered; a buffer."""
+    plain, x, module = HeadFirst(), torch.ones(2, 5), HeadFirst()
+    module.register_buffer("shift", torch.full((3,), float(rank)))
+    model = FullyShard(module, dist.group.WORLD)
     with torch.no_grad():
         model(x)
         for p in (*model.parameters(), *plain.parameters()):
             p.mul_(0.5)
-        return (model(x) - plain(x)).abs().max().item(), sum(unit.whole for unit in model.units)
+        error, gathered = (model(x) - plain(x)).abs().max().item(), [sum(unit.whole for unit in model.units)]
+    model.module(x).sum().backward()                                                     # not by the wrapper's forward
+    model.finish_gradient_synchronization()
+    return error, gathered + [sum(unit.whole for unit in model.units)], module.shift.tolist()
 
 
 def test_weights_gathered_ahead_do_not_grow_stale(run_ranks):
-    assert all(error < 1e-6 and gathered == 0 for error, gathered in run_ranks(halved, 2))
+    assert all(error < 1e-6 and gathered == [0, 0] and shift == [0.0] * 3
+               for error, gathered, shift in run_ranks(halved, 2))
 
 
 def stage_3_goes_on(rank, n, saved, steps):
