@@ -205,8 +205,8 @@ def test_float32_is_as_near_as_one_process(corpus, run_ranks, ranks, flags):
     of four splits into micro-batches is the measure, and a layout may be off by twice as much."""
     losses, weights, _ = one_process(corpus, "llama")
     splits = [one_process(corpus, "llama", torch.float32, "--micro-batch-size", str(k)) for k in (1, 2, 4, 8)]
-    off = [differences(x, [(name, tuple((0, k, k) for k in w.shape), None, w) for name, w in ws.items()], losses, weights)
-           for x, ws, _ in splits]
+    off = [differences(x, [(name, tuple((0, k, k) for k in w.shape), None, w) for name, w in ws.items()], losses,
+                       weights) for x, ws, _ in splits]
     bounds = [2 * max(x) for x in zip(*off, strict=True)]
     argv = [*TINY, *MODELS["llama"], "--data", str(corpus), *flags.split()]
     for ours, pieces, _, _ in run_ranks(trained, ranks, argv, 5, torch.float32):
