@@ -1028,12 +1028,29 @@ def step_calls(mesh: Mesh, stages, pairs: int, params, *, micro_batches: int, sh
 
 # ---- demo ------------------------------------------------------------------------------------------------------------
 
-def demo():
-    """The claims of this file, measured | predicted | error, asserted: four ranks on this CPU, under half a minute.
-    Starts its own ranks, or is one of four that torchrun started."""
+def start_ranks(run, n: int):
+    """run(rank, init_method) on n processes of this machine; or here, in one of those that torchrun started."""
     import multiprocessing
     import os
     import tempfile
+
+    if "RANK" in os.environ:
+        run(int(os.environ["RANK"]), "env://")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("fork")                                     # nothing has run here yet
+        ranks = [context.Process(target=run, args=(r, f"file://{folder}/store")) for r in range(n)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join()
+    assert [process.exitcode for process in ranks] == [0] * n, "a rank failed"
+
+
+def demo():
+    """The claims of this file, measured | predicted | error, asserted: four ranks on this CPU, under half a minute.
+    Starts its own ranks, or is one of four that torchrun started."""
+    import os
 
     class Toy(nn.Module):
         """Embedding, four residual MLPs, head."""
@@ -1137,17 +1154,7 @@ def demo():
         assert [[op for op, *_ in line] for line in timeline.events] == zero_bubble(2, 8) and 7e9 * 16 == 112e9
         dist.destroy_process_group()
 
-    if "RANK" in os.environ:
-        run(int(os.environ["RANK"]), "env://")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("fork")                                     # nothing has run here yet
-        ranks = [context.Process(target=run, args=(r, f"file://{folder}/store")) for r in range(4)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-    assert [process.exitcode for process in ranks] == [0] * 4, "a rank failed"
+    start_ranks(run, 4)
 
 
 if __name__ == "__main__":

@@ -630,13 +630,16 @@ def checkpoint_pieces(optimizer):
 
 
 def load_optimizer(optimizer, reader):
+    """No more of a tensor is read than this rank updates."""
     for p in updated(optimizer):
+        boxes = [box for box, *_ in data.boxes(p.box, *getattr(p, "flat", (0, p.numel())))]
         for name in reader.names():
             if name.startswith(p.full_name + ".") and "." not in (key := name[len(p.full_name) + 1:]):
-                value = reader.read(name, p.box if reader.tensors[name]["shape"] else ())
-                if hasattr(p, "flat") and value.ndim:
-                    value = value.flatten()[slice(*p.flat)].clone()
-                optimizer.state[p][key] = value.to(p.device)
+                if reader.tensors[name]["shape"]:
+                    parts = [reader.read(name, box).flatten() for box in boxes] or [torch.empty(0)]
+                    optimizer.state[p][key] = torch.cat(parts).view(p.shape).to(p.device)
+                else:
+                    optimizer.state[p][key] = reader.read(name, ()).to(p.device)
 
 
 def generate_text(gpt, tokenizer, ids, c: Config, seed: int) -> str:

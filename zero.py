@@ -108,15 +108,17 @@ class Bucket:
     """Parameters in one flat row of n equal slices; slice r is rank r's. Gradients are put into a row of the same
     layout, which is reduced by one message and freed."""
 
-    def __init__(self, params: list[Tensor], group, grad_dtype: torch.dtype, total_dtype: torch.dtype):
-        self.params, self.group, self.device = params, group, params[0].device
-        self.grad_dtype, self.total_dtype = grad_dtype, total_dtype
-        *starts, self.numel = itertools.accumulate((p.numel() for p in params), initial=0)
+    def __init__(self, params: list[Tensor], group):
+        self.params, self.group = params, group
+        *starts, numel = itertools.accumulate((p.numel() for p in params), initial=0)
         self.start = dict(zip(params, starts, strict=True))
-        self.slice = -(-self.numel // size(group))                              # rounded up: the last slices are padded
+        self.slice = -(-numel // size(group))                                   # rounded up: the last slices are padded
         self.length = self.slice * size(group)
         self.weights = self.grads = self.sending = self.received = self.out = self.work = self.total = None
-        self.arrivals, self.sent, self.awaited = dict.fromkeys(params, 0), 0, params
+        self.total_dtype = self.grad_dtype
+
+    device = property(lambda self: self.params[0].device)
+    grad_dtype = property(lambda self: self.params[0].grad_dtype or self.params[0].dtype)
 
     def view(self, row: Tensor, p: Tensor) -> Tensor:
         """p's place in a whole row."""
@@ -132,10 +134,17 @@ class Bucket:
         return min(max(at, 0), p.numel()), min(max(at + self.slice, 0), p.numel())
 
     def part(self, row: Tensor, p: Tensor) -> Tensor:
-        """p's elements in a rank's slice."""
+        """p's elements in this rank's slice."""
         lo, hi = self.flat(p)
-        at = self.start[p] + lo - rank(self.group) * self.slice
-        return row[at:at + hi - lo] if hi > lo else row[:0]
+        at = self.start[p] - rank(self.group) * self.slice
+        return row[at + lo:at + hi]
+
+    def shard(self, p: Tensor, row: Tensor) -> nn.Parameter:
+        """What this rank updates of p: a view of its slice, with p's attributes and flat."""
+        new = nn.Parameter(self.part(row, p), requires_grad=p.requires_grad)
+        new.__dict__.update(p.__dict__)
+        new.flat, new.sharded, new.grad_dtype = self.flat(p), True, self.total_dtype
+        return new
 
     # -- gradients
 
@@ -156,7 +165,7 @@ class Bucket:
             if p.grad is None:
                 self.view(self.grads, p).zero_()
             p.grad = None
-        self.sending, self.grads, self.sent = self.grads, None, self.sent + 1
+        self.sending, self.grads = self.grads, None
         if size(self.group) == 1:
             self.out = self.sending
             return
@@ -187,11 +196,12 @@ def make_buckets(params, group, bucket_mb: float) -> list[Bucket]:
     dtypes, device, sum_over (a weight tied across stages, whose sum both need, is alone on both)."""
     held, buckets = defaultdict(list), []
     for p in reversed(params):
-        key = p.dtype, p.grad_dtype or p.dtype, p.device, getattr(p, "sum_over", ())
-        held[key].append(p)
-        if sum(x.numel() for x in held[key]) * key[1].itemsize >= bucket_mb * 1e6:
-            buckets.append(Bucket(held.pop(key), group, key[1], key[1]))
-    return buckets + [Bucket(few, group, key[1], key[1]) for key, few in held.items()]
+        dtype = p.grad_dtype or p.dtype
+        few = held[key := (p.dtype, dtype, p.device, getattr(p, "sum_over", ()))]
+        few.append(p)
+        if sum(x.numel() for x in few) * dtype.itemsize >= bucket_mb * 1e6:
+            buckets.append(Bucket(held.pop(key), group))
+    return buckets + [Bucket(few, group) for few in held.values()]
 
 
 def check(group, reduce: str, params):
@@ -202,14 +212,6 @@ def check(group, reduce: str, params):
     for p in params:
         if getattr(p, "sharded", False):
             raise ValueError(f"{getattr(p, 'full_name', 'a parameter')} must not be sharded already, it is")
-
-
-def make_shard(p: Tensor, values: Tensor, flat: tuple[int, int]) -> nn.Parameter:
-    """The part of p that this rank updates: p's attributes, and flat."""
-    new = nn.Parameter(values, requires_grad=p.requires_grad)
-    new.__dict__.update(p.__dict__)
-    new.flat, new.sharded = flat, True
-    return new
 
 
 class GradientShards:
@@ -227,21 +229,19 @@ class GradientShards:
     and its bucket does not wait for it in the next step.
     """
 
-    def watch(self, buckets: list[Bucket], shards: dict, group, reduce: str, *, once=False, everywhere=False):
-        """shards: {parameter: its shard here}. once: stage 1, no_sync() keeps gradients here. everywhere: stage 3, as
-        gathers go between and gradients must be sent at the same point on all ranks."""
+    def watch(self, buckets: list[Bucket], shards: dict, group, reduce: str):
+        """shards: {parameter: its shard here}."""
         self.buckets, self.shards, self.group, self.mean = buckets, shards, group, reduce == "mean"
-        self.once, self.everywhere = once, everywhere
         self.bucket_of = {p: bucket for bucket in buckets for p in bucket.params}
-        self.synchronize, self.turn, self.passes, self.flying, self.used = True, 0, 0, None, set()
+        self.synchronize, self.awaited = True, set(self.bucket_of)
+        self.arrivals, self.sent, self.flying = {}, 0, None     # of a step: gradients of each parameter, buckets' sends
         for p in self.bucket_of:
             p.register_post_accumulate_grad_hook(self.ready)
-        self.mine, here = {id(shard) for shard in shards.values()}, weakref.ref(self)
+        here, mine = weakref.ref(self), set(shards.values())
 
         def not_yet(optimizer, *_):
-            self = here()
-            if self is not None and self.used and any(id(p) in self.mine for g in optimizer.param_groups
-                                                      for p in g["params"]):
+            pending = here() is not None and here().arrivals
+            if pending and any(not mine.isdisjoint(group["params"]) for group in optimizer.param_groups):
                 raise RuntimeError("gradients must be summed before the update: call finish_gradient_synchronization() "
                                    "between backward and step()")
 
@@ -249,113 +249,93 @@ class GradientShards:
 
     def ready(self, p):
         """p.grad is complete."""
-        bucket = self.bucket_of[p]
-        self.used.add(p)
-        bucket.take(p)
-        if self.synchronize:
-            bucket.arrivals[p] += 1
-            self.passes = max(self.passes, bucket.arrivals[p])
-            while self.is_full(self.buckets[self.turn]):
-                self.send()
-
-    def is_full(self, bucket) -> bool:
-        return bucket.sent < self.passes and all(bucket.arrivals[p] > bucket.sent for p in bucket.awaited)
+        self.bucket_of[p].take(p)
+        self.arrivals[p] = self.arrivals.get(p, 0) + self.synchronize
+        while True:
+            passes, at = divmod(self.sent, len(self.buckets))                   # of the next bucket: how often it left
+            waiting = (x for x in self.buckets[at].params if x in self.awaited and self.arrivals.get(x, 0) <= passes)
+            if self.arrivals[p] <= passes or any(True for _ in waiting):
+                return
+            self.send()
 
     def send(self):
         """The next bucket."""
-        bucket, self.turn = self.buckets[self.turn], (self.turn + 1) % len(self.buckets)
         self.receive()
-        bucket.send()
-        self.flying = bucket
+        self.flying, self.sent = self.buckets[self.sent % len(self.buckets)], self.sent + 1
+        self.flying.send()
 
     def receive(self):
         if self.flying is not None:
             self.flying.receive(self.mean)
             self.flying = None
 
-    def finish_gradient_synchronization(self):
+    def finish_gradient_synchronization(self) -> dict:
+        """Returns {parameter: on how many ranks it got a gradient}."""
         if not self.buckets:
-            return
-        while self.buckets[self.turn].sent < max(1, self.passes):
+            return {}
+        while self.sent < max(1, *self.arrivals.values(), 0) * len(self.buckets):
             self.send()
         self.receive()
-        # which parameters have a gradient anywhere, and whether one that nobody waited for came after its bucket left
+        # who has a gradient, and whether one that nobody waited for came after its bucket had left
         params, late = list(self.bucket_of), any(bucket.grads is not None for bucket in self.buckets)
-        flags = torch.tensor([*(p in self.used for p in params), late], dtype=torch.int32, device=params[0].device)
+        counts = torch.tensor([*(p in self.arrivals for p in params), late], dtype=torch.int32, device=params[0].device)
         if size(self.group) > 1:
-            dist.all_reduce(flags, group=self.group)
-        *used, late = flags.tolist()
-        partly = [(p, x) for p, x in zip(params, used, strict=True) if 0 < x < size(self.group)]
+            dist.all_reduce(counts, group=self.group)
+        *counts, late = counts.tolist()
         for _ in self.buckets if late else ():
             self.send()
         self.receive()
-        self.turn, self.passes, self.used = 0, 0, {p for p, anywhere in zip(params, used, strict=True) if anywhere}
-        for p in self.used & self.shards.keys():
-            bucket, shard = self.bucket_of[p], self.shards[p]
-            part = bucket.part(bucket.total, p)
+        self.awaited = {p for p, ranks in zip(params, counts, strict=True) if ranks}
+        for p in self.awaited:
+            shard, part = self.shards[p], self.bucket_of[p].part(self.bucket_of[p].total, p)
             shard.grad = part if shard.grad is None else shard.grad.add_(part)
-        for bucket in self.buckets:
-            bucket.awaited = [p for p in bucket.params if p in self.used]
         self.forget()
-        if self.everywhere and partly:
-            raise RuntimeError(f"{partly[0][0].full_name} must be used on all ranks or none at stage 3, {partly[0][1]} "
-                               f"of {size(self.group)} used it")
+        return dict(zip(params, counts, strict=True))
 
     def forget(self):
         """Gradients that are under way."""
         self.receive()
+        self.arrivals, self.sent = {}, 0
         for bucket in self.buckets:
-            bucket.grads, bucket.total, bucket.sent = None, None, 0
-            bucket.arrivals = dict.fromkeys(bucket.params, 0)
-            for p in bucket.params:
-                p.grad = None
-        self.turn, self.passes, self.used = 0, 0, set()
+            bucket.grads = bucket.total = None
+        for p in self.bucket_of:
+            p.grad = None
 
     def zero_grad(self, set_to_none: bool = True):
         """The shards' gradients, and those of a step that was given up before finish_gradient_synchronization()."""
         super().zero_grad(set_to_none)
         self.forget()
 
-    # -- optimizer states as if nothing were split
+    # -- an optimizer's states as if nothing were split
 
-    def full_state_dict(self, optimizer, whole) -> dict:
-        """The state_dict of an optimizer of shards as the plain one would have it: of whole tensors, on the CPU, on
-        every rank; put together one parameter at a time. whole: for each group its whole parameters."""
-        params = [p for few in whole for p in few]
-        state, at = {}, {p: i for i, p in enumerate(params)}
-        for p, i in at.items():
-            mine = optimizer.state.get(self.shards.get(p), {})
-            parts = [{key: x.cpu() if isinstance(x, Tensor) else x for key, x in mine.items()}] * size(self.group)
+    def full_state_dict(self, optimizer) -> dict:
+        """The state_dict of an optimizer of the shards as the plain one would have it: of whole tensors, on the CPU, on
+        every rank; put together one parameter at a time."""
+        whole, saved = {shard: p for p, shard in self.shards.items()}, optimizer.state_dict()
+        shards = [shard for group in optimizer.param_groups for shard in group["params"]]
+        for i, state in sorted(saved["state"].items()):
+            parts = [{key: x.cpu() if isinstance(x, Tensor) else x for key, x in state.items()}] * size(self.group)
             if size(self.group) > 1:
                 dist.all_gather_object(parts, parts[0], group=self.group)
-            parts = [part for part in parts if part]
-            if parts:
-                state[i] = {key: torch.cat([part[key] for part in parts]).view(p.shape)
-                            if isinstance(x, Tensor) and x.ndim else x for key, x in parts[0].items()}
-        return {"state": state, "param_groups": [group | {"params": [at[p] for p in few]}
-                                                 for group, few in zip(optimizer.param_groups, whole, strict=True)]}
+            saved["state"][i] = {key: torch.cat([part[key] for part in parts]).view(whole[shards[i]].shape)
+                                 if isinstance(x, Tensor) and x.ndim else x for key, x in parts[0].items()}
+        return saved
 
-    def load_full_state_dict(self, optimizer, whole, state_dict: dict):
+    def load_full_state_dict(self, optimizer, state_dict: dict):
         """This rank's part of such a one. Raises ValueError if it is not of these parameters."""
-        there, here = [len(group["params"]) for group in state_dict["param_groups"]], [len(few) for few in whole]
-        if there != here:
-            raise ValueError(f"state_dict must have groups of {here} parameters, has {there}")
+        whole, state = {shard: p for p, shard in self.shards.items()}, {}
+        shards = [shard for group in optimizer.param_groups for shard in group["params"]]
         numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [p for few in whole for p in few]
-        held = [(i, p, self.shards[p]) for i, p in zip(numbers, params, strict=True) if p in self.shards]
-        state, at = {}, {p: n for n, (_, p, _) in enumerate(held)}
-        for i, p, shard in held:
-            saved = state_dict["state"].get(i, {})
-            whole_ones = {key: x for key, x in saved.items() if isinstance(x, Tensor) and key != "step"}
-            for key, x in whole_ones.items():
-                if x.shape != p.shape:
-                    raise ValueError(f"state_dict: {key} of parameter {i} must have shape {tuple(p.shape)}, has "
-                                     f"{tuple(x.shape)}")
-            own = {key: x.flatten()[slice(*shard.flat)] for key, x in whole_ones.items() if x.shape == p.shape}
-            state[at[p]] = {key: x.clone() if isinstance(x, Tensor) else x for key, x in (saved | own).items()}
-        groups = [group | {"params": [at[p] for p in few if p in at]}
-                  for group, few in zip(state_dict["param_groups"], whole, strict=True)]
-        optimizer.load_state_dict({"state": {n: x for n, x in state.items() if x}, "param_groups": groups})
+        for i, shard in zip(numbers, shards, strict=False):                       # load_state_dict compares the lengths
+            for key, x in state_dict["state"].get(i, {}).items():
+                if isinstance(x, Tensor) and key != "step":
+                    shape = whole[shard].shape
+                    if x.ndim and x.shape != shape:
+                        raise ValueError(f"state_dict: {key} of parameter {i} must have shape {tuple(shape)}, has "
+                                         f"{tuple(x.shape)}")
+                    x = x.flatten()[slice(*shard.flat)] if x.shape == shape else x
+                state.setdefault(i, {})[key] = x.clone() if isinstance(x, Tensor) else x
+        optimizer.load_state_dict(state_dict | {"state": state})
 
 
 # ---- stages 1 and 2 --------------------------------------------------------------------------------------------------
@@ -366,21 +346,18 @@ def check_elementwise(optimizer_cls, options: dict, device):
     options = options | ({"lr": 0.1} if options.get("lr") == 0 else {})                      # a rise that starts at 0
     name = getattr(getattr(optimizer_cls, "func", optimizer_cls), "__name__", "it")
 
-    def updated(params, split):
+    def updated(cut):
+        params = [nn.Parameter(x.clone()) for x in cut(whole)]
         optimizer = optimizer_cls(params, **options)
         for gradient in gradients:
-            for p, g in zip(params, split(gradient), strict=True):
-                p.grad = g.clone()
+            for p, part in zip(params, cut(gradient), strict=True):
+                p.grad = part.clone()
             optimizer.step()
         return torch.cat([p.detach().flatten() for p in params])
 
-    def halves(x):
-        return x.flatten().split((10, 14))
-
     optimizer_cls([nn.Parameter(whole.clone())], **options)                          # what it raises here is not ours
     try:
-        one = updated([nn.Parameter(whole.clone())], lambda x: [x])
-        two = updated([nn.Parameter(x.clone()) for x in halves(whole)], halves)
+        one, two = updated(lambda x: [x]), updated(lambda x: x.flatten().split((10, 14)))
         differs = (one - two).abs().max() > 1e-3 * (one - whole.flatten()).abs().max()
         why = f"{name} updates two halves of a tensor unlike the whole"
     except Exception as error:                                                          # LBFGS, Muon, SparseAdam
@@ -422,32 +399,24 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
         if not bucket_mb > 0:
             raise ValueError(f"bucket_mb must be above 0, got {bucket_mb}")
         super().__init__(params, kwargs)
-        check_elementwise(optimizer_cls, kwargs, self.param_groups[0]["params"][0].device)
-        self.whole, self.stage = [group["params"] for group in self.param_groups], stage
-        given = [p for few in self.whole for p in few]
-        order = given if order is None else list(order)
-        if len(order) != len(given) or set(order) != set(given):
-            raise ValueError(f"order must hold each of the {len(given)} parameters once, got another {len(order)}")
+        whole = [p for group in self.param_groups for p in group["params"]]
+        check_elementwise(optimizer_cls, kwargs, whole[0].device)
+        order = whole if order is None else list(order)
+        if len(order) != len(whole) or set(order) != set(whole):
+            raise ValueError(f"order must hold each of the {len(whole)} parameters once, got another {len(order)}")
         check(group, reduce, order)
         for p in order:
-            if group is not None and not p.requires_grad:
+            if group is not None:
                 dist.broadcast(p.detach(), group_src=0, group=group)
-        buckets, shards = make_buckets([p for p in order if p.requires_grad], group, bucket_mb), {}
+        buckets, shards, self.stage = make_buckets([p for p in order if p.requires_grad], group, bucket_mb), {}, stage
         for bucket in buckets:
             bucket.weights = torch.zeros(bucket.length, dtype=bucket.params[0].dtype, device=bucket.device)
             for p in bucket.params:
                 p.data = bucket.view(bucket.weights, p).copy_(p.data)
-            if group is not None:
-                dist.broadcast(bucket.weights, group_src=0, group=group)
-            for p in bucket.params:
-                lo, hi = bucket.flat(p)
-                if hi > lo:
-                    shards[p] = make_shard(p, bucket.part(bucket.own(bucket.weights), p), (lo, hi))
-                    shards[p].grad_dtype = bucket.grad_dtype
-                p.sharded = True
-        self.watch(buckets, shards, group, reduce, once=stage == 1)
-        self.inner = optimizer_cls([group | {"params": [shards[p] for p in few if p in shards]}
-                                    for group, few in zip(self.param_groups, self.whole, strict=True)], **kwargs)
+                p.sharded, shards[p] = True, bucket.shard(p, bucket.own(bucket.weights))
+        self.watch(buckets, shards, group, reduce)
+        self.inner = optimizer_cls([few | {"params": [shards.get(p, p) for p in few["params"]]}
+                                    for few in self.param_groups], **kwargs)
         self.show_inner()
 
     def show_inner(self):
@@ -456,7 +425,7 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
     @contextlib.contextmanager
     def no_sync(self):
         """Stage 1: gradients are added up here, not sent."""
-        before, self.synchronize = self.synchronize, not self.once
+        before, self.synchronize = self.synchronize, self.stage > 1
         try:
             yield
         finally:
@@ -475,10 +444,10 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict:
-        return self.full_state_dict(self.inner, self.whole)
+        return self.full_state_dict(self.inner)
 
     def load_state_dict(self, state_dict: dict):
-        self.load_full_state_dict(self.inner, self.whole, state_dict)
+        self.load_full_state_dict(self.inner, state_dict)
         self.show_inner()
 
     def add_param_group(self, param_group: dict):
@@ -496,28 +465,23 @@ class Unit(Bucket):
     filled again by then, and no memory hangs on it until then."""
 
     def __init__(self, params, places, group, compute_dtype, reduce_dtype, init):
-        super().__init__(params, group, None, None)
+        super().__init__(params, group)
         self.places, self.holders, self.arriving, self.whole = places, set(), None, True
         for p in params:
-            values = init(p) if p.is_meta else p.detach().clone()
-            if group is not None and not p.is_meta:
-                dist.broadcast(values, group_src=0, group=group)
+            if p.is_meta:
+                attributes = p.__dict__
+                torch.utils.swap_tensors(p, nn.Parameter(init(p), p.requires_grad))
+                p.__dict__.update(attributes)
+            elif group is not None:
+                dist.broadcast(p.detach(), group_src=0, group=group)
             if self.weights is None:
-                self.weights = torch.zeros(self.slice, dtype=values.dtype, device=values.device)
-            lo, hi = self.flat(p)
-            self.part(self.weights, p).copy_(values.flatten()[lo:hi])
-        self.device, dtype = self.weights.device, self.weights.dtype
-        self.grad_dtype, self.total_dtype = reduce_dtype or dtype, dtype
-        self.row = torch.empty(self.length, dtype=compute_dtype or dtype, device=self.device)
-        self.shards, start = {}, {}
-        for p in params:
-            # .data: a count of changes of its own, since autograd must not take the row's refilling for a change
-            whole = nn.Parameter(self.view(self.row, p).data, p.requires_grad)
-            whole.__dict__.update(p.__dict__)
-            whole.grad_dtype, start[whole] = self.grad_dtype, self.start[p]
-            self.shards[whole] = make_shard(p, self.part(self.weights, p), self.flat(p))
-        self.params = self.awaited = list(start)
-        self.start, self.arrivals = start, dict.fromkeys(start, 0)
+                self.weights = p.new_zeros(self.slice, requires_grad=False)
+                self.row = p.new_empty(self.length, dtype=compute_dtype, requires_grad=False)
+            self.part(self.weights, p).copy_(p.detach().flatten()[slice(*self.flat(p))])
+            # p counts changes by itself: to autograd the row's refilling is none
+            p.data, p.grad_dtype = self.view(self.row, p), reduce_dtype or self.weights.dtype
+        self.total_dtype = self.weights.dtype
+        self.shards = {p: self.shard(p, self.weights) for p in params}
         self.free()
 
     def swap(self, those):
@@ -653,8 +617,7 @@ class FullyShard(GradientShards, nn.Module):
             owner.register_forward_hook(functools.partial(self.leave, at), always_call=True)
         self.module = module
         self.watch([unit for unit in reversed(self.units) if unit.params[0].requires_grad],
-                   {p: shard for unit in self.units for p, shard in unit.shards.items()}, group, reduce,
-                   everywhere=True)
+                   {p: shard for unit in self.units for p, shard in unit.shards.items()}, group, reduce)
 
     def forward(self, *args, **kwargs):
         if self.compute_dtype is not None:
@@ -715,20 +678,13 @@ class FullyShard(GradientShards, nn.Module):
             unit.free(visit)
 
     def finish_gradient_synchronization(self):
-        super().finish_gradient_synchronization()
+        counts = super().finish_gradient_synchronization()
         for unit in self.units:
             unit.free()
-
-    def whole_groups(self, optimizer) -> list:
-        """For each group of an optimizer of the shards, the whole parameters."""
-        whole = {shard: p for p, shard in self.shards.items()}
-        return [[whole[shard] for shard in group["params"]] for group in optimizer.param_groups]
-
-    def full_state_dict(self, optimizer) -> dict:
-        return super().full_state_dict(optimizer, self.whole_groups(optimizer))
-
-    def load_full_state_dict(self, optimizer, state_dict: dict):
-        super().load_full_state_dict(optimizer, self.whole_groups(optimizer), state_dict)
+        for p, ranks in counts.items():
+            if 0 < ranks < size(self.group):
+                raise RuntimeError(f"{p.full_name} must be used on all ranks or none at stage 3, {ranks} of "
+                                   f"{size(self.group)} used it")
 
     @torch.no_grad()
     def full_parameters(self):
@@ -767,13 +723,14 @@ def clip_grad_norm_(shards, max_norm: float, group=None) -> float:
 def holdings(sync: GradientShards, optimizer) -> dict:
     """The tensors of model states that are there now: {"parameters", "gathered": rows of stage 3, "gradients": shards
     (at stage 1 whole ones too), "buckets": gradients on their way, "arriving": just made by autograd, "states"}."""
-    buckets, stage3 = getattr(sync, "units", sync.buckets), hasattr(sync, "units")
+    stage1, stage3 = getattr(sync, "stage", 3) == 1, hasattr(sync, "units")
+    buckets = sync.units if stage3 else sync.buckets
     rows = [row for bucket in buckets for row in (bucket.grads, bucket.sending)]
     parts = {"parameters": [bucket.weights for bucket in buckets],
              "gathered": [unit.row for unit in buckets if stage3],
              "gradients": [bucket.total for bucket in buckets] + [shard.grad for shard in sync.shards.values()]
-             + rows * sync.once,
-             "buckets": [x for bucket in buckets for x in (bucket.received, bucket.out)] + rows * (not sync.once),
+             + rows * stage1,
+             "buckets": [x for bucket in buckets for x in (bucket.received, bucket.out)] + rows * (not stage1),
              "arriving": [p.grad for p in sync.bucket_of],
              "states": [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]}
     return {kind: [x for x in tensors if x is not None] for kind, tensors in parts.items()}
@@ -805,10 +762,6 @@ class MemoryLedger(TorchDispatchMode):
 def demo():
     """The claims of this file, measured | formula | error, asserted: four ranks on this CPU, in seconds. Starts its own
     ranks, or is one of four that torchrun started."""
-    import multiprocessing
-    import os
-    import tempfile
-
     import parallel
 
     # Rajbhandari 2020, Table 1 and Figure 1: GB (1e9 bytes) of model states a rank, as printed (some cut, not rounded)
@@ -906,17 +859,7 @@ def demo():
             assert sum(comm_volume(psi, stage, n).values()) == factor * psi * (n - 1) / n
         dist.destroy_process_group()
 
-    if "RANK" in os.environ:
-        run(int(os.environ["RANK"]), "env://")
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        context = multiprocessing.get_context("fork")                                     # nothing has run here yet
-        ranks = [context.Process(target=run, args=(r, f"file://{folder}/store")) for r in range(4)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join()
-    assert [process.exitcode for process in ranks] == [0] * 4, "a rank failed"
+    parallel.start_ranks(run, 4)
 
 
 if __name__ == "__main__":
