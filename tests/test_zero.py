@@ -186,6 +186,17 @@ class Plain(nn.Module):
         return F.cross_entropy(self.head(x).flatten(0, 1).float(), targets.flatten())
 
 
+def take_steps(model, optimizer, sync, steps, rank, scheduler=None):
+    for step in range(steps):
+        model(*batch(step, rank)[:2]).backward()
+        if sync is not None:
+            sync.finish_gradient_synchronization()
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+
+
 def beside_fsdp(rank, n, low):
     """-> largest difference of weights, ours and FSDP2's, and of FSDP2's in the low and in full precision."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -200,12 +211,7 @@ def beside_fsdp(rank, n, low):
                 fully_shard(block, mp_policy=policy)
             model = fully_shard(module, mp_policy=policy)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3)
-        for step in range(3):
-            model(*batch(step, rank)[:2]).backward()
-            if how == "ours":
-                model.finish_gradient_synchronization()
-            optimizer.step()
-            optimizer.zero_grad()
+        take_steps(model, optimizer, model if how == "ours" else None, 3, rank)
         answers.append(dict(model.full_parameters()) if how == "ours" else
                        {name: p.full_tensor().detach() for name, p in model.named_parameters()})
     ours, theirs, full = answers
@@ -234,14 +240,8 @@ def beside_zero_redundancy(rank, n):
             warnings.simplefilter("ignore")
             optimizer = (ShardedOptimizer(trained, torch.optim.AdamW, group=dist.group.WORLD, reduce="mean", lr=0.01)
                          if how == "ours" else ZeroRedundancyOptimizer(trained, torch.optim.AdamW, lr=0.01))
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
-        for step in range(4):
-            model(*batch(step, rank)[:2]).backward()
-            if how == "ours":
-                optimizer.finish_gradient_synchronization()
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
+        take_steps(model, optimizer, optimizer if how == "ours" else None, 4, rank,
+                   torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5))
         answers.append(list(module.parameters()))
     return max((a - b).abs().max().item() for a, b in zip(*answers, strict=True))
 
