@@ -183,6 +183,7 @@ class Bucket:
             self.work.wait()
         self.sending = self.work = None
         if self.received is not None:
+            # g[r] = sum over ranks i of g_i[r]
             torch.sum(self.received.view(size(self.group), self.slice), 0, out=self.out)
             self.received = None
         if mean:

@@ -4,7 +4,7 @@ Two ranks on two cores, float32, AdamW, one micro-batch of 2 windows of 256 a ra
 run: stage 1 | DistributedDataParallel and ZeroRedundancyOptimizer; stage 2 | FSDP2 that keeps its parameters between
 forward and backward; stage 3 | FSDP2. Median of the ratios of neighbouring steps; the largest resident memory of a rank
 whose process runs nothing else (glibc told to give freed blocks back: what is held counts, not what malloc keeps); and
-where a step's time goes.
+where a step's time goes. First of all, gloo's own reduce-scatter beside the exchange of slices that stands for it.
 """
 
 import os
@@ -90,6 +90,25 @@ def in_turns(rank, names):
             for name, t in times.items()}
 
 
+def scatters(rank, n):
+    """Milliseconds to sum 25 MB over the ranks and keep a slice: gloo's reduce-scatter, and an exchange and a sum."""
+    x = torch.randn(25_000_000 // 4 // n * n)
+    y, out = torch.empty_like(x), torch.empty(len(x) // n)
+
+    def exchange():
+        dist.all_to_all_single(y, x)
+        torch.sum(y.view(n, -1), 0, out=out)
+
+    times = {}
+    for _ in range(TURNS):
+        for name, work in (("reduce-scatter", lambda: dist.reduce_scatter_single(out, x)), ("exchange", exchange)):
+            dist.barrier()
+            start = time.perf_counter()
+            work()
+            times.setdefault(name, []).append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
 def resident(rank, name):
     """MB that a rank holds at most in three steps, beyond what it held before the model."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -123,6 +142,8 @@ def ranks(n, fn, *args):
 
 
 def main():
+    for n in (2, 4):
+        print(f"25 MB, {n} ranks: " + ", ".join(f"{name} {t:.0f} ms" for name, t in ranks(n, scatters, n).items()))
     print(f"{net.num_params(CONFIG) / 1e6:.1f} M parameters")
     for ours, theirs in (("stage 1", "ZeroRedundancyOptimizer"), ("stage 2", "FSDP2, not resharded"),
                          ("stage 3", "FSDP2")):
