@@ -88,7 +88,7 @@ def sharded(module, stage, group, **options):
         model = FullyShard(module, group, **options)
         optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
         return model, optimizer, model, lambda: dict(model.full_parameters())
-    optimizer = ShardedOptimizer(module.parameters(), torch.optim.AdamW, group=group, stage=stage, bucket_mb=0.0006,
+    optimizer = ShardedOptimizer(module.parameters(), torch.optim.AdamW, group=group, stage=stage, bucket_mb=9e-5,
                                  **ADAMW)
     return module, optimizer, optimizer, lambda: {name: p.detach() for name, p in module.named_parameters()}
 
@@ -332,6 +332,32 @@ def test_kept_gradients_and_a_layer_too_many_are_seen(run_ranks):
     assert all(peak["gathered"] == 3 * 4 * 144 for peak, *_ in run_ranks(memory, 2, 3, 2, "two ahead"))
 
 
+def unused_layer(rank, n, stage):
+    """A layer that nobody uses, first to be waited for -> bytes under way at most, in the first step and the second."""
+    module = Even()
+    module.unused = nn.Linear(12, 12, bias=False)
+    sync = (FullyShard(module, dist.group.WORLD) if stage == 3 else
+            ShardedOptimizer(module.parameters(), torch.optim.SGD, group=dist.group.WORLD, stage=stage,
+                             bucket_mb=4 * 144 / 1e6, lr=0.1))
+    optimizer, peaks = torch.optim.SGD(sync.parameters(), lr=0.1) if stage == 3 else sync, []
+    for _ in range(2):
+        with zero.MemoryLedger(lambda: zero.holdings(sync, optimizer)) as ledger:
+            for _ in range(2):
+                module(torch.ones(2, 12)).backward()
+            sync.finish_gradient_synchronization()
+            optimizer.step()
+        optimizer.zero_grad()
+        peaks.append(ledger.peak["buckets"])
+    return peaks
+
+
+@pytest.mark.parametrize("stage", (2, 3))
+def test_an_unused_parameter_holds_nobody_up_twice(run_ranks, stage):
+    layer = 4 * 144
+    for first, second in run_ranks(unused_layer, 2, stage):
+        assert first > 10 * layer and second == 3 * layer + layer // 2
+
+
 # ---- what else must work ---------------------------------------------------------------------------------------------
 
 class Recomputed(nn.Module):
@@ -565,6 +591,26 @@ def given_up(rank, n, stage):
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_a_batch_can_be_given_up(run_ranks, stage):
     assert run_ranks(given_up, 2, stage) == [True, True]
+
+
+def added_up(rank, n, stage):
+    """Two finished backward passes with no zero_grad between -> gradients, and those of both at once."""
+    answers = []
+    for times in (2, 1):
+        model, optimizer, sync, _ = sharded(Odd(0), stage, dist.group.WORLD)
+        for _ in range(times):
+            (model(*batch(0, rank)) * 2 / times).backward()
+            sync.finish_gradient_synchronization()
+        answers.append([p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None])
+    return answers
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_gradients_are_added_up_until_zero_grad(run_ranks, stage):
+    for twice, once in run_ranks(added_up, 2, stage):
+        assert len(once) > 10
+        for a, b in zip(twice, once, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
 class HeadFirst(nn.Module):
