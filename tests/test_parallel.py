@@ -26,7 +26,7 @@ from parallel import CommLedger, DataParallel, Op, size
 # ---- any layout is the same run --------------------------------------------------------------------------------------
 
 TINY = """--n-layer 4 --n-head 4 --n-embd 32 --n-ff 64 --seq-len 32 --vocab-size 512 --global-batch-size 8 --steps 12
---warmup-steps 2 --lr 0.02 --grad-clip 0.2 --adam-eps 1e-6 --micro-batch-size 1 --eval-windows 8 --device cpu""".split()
+--warmup-steps 2 --lr 0.02 --grad-clip 0.2 --adam-eps 1e-6 --micro-batch-size 1 --eval-windows 7 --device cpu""".split()
 MODELS = {
     "llama": ["--n-kv-head", "2"],
     "llama tied": ["--tie-embeddings", "--qk-norm"],
