@@ -659,8 +659,19 @@ def test_compiled_blocks_train_and_sample_without_a_warning(corpus, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["model", "data", "flash_attn", "parallel", "zero"])
-def test_demos_run_and_assert(name):
-    done = subprocess.run([sys.executable, str(ROOT / f"{name}.py")], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stderr == "" and ("predicted" in done.stdout or "formula" in done.stdout)
+@pytest.fixture(scope="module")
+def demos():
+    """All at once, one thread each."""
+    started = {name: subprocess.Popen([sys.executable, str(ROOT / f"{name}.py")], stdout=subprocess.PIPE, text=True,
+                                      stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+               for name in CONCEPTS if (ROOT / f"{name}.py").exists()}
+    yield started
+    for process in started.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("name", [c for c in CONCEPTS if (ROOT / f"{c}.py").exists()])
+def test_demos_run_and_assert(demos, name):
+    stdout, stderr = demos[name].communicate(timeout=180)
+    assert demos[name].returncode == 0, stdout + stderr
+    assert stderr == "" and ("predicted" in stdout or "formula" in stdout)
