@@ -227,8 +227,7 @@ def show(rows):
         print(f"    {name:<22} {seconds * 1e3:7.0f} ms a step   {1 / ratio:.2f} x the time of the first", flush=True)
 
 
-def main(steps):
-    torch.set_num_threads(1)
+def beside_torch():
     print("data parallel, 2 ranks, 4 windows of 256 each")
     rows, wire, psi, waits = ranks(2, beside_ddp)
     show(rows)
@@ -242,11 +241,14 @@ def main(steps):
     print("    sent a rank " + ", ".join(f"{name} {x / 1e6:.1f} MB" for name, x in wire.items()))
     print("pipeline, 2 stages, 8 micro-batches of a window")
     show(ranks(2, beside_pipelining))
+
+
+def beside_one_rank(steps):
     print("all ranks on one core: tokens/s beside one rank's")
     layouts = ["--micro-batch-size 4", "--dp 2 --micro-batch-size 4", "--dp 2 --micro-batch-size 4 ddp",
                "--dp 2 --zero 1 --micro-batch-size 4",
-               "--pp 2 --micro-batch-size 2", "--tp 2 --micro-batch-size 4",
-               "--tp 2 --micro-batch-size 4 --no-sequence-parallel", "--dp 2 --tp 2 --pp 2 --micro-batch-size 2"]
+               "--pp 2 --micro-batch-size 4", "--tp 2 --micro-batch-size 4",
+               "--tp 2 --micro-batch-size 4 --no-sequence-parallel", "--dp 2 --tp 2 --pp 2 --micro-batch-size 4"]
     rates = {flags: [] for flags in layouts}
     for _ in range(3):                                                                                       # in turns
         for flags in layouts:
@@ -259,4 +261,6 @@ def main(steps):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
+    torch.set_num_threads(1)
+    beside_torch()
+    beside_one_rank(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
