@@ -1103,13 +1103,6 @@ def watch(c: Config, argv, asked: list) -> tuple[int, str]:
         port = s.getsockname()[1]
     threads = str(max(1, (os.cpu_count() or 1) // c.nproc))
     ranks, errors = [], tempfile.TemporaryDirectory()
-    for r in range(c.nproc):
-        env = {"OMP_NUM_THREADS": threads} | os.environ | {
-            "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(c.nproc), "LOCAL_WORLD_SIZE": str(c.nproc),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LAUNCHED": "1"}
-        with open(Path(errors.name, str(r)), "w") as stderr:                        # a session: Ctrl-C comes from here
-            ranks.append(subprocess.Popen([sys.executable, __file__, *argv], env=env, stderr=stderr,
-                                          start_new_session=True))
 
     def pass_on(number, frame):
         for process in ranks:
@@ -1119,6 +1112,15 @@ def watch(c: Config, argv, asked: list) -> tuple[int, str]:
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        for r in range(c.nproc):
+            env = {"OMP_NUM_THREADS": threads} | os.environ | {
+                "RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(c.nproc), "LOCAL_WORLD_SIZE": str(c.nproc),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LAUNCHED": "1"}
+            with open(Path(errors.name, str(r)), "w") as stderr:                    # a session: Ctrl-C comes from here
+                ranks.append(subprocess.Popen([sys.executable, __file__, *argv], env=env, stderr=stderr,
+                                              start_new_session=True))
+            if asked:                                                                  # while the others were started
+                ranks[-1].send_signal(signal.SIGTERM)
         early = None                                   # whoever ends first, with the run not done: a 0 may be too early
         while any(process.poll() is None for process in ranks):
             if early is None and any(process.poll() is not None for process in ranks):
