@@ -86,6 +86,7 @@ def memory_per_rank(num_params: float, stage: int, dp: int, *, param_bytes: floa
 def comm_volume(num_params: float, stage: int, dp: int, micro_batches: int = 1) -> dict:
     """Numbers that a rank sends in a step, by collective, as a ring or directly: {"all_reduce", "reduce_scatter",
     "all_gather"}. (Rajbhandari 2020, Section 7, is micro_batches = 1)"""
+    memory_per_rank(num_params, stage, dp)                                                             # is it a stage?
     part = num_params * (dp - 1) / dp
     return {"all_reduce": 2 * part if stage == 0 else 0,
             "reduce_scatter": part * {0: 0, 1: 1}.get(stage, micro_batches),
@@ -150,6 +151,8 @@ class Bucket:
 
     def take(self, p):
         """A gradient has arrived: into the row, and what autograd made is freed. The next one is added in place."""
+        if p.grad.is_sparse:
+            raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} must not have sparse gradients, it has")
         if self.grads is None:
             self.grads = torch.empty(self.length, dtype=self.grad_dtype, device=self.device)
         view = self.view(self.grads, p)
@@ -265,6 +268,12 @@ class GradientShards:
         self.flying, self.sent = self.buckets[self.sent % len(self.buckets)], self.sent + 1
         self.flying.send()
 
+    def send_all(self):
+        """Every bucket, as often as there were passes."""
+        while self.sent < max([1, *self.arrivals.values()]) * len(self.buckets):
+            self.send()
+        self.receive()
+
     def receive(self):
         if self.flying is not None:
             self.flying.receive(self.mean)
@@ -274,9 +283,7 @@ class GradientShards:
         """Returns {parameter: on how many ranks it got a gradient}."""
         if not self.buckets:
             return {}
-        while self.sent < max(1, *self.arrivals.values(), 0) * len(self.buckets):
-            self.send()
-        self.receive()
+        self.send_all()
         # who has a gradient, and whether one that nobody waited for came after its bucket had left
         params, late = list(self.bucket_of), any(bucket.grads is not None for bucket in self.buckets)
         counts = torch.tensor([*(p in self.arrivals for p in params), late], dtype=torch.int32, device=params[0].device)
@@ -305,6 +312,8 @@ class GradientShards:
     def zero_grad(self, set_to_none: bool = True):
         """The shards' gradients, and those of a step that was given up before finish_gradient_synchronization()."""
         super().zero_grad(set_to_none)
+        if self.arrivals:                                                   # other ranks may have sent more of them
+            self.send_all()
         self.forget()
 
     # -- an optimizer's states as if nothing were split
@@ -329,7 +338,7 @@ class GradientShards:
         numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
         for i, shard in zip(numbers, shards, strict=False):                       # load_state_dict compares the lengths
             for key, x in state_dict["state"].get(i, {}).items():
-                if isinstance(x, Tensor) and key != "step":
+                if isinstance(x, Tensor) and key not in SCALARS:
                     shape = whole[shard].shape
                     if x.ndim and x.shape != shape:
                         raise ValueError(f"state_dict: {key} of parameter {i} must have shape {tuple(shape)}, has "
@@ -341,6 +350,9 @@ class GradientShards:
 
 # ---- stages 1 and 2 --------------------------------------------------------------------------------------------------
 
+SCALARS = ("step", "mu_product", "eta", "mu")                       # torch's states of one number, whatever p's shape
+
+
 def check_elementwise(optimizer_cls, options: dict, device):
     """Raises ValueError unless two halves of a tensor, updated apart, become what the whole becomes."""
     whole, *gradients = torch.randn(4, 4, 6, generator=torch.Generator().manual_seed(0)).to(device)
@@ -349,11 +361,11 @@ def check_elementwise(optimizer_cls, options: dict, device):
 
     def updated(cut):
         params = [nn.Parameter(x.clone()) for x in cut(whole)]
-        optimizer = optimizer_cls(params, **options)
+        optimizers = [optimizer_cls([p], **options) for p in params]                         # a rank's knows no other
         for gradient in gradients:
-            for p, part in zip(params, cut(gradient), strict=True):
+            for p, part, optimizer in zip(params, cut(gradient), optimizers, strict=True):
                 p.grad = part.clone()
-            optimizer.step()
+                optimizer.step()
         return torch.cat([p.detach().flatten() for p in params])
 
     optimizer_cls([nn.Parameter(whole.clone())], **options)                          # what it raises here is not ours
@@ -376,21 +388,23 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
         norm = clip_grad_norm_(optimizer.shards.values(), 1.0, group)
         optimizer.step(); optimizer.zero_grad()
 
-    params: parameters or parameter groups, as for any optimizer; frozen ones are left alone for good. All come from
-    the group's rank 0 and become views of flat rows. order: the parameters in the order of their use, if params is
-    another (gradients come in the reverse; a bucket leaves when its last one has come). optimizer_cls: any callable
-    (params, **kwargs) -> an elementwise optimizer; kwargs are its own. reduce: "sum" | "mean" over the group.
-    bucket_mb: MB (1e6 bytes) of gradients a bucket.
+    params: parameters or parameter groups, as for any optimizer; frozen ones are left alone for good. All come from the
+    group's rank 0 (None: this process is alone, whatever others there are) and become views of flat rows. order: the
+    parameters in the order of their use, if params is another (gradients come in the reverse; a bucket leaves when its
+    last one has come). optimizer_cls: any callable (params, **kwargs) -> an elementwise optimizer; kwargs are its own.
+    reduce: "sum" | "mean" over the group. bucket_mb: MB (1e6 bytes) of gradients a bucket.
 
     stage 1   gradients are added up within no_sync(), and sent during the last micro-batch's backward
     stage 2   every micro-batch's are sent during its backward, and freed: no rank ever holds all (no_sync does nothing)
 
     param_groups and state are those of the optimizer inside: of the shards, which carry the parameters' attributes and
-    flat. state_dict() is the plain optimizer's, of whole tensors, on every rank, on the CPU; load_state_dict() takes
-    such a one: of this optimizer, of another number of ranks, or of the plain one.
-    A batch is given up by optimizer.zero_grad(). A torch.amp.GradScaler sees one rank's inf alone: do not.
+    flat. state_dict() is the plain optimizer's, of whole tensors, on every rank, on the CPU, and all ranks must ask for
+    it; load_state_dict() takes such a one: of this optimizer, of another number of ranks, or of the plain one. The
+    module's own p.grad is None after finish_gradient_synchronization(): clear and clip what the optimizer has. A batch
+    is given up, by all ranks, with optimizer.zero_grad(). A torch.amp.GradScaler sees one rank's inf alone: do not.
     Raises ValueError for an optimizer that is not elementwise, a group without this rank, parameters that are sharded;
-    RuntimeError for step() before finish_gradient_synchronization().
+    RuntimeError for step() before finish_gradient_synchronization(), sparse gradients, a frozen parameter that is no
+    longer.
     """
 
     def __init__(self, params, optimizer_cls, *, group=None, stage: int = 1, reduce: str = "sum", bucket_mb: float = 10,
@@ -439,6 +453,10 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
             self.finish_gradient_synchronization()
+        for p in itertools.chain(*(few["params"] for few in self.param_groups)):
+            if p.requires_grad and not getattr(p, "sharded", False):
+                raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} must stay frozen, as it was at "
+                                   "construction, it is not")
         self.inner.step()
         for bucket in self.buckets if size(self.group) > 1 else ():
             dist.all_gather_single(bucket.weights, bucket.own(bucket.weights), group=self.group)
@@ -481,7 +499,7 @@ class Unit(Bucket):
             self.part(self.weights, p).copy_(p.detach().flatten()[slice(*self.flat(p))])
             # p counts changes by itself: to autograd the row's refilling is none
             p.data, p.grad_dtype = self.view(self.row, p), reduce_dtype or self.weights.dtype
-        self.total_dtype = self.weights.dtype
+        self.total_dtype = torch.promote_types(self.weights.dtype, self.grad_dtype)
         self.shards = {p: self.shard(p, self.weights) for p in params}
         self.free()
 
@@ -547,7 +565,7 @@ class FullyShard(GradientShards, nn.Module):
 
         1  forward    before a block, its parameters are gathered in compute_dtype, and the next block's begin to be;
                       after it, they are freed
-        2  backward   the same in the reverse: gathered again before it, the block's ahead begin to be; freed after it.
+        2  backward   the same in the reverse: gathered again before it, while the next one's begin to be; freed after.
                       Its gradients are reduce-scattered beside what follows, in reduce_dtype, and added up in shards
         3  optimizer  updates the shards: nothing to gather until the next forward
 
@@ -565,11 +583,13 @@ class FullyShard(GradientShards, nn.Module):
     What it asks of a module: the next block is the next one defined (another order costs memory, not truth); parameters
     are used in the forward of the block, or module, that holds them; all ranks run the same blocks and use the same
     parameters in the same order; what a block's backward begins with is among its outputs (tensors in tuples, lists,
-    dicts, dataclasses), and not changed in place by others; no second derivatives. A batch is given up by
-    model.zero_grad(). An optimizer's states as if nothing were split: full_state_dict(), load_full_state_dict().
+    dicts, dataclasses), and not changed in place by others; no second derivatives; requires_grad stays what it was. A
+    batch is given up, by all ranks, with model.zero_grad(). group: None is this process alone. An optimizer's states as
+    if nothing were split: full_state_dict(), load_full_state_dict().
     Raises ValueError for a block that is not in the module, a group without this rank, sharded parameters, meta ones
     without init; RuntimeError for an optimizer's step() before finish_gradient_synchronization(), and by that for a
-    parameter that some ranks used and others did not.
+    parameter that some ranks used and others did not (if they do not wait for each other before, until the group's
+    timeout) and for a changed requires_grad; TypeError for a deepcopy: dict(model.full_parameters()) is one.
     """
 
     def __init__(self, module: nn.Module, group=None, *, blocks=None, compute_dtype=None, reduce_dtype=None,
@@ -624,12 +644,20 @@ class FullyShard(GradientShards, nn.Module):
         if self.compute_dtype is not None:
             args, kwargs = tree_map_only(Tensor, lambda x: x.to(self.compute_dtype) if x.is_floating_point() else x,
                                          (args, kwargs))
+        self.free_unused()
         try:
             return self.module(*args, **kwargs)
         finally:
-            for unit in self.units:                                         # gathered ahead, and not used after all
-                if not unit.holders:
-                    unit.free()
+            self.free_unused()
+
+    def __deepcopy__(self, memo):
+        raise TypeError("FullyShard cannot be copied, dict(model.full_parameters()) has its parameters")
+
+    def free_unused(self):
+        """What was gathered ahead, and not used after all."""
+        for unit in self.units:
+            if not unit.holders:
+                unit.free()
 
     def prefetch(self, at: int):
         for unit in self.needs[self.order[at]] if 0 <= at < len(self.order) else ():
@@ -680,12 +708,18 @@ class FullyShard(GradientShards, nn.Module):
 
     def finish_gradient_synchronization(self):
         counts = super().finish_gradient_synchronization()
-        for unit in self.units:
-            unit.free()
+        for p, shard in self.shards.items():
+            if p.requires_grad != shard.requires_grad:
+                raise RuntimeError(f"{p.full_name}: requires_grad must stay {p.requires_grad}, as at construction")
         for p, ranks in counts.items():
             if 0 < ranks < size(self.group):
                 raise RuntimeError(f"{p.full_name} must be used on all ranks or none at stage 3, {ranks} of "
                                    f"{size(self.group)} used it")
+
+    def forget(self):
+        super().forget()
+        for unit in self.units:
+            unit.free()
 
     @torch.no_grad()
     def full_parameters(self):

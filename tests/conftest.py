@@ -22,6 +22,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+torch.set_num_threads(1)                           # two threads on a core that others use are tens of times slower
+
 if not torch.cuda.is_available():                  # read when a kernel is defined, so before flash_attn is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -1,3 +1,4 @@
+import copy
 import functools
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import model as net
 import parallel
+import precision
 import zero
 from zero import FullyShard, ShardedOptimizer
 
@@ -476,21 +478,7 @@ def test_a_state_dict_goes_on_in_another_world(run_ranks):
                 torch.testing.assert_close(weights[name], p, rtol=0, atol=1e-10)
 
 
-class Masters(torch.optim.Optimizer):
-    """A stand-in for precision.MasterWeights: float32 copies of low-precision parameters, which AdamW updates."""
-
-    def __init__(self, params, **options):
-        super().__init__(params, options)
-        self.pairs = [(p, p.detach().float()) for group in self.param_groups for p in group["params"]]
-        self.inner = torch.optim.AdamW([m for _, m in self.pairs], **options)
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for p, m in self.pairs:
-            m.grad = None if p.grad is None else p.grad.float()
-        self.inner.step()
-        for p, m in self.pairs:
-            p.copy_(m)
+Masters = functools.partial(precision.MasterWeights, optimizer_cls=torch.optim.AdamW)
 
 
 def mastered(rank, n, stage):
@@ -806,3 +794,129 @@ def test_bad_input_is_one_line(run_ranks):
     model(torch.ones(2)).sum().backward()
     with pytest.raises(RuntimeError, match="call finish_gradient_synchronization.. between backward and step"):
         plain.step()
+
+
+# ---- what its users ran into -----------------------------------------------------------------------------------------
+
+class ClipSGD(torch.optim.SGD):
+    """Clips by the norm of all it has: a rank's part of it is another number."""
+
+    def step(self, closure=None):
+        nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], 0.1)
+        super().step()
+
+
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        raise ArithmeticError
+
+
+class Fragile(nn.Linear):
+    """A block whose backward fails halfway when it is told to."""
+
+    fails = False
+
+    def forward(self, x):
+        return super().forward(Fails.apply(x) if self.fails else x)
+
+
+def chain(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(*(Fragile(4, 4) for _ in range(3))).double()
+
+
+def given_up_halfway(rank, n):
+    """Batches that are given up halfway, in backward, unlike on the two ranks -> largest errors afterwards."""
+    x, errors = torch.ones(2, 4, dtype=torch.float64), []
+    for stage in (1, 2, 3):
+        plain, module = chain(), chain()
+        theirs = torch.optim.SGD(plain.parameters(), lr=0.1)
+        if stage == 3:
+            model = sync = FullyShard(module, dist.group.WORLD, blocks=list(module))
+            ours = torch.optim.SGD(model.parameters(), lr=0.1)
+        else:
+            model, ours = module, ShardedOptimizer(module.parameters(), torch.optim.SGD, group=dist.group.WORLD,
+                                                   stage=stage, bucket_mb=1e-5, lr=0.1)
+            sync = ours
+        for step in range(3):
+            if step == 1 and stage < 3:                                  # one rank leaves a layer out: fewer are sent
+                (module[2](x) if rank else module(x)).sum().backward()
+                ours.zero_grad()
+            if step == 1 and stage == 3:
+                module[1].fails = True
+                with pytest.raises(ArithmeticError):
+                    model(x).sum().backward()
+                module[1].fails = False
+                model.zero_grad()
+                assert not any(unit.whole for unit in model.units)
+            if step == 2 and stage == 3:
+                with torch.no_grad():                                    # a block alone: the next one is gathered ahead
+                    module[0](x)
+            model(x).sum().backward()
+            sync.finish_gradient_synchronization()
+            if step == 1 and stage == 3:
+                with torch.no_grad():
+                    module[0](x)
+            ours.step()
+            ours.zero_grad()
+            theirs.zero_grad()
+            (n * plain(x)).sum().backward()
+            theirs.step()
+            with torch.no_grad():
+                errors.append((model(x) - plain(x)).abs().max().item())
+    return max(errors)
+
+
+def test_a_batch_may_be_given_up_anywhere(run_ranks):
+    assert max(run_ranks(given_up_halfway, 2)) < 1e-12
+
+
+def test_what_is_refused_and_says_so():
+    with pytest.raises(ValueError, match="optimizer_cls must be elementwise to be sharded, ClipSGD updates two halves"):
+        ShardedOptimizer(chain().parameters(), ClipSGD, lr=0.1)
+    with pytest.raises(ValueError, match="stage must be one of 0, 1, 2, 3, got 4"):
+        zero.comm_volume(1, 4, 2)
+    module = nn.Sequential(nn.Embedding(4, 4, sparse=True))
+    ShardedOptimizer(module.parameters(), torch.optim.SGD, lr=0.1)
+    with pytest.raises(RuntimeError, match="a parameter must not have sparse gradients, it has"):
+        module(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match="FullyShard cannot be copied"):
+        copy.deepcopy(FullyShard(chain()))
+    module = chain()
+    module[1].requires_grad_(False)
+    optimizer = ShardedOptimizer(module.parameters(), torch.optim.SGD, lr=0.1)
+    module[1].requires_grad_(True)
+    with pytest.raises(RuntimeError, match="a parameter must stay frozen, as it was at construction, it is not"):
+        optimizer.step()
+    model = FullyShard(chain())
+    model.module[1].requires_grad_(False)
+    model(torch.ones(1, 4, dtype=torch.float64)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"1.weight: requires_grad must stay True, as at construction"):
+        model.finish_gradient_synchronization()
+
+
+@pytest.mark.parametrize("cls", (torch.optim.NAdam, torch.optim.ASGD, torch.optim.AdamW))
+def test_states_of_parameters_of_no_dimension(run_ranks, cls):
+    assert all(run_ranks(of_no_dimension, 2, cls))
+
+
+def of_no_dimension(rank, n, cls):
+    p, q, r = (nn.Parameter(torch.tensor(1.0)) for _ in range(3))
+    ours, theirs = (ShardedOptimizer([x], cls, group=dist.group.WORLD, lr=0.1) for x in (p, q))
+    plain = cls([r], lr=0.1)
+    for _ in range(4):
+        (p * p).backward()
+        (q * q).backward()
+        ours.finish_gradient_synchronization()
+        theirs.finish_gradient_synchronization()
+        r.grad = 2 * n * r.detach()
+        for optimizer in (ours, theirs, plain):
+            optimizer.step()
+            optimizer.zero_grad()
+        ours.load_state_dict(theirs.state_dict())
+    return torch.allclose(p, r, rtol=0, atol=1e-6)
