@@ -260,9 +260,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, x, weight, targets, weights, rows, with_grad):
         ctx.dtypes, N, device = (x.dtype, weight.dtype), x.shape[0], x.device
         acc = torch.promote_types(x.dtype, torch.float32)
-        if torch.is_autocast_enabled(device.type):                        # cast once, not once a chunk
-            low = torch.get_autocast_dtype(device.type)
-            x, weight = x.to(low), weight.to(low)
         nll = torch.empty(N, dtype=acc, device=device)
         dx = torch.empty(x.shape, dtype=acc, device=device) if with_grad else None
         dw = torch.zeros(weight.shape, dtype=acc, device=device) if with_grad else None

@@ -172,7 +172,7 @@ def trainable(module: nn.Module) -> list[nn.Parameter]:
 def all_reduce_gradients(module: nn.Module, group):
     """Data parallelism in three lines, after backward: nothing overlaps, and every small tensor is a message."""
     for p in trainable(module):
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad
         all_reduce(p.grad, group)
 
 
@@ -377,11 +377,11 @@ class ParallelModule(nn.Module):
 
     def enter(self, x):
         """f(x) and the context to compute in, made once for all the layers that read x (q, k and v; gate and up): they
-        share a dict, which their parent's forward empties at its end. Under autocast x is cast here, so that what
-        crosses the wire, and what is kept, is what the layers multiply."""
-        made, key, kind = self.shared, (id(x), x._version, torch.is_grad_enabled()), x.device.type
+        share a dict, which their parent's forward empties at its end. x takes the weight's dtype here, so that
+        what crosses the wire, and what is kept, is what the layers multiply."""
+        made, key = self.shared, (id(x), x._version, torch.is_grad_enabled())
         if made is None or key not in made:
-            low = x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+            low = x.to(self.weight.dtype)
             whole = copy_to_tp_region(low, self.group, self.sequence_parallel)
             keep = Regather(low, whole, self.group).hooks if self.sequence_parallel else contextlib.nullcontext()
             if made is None:
@@ -874,7 +874,7 @@ def reduce_partial_gradients(params):
     held = defaultdict(list)
     for p in params:
         for group in getattr(p, "sum_over", ()) if p.requires_grad else ():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad
             held[group].append(p.grad)
     for group, gradients in held.items():
         flat = all_reduce(torch.cat([g.flatten() for g in gradients]), group)
@@ -990,7 +990,7 @@ def step_calls(mesh: Mesh, stages, pairs: int, params, *, micro_batches: int, sh
     """What one training step of this rank says to the others, from the formulas: {(axis, collective): (calls, bytes)}.
 
     stages: (this rank's, how many there are); pairs of a column and a row layer in them; params: this rank's; shape:
-    (B, T, C) of a micro-batch; itemsize: of hidden states; low: of what linears multiply, less under autocast;
+    (B, T, C) of a micro-batch; itemsize: of hidden states; low: of what linears multiply, less in low precision;
     recomputed: blocks that run again in backward (but for the g at their end, whose result nobody keeps); gradients:
     {collective: (calls, bytes)} of those that sum them over dp, DataParallel's by default. Calls None: as many as there
     are buckets, or chunks of the loss.
@@ -998,11 +998,12 @@ def step_calls(mesh: Mesh, stages, pairs: int, params, *, micro_batches: int, sh
     (mine, of), (B, T, C), m = stages, shape, micro_batches
     first, last, hidden, acc = 0 in mine, of - 1 in mine, B * T * C * itemsize, max(4, itemsize)
     again = pairs if recomputed else 0
-    partial = {group: sum(p.nbytes for p in params if group is not None and group in getattr(p, "sum_over", ()))
+    gradient = {p: p.numel() * (p.grad_dtype or p.dtype).itemsize for p in params}
+    partial = {group: sum(gradient[p] for p in params if group is not None and group in getattr(p, "sum_over", ()))
                for group in (mesh.tp_group, mesh.ends_group)}
     calls = {("world", "all_reduce"): (1, 3 * 8)}                                     # loss, squared norm, please stop
     if mesh.dp > 1:                                                                  # gradients; which there are
-        gradients = gradients or {"all_reduce": (None, sum(p.nbytes for p in params) + len(params))}
+        gradients = gradients or {"all_reduce": (None, sum(gradient.values()) + len(params))}
         calls |= {("dp", collective): counted for collective, counted in gradients.items()}
         calls["dp", "all_reduce"] = None, gradients["all_reduce"][1] + 8                     # the number of targets
     if mesh.tp > 1:

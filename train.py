@@ -3,6 +3,7 @@
     python train.py                                       `tiny`, on this Python's own library: minutes on two CPU cores
     python train.py --data "my/*.txt" --out out/mine      your text
     python train.py --out out/tiny --sample "def main("   continue a text
+    python train.py --out out/tiny --quantize int4        what do its weights lose as integers?
     python train.py --config 7b --dry-run                 what would it cost?
     python train.py --nproc 4 --tp 2 --pp 2               four ranks: this CPU's cores, or GPUs
     torchrun --nproc-per-node 8 train.py --config small --data FOLDER
@@ -66,6 +67,7 @@ import data
 import flash_attn
 import model as net
 import parallel
+import precision
 import zero
 
 # ---- configs ---------------------------------------------------------------------------------------------------------
@@ -118,8 +120,10 @@ class Config:
     adam_eps: float = option(1e-8, "AdamW's epsilon")
     grad_clip: float = option(1.0, "largest global gradient norm (0: no clipping)")
     seed: int = option(0, "of weights and data order")
-    precision: str = option("auto", "bf16: matrix products in bfloat16; auto: where the accelerator has it",
-                            choices=("auto", "fp32", "bf16"))
+    precision: str = option("auto", "of parameters and matrix products; auto: bf16 where the accelerator has it",
+                            choices=("auto", *precision.PRECISIONS))
+    master_weights: bool = option(True, "in a low precision: float32 copies that the optimizer updates")
+    loss_scale: float = option(2.0**16, "fp16: what losses are multiplied by at first (0: no scaling)")
     # how it runs: same result, other cost
     micro_batch_size: int = runtime(0, "windows a forward pass, each rank (0: at most 8, and 2 pp passes a step)")
     recompute: str = runtime("none", "activations computed again in backward", choices=("none", "selective", "full"))
@@ -150,6 +154,8 @@ class Config:
     dry_run: bool = runtime(False, "print parameters, FLOPs, memory and expected time, then exit")
     json: bool = runtime(False, "with --dry-run: one JSON object")
     sample: str | None = runtime(None, "continue this text with the model in --out, then exit")
+    quantize: str | None = runtime(None, "evaluate or sample the model in --out with weights as integers, then exit",
+                                   choices=("int8", "int4"))
     max_new_tokens: int = runtime(200, "sampling: tokens to add")
     temperature: float = runtime(0.8, "sampling: 0 takes the likeliest token")
     top_k: int = runtime(0, "sampling: among the k likeliest (0: all)")
@@ -250,7 +256,7 @@ def derive(c: Config) -> Config:
         raise BadInput(f"top_p must be in (0, 1], got {c.top_p}")
     if not c.head_dim and c.n_embd % c.n_head:
         raise BadInput(f"n_embd must be a multiple of n_head, got {c.n_embd} and {c.n_head}")
-    if c.vocab_size < 320 and c.sample is None and not Path(c.data, "manifest.json").exists():
+    if c.vocab_size < 320 and c.sample is c.quantize is None and not Path(c.data, "manifest.json").exists():
         raise BadInput(f"vocab_size must be at least 320 to train a tokenizer, got {c.vocab_size}")
     wide = 64 * math.ceil(8 * c.n_embd / 3 / 64) if c.mlp == "swiglu" else 4 * c.n_embd
     windows = c.global_batch_size // (c.dp or max(1, world_size(c) // (c.tp * c.pp))) or 1           # a step and rank
@@ -430,12 +436,15 @@ def compiles(c: Config, device) -> bool:
 
 def make_stage(c: Config, device, mesh=None, at: int = 0, read=None, dtype=torch.float32, sync=None) -> net.GPT:
     """Stage `at` of the model on the device (of one: all of it), this rank's part of its width: weights by name from
-    keyed_init, or from read(name, box), a checkpoint's Reader.read. No rank ever holds more: at --zero 3 not even that,
-    but shards, and who gathers them is appended to `sync`."""
+    keyed_init, or from read(name, box), a checkpoint's Reader.read, in dtype; of a low one, with its compute policy.
+    No rank ever holds more: at --zero 3 not even that, but shards, and who gathers them is appended to `sync`."""
     backend = flash_attn.resolve_backend(c.attention, device)
     attention = functools.partial(flash_attn.flash_attention, backend=backend)
     if backend == "sdpa":                                # the model's own, which shares one mask among its layers
         attention = net.sdpa_attention
+    low = dtype if dtype.itemsize == 2 else None
+    if low:
+        attention = precision.lowered(attention, low)
     with torch.device("meta"):
         gpt = net.GPT(c.model, attention, recompute=c.recompute)
     if mesh is not None and mesh.tp > 1:
@@ -450,12 +459,27 @@ def make_stage(c: Config, device, mesh=None, at: int = 0, read=None, dtype=torch
             gpt.model.embed_tokens = gpt.model.embed_positions = None
         if not last:
             gpt.model.norm = gpt.lm_head = None
-    read = read or (lambda name, box: net.keyed_init(name, box, c.seed, c.model))
-    if c.zero == 3 and sync is not None:
-        sync.append(zero.FullyShard(gpt, mesh.dp_group, blocks=gpt.model.layers.values(), init=lambda p: read(
-            p.full_name, p.box).to(device, dtype)))
+    # what a master begins with is rounded, wherever it lies
+    read = read or (lambda name, box: net.keyed_init(name, box, c.seed, c.model).to(dtype).float())
+    sharded = c.zero == 3 and sync is not None
+    if not sharded:
+        gpt = net.fill(gpt, read, device, dtype)
+    if low:
+        products = {}
+        if c.precision == "fp8":
+            products = precision.fp8_products(gpt, group=mesh and mesh.tp_group)
+        # split layers, by width or by backward, must see the weight and the input themselves
+        emulate = device.type == "cpu" and c.tp == 1 and c.pp_schedule != "zb"
+        precision.ComputePolicy(low, products=products, emulate=emulate).applied(gpt)
+        for p in gpt.parameters():
+            p.grad_dtype = torch.float32
+    if sharded:
+        # the shards are the masters
+        kept = torch.float32 if low and c.master_weights else dtype
+        sync.append(zero.FullyShard(gpt, mesh.dp_group, blocks=gpt.model.layers.values(), compute_dtype=low,
+                                    reduce_dtype=low and torch.float32, init=lambda p: read(
+                                        p.full_name, p.box).to(device, kept)))
         return gpt
-    gpt = net.fill(gpt, read, device, dtype)
     if compiles(c, device):
         for block in gpt.model.layers.values():
             block.compile()
@@ -465,9 +489,11 @@ def make_stage(c: Config, device, mesh=None, at: int = 0, read=None, dtype=torch
 class Model(torch.nn.Module):
     """This rank's part of the model: its stages (most often one), and `sync`, who sums their gradients over dp."""
 
-    def __init__(self, c: Config, world: World, read=None, dtype=torch.float32):
+    def __init__(self, c: Config, world: World, read=None, dtype=None):
         super().__init__()
-        self.c, self.mesh, self.world, self.dtype = c, world.mesh, world, dtype
+        dtype = dtype or dtype_of(c)
+        self.c, self.mesh, self.world = c, world.mesh, world
+        self.dtype = torch.promote_types(dtype, torch.float32)                                  # of hidden states
         self.sync, self.no_sync = [], contextlib.nullcontext
         self.chunks = torch.nn.ModuleList(make_stage(c, world.device, self.mesh, chunk * c.pp + self.mesh.pp_rank, read,
                                                      dtype, self.sync) for chunk in range(stages(c) // c.pp))
@@ -485,10 +511,6 @@ class Model(torch.nn.Module):
         for sync in self.sync:
             sync.finish_gradient_synchronization()
 
-    def forward(self, chunk, **inputs):
-        with compute_dtype(self.c, self.world.device):
-            return chunk(**inputs)
-
     def run(self, batches, seed=None) -> list:
         """Forward, and with a seed (of the gradient) backward, of micro-batches -> nll of each, on the last stage."""
         c, chunks, m = self.c, self.chunks, len(batches)
@@ -499,7 +521,7 @@ class Model(torch.nn.Module):
             B, T = batch["tokens"].shape
             return torch.empty(B, T // split, c.n_embd, dtype=self.dtype, device=self.world.device)
 
-        return parallel.run_schedule(order, [functools.partial(self, chunk) for chunk in chunks], batches,
+        return parallel.run_schedule(order, chunks, batches,
                                      self.mesh.pp_groups, seed=seed, hidden_like=hidden_like, no_sync=self.no_sync,
                                      on_op=self.on_op, timeout=c.timeout)
 
@@ -510,14 +532,22 @@ def make_optimizer(model, c: Config):
     vectors = [p for p in model.parameters() if len(p.box) < 2]
     groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     options = dict(lr=c.lr, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
+    adamw = torch.optim.AdamW
+    if dtype_of(c).itemsize == 2:
+        adamw = functools.partial(precision.MasterWeights, optimizer_cls=adamw, keep=c.master_weights)
     if c.zero in (1, 2):
-        optimizer = zero.ShardedOptimizer(groups, torch.optim.AdamW, group=model.mesh.dp_group, stage=c.zero,
+        optimizer = zero.ShardedOptimizer(groups, adamw, group=model.mesh.dp_group, stage=c.zero,
                                           order=model.parameters(), **options)
         model.sum_with(optimizer)
     else:
-        optimizer = torch.optim.AdamW(groups, **options)
+        optimizer = adamw(groups, **options)
     optimizer.owned = parallel.owned(updated(optimizer), model.world.host)
     return optimizer
+
+
+def dtype_of(c: Config) -> torch.dtype:
+    """Of parameters and matrix products; `auto` that no device has resolved is float32."""
+    return precision.PRECISIONS.get(c.precision, torch.float32)
 
 
 def updated(optimizer) -> list:
@@ -525,23 +555,21 @@ def updated(optimizer) -> list:
 
 
 def resolve(c: Config, device) -> Config:
-    """auto -> what it means on this device. Raises BadInput for an attention that cannot run there."""
-    precision, attention = c.precision, c.attention
-    if precision == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if has_bf16 else "fp32"
+    """auto -> what it means on this device. Raises BadInput for a precision or an attention that it lacks."""
+    kind, attention, cuda = c.precision, c.attention, device.type == "cuda"
+    has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "auto":
+        kind = "bf16" if has_bf16 else "fp32"
+    lacks = not has_bf16 or torch.version.hip is not None if kind == "tf32" else cuda and not has_bf16
+    if lacks and kind in ("tf32", "bf16", "fp8"):
+        raise BadInput(f"precision must be one that the device has, {kind} needs an NVIDIA GPU of Ampere or later, got "
+                       f"{device}")
+    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
     try:
         attention = flash_attn.resolve_backend(attention, device)
     except RuntimeError as error:
         raise BadInput(f"attention must be one that runs here: {error}") from None
-    return dataclasses.replace(c, precision=precision, attention=attention)
-
-
-def compute_dtype(c: Config, device):
-    """bf16: matrix products in bfloat16 by autocast; weights, gradients and Adam's moments stay float32."""
-    # at --zero 3 no copies of weights are kept from one use to the next
-    bf16 = torch.autocast(device.type, torch.bfloat16, cache_enabled=c.zero < 3)
-    return bf16 if c.precision == "bf16" else contextlib.nullcontext()
+    return dataclasses.replace(c, precision=kind, attention=attention)
 
 
 def to_device(batch, c: Config, device):
@@ -549,17 +577,25 @@ def to_device(batch, c: Config, device):
     return {name: batch[name].to(device, non_blocking=True) for name in keep}
 
 
-def train_step(model, optimizer, loader, step: int, c: Config, world: World, asked=(), on_phase=lambda *at: None):
+def train_step(model, optimizer, loader, step: int, c: Config, world: World, asked=(), on_phase=lambda *at: None,
+               scaler: precision.LossScaler | None = None):
     """One update. Returns (loss in nats a target, gradient norm before clipping, whether any rank was `asked` to stop).
-    A non-finite loss or norm changes nothing."""
+    A non-finite loss or norm changes nothing but the scaler's scale. Raises FloatingPointError if that is at its
+    floor."""
     on_phase(step, "data")
     accum = c.global_batch_size // (c.micro_batch_size * world.mesh.dp)
     batches = [to_device(next(loader), c, world.device) for _ in range(accum)]
     # 1. N = targets in the global batch
     N = parallel.all_reduce(sum((b["targets"] >= 0).sum() for b in batches), world.mesh.dp_group)
-    # 2. d/dw sum(nll) / N, micro-batch by micro-batch
+    # 2. d/dw scale sum(nll) / N, micro-batch by micro-batch
     on_phase(step, "forward_backward")
-    nlls = model.run(batches, seed=1 / N)
+    scale = scaler.scale if scaler else 1.0
+    seed = scale / N
+    if c.precision == "fp16":           # in the loss, ahead of the head's products: an unlikely word's p is below 2^-25
+        for batch in batches:
+            batch["weights"] = seed * torch.ones_like(batch["targets"], dtype=torch.float32)
+        seed = torch.ones_like(seed)
+    nlls = model.run(batches, seed=seed)
     # 3. the sum over dp, and over whatever else holds a part
     on_phase(step, "reduce")
     model.finish_gradient_synchronization()
@@ -571,16 +607,20 @@ def train_step(model, optimizer, loader, step: int, c: Config, world: World, ask
     total[1] = parallel.squared_norm(p.grad for p in optimizer.owned)
     total[2] = bool(asked)
     loss, sumsq, stop = world.sum(total).tolist()
-    norm = math.sqrt(sumsq) if math.isfinite(sumsq) else math.nan
+    norm = math.sqrt(sumsq) / scale if math.isfinite(sumsq) else math.nan
+    found_inf = not (math.isfinite(loss) and math.isfinite(norm))
     # 5. and 6.
-    if math.isfinite(loss) and math.isfinite(norm):
+    if not found_inf:
         on_phase(step, "update")
-        if c.grad_clip and norm > c.grad_clip:
-            torch._foreach_mul_([p.grad for p in updated(optimizer)], c.grad_clip / norm)
+        factor = (c.grad_clip / norm if c.grad_clip and norm > c.grad_clip else 1.0) / scale
+        if factor != 1.0:
+            torch._foreach_mul_([p.grad for p in updated(optimizer)], factor)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, c)
         optimizer.step()
     optimizer.zero_grad()
+    if scaler:
+        scaler.update(found_inf)
     return loss, norm, stop > 0
 
 
@@ -617,11 +657,14 @@ def is_finite(model, world: World) -> bool:
 
 def checkpoint_pieces(optimizer):
     """(name, box, tensor) of every weight this rank owns and of what the optimizer keeps for it: NAME.exp_avg, ...; a
-    number that all pieces share (NAME.step) is written beside the first. A shard is written as boxes."""
+    number that all pieces share (NAME.step) is written beside the first. A shard is written as boxes. The weight is its
+    float32 master where there is one, and float32 in any case: a checkpoint knows no precision."""
     for p in optimizer.owned:
         lo, hi = getattr(p, "flat", (0, p.numel()))
         boxes = list(data.boxes(p.box, lo, hi))
-        for name, value in ((p.full_name, p), *((f"{p.full_name}.{key}", x) for key, x in optimizer.state[p].items())):
+        state = dict(optimizer.state[p])
+        weight = state.pop("master", p.to(torch.promote_types(p.dtype, torch.float32)))
+        for name, value in ((p.full_name, weight), *((f"{p.full_name}.{key}", x) for key, x in state.items())):
             if value.shape == p.shape:
                 for box, a, b in boxes:
                     yield name, box, value.flatten()[a - lo:b - lo].view([stop - start for start, stop, _ in box])
@@ -633,11 +676,17 @@ def load_optimizer(optimizer, reader):
     """No more of a tensor is read than this rank updates."""
     for p in updated(optimizer):
         boxes = [box for box, *_ in data.boxes(p.box, *getattr(p, "flat", (0, p.numel())))]
+
+        def read(name, boxes=boxes, p=p):
+            parts = [reader.read(name, box).flatten() for box in boxes] or [torch.empty(0)]
+            return torch.cat(parts).view(p.shape).to(p.device)
+
+        if "master" in optimizer.state[p]:
+            optimizer.state[p]["master"].copy_(read(p.full_name))
         for name in reader.names():
             if name.startswith(p.full_name + ".") and "." not in (key := name[len(p.full_name) + 1:]):
                 if reader.tensors[name]["shape"]:
-                    parts = [reader.read(name, box).flatten() for box in boxes] or [torch.empty(0)]
-                    optimizer.state[p][key] = torch.cat(parts).view(p.shape).to(p.device)
+                    optimizer.state[p][key] = read(name)
                 else:
                     optimizer.state[p][key] = reader.read(name, ()).to(p.device)
 
@@ -749,8 +798,8 @@ def refuse_other_run(c: Config, saved: dict):
 # ---- what it costs ---------------------------------------------------------------------------------------------------
 
 def budget(c: Config, world: World) -> dict:
-    """The run in numbers, before it starts. Bytes are those of the fullest rank, in float32 (bf16's activations are
-    fewer); FLOPs the whole run's."""
+    """The run in numbers, before it starts. Bytes are those of the fullest rank, activations' as in float32 (in a low
+    precision they are fewer); FLOPs the whole run's."""
     N, tokens, at = net.num_params(c.model), c.steps * c.tokens_per_step, layout(c, world)
     most = max(x["parameters"] for x in at["ranks"])
     # a rank's part of the width as a model of its own; tp without sequence parallelism keeps norms and residuals whole
@@ -763,12 +812,15 @@ def budget(c: Config, world: World) -> dict:
                                        score_matrices=2 * (c.attention == "reference")) / split
     if split > 1:
         activations *= part.n_layer / c.n_layer
-    dp, states = at["dp"], zero.memory_per_rank(most, c.zero, at["dp"], param_bytes=4, grad_bytes=4, state_bytes=8)
+    low = dtype_of(c)
+    whole = c.zero < 3 or not c.master_weights                              # otherwise the float32 shard is the master
+    each = precision.bytes_per_parameter(low if whole else torch.float32, c.master_weights)
+    dp, states = at["dp"], zero.memory_per_rank(most, c.zero, at["dp"], param_bytes=each["weights"],
+                                                grad_bytes=each["gradients"], state_bytes=each["states"])
     bucket = min(10e6, 4 * most) if c.zero < 3 else 4 * max(x["unit"] for x in at["ranks"])
     buffers = {0: 4 * most * (at["micro_batches"] > 1),                           # beside those that are being added up
                1: bucket * (1 + 1 / dp), 2: bucket * (3 + 1 / dp), 3: bucket * (3 + 1 / dp)}[c.zero] * (dp > 1)
-    # gathered: this layer and the next; and in bf16, what autograd keeps of every layer
-    gathered = (2 * bucket + 2 * most * (c.precision == "bf16" and c.recompute != "full")) * (c.zero == 3)
+    gathered = 2 * bucket * low.itemsize / 4 * (c.zero == 3)                                 # this layer and the next
     memory = {"parameters": round(states["parameters"] + gathered), "gradients": round(states["gradients"] + buffers),
               "optimizer": round(states["states"]),
               "activations": round(activations * max(x["stored"] for x in at["ranks"]))}
@@ -798,14 +850,16 @@ def describe(b: dict, c: Config) -> str:
         grid += f"messages   {sent} MB a step, sent by a rank\n"
         if c.zero > 1 and at["micro_batches"] > 1 and at["dp"] > 1:
             most = max(x["parameters"] for x in at["ranks"])
-            each, once = (sum(zero.comm_volume(4 * most, stage, at["dp"], at["micro_batches"]).values()) / 1e6
-                          for stage in (c.zero, 1))
+            low = dtype_of(c).itemsize
+            each, once = (sum(sent * (low if what == "all_gather" else 4) for what, sent in zero.comm_volume(
+                most, stage, at["dp"], at["micro_batches"]).items()) / 1e6 for stage in (c.zero, 1))
             grid += (f"zero {c.zero}     sends {each:,.1f} MB of them, with every one of {at['micro_batches']} "
                      f"micro-batches; stage 1 would send {once:,.1f} MB, once a step\n")
     return (f"model      {c.config}: {b['parameters']:,} parameters, {b['embedding_parameters']:,} in the embedding\n"
             f"run        {c.steps:,} steps x {b['tokens_per_step']:,} tokens = {b['tokens'] / 1e6:,.1f} M tokens, "
             f"{b['tokens_per_parameter']:.1f} a parameter; {b['flops']:.2e} FLOPs\n"
-            f"memory     {memory} {unit} a rank, predicted in float32\n{grid}")
+            f"memory     {memory} {unit} a rank, predicted{', activations in float32' * (dtype_of(c).itemsize == 2)}\n"
+            f"{grid}")
 
 
 def time_tokens(c: Config, device) -> float:
@@ -814,13 +868,13 @@ def time_tokens(c: Config, device) -> float:
     batch, length = c.micro_batch_size, c.seq_len
     if device.type == "cpu":
         batch, length = (batch if net.num_params(small.model) < 2e7 else 1), min(length, 256)
-    gpt = make_stage(small, device, read=lambda name, box: torch.full([b - a for a, b, _ in box], 0.01))
+    gpt = make_stage(small, device, read=lambda name, box: torch.full([b - a for a, b, _ in box], 0.01),
+                     dtype=dtype_of(c))
     tokens = torch.randint(c.vocab_size, (batch, length), device=device)
     best, end = 0.0, time.perf_counter() + 2
     while not best or time.perf_counter() < end:
         start = time.perf_counter()
-        with compute_dtype(c, device):
-            loss, _ = gpt(tokens, tokens)
+        loss, _ = gpt(tokens, tokens)
         loss.backward()
         loss.detach().item()
         best = max(best, batch * length * net.flops_per_token(small.model, length) / (time.perf_counter() - start))
@@ -837,20 +891,21 @@ def layout(c: Config, world: World) -> dict:
     """What the mesh does to memory and messages: figures of the fullest pipeline rank, from its stages built without
     memory. Bytes as sent in a ring, a step."""
     mesh, m = world.mesh, c.global_batch_size // (c.micro_batch_size * world.mesh.dp)
-    timeline = parallel.simulate(schedule(c, m))
+    timeline, low = parallel.simulate(schedule(c, m)), dtype_of(c).itemsize
     ranks = []
     for r in range(c.pp):
         mine = range(r, stages(c), c.pp)
         chunks = [make_stage(c, torch.device("meta"), mesh, at,
                              lambda name, box: torch.empty([b - a for a, b, _ in box], device="meta")) for at in mine]
         params, layers = [p for chunk in chunks for p in chunk.parameters()], sum(len(x.model.layers) for x in chunks)
-        volume = zero.comm_volume(4 * sum(p.numel() for p in params), c.zero, mesh.dp, m)
+        volume = zero.comm_volume(sum(p.numel() for p in params), c.zero, mesh.dp, m)
         share = mesh.dp / max(1, mesh.dp - 1)                                                # sent -> payload
-        sharded = {what: (None, round(sent * share)) for what, sent in volume.items()}
+        sharded = {what: (None, round(sent * share) * (low if what == "all_gather" else 4))
+                   for what, sent in volume.items()}
         calls = parallel.step_calls(mesh, (mine, stages(c)), 2 * layers, params, micro_batches=m,
                                     gradients=sharded | {"all_reduce": (None, 4 * len(params) + 4)} if c.zero else None,
                                     shape=(c.micro_batch_size, c.seq_len, c.n_embd),
-                                    sequence_parallel=c.sequence_parallel, low=2 if c.precision == "bf16" else 4,
+                                    sequence_parallel=c.sequence_parallel, low=low,
                                     recomputed=layers if c.recompute == "full" else 0)
         sent = {}
         for (axis, collective), (_, payload) in calls.items():
@@ -866,16 +921,18 @@ def layout(c: Config, world: World) -> dict:
 
 
 def dry_run(c: Config, world: World):
+    b = budget(c, world)
+    if world.rank == 0 and not c.json:
+        print(describe(b, c), end="", flush=True)
     rate = time_tokens(c, world.device)
     if world.rank != 0:
         return
-    b = budget(c, world)
     b |= {"flops_per_second": rate, "seconds": b["flops"] / rate / world.size / (1 - b["layout"]["bubble"])}
     if c.json:
         print(json.dumps(b))
         return
     took = f"{b['seconds'] / 86400:,.1f} days" if b["seconds"] > 86400 else clock(b["seconds"])
-    print(describe(b, c) + f"time       about {took} on {world.size} x {world.device.type} at "
+    print(f"time       about {took} on {world.size} x {world.device.type} at "
           f"{rate / 1e9:,.0f} GFLOP/s, timed on this machine's; messages not counted")
 
 
@@ -956,8 +1013,11 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
     world.step = step
     model = Model(c, world, reader and reader.read)
     optimizer = make_optimizer(model, c)
+    scaler = precision.LossScaler(c.loss_scale) if c.precision == "fp16" and c.loss_scale else None
     if reader is not None:
         load_optimizer(optimizer, reader)
+        if scaler:
+            scaler.load_state_dict(reader.meta["loss_scaler"])
     folder.begin(step, c, tokenizer)
 
     b, (peak, peak_source) = budget(c, world), peak_flops(device)
@@ -977,7 +1037,7 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
         say(f"{'resuming' if step else 'starting'}   at step {step} of {c.steps}, "
             f"{time.perf_counter() - start:.1f} s after the start\n")
 
-    first, saved, width = step, step if reader is not None else None, len(str(c.steps))
+    first, saved, width, skipped = step, step if reader is not None else None, len(str(c.steps)), 0
     began = time.perf_counter() - facts["wall_seconds"]
     mark, marked = time.perf_counter(), step                               # of the rate that is printed
 
@@ -1007,7 +1067,8 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
             facts = card(c, b, manifest, step, time.perf_counter() - began)
             folder.save(step, checkpoint_pieces(optimizer), {
                 "step": step, "config": dataclasses.asdict(c), "loader": loader.state_dict(), "card": facts,
-                "evaluation": evaluation, "tokenizer_sha256": tokenizer.sha256})
+                "evaluation": evaluation, "tokenizer_sha256": tokenizer.sha256,
+                "loss_scaler": scaler and scaler.state_dict()})
             saved, mark, marked = step, time.perf_counter(), step
         if step == c.steps:
             break
@@ -1017,18 +1078,26 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
         # one step
         events, profiled = [], c.profile and step == first + 2
         model.on_op = (lambda op, asked, *clocks, to=events: to.append((op, *clocks))) if profiled else None
-        loss, norm, stopping = train_step(model, optimizer, loader, step, c, world, asked, on_phase)
+        scale = {"loss_scale": scaler.scale} if scaler else {}
+        try:
+            loss, norm, stopping = train_step(model, optimizer, loader, step, c, world, asked, on_phase, scaler)
+        except FloatingPointError as error:
+            return diverged(str(error))
         if profiled:
             folder.trace(events)
         world.step = step = step + 1
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        found_inf = not (math.isfinite(loss) and math.isfinite(norm))
+        if found_inf and not scaler:
             return diverged(f"loss {loss}, gradient norm {norm}")
+        skipped += found_inf
         rate = c.tokens_per_step * (step - marked) / (time.perf_counter() - mark)
-        folder.log(step=step, loss=loss, lr=lr_at(step - 1, c), grad_norm=norm, tokens_per_s=round(rate, 1))
+        numbers = {name: x if math.isfinite(x) else None for name, x in (("loss", loss), ("grad_norm", norm))}
+        folder.log(step=step, **numbers, lr=lr_at(step - 1, c), tokens_per_s=round(rate, 1), **scale)
         if step % c.log_interval == 0 or step == c.steps:
             say(f"step {step:>{width}}/{c.steps}  loss {loss:7.4f}  lr {lr_at(step - 1, c):.2e}  norm {norm:7.3f}  "
                 f"{rate:9,.0f} tok/s  mfu {rate * b['flops_per_token'] / peak / world.size:5.1%}  "
-                f"{peak_memory(device) / 1e9:5.2f} GB  eta {clock((c.steps - step) * c.tokens_per_step / rate)}")
+                f"{peak_memory(device) / 1e9:5.2f} GB  eta {clock((c.steps - step) * c.tokens_per_step / rate)}"
+                + (f"  scale {scaler.scale:g}, {skipped} skipped" if scaler else ""))
             mark, marked = time.perf_counter(), step
     parallel.check_replicas(model.parameters(), world.host)
     if chief:
@@ -1060,23 +1129,53 @@ def finish(model, val, c: Config, folder: Folder, facts: dict, evaluation: dict 
           f'sample it  python train.py --out {c.out} --sample "def main("')
 
 
-def sample(c: Config, world: World) -> int:
-    """--sample: continue a text with the newest checkpoint in --out. The checkpoint says what model it is."""
+def use(c: Config, world: World) -> int:
+    """--sample: continue a text with the newest checkpoint in --out; --quantize: its weights as integers. The
+    checkpoint says what model it is."""
     if world.rank != 0:
         return 0
     reader, damaged = data.newest_checkpoint(Path(c.out, "checkpoints"))
     for line in damaged.values():
         print(f"damaged checkpoint passed over: {line}", file=sys.stderr)
     if reader is None:
-        raise BadInput(f"out must be the folder of a run with an intact checkpoint to sample from, {c.out} is not")
+        raise BadInput(f"out must be the folder of a run with an intact checkpoint to use, {c.out} is not")
     tokenizer = data.Tokenizer(Path(c.out, "tokenizer.model"))
     if tokenizer.sha256 != reader.meta["tokenizer_sha256"]:
         raise data.DataError(f"{c.out}/tokenizer.model: is not the one the model was trained with")
-    saved = dataclasses.replace(Config(**reader.meta["config"]), compile="off", attention=c.attention, tp=1, pp=1)
-    gpt = make_stage(saved, world.device, read=reader.read)
-    ids = [tokenizer.bos_id] + tokenizer.encode(c.sample)
-    print(c.sample + generate_text(gpt, tokenizer, ids, c, c.seed))
+    saved = dataclasses.replace(Config(**reader.meta["config"]), compile="off", attention=c.attention, dp=1, tp=1, pp=1,
+                                zero=0, precision="fp32", eval_windows=c.eval_windows, out=c.out)
+    model = Model(saved, world, reader.read)
+    if c.quantize is not None:
+        quantize(model, c.quantize, saved, world)
+    if c.sample is not None:
+        ids = [tokenizer.bos_id] + tokenizer.encode(c.sample)
+        print(c.sample + generate_text(model.chunks[0], tokenizer, ids, c, c.seed))
     return 0
+
+
+def quantize(model, fmt: str, c: Config, world: World):
+    """The weights become integers, by GPTQ on 64 windows of the training text; print what that saves and costs."""
+    loader, val = open_data(c, world)
+    gpt, inputs = model.chunks[0], ("tokens", "documents")
+    calibration = [to_device(next(loader), c, world.device) for _ in range(math.ceil(64 / c.micro_batch_size))]
+    calibration = [{name: x for name, x in batch.items() if name in inputs} for batch in calibration]
+
+    @torch.no_grad()
+    def measured():
+        gpt.generate(calibration[0]["tokens"][:1, :1], 8)
+        start = time.perf_counter()
+        gpt.generate(calibration[0]["tokens"][:1, :1], 128)
+        seconds = time.perf_counter() - start
+        logits = gpt(**calibration[0]).double()
+        return precision.weight_bytes(gpt), evaluate(model, val, c, world)["val_loss"], logits, 128 / seconds
+
+    size, loss, logits, rate = measured()
+    precision.quantize(gpt, fmt, calibration=calibration)
+    new_size, new_loss, new_logits, new_rate = measured()
+    print(f"{fmt:<10} weights of linear layers and head {size:,} -> {new_size:,} bytes, {size / new_size:.2f} x fewer\n"
+          f"validation {loss:.4f} -> {new_loss:.4f} nats/token, {new_loss / loss - 1:+.2%}\n"
+          f"logits     off by {(new_logits - logits).norm() / logits.norm():.2%} of their norm\n"
+          f"generation {rate:,.0f} -> {new_rate:,.0f} tokens/s: codes become float32 whenever they are used")
 
 
 # ---- ranks: starting, watching, and what one says when another is gone -----------------------------------------------
@@ -1177,8 +1276,8 @@ def main(argv=None) -> int:
             return launch(c, argv)
         world = World(c)
         c = resolve(c, world.device)
-        if c.sample is not None:
-            return sample(c, world)
+        if c.sample is not None or c.quantize is not None:
+            return use(c, world)
         if c.dry_run:
             dry_run(c, world)
             return 0

@@ -1,4 +1,3 @@
-import contextlib
 import copy
 import functools
 import itertools
@@ -69,7 +68,7 @@ def sharded_gradients(syncs, stage, m) -> dict:
             "all_reduce": (None, 4 * (sum(len(bucket.params) for bucket in buckets) + len(syncs)))}
 
 
-def trained(rank, n, argv, steps, dtype=torch.float64):
+def trained(rank, n, argv, steps, dtype: torch.dtype | None = torch.float64):
     """`steps` steps as train.py takes them -> [(loss, norm), ...], this rank's pieces of the weights, an evaluation,
     and of the last step the calls to other ranks, what they should be, and the executed operations."""
     c = train.parse_config(argv)
@@ -93,8 +92,9 @@ def trained(rank, n, argv, steps, dtype=torch.float64):
         mesh, ([i * c.pp + mesh.pp_rank for i in range(len(chunks))], train.stages(c)), 2 * layers,
         train.updated(optimizer), gradients=sharded_gradients(model.sync, c.zero, m) if c.zero else None,
         micro_batches=m,
-        shape=(c.micro_batch_size, c.seq_len, c.n_embd), sequence_parallel=c.sequence_parallel, itemsize=dtype.itemsize,
-        low=2 if c.precision == "bf16" else dtype.itemsize, recomputed=layers if c.recompute == "full" else 0)
+        shape=(c.micro_batch_size, c.seq_len, c.n_embd), sequence_parallel=c.sequence_parallel,
+        itemsize=model.dtype.itemsize, low=2 if c.precision == "bf16" else model.dtype.itemsize,
+        recomputed=layers if c.recompute == "full" else 0)
     val = data.Loader(c.data, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
     pieces = [(p.full_name, p.box, getattr(p, "flat", None), p.detach()) for p in model.parameters()]
     return losses, pieces, train.evaluate(model, val, c, world), (ledger.calls, formula, mesh.place(rank), ops)
@@ -224,7 +224,7 @@ def test_bf16_is_near_float32_and_its_calls_are_the_formula(corpus, run_ranks, f
     """As for one process: half an ulp of bfloat16, relative."""
     losses, _, _ = one_process(corpus, "llama", torch.float32)
     argv = [*TINY, *MODELS["llama"], "--data", str(corpus), "--precision", "bf16", *flags.split()]
-    answers = run_ranks(trained, 4, argv, 5, torch.float32)
+    answers = run_ranks(trained, 4, argv, 5, None)
     for ours, *_ in answers:
         for (loss, _), (plain, _) in zip(ours, losses, strict=True):
             assert loss != plain and abs(loss - plain) < 2**-8 * plain
@@ -514,7 +514,7 @@ def test_tensor_parallel_linears_are_torchs(run_ranks):
 
 
 def kept_and_cast(rank, n, sequence_parallel):
-    """-> inputs that outlive a step, gathers in float32 and under autocast, if a refilled input is seen, an error."""
+    """-> inputs that outlive a step, gathers (float32, bfloat16 weights), if a refilled input is seen, an error."""
     mlp = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 12))
     plan = {"0": "column", "2": "row"}
     parallel.tensor_parallel(mlp, dist.group.WORLD, plan=plan, sequence_parallel=sequence_parallel)
@@ -529,11 +529,13 @@ def kept_and_cast(rank, n, sequence_parallel):
         alive += [weakref.ref(x), weakref.ref(y)]
         del x, y, out
     sizes = []
-    for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
-        with CommLedger({"tp": dist.group.WORLD}) as ledger, context:
-            mlp(torch.randn(2, 4, 12, requires_grad=True) * 1).float().sum().backward()
+    for dtype in (torch.float32, torch.bfloat16):
+        with CommLedger({"tp": dist.group.WORLD}) as ledger:
+            mlp.to(dtype)(torch.randn(2, 4, 12, requires_grad=True) * 1).float().sum().backward()
         sizes.append([(x.bytes, x.dtype) for x in ledger.calls if x.collective == "all_gather"])
     x = torch.zeros(2, 4, 12)
+    mlp.zero_grad()
+    mlp.float()
     answers = []
     for value in (1.0, 2.0):                                       # a buffer that is filled again and again
         x.fill_(value)

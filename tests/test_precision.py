@@ -1,0 +1,838 @@
+import copy
+import functools
+import math
+import re
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from test_parallel import MODELS, TINY
+from test_train import MINI, metrics, newest_tensors, run
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import data
+import model as net
+import parallel
+import precision
+import train
+import zero
+from precision import (
+    FORMATS,
+    ComputePolicy,
+    Fp8Linear,
+    Fp8Product,
+    LossScaler,
+    MasterWeights,
+    bytes_per_parameter,
+    cast,
+    fp8_products,
+    quantize,
+    spacing,
+    weight_bytes,
+)
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+
+def test_formats_are_torchs_and_the_published_ones():
+    for name, f in FORMATS.items():
+        if f.dtype:
+            info = torch.finfo(f.dtype)
+            assert (f.bits, f.max, f.min, f.eps) == (info.bits, info.max, info.min, info.eps), name
+            assert (f.smallest_normal, 10.0**-f.digits) == (info.smallest_normal, info.resolution), name
+    # Micikevicius 2022 (arXiv:2209.05433), Table 1
+    e4m3, e5m2 = FORMATS["e4m3"], FORMATS["e5m2"]
+    assert (e4m3.bias, e4m3.max, e4m3.smallest_normal, e4m3.smallest_subnormal) == (7, 448, 2**-6, 2**-9)
+    assert (e5m2.bias, e5m2.max, e5m2.smallest_normal, e5m2.smallest_subnormal) == (15, 57344, 2**-14, 2**-16)
+    assert (FORMATS["tf32"].bits, FORMATS["tf32"].max) == (19, (2 - 2**-10) * 2.0**127)
+    assert [(FORMATS[x].min, FORMATS[x].max, FORMATS[x].bits) for x in ("int8", "int4")] == [(-128, 127, 8), (-8, 7, 4)]
+
+
+def bits(x):
+    """As integers, so that -0 is not 0; every NaN alike."""
+    return torch.where(x.isnan(), 0, x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.itemsize]))
+
+
+@pytest.mark.parametrize("fmt", ("bf16", "fp16", "e4m3", "e5m2"))
+def test_casts_are_torchs_bit_for_bit(fmt):
+    """All float16 and bfloat16 numbers, a million random float32 patterns, ties, what overflows, infinities and NaN."""
+    every = torch.arange(-2**15, 2**15, dtype=torch.int16)
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randint(-2**31, 2**31, (10**6,), generator=generator, dtype=torch.int64).to(torch.int32)
+    near = every.view(FORMATS[fmt].dtype if FORMATS[fmt].bits == 16 else torch.float16).float()
+    ties = (near + near.roll(1)) / 2                                               # neighbours by bits: halfway
+    for x in (every.view(torch.float16), every.view(torch.bfloat16), patterns.view(torch.float32), ties,
+              torch.tensor([465.0, 1e9, 61440.0, 61439.0, 65520.0, math.inf, math.nan, 0.0]), torch.empty(0)):
+        for y in (x, -x):
+            expected = y.to(FORMATS[fmt].dtype).to(y.dtype)
+            assert torch.equal(bits(cast(y, fmt)), bits(expected))
+
+
+def test_other_casts():
+    x = torch.randn(10**5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 10
+    assert torch.equal(cast(x, "fp32"), x.float().double())
+    # tf32 keeps 10 of float32's 23 bits: an integer sum that carries over is rounding to even
+    pattern = x.float().view(torch.int32)
+    rounded = (pattern + 0xFFF + (pattern >> 13 & 1)) & ~0x1FFF
+    assert torch.equal(cast(x.float(), "tf32"), rounded.view(torch.float32))
+    assert torch.equal(cast(x, "int4"), x.round().clamp(-8, 7)) and torch.equal(cast(20 * x, "int8"),
+                                                                               (20 * x).round().clamp(-128, 127))
+    big = torch.tensor([1e9, -1e9, math.inf, 1.0])
+    assert cast(big, "fp16").tolist() == [math.inf, -math.inf, math.inf, 1.0]
+    assert cast(big, "fp16", saturate=True).tolist() == [65504, -65504, 65504, 1]
+    assert cast(big, "e5m2", saturate=True).tolist() == [57344, -57344, 57344, 1]
+    assert cast(big, "e4m3").tolist() == [448, -448, 448, 1]                                  # it has no infinity
+    assert cast(torch.tensor([math.nan]), "e4m3").isnan().all()
+
+
+@pytest.mark.parametrize("fmt", ("bf16", "e4m3", "int8", "fp16"))
+def test_stochastic_rounding_is_right_on_average_and_takes_neighbours(fmt):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.tensor([0.3, -1.7, 5.1e-3, 2.0**-7 * 1.1, 77.7, -2.49, 3.0])
+    step = spacing(x, fmt)
+    lower = (x.double() / step).floor() * step
+    y = cast(x.expand(20_000, 7), fmt, "stochastic", generator=generator).double()
+    assert ((y == lower) | (y == lower + step)).all()
+    assert ((y.mean(0) - x).abs() <= 4 * step * 0.5 / 20_000**0.5).all()               # a coin's deviation: at most 1/2
+    exact = cast(x, fmt)
+    assert torch.equal(cast(exact, fmt, "stochastic"), exact)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ((torch.ones(1), "fp12"), "fmt must be one of fp32, tf32, .*, got 'fp12'"),
+    ((torch.ones(1), "bf16", "up"), "rounding must be nearest or stochastic, got 'up'"),
+    ((torch.ones(1, dtype=torch.int32), "bf16"), "x must be floating point, got torch.int32"),
+    ((torch.tensor([1.0, math.nan]), "int8"), "x must not hold NaN, which int8 cannot say, got 1")])
+def test_wrong_casts(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        cast(*arguments)
+
+
+# ---- master weights --------------------------------------------------------------------------------------------------
+
+class Net(nn.Module):
+    def __init__(self, dtype, seed=0):
+        super().__init__()
+        self.up, self.norm, self.down = nn.Linear(6, 10), nn.LayerNorm(10), nn.Linear(10, 5)
+        self.frozen, self.unused = nn.Linear(5, 5), nn.Parameter(torch.ones(3))
+        generator = torch.Generator().manual_seed(seed)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=generator).to(dtype)
+        self.frozen.requires_grad_(False)
+
+    def forward(self, x):
+        return self.frozen(self.down(torch.tanh(self.norm(self.up(x)))))
+
+
+def groups(module):
+    """Two groups of other settings."""
+    matrices = [p for p in module.parameters() if p.ndim > 1]
+    return [{"params": matrices, "weight_decay": 0.1}, {"params": [p for p in module.parameters() if p.ndim < 2],
+                                                        "weight_decay": 0.0, "lr": 0.02}]
+
+
+def gradients(module, step):
+    """Random ones, rounded to bfloat16; in some steps none for a bias."""
+    generator = torch.Generator().manual_seed(step)
+    for p in module.parameters():
+        g = torch.randn(p.shape, generator=generator).bfloat16()
+        there = p.requires_grad and p.shape != (3,) and not (p.shape == (5,) and step % 3 == 0)
+        p.grad = g.float() if there else None
+
+
+@pytest.mark.parametrize("cls, options", [(torch.optim.AdamW, {"lr": 0.01, "fused": True}),
+                                          (torch.optim.AdamW, {"lr": 0.01, "foreach": False}),
+                                          (torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "nesterov": True})])
+def test_master_weights_are_the_float32_optimizer_bit_for_bit(cls, options):
+    """50 steps, the same rounded gradients, groups, a schedule, clipping, a state saved and loaded midway."""
+    low, plain = Net(torch.bfloat16), Net(torch.bfloat16).float()
+    ours, theirs = MasterWeights(groups(low), cls, **options), cls(groups(plain), **options)
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(x, 50) for x in (ours, theirs)]
+    for step in range(50):
+        for module, optimizer, schedule in zip((low, plain), (ours, theirs), schedules, strict=True):
+            gradients(module, step)
+            norm = nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], 1.0)
+            assert norm.dtype == torch.float32 and norm > 1
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        for p, q in zip(low.parameters(), plain.parameters(), strict=True):
+            assert p.dtype == torch.bfloat16 and torch.equal(p, q.bfloat16())
+            if p.requires_grad:
+                assert p.grad_dtype == torch.float32 and torch.equal(ours.state[p]["master"], q)
+            for key, x in theirs.state.get(q, {}).items():
+                assert torch.equal(ours.state[p][key], x) if isinstance(x, torch.Tensor) else ours.state[p][key] == x
+        if step == 20:                                                             # into fresh ones, as after a restart
+            saved, fresh = copy.deepcopy(ours.state_dict()), Net(torch.bfloat16, seed=9)
+            ours = MasterWeights(groups(fresh), cls, **options)
+            schedules[0] = torch.optim.lr_scheduler.CosineAnnealingLR(ours, 50)
+            fresh.load_state_dict(low.state_dict())
+            ours.load_state_dict(saved)
+            schedules[0].load_state_dict(copy.deepcopy(schedules[1].state_dict()))
+            low = fresh
+    assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"] < 0.01
+
+
+def test_a_plain_optimizers_state_goes_into_master_weights_and_back():
+    plain = Net(torch.float32)
+    theirs = torch.optim.AdamW(groups(plain), lr=0.01)
+    gradients(plain, 1)
+    theirs.step()
+    low = Net(torch.float32)
+    low.load_state_dict(plain.state_dict())
+    low = low.bfloat16()
+    ours = MasterWeights(groups(low), torch.optim.AdamW, lr=0.5)
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["lr"] == 0.01 and ours.param_groups[1]["lr"] == 0.02
+    for p, q in zip(low.parameters(), plain.parameters(), strict=True):
+        if p.requires_grad:
+            assert torch.equal(ours.state[p]["master"], q.bfloat16().float())              # no more is known of it
+        for key, x in theirs.state.get(q, {}).items():
+            assert torch.equal(ours.state[p][key], x) and ours.state[p][key].dtype == torch.float32
+    other = Net(torch.bfloat16, seed=9)
+    MasterWeights(groups(other), torch.optim.AdamW).load_state_dict(ours.state_dict())             # weights come along
+    assert torch.equal(other.up.weight, low.up.weight) and not torch.equal(other.frozen.weight, low.frozen.weight)
+    again = torch.optim.AdamW(groups(plain), lr=0.5)
+    again.load_state_dict(ours.state_dict())
+    for q in plain.parameters():
+        assert all(torch.equal(again.state[q][key], x) for key, x in theirs.state.get(q, {}).items())
+    with pytest.raises(ValueError):
+        ours.load_state_dict(torch.optim.AdamW(plain.parameters()).state_dict())
+
+
+def test_gradients_of_micro_batches_add_up_in_float32():
+    """512 gradients of 1: bfloat16 stops counting at 256."""
+    p = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    optimizer = MasterWeights([p], torch.optim.SGD, lr=1.0)
+    for _ in range(512):
+        p.sum().backward()
+    assert p.grad.dtype == torch.float32 and p.grad.tolist() == [512] * 4
+    optimizer.step()
+    assert p.tolist() == [-512] * 4 and optimizer.state[p]["master"].tolist() == [-512] * 4
+
+
+def test_without_masters_small_updates_vanish_and_stochastic_rounding_keeps_their_mean():
+    """w = 1, 200 steps of 2^-10, a quarter of half a spacing above 1."""
+    def after(**options):
+        p = nn.Parameter(torch.ones(4096, dtype=torch.bfloat16))
+        optimizer = MasterWeights([p], torch.optim.SGD, lr=2.0**-10, **options)
+        for _ in range(200):
+            p.grad = torch.full((4096,), -1.0)
+            optimizer.step()
+        assert bool(optimizer.state[p].get("master") is not None) == options.get("keep", True)
+        return p.double().mean().item()
+
+    true = 1 + 200 * 2**-10
+    assert after() == torch.tensor(true).bfloat16().item() and after(keep=False) == 1.0
+    generator = torch.Generator().manual_seed(0)
+    deviation = (200 * 2**-14 / 4 / 4096) ** 0.5                        # at most: a step's variance is spacing^2 / 4
+    assert abs(after(keep=False, rounding="stochastic", generator=generator) - true) < 4 * deviation
+
+
+def test_float32_parameters_are_their_own_masters_and_groups_may_come_later():
+    wide, low = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3, dtype=torch.float16))
+    optimizer = MasterWeights([wide], torch.optim.AdamW, lr=0.1)
+    optimizer.add_param_group({"params": [low], "lr": 0.2})
+    low.full_name = "low"
+    for p in (wide, low):
+        p.grad = torch.ones(3)
+    assert optimizer.step(lambda: 5.0) == 5.0
+    plain = nn.Parameter(torch.ones(3))
+    theirs = torch.optim.AdamW([plain], lr=0.1)
+    plain.grad = torch.ones(3)
+    theirs.step()
+    assert torch.equal(wide, plain) and "master" not in optimizer.state[wide]
+    assert optimizer.state[low]["master"].dtype == torch.float32 and abs(low[0].item() - 0.798) < 1e-3
+
+
+def test_bytes_are_the_table():
+    assert [sum(bytes_per_parameter(*x).values()) for x in (
+        (torch.float32,), (torch.bfloat16,), (torch.float16, False))] == [16, 18, 14]
+    assert sum(zero.memory_per_rank(1, 0, 1).values()) / 2 == 16                                # the lecture's, K = 12
+    weights = bytes_per_parameter(torch.bfloat16)
+    at_8 = zero.memory_per_rank(1e9, 1, 8, param_bytes=weights["weights"], grad_bytes=weights["gradients"],
+                                state_bytes=weights["states"])
+    assert at_8["total"] == 2e9 + 4e9 + 12e9 / 8
+
+
+# ---- loss scaling ----------------------------------------------------------------------------------------------------
+
+class Norm(nn.Module):
+    """In float32 with autocast too, whose table for CPUs leaves norms as they come."""
+
+    def forward(self, x):
+        return F.layer_norm(x.float(), x.shape[-1:])
+
+
+def classifier(dtype):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(8, 32), nn.GELU(), Norm(), nn.Linear(32, 16), nn.Tanh(), nn.Linear(16, 5))
+    return module.to(torch.float16).to(dtype)                                              # both begin alike
+
+
+OVERFLOWS = (3, 4, 17, 30)
+
+
+def problem(step):
+    generator = torch.Generator().manual_seed(step)
+    x, y = torch.randn(16, 8, generator=generator), torch.randint(5, (16,), generator=generator)
+    return x, y, 1e9 if step in OVERFLOWS else 1.0                                 # a loss whose gradients overflow
+
+
+def clip(grads, norm):
+    torch._foreach_mul_(grads, min(1.0, 0.05 / norm))
+
+
+def test_loss_scaling_is_torchs_grad_scaler(steps=50):
+    """fp16: LossScaler, MasterWeights and ComputePolicy against GradScaler, AdamW and autocast: losses, norms, scales
+    and weights, bit for bit, with planted overflows."""
+    plain, low = classifier(torch.float32), ComputePolicy(torch.float16).applied(classifier(torch.float16))
+    theirs = torch.optim.AdamW(plain.parameters(), lr=0.01)
+    ours = MasterWeights(low.parameters(), torch.optim.AdamW, lr=0.01)
+    their_scaler, scaler = torch.amp.GradScaler("cpu", growth_interval=5), LossScaler(growth_interval=5)
+    skipped = 0
+    for step in range(steps):
+        x, y, factor = problem(step)
+        with torch.autocast("cpu", torch.float16, cache_enabled=False):
+            their_loss = F.cross_entropy(plain(x), y) * factor
+        their_scaler.scale(their_loss).backward()
+        their_scaler.unscale_(theirs)
+        their_grads = [p.grad for p in plain.parameters()]
+        their_norm = torch.stack([g.norm() for g in their_grads]).norm().item()
+        clip(their_grads, their_norm)
+        their_scaler.step(theirs)
+        their_scaler.update()
+        theirs.zero_grad()
+
+        loss = F.cross_entropy(low(x).float(), y) * factor
+        (loss * scaler.scale).backward()
+        grads = [p.grad for p in low.parameters()]
+        norm = torch.stack([g.norm() for g in grads]).norm().item() / scaler.scale
+        found_inf = not math.isfinite(norm)
+        if not found_inf:
+            torch._foreach_mul_(grads, min(1.0, 0.05 / norm) / scaler.scale)
+            ours.step()
+        ours.zero_grad()
+        scaler.update(found_inf)
+        skipped += found_inf
+
+        assert loss.item() == their_loss.item() and scaler.scale == their_scaler.get_scale(), step
+        assert found_inf or norm == their_norm
+        for p, q in zip(low.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(ours.state[p]["master"], q)
+    assert skipped >= len(OVERFLOWS) and scaler.scale > 2.0**16
+    state = their_scaler.state_dict()
+    assert scaler.state_dict() == state
+    scaler = LossScaler()
+    scaler.load_state_dict(state)
+    assert scaler.state_dict() == state
+
+
+def test_the_scale_grows_backs_off_and_has_a_floor_and_a_ceiling():
+    scaler = LossScaler(4.0, growth_interval=2, min_scale=1.0)
+    seen = []
+    for found_inf in (False, True, False, False, False, True, False, False):
+        scaler.update(found_inf)
+        seen.append(scaler.scale)
+    assert seen == [4, 2, 2, 4, 4, 2, 2, 4]
+    scaler.update(True)
+    scaler.update(True)
+    with pytest.raises(FloatingPointError, match="loss scale must not fall below 1, gradients overflow at 1"):
+        scaler.update(True)
+    assert scaler.scale == 1
+    scaler = LossScaler(2.0**127, growth_interval=1)
+    scaler.update(False)
+    assert scaler.scale == 2.0**127                                              # float32 has no larger power of 2
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"init_scale": 0.0}, "init_scale must be finite, at least 6.103515625e-05, got 0.0"),
+    ({"init_scale": math.inf}, "init_scale"), ({"growth_factor": 1.0}, "growth_factor must be above 1, got 1.0"),
+    ({"backoff_factor": 1.0}, "backoff_factor must lie between 0 and 1, got 1.0"),
+    ({"growth_interval": 0}, "growth_interval must be at least 1, got 0")])
+def test_wrong_scalers(options, message):
+    with pytest.raises(ValueError, match=message):
+        LossScaler(**options)
+
+
+def test_fp16_gradients_underflow_without_a_scale():
+    """The share of zeros is what the format says, and a scale brings all back."""
+    g = torch.exp(torch.randn(50_000, generator=torch.Generator().manual_seed(0)) * 3 - 16)
+    assert (g.half() == 0).double().mean() == (g <= 2**-25).double().mean() > 0.2
+    assert torch.equal((g * 2.0**16).half() == 0, g <= 2.0**-41) and (g * 2.0**16).half().isfinite().all()
+
+
+# ---- the compute policy ----------------------------------------------------------------------------------------------
+
+def gpt(**options):
+    return net.build(net.ModelConfig(vocab_size=64, seq_len=16, n_layer=2, n_head=2, n_kv_head=1, head_dim=8, n_embd=16,
+                                     n_ff=48), **options)
+
+
+def batch_of(seed=0, B=3, T=16, vocab=64):
+    tokens, targets = torch.randint(vocab, (2, B, T), generator=torch.Generator().manual_seed(seed))
+    return {"tokens": tokens, "targets": targets}
+
+
+@pytest.mark.parametrize("low", (torch.bfloat16, torch.float16))
+def test_the_policy_is_autocast(low):
+    """Float32 weights, both models: the same losses and gradients, bit for bit."""
+    for setting in ({}, dict(norm="layernorm", position="learned", mlp="gelu", bias=True, tie_embeddings=True)):
+        config = net.ModelConfig(vocab_size=64, seq_len=16, n_layer=2, n_head=2, n_kv_head=2, head_dim=8, n_embd=16,
+                                 n_ff=48, **setting)
+        plain = net.build(config)
+        applied = ComputePolicy(low).applied(copy.deepcopy(plain))
+        with torch.autocast("cpu", low, cache_enabled=False):
+            plain(**batch_of())[0].backward()
+            expected = plain(**batch_of())[0]
+        loss, _ = applied(**batch_of())
+        loss.backward()
+        assert loss.item() == expected.item() != gpt()(**batch_of())[0].item()
+        for (name, p), q in zip(plain.named_parameters(), applied.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad), name
+
+
+def test_what_runs_in_what():
+    seen = {}
+    policy = ComputePolicy(torch.bfloat16)
+    x, w, wide = torch.randn(4, 4), torch.randn(4, 4).bfloat16(), torch.randn(4, 4, dtype=torch.float64)
+    with policy:
+        for name, y in {"linear": F.linear(x, w), "matmul": x @ w, "method": w.matmul(x), "sdpa":
+                        F.scaled_dot_product_attention(x[None], x[None], w[None]), "softmax": w.softmax(-1),
+                        "norm": F.layer_norm(w, (4,)), "sum": w.sum(), "mean": torch.mean(w), "loss":
+                        F.cross_entropy(w, torch.arange(4)), "embedding": F.embedding(torch.arange(2), w),
+                        "add": x + w, "relu": w.relu(), "wide": wide @ wide, "cat": torch.cat([w, w]),
+                        "einsum": torch.einsum("ij,jk", x, w)}.items():
+            seen[name] = y.dtype
+        out = torch.zeros(4, 4)
+        torch.mm(x, x, out=out)                                                                     # as it is given
+    assert torch.equal(out, torch.mm(x, x))
+    low = {"linear", "matmul", "method", "sdpa", "relu", "cat", "einsum"}
+    assert {name for name, dtype in seen.items() if dtype == torch.bfloat16} == low
+    assert seen.pop("wide") == torch.float64
+    assert {dtype for name, dtype in seen.items() if name not in low} == {torch.float32}
+    assert torch.mm(x, x).dtype == torch.float32 and not policy.active
+    with pytest.raises(ValueError, match="low must be torch.bfloat16 or torch.float16, got torch.float32"):
+        ComputePolicy(torch.float32)
+
+
+def test_the_policy_holds_where_a_block_runs_again_and_ends_with_an_error():
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.dtypes = nn.Linear(4, 4), []
+
+        def forward(self, x):
+            return checkpoint(self.run, x, use_reentrant=False)
+
+        def run(self, x):
+            y = self.inner(x)
+            self.dtypes.append(y.dtype)
+            return y.tanh() * 2
+
+    policy, again = ComputePolicy(torch.bfloat16), Again()
+    nn.Sequential(policy.applied(again))(torch.randn(2, 4, requires_grad=True)).sum().backward()
+    assert again.dtypes == [torch.bfloat16] * 2 and not policy.active
+    with pytest.raises(RuntimeError):
+        again(torch.randn(2, 5))
+    assert not policy.active and F.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.float32
+    other = precision.OPERATIONS | {F.linear: torch.float32}
+    assert ComputePolicy(torch.bfloat16, other).applied(nn.Linear(4, 4))(torch.randn(1, 4)).dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")                                        # dynamo looks at it
+def test_the_policy_compiles():
+    module = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)).bfloat16()
+    module = ComputePolicy(torch.bfloat16).applied(module)
+    x = torch.randn(3, 8)
+    expected = module(x)
+    module[1].compile(backend="eager")
+    assert torch.equal(module(x), expected) and expected.dtype == torch.bfloat16
+
+
+# ---- FP8 -------------------------------------------------------------------------------------------------------------
+
+def test_fp8_products_are_those_of_the_rounded_numbers():
+    """Forward and backward, from the definition, in float64: off by float32's sums alone."""
+    generator = torch.Generator().manual_seed(0)
+    x, w, dy = (torch.randn(shape, generator=generator) * s for shape, s in (((2, 5, 32), 3.0), ((48, 32), 0.02),
+                                                                            ((2, 5, 48), 1e-6)))
+    bias = torch.randn(48, generator=generator)
+    layer = Fp8Linear(32, 48, hardware=False)
+    layer.weight.data, layer.bias.data = w.clone(), bias.clone()
+    inputs = x.clone().requires_grad_()
+    y = layer(inputs)
+    y.backward(dy)
+
+    def rounded(t, fmt):
+        scale = 2.0 ** math.floor(math.log2(FORMATS[fmt].max / t.abs().max().item()))
+        assert FORMATS[fmt].max / 2 < (t.abs().max() * scale).item() <= FORMATS[fmt].max
+        return cast(t.double() * scale, fmt) / scale
+
+    xq, wq, dyq = rounded(x, "e4m3"), rounded(w, "e4m3"), rounded(dy, "e5m2")
+    close = functools.partial(torch.testing.assert_close, rtol=2e-6, atol=1e-12)
+    close(y.double(), xq @ wq.T + bias.double(), atol=1e-5)
+    close(inputs.grad.double(), dyq @ wq)
+    close(layer.weight.grad.double(), dyq.flatten(0, 1).T @ xq.flatten(0, 1), atol=1e-10)
+    close(layer.bias.grad.double(), dy.flatten(0, 1).sum(0).double())
+
+
+def test_fp8_on_hardware_is_the_emulation():
+    """torch._scaled_mm, here the CPU's."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 64, generator=generator).bfloat16()
+    w = torch.randn(48, 64, generator=generator).bfloat16()
+    answers = []
+    for hardware in (False, True):
+        a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+        y = Fp8Product(hardware=hardware)(a, b)
+        (y.float() * torch.linspace(-1, 1, 48)).sum().backward()
+        answers.append((y, a.grad, b.grad))
+    for ours, theirs in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2**-8, atol=1e-6)                  # bfloat16's last bit
+
+
+def test_fp8_scales_current_delayed_of_zeros_and_of_infinities():
+    product = Fp8Product("delayed", history=3)
+    w = torch.eye(16).requires_grad_()
+    for amax, known in ((4.0, 4.0), (8.0, 4.0), (1.0, 8.0), (1.0, 8.0), (1.0, 8.0), (1.0, 1.0)):
+        x = torch.zeros(16, 16)
+        x[0, 0] = amax
+        y = product(x, w)
+        # what is above the known amax is cut: at 448 over the scale, a power of two
+        cut = min(amax, 448 / 2 ** math.floor(math.log2(448 / known)))
+        assert y[0, 0].item() == pytest.approx(cut), (amax, known)
+    with torch.no_grad():
+        before = product.amax_history.clone()
+        product(torch.full((16, 16), 99.0), w)
+        assert torch.equal(product.amax_history, before)                              # looking does not change training
+    current = Fp8Product()
+    assert current(torch.zeros(16, 16), w).abs().max() == 0
+    x = torch.ones(16, 16)
+    x[3, 3] = math.inf
+    assert current(x, w).isnan().any()
+    tiny = current(torch.full((16, 16), 1e-30), w)
+    assert tiny[0, 0].item() == pytest.approx(1e-30, rel=0.07)
+    with pytest.raises(ValueError, match="scaling must be current or delayed, got 'late'"):
+        Fp8Product("late")
+
+
+def test_fp8_leaves_out_by_a_rule():
+    model = gpt()
+    chosen = {p.full_name for p in fp8_products(model)}                                  # k and v have 8 columns
+    assert chosen == {p.full_name for p in model.parameters() if "_proj" in p.full_name and len(p) % 16 == 0}
+    assert len(chosen) == 10 and model.lm_head.weight in fp8_products(model, leave_out=())
+    model = gpt(dtype=torch.bfloat16)
+    kept = fp8_products(model, leave_out=("*embed*", "*lm_head*", "*layers.0.*"))
+    assert all("layers.1" in p.full_name for p in kept) and kept
+    ComputePolicy(torch.bfloat16, products=kept).applied(model)
+    plain = ComputePolicy(torch.bfloat16).applied(gpt(dtype=torch.bfloat16))
+    assert model(**batch_of())[0].item() != plain(**batch_of())[0].item()
+
+
+def fp8_in_parts(rank, n, agree):
+    """An MLP whose layers are split over two ranks -> y, the gradient of x, its part of the weights' gradients."""
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Linear(32, 64, bias=False), nn.GELU(), nn.Linear(64, 32, bias=False))
+    mlp[0].weight.data *= torch.tensor([3e-4, 10.0]).repeat_interleave(32)[:, None]       # the ranks' parts differ
+    group = dist.group.WORLD if n > 1 else None
+    if n > 1:
+        parallel.tensor_parallel(mlp, group, plan={"0": "column", "2": "row"}, sequence_parallel=False)
+    products = fp8_products(mlp, leave_out=(), group=group if agree else None)
+    assert len(products) == 2
+    ComputePolicy(torch.bfloat16, products=products).applied(mlp)
+    x = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    y = mlp(x)
+    (y.float() * torch.linspace(-3, 1, 32)).sum().backward()
+    return y.detach(), x.grad, [p.grad for p in mlp.parameters()]
+
+
+def test_ranks_agree_on_fp8_scales(run_ranks):
+    """y of two ranks is one process's but for the bfloat16 rounding of either part; without agreement it is not."""
+    y, dx, (up, down) = fp8_in_parts(0, 1, True)
+    far = 0
+    for agree in (True, False):
+        for rank, (our_y, our_dx, (our_up, our_down)) in enumerate(run_ranks(fp8_in_parts, 2, agree)):
+            pairs = ((our_y, y), (our_dx, dx), (our_up, up.chunk(2)[rank]), (our_down, down.chunk(2, 1)[rank]))
+            off = max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)
+            far += off > 2**-7
+            assert agree is False or off < 2**-7, off
+    assert far
+
+
+# ---- integers --------------------------------------------------------------------------------------------------------
+
+def test_packing():
+    codes = torch.randint(16, (5, 12), dtype=torch.uint8)
+    packed = precision.pack(codes)
+    assert packed.shape == (5, 6) and packed.dtype == torch.uint8 and torch.equal(precision.unpack(packed), codes)
+
+
+@pytest.mark.parametrize("fmt, levels, group", (("int8", 255, 40), ("int4", 15, 16)))
+def test_nearest_codes_are_the_nearest(fmt, levels, group):
+    """No weight is off by more than half a step of its row or group, and the ends of its range are within reach."""
+    w = torch.randn(6, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 1, 6)[:, None]
+    w[2] = 0
+    w[3] = w[3].abs() + 1                                                                             # on one side of 0
+    layer = nn.Linear(40, 6, bias=False)
+    layer.weight.data = w.clone()
+    quantize(layer, fmt, group_size=16)
+    parts = [w[:, i:i + group] for i in range(0, 40, group)]
+    step = torch.cat([((x.amax(1).clamp(min=0) - x.amin(1).clamp(max=0)) / levels)[:, None].expand(x.shape)
+                      for x in parts], 1)
+    assert ((layer.weight - w).abs() <= 0.51 * step + 1e-12).all()
+    assert layer.weight.dtype == torch.float32 and layer(torch.eye(40)).T.equal(layer.weight)
+    rows = 6 * (3 if fmt == "int4" else 1) * 3
+    assert weight_bytes(layer) == (6 * 40 if fmt == "int8" else 6 * 24) + rows                # padded to 48 columns
+
+
+def test_gptq_loses_less_of_the_output_than_rounding():
+    """Inputs that go together, as a network's do: at 4 bits the output's error falls by a third at least; where they
+    are independent, GPTQ is rounding."""
+    generator = torch.Generator().manual_seed(0)
+    w, mix = torch.randn(32, 64, generator=generator), torch.randn(16, 64, generator=generator)
+    x = torch.randn(1000, 16, generator=generator) @ mix + 0.3 * torch.randn(1000, 64, generator=generator)
+    errors = {}
+    for name, calibration in (("nearest", None), ("gptq", [{"input": part} for part in x.split(250)]),
+                              ("white", [{"input": torch.eye(64)}])):
+        layer = nn.Linear(64, 32, bias=False)
+        layer.weight.data = w.clone()
+        quantize(layer, "int4", calibration=calibration)
+        errors[name] = ((layer(x) - x @ w.T).norm() / (x @ w.T).norm()).item()
+    assert errors["gptq"] < 0.67 * errors["nearest"] and errors["white"] == pytest.approx(errors["nearest"], rel=1e-6)
+
+
+def test_a_quantized_model_has_all_that_a_model_has():
+    model = gpt()
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.data *= 5
+    calibration = [{"tokens": batch_of(i)["tokens"]} for i in range(4)]
+    expected, before = model(**batch_of(9))[0].item(), weight_bytes(model)
+    for fmt, least, most in (("int8", 3.2, 2e-3), ("int4", 5.0, 2e-2)):
+        small = quantize(copy.deepcopy(model), fmt, calibration=calibration, group_size=16)
+        assert before / weight_bytes(small) > least
+        assert small(**batch_of(9))[0].item() == pytest.approx(expected, rel=most)
+        assert small.generate(batch_of()["tokens"][:1, :4], 5, 0.0).shape == (1, 9)
+        assert small.model.embed_tokens.weight.dtype == torch.float32                         # it is a look-up
+        assert type(small.lm_head).__name__ == "QuantizedHead" and isinstance(small.lm_head, net.Head)
+        twin = quantize(gpt(), fmt, group_size=16)
+        twin.load_state_dict(small.state_dict())                                              # codes are buffers
+        assert twin(**batch_of(9))[0].item() == small(**batch_of(9))[0].item()
+    narrow = nn.Linear(16, 5)                                                                 # than a group
+    expected = narrow.weight.clone()
+    quantize(narrow, "int4")
+    assert narrow.codes.shape == (5, 8) and (narrow.weight - expected).abs().max() < 0.04
+    tied = net.build(net.ModelConfig(**vars(model.config) | {"tie_embeddings": True}))
+    table = tied.model.embed_tokens.weight.clone()
+    quantize(tied, "int8")
+    assert torch.equal(tied.model.embed_tokens.weight, table) and not torch.equal(tied.lm_head.weight, table)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"fmt": "int2"}, "fmt must be int8 or int4, got 'int2'"),
+    ({"calibration": []}, "calibration must hold at least one batch, got none"),
+    ({"calibration": iter([])}, "calibration must hold at least one batch, got none"),
+    ({"group_size": 3}, "group_size must be even and at least 2, got 3"),
+    ({"module": nn.LayerNorm(3)}, "module must have linear layers, LayerNorm has none")])
+def test_what_cannot_be_quantized(options, message):
+    arguments = {"module": nn.Linear(4, 4), "fmt": "int4"} | options
+    with pytest.raises(ValueError, match=message):
+        quantize(**arguments)
+
+
+# ---- composed --------------------------------------------------------------------------------------------------------
+
+def trained(rank, n, argv, scaled=None, steps=5):
+    """Steps as train.py takes them -> losses and norms, and this rank's pieces of the float32 weights."""
+    c = train.parse_config(argv)
+    world = train.World(c)
+    model = train.Model(c, world)
+    optimizer, scaler = train.make_optimizer(model, c), LossScaler() if scaled or c.precision == "fp16" else None
+    loader = data.Loader(c.data, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, seed=c.seed,
+                         dp_rank=world.mesh.dp_rank, dp_size=world.mesh.dp)
+    losses = [train.train_step(model, optimizer, loader, step, c, world, scaler=scaler)[:2] for step in range(steps)]
+    parallel.check_replicas(model.parameters(), world.host)
+    return losses, [(p.full_name, p.box, getattr(p, "flat", None), optimizer.state[p].get("master", p).detach())
+                    for p in train.updated(optimizer)]
+
+
+def distance(ours, pieces, losses, weights):
+    """Largest difference of a loss, of a norm; root of the mean square of the weights' differences. (Their maximum says
+    little: a gradient that is all rounding moves Adam by a whole learning rate.)"""
+    loss, norm = (max(abs(a[i] - b[i]) for a, b in zip(ours, losses, strict=True)) for i in (0, 1))
+    off = []
+    for name, box, flat, p in pieces:
+        expected = weights[name][tuple(slice(a, b) for a, b, _ in box)]
+        off.append(p.flatten() - expected.flatten()[slice(*(flat or (0, p.numel())))])
+    return loss, norm, torch.cat(off).square().mean().sqrt().item()
+
+
+LOW_LAYOUTS = [(2, "--dp 2"), (2, "--tp 2"), (2, "--tp 2 --no-sequence-parallel"), (2, "--pp 2"),
+               (2, "--pp 2 --pp-schedule zb"), (2, "--dp 2 --zero 1"), (2, "--dp 2 --zero 2"), (2, "--dp 2 --zero 3"),
+               (4, "--tp 2 --pp 2"), (4, "--dp 2 --tp 2 --zero 3"), (4, "--dp 2 --pp 2 --zero 2")]
+
+
+def in_halves(x, w, bias, dim):
+    """F.linear as two ranks share it: each half in the low format, then their sum."""
+    if dim == 0:
+        return torch.cat([F.linear(x, part) for part in w.chunk(2)], -1)
+    return sum(F.linear(a, b) for a, b in zip(x.chunk(2, -1), w.chunk(2, 1), strict=True))
+
+
+@functools.cache
+def reordered(corpus, kind, emulate):
+    """One process -> losses, weights, and how far it gets from itself when only the order of its sums changes: other
+    micro-batches, or products in halves. emulate: what train.py does on a CPU where layers are not split."""
+    argv = [*TINY, *MODELS["llama"], "--data", str(corpus), "--precision", kind]
+    off = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "ComputePolicy", lambda low, **x: ComputePolicy(low, **x | {"emulate": emulate}))
+        losses, pieces = trained(0, 1, argv)
+        weights = {name: p for name, _, _, p in pieces}
+        for k in (2, 4, 8):
+            off.append(distance(*trained(0, 1, [*argv, "--micro-batch-size", str(k)]), losses, weights))
+
+        def products(module, **options):
+            return {p: functools.partial(in_halves, dim=int("o_proj" in p.full_name or "down_proj" in p.full_name))
+                    for p in module.parameters() if "_proj" in p.full_name}
+        patch.setattr(precision, "fp8_products", products)
+        patch.setitem(precision.PRECISIONS, "fp8", precision.PRECISIONS[kind])
+        off.append(distance(*trained(0, 1, [*argv, "--precision", "fp8"], kind == "fp16"), losses, weights))
+    return losses, weights, [max(x) for x in zip(*off, strict=True)]
+
+
+@pytest.mark.parametrize("kind, ranks, flags", [
+    pytest.param(kind, *layout, marks=[pytest.mark.slow] * (i % 2 != (kind == "fp16")))
+    for kind in ("bf16", "fp16") for i, layout in enumerate(LOW_LAYOUTS)])
+def test_low_precision_in_any_layout_is_the_same_run(corpus, run_ranks, kind, ranks, flags):
+    """Losses, norms and float32 weights after five steps: off one process by at most twice what it is off itself."""
+    losses, weights, bounds = reordered(corpus, kind, "tp" not in flags and "zb" not in flags)
+    argv = [*TINY, *MODELS["llama"], "--data", str(corpus), "--precision", kind, *flags.split()]
+    for ours, pieces in run_ranks(trained, ranks, argv):
+        for error, bound, most in zip(distance(ours, pieces, losses, weights), bounds, (0.05, 4, 0.02), strict=True):
+            assert error <= 2 * bound < most
+            assert error < 1e-12 or "--pp 2" != flags[:6]                                # the order of sums is the same
+
+
+# ---- train.py --------------------------------------------------------------------------------------------------------
+
+def losses(out):
+    return [x["loss"] for x in metrics(out) if "loss" in x]
+
+
+@pytest.fixture(scope="session")
+def plain(corpus, tmp_path_factory):
+    """A run in float32."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    assert run(corpus, out)[0] == 0
+    return out
+
+
+@pytest.mark.parametrize("flags", [["--precision", "bf16"], ["--precision", "bf16", "--no-master-weights"],
+                                   ["--precision", "fp16"], ["--precision", "fp8"]])
+def test_a_run_in_low_precision_learns_resumes_and_saves_float32(corpus, tmp_path, plain, flags):
+    """Interrupted after the checkpoint of step 8 (the folder of step 12 is taken away): bit for bit the same again."""
+    code, said, _ = run(corpus, tmp_path / "run", *flags)
+    assert code == 0
+    once, tensors = losses(tmp_path / "run"), newest_tensors(tmp_path / "run")
+    expected = newest_tensors(plain)
+    assert tensors.keys() == expected.keys() and {x.dtype for x in tensors.values()} == {torch.float32}
+    assert all(abs(a - b) < 2**-7 * b for a, b in zip(once, losses(plain), strict=True)) and once != losses(plain)
+    rounded = all(torch.equal(tensors[name], tensors[name].bfloat16().float()) for name in tensors if "proj" in name
+                  and name.endswith("weight"))
+    assert rounded == ("--no-master-weights" in flags)                               # masters know more than bfloat16
+    assert ("scale 65536, 0 skipped" in said) == ("fp16" in flags)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000012")
+    assert run(corpus, tmp_path / "run", *flags)[0] == 0
+    assert losses(tmp_path / "run") == once
+    for name, x in newest_tensors(tmp_path / "run").items():
+        assert torch.equal(x, tensors[name]), name
+
+
+def test_fp16_backs_off_skips_and_remembers_its_scale(corpus, tmp_path):
+    """A scale that overflows at first: steps are skipped and counted, the scale is in the checkpoint and comes back."""
+    flags = ["--precision", "fp16", "--loss-scale", str(2.0**30), "--log-interval", "1"]
+    code, said, _ = run(corpus, tmp_path / "run", *flags)
+    lines = [x for x in metrics(tmp_path / "run") if "loss" in x]
+    skipped = sum(x["grad_norm"] is None for x in lines)
+    assert code == 0 and 0 < skipped < 12 and f"{skipped} skipped" in said
+    for a, b in zip(lines, lines[1:], strict=False):
+        assert b["loss_scale"] == a["loss_scale"] * (0.5 if a["grad_norm"] is None else 1)
+    assert lines[1]["loss"] != lines[0]["loss"]                                        # another batch, the same weights
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000012")
+    assert run(corpus, tmp_path / "run", *flags)[0] == 0
+    assert [x for x in metrics(tmp_path / "run") if "loss" in x] == lines
+
+
+def test_an_endless_skip_ends_with_a_line(corpus, tmp_path):
+    """Weights that overflow float16 whatever the scale: exit code 3, not a run of nothing but skipped steps."""
+    flags = ["--precision", "fp16", "--lr", "1e4", "--warmup-steps", "0", "--steps", "60", "--eval-interval", "0"]
+    code, said, _ = run(corpus, tmp_path / "run", *flags)
+    assert code == 3
+    assert "diverged, loss scale must not fall below 6.10352e-05, gradients overflow at 6.10352e-05" in said
+    code, said, _ = run(corpus, tmp_path / "other", *flags, "--loss-scale", "0")
+    assert code == 3 and "diverged, loss" in said
+
+
+def test_fp16_without_a_scale_loses_gradients(corpus):
+    """Shares of zeros among the gradients of the first step of a batch of a million tokens (2^12 of this one's, as far
+    as the loss knows): with a scale of 2^16 as in float32, without it many more."""
+    zeros = {}
+    for name, kind, scale in (("fp32", "fp32", None), ("scaled", "fp16", 2.0**4), ("unscaled", "fp16", 2.0**-12)):
+        c = train.parse_config([*MINI, "--data", str(corpus), "--precision", kind])
+        world = train.World(c)
+        model = train.Model(c, world)
+        optimizer = train.make_optimizer(model, c)
+        scaler = scale and LossScaler(scale)
+        seen = []
+        optimizer.register_step_pre_hook(lambda o, *_, seen=seen: seen.extend(p.grad == 0 for p in train.updated(o)))
+        loader = data.Loader(corpus, micro_batch_size=4, seq_len=32, seed=0)
+        train.train_step(model, optimizer, loader, 0, c, world, scaler=scaler)
+        zeros[name] = torch.cat([x.flatten() for x in seen]).double().mean().item()
+    assert abs(zeros["scaled"] - zeros["fp32"]) < 1e-3 and zeros["unscaled"] > zeros["fp32"] + 0.02
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--precision", "tf32"], "--precision must be one that the device has, tf32 needs an NVIDIA GPU of Ampere or "
+     "later, got cpu"),
+    (["--precision", "fp12"], "--precision: invalid choice: 'fp12'"),
+    (["--quantize", "int4"], "--out must be the folder of a run with an intact checkpoint to use"),
+    (["--quantize", "int2"], "--quantize: invalid choice: 'int2'")])
+def test_wrong_precisions(corpus, tmp_path, flags, message):
+    code, _, stderr = run(corpus, tmp_path / "run", *flags)
+    assert code == 2 and message in stderr and stderr.count("\n") == 1
+
+
+def test_a_run_is_evaluated_and_sampled_as_integers(corpus, plain, capsys):
+    argv = ["--out", str(plain), "--data", str(corpus), "--eval-windows", "8"]
+    for fmt, most in (("int8", 0.005), ("int4", 0.03)):
+        assert train.main([*argv, "--quantize", fmt]) == 0
+        said = capsys.readouterr().out
+        before, after = re.search(r"validation (\S+) -> (\S+) nats", said).groups()
+        assert abs(float(after) / float(before) - 1) < most and f"{fmt}  " in said and "tokens/s" in said
+        assert before == f"{[x['val_loss'] for x in metrics(plain) if 'val_loss' in x][-1]:.4f}"
+    assert train.main([*argv, "--quantize", "int8", "--sample", "def f(", "--max-new-tokens", "5"]) == 0
+    assert "\ndef f(" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, each", [
+    (["--precision", "fp32"], (4, 4, 8)), (["--precision", "bf16"], (2, 4, 12)),
+    (["--precision", "fp16", "--no-master-weights"], (2, 4, 8))])
+def test_the_memory_that_is_predicted_is_there(corpus, flags, each):
+    """Bytes of weights, gradients and states after a step."""
+    c = train.parse_config([*MINI, "--data", str(corpus), "--micro-batch-size", "8", *flags])
+    world = train.World(c)
+    model = train.Model(c, world)
+    optimizer = train.make_optimizer(model, c)
+    held = []
+    optimizer.register_step_post_hook(lambda o, *_: held.extend(p.grad for p in train.updated(o)))
+    train.train_step(model, optimizer, data.Loader(corpus, micro_batch_size=8, seq_len=32, seed=0), 0, c, world)
+    states = [x for state in optimizer.state.values() for x in state.values() if x.ndim]
+    n, predicted = net.num_params(c.model), train.budget(c, world)["memory_bytes"]
+    for name, tensors, size in (("parameters", list(model.parameters()), each[0]), ("gradients", held, each[1]),
+                                ("optimizer", states, each[2])):
+        assert sum(x.nbytes for x in tensors) == predicted[name] == size * n, name
