@@ -11,11 +11,11 @@
 Pre-training is one loop. A step, in order (G windows of T tokens, in micro-batches, over a mesh pp x dp x tp of ranks):
 
     1.  N     = number of targets in the global batch                           known from the data, one all-reduce
-    2.  run the schedule: forward and backward of sum(nll) / N, micro-batch by micro-batch, stage by stage
+    2.  run the schedule: forward and backward of S sum(nll) / N, micro-batch by micro-batch, stage by stage
     3.  sum gradients over dp, and over whoever else holds a part               never a mean of means
     4.  loss, |grad|^2 (each weight counted once) and "please stop" in one all-reduce
-    5.  non-finite loss or norm: stop, exit code 3, nothing is saved
-    6.  grad *= min(1, clip / |grad|);   AdamW;   lr from lr_at(step)
+    5.  non-finite loss or norm: stop, exit code 3, nothing is saved; with a loss scale S: skip the step, halve S
+    6.  grad *= min(1, clip / |grad|) / S;   AdamW, of float32 masters;   lr from lr_at(step)
 
       m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2           m' = m / (1 - b1^t)      v' = v / (1 - b2^t)
       w -= lr (m' / (sqrt(v') + eps) + wd w)
@@ -250,6 +250,8 @@ def derive(c: Config) -> Config:
     for name in ("min_lr_ratio", "decay_fraction", "beta1", "beta2"):
         if getattr(c, name) > 1 or name.startswith("beta") and getattr(c, name) == 1:
             raise BadInput(f"{name} must be at most 1{' and not 1' * name.startswith('beta')}, got {getattr(c, name)}")
+    if c.loss_scale and c.loss_scale < 2.0**-14:
+        raise BadInput(f"loss_scale must be 0 or at least 2**-14, got {c.loss_scale}")
     if c.json and not c.dry_run:
         raise BadInput("json goes with --dry-run, got it alone")
     if not 0 < c.top_p <= 1:
@@ -1132,6 +1134,8 @@ def finish(model, val, c: Config, folder: Folder, facts: dict, evaluation: dict 
 def use(c: Config, world: World) -> int:
     """--sample: continue a text with the newest checkpoint in --out; --quantize: its weights as integers. The
     checkpoint says what model it is."""
+    if c.quantize is not None and world.size > 1:
+        raise BadInput(f"quantize must be left to one process, there are {world.size}")
     if world.rank != 0:
         return 0
     reader, damaged = data.newest_checkpoint(Path(c.out, "checkpoints"))
@@ -1144,12 +1148,15 @@ def use(c: Config, world: World) -> int:
         raise data.DataError(f"{c.out}/tokenizer.model: is not the one the model was trained with")
     saved = dataclasses.replace(Config(**reader.meta["config"]), compile="off", attention=c.attention, dp=1, tp=1, pp=1,
                                 zero=0, precision="fp32", eval_windows=c.eval_windows, out=c.out)
-    model = Model(saved, world, reader.read)
-    if c.quantize is not None:
+    if c.quantize is None:
+        gpt = make_stage(saved, world.device, read=reader.read)
+    else:
+        model = Model(saved, world, reader.read)
         quantize(model, c.quantize, saved, world)
+        gpt = model.chunks[0]
     if c.sample is not None:
         ids = [tokenizer.bos_id] + tokenizer.encode(c.sample)
-        print(c.sample + generate_text(model.chunks[0], tokenizer, ids, c, c.seed))
+        print(c.sample + generate_text(gpt, tokenizer, ids, c, c.seed))
     return 0
 
 

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import functools
 import math
 import re
@@ -801,7 +802,8 @@ def test_fp16_without_a_scale_loses_gradients(corpus):
      "later, got cpu"),
     (["--precision", "fp12"], "--precision: invalid choice: 'fp12'"),
     (["--quantize", "int4"], "--out must be the folder of a run with an intact checkpoint to use"),
-    (["--quantize", "int2"], "--quantize: invalid choice: 'int2'")])
+    (["--quantize", "int2"], "--quantize: invalid choice: 'int2'"),
+    (["--loss-scale", "1e-9"], "--loss-scale must be 0 or at least 2**-14, got 1e-09")])
 def test_wrong_precisions(corpus, tmp_path, flags, message):
     code, _, stderr = run(corpus, tmp_path / "run", *flags)
     assert code == 2 and message in stderr and stderr.count("\n") == 1
@@ -817,6 +819,21 @@ def test_a_run_is_evaluated_and_sampled_as_integers(corpus, plain, capsys):
         assert before == f"{[x['val_loss'] for x in metrics(plain) if 'val_loss' in x][-1]:.4f}"
     assert train.main([*argv, "--quantize", "int8", "--sample", "def f(", "--max-new-tokens", "5"]) == 0
     assert "\ndef f(" in capsys.readouterr().out
+
+
+def used_by_two(rank, n, out):
+    """-> exit code of --sample, which rank 0 does alone; what --quantize says."""
+    c = train.parse_config(["--out", out, "--device", "cpu", "--sample", "def f(", "--max-new-tokens", "3"])
+    c, world = train.resolve(c, torch.device("cpu")), train.World(c)
+    code = train.use(c, world)
+    with pytest.raises(train.BadInput) as refused:
+        train.use(dataclasses.replace(c, quantize="int8"), world)
+    return code, str(refused.value)
+
+
+def test_several_ranks_sample_but_do_not_quantize(plain, run_ranks):
+    assert run_ranks(used_by_two, 2, str(plain)) == 2 * [
+        (0, "quantize must be left to one process, there are 2")]
 
 
 @pytest.mark.parametrize("flags, each", [
