@@ -408,8 +408,9 @@ class Fp8Product(nn.Module):
     One scale a tensor, a power of two: multiplying by it loses nothing. scaling: "current", from the tensor's own amax
     (its largest magnitude); "delayed", from the largest of the last `history` amaxes, known before the tensor is
     there. group: ranks that hold parts of the layer and must agree on amax. hardware: torch._scaled_mm, or the same
-    products of codes in float32 (None: whichever the device has). x (..., in), W (out, in): multiples of 16 for the
-    former. Only codes of x are kept for backward, one byte each; W is rounded again.
+    products of codes in float32 (None: whichever the device has), and these too where a size, in, out or the number of
+    rows in backward, is no multiple of 16. x (..., in), W (out, in). Only codes of x are kept for backward, one byte
+    each; W is rounded again.
     """
 
     def __init__(self, scaling: str = "current", *, history: int = 16, group=None, hardware: bool | None = None):
@@ -442,7 +443,8 @@ class Fp8Product(nn.Module):
 
     def multiply(self, a: Tensor, b: Tensor, scale: Tensor, dtype) -> Tensor:
         """a (M, K) b (K, N) / scale, summed in float32 -> (M, N). Codes."""
-        if has_fp8(a.device) if self.hardware is None else self.hardware:
+        there = has_fp8(a.device) if self.hardware is None else self.hardware
+        if there and a.shape[1] % 16 == b.shape[1] % 16 == 0:
             columns = b.T.contiguous().T                                                        # as the hardware reads
             return torch._scaled_mm(a.contiguous(), columns, 1 / scale, torch.ones_like(scale), out_dtype=dtype)
         return (a.float() @ b.float() / scale).to(dtype)

@@ -494,6 +494,9 @@ def test_fp8_on_hardware_is_the_emulation():
         answers.append((y, a.grad, b.grad))
     for ours, theirs in zip(*answers, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2**-8, atol=1e-6)                  # bfloat16's last bit
+    a = x[:5].clone().requires_grad_()                                          # 5 rows: dW's inner size, not y's
+    Fp8Product(hardware=True)(a, w).sum().backward()
+    assert a.grad.isfinite().all()
 
 
 def test_fp8_scales_current_delayed_of_zeros_and_of_infinities():
