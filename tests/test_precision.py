@@ -805,10 +805,12 @@ def test_fp16_without_a_scale_loses_gradients(corpus):
         optimizer = train.make_optimizer(model, c)
         scaler = scale and LossScaler(scale)
         seen = []
-        optimizer.register_step_pre_hook(lambda o, *_, seen=seen: seen.extend(p.grad == 0 for p in train.updated(o)))
+        optimizer.register_step_pre_hook(lambda o, *_, seen=seen: seen.extend(p.grad.clone() for p in train.updated(o)))
         loader = data.Loader(corpus, micro_batch_size=4, seq_len=32, seed=0)
-        train.train_step(model, optimizer, loader, 0, c, world, scaler=scaler)
-        zeros[name] = torch.cat([x.flatten() for x in seen]).double().mean().item()
+        norm = train.train_step(model, optimizer, loader, 0, c, world, scaler=scaler)[1]
+        seen = torch.cat([x.flatten() for x in seen])
+        assert seen.norm().item() == pytest.approx(norm, rel=1e-5) and 0 < norm < c.grad_clip          # unscaled again
+        zeros[name] = (seen == 0).double().mean().item()
     assert abs(zeros["scaled"] - zeros["fp32"]) < 1e-3 and zeros["unscaled"] > zeros["fp32"] + 0.02
 
 
