@@ -870,3 +870,23 @@ def test_the_memory_that_is_predicted_is_there(corpus, flags, each):
     for name, tensors, size in (("parameters", list(model.parameters()), each[0]), ("gradients", held, each[1]),
                                 ("optimizer", states, each[2])):
         assert sum(x.nbytes for x in tensors) == predicted[name] == size * n, name
+
+
+def fp8_group_and_gradients(rank, n, argv):
+    """-> whether the products' amaxes are those of the tensor-parallel group; dtypes of shards and their gradients."""
+    c = train.parse_config([*argv, "--precision", "fp8", "--tp", "2"])
+    model = train.Model(c, world := train.World(c))
+    products = model.chunks[0].model.layers["0"].mlp.up_proj.forward.func.__self__.products
+    agree = len(products) > 0 and {x.group for x in products.values()} == {world.mesh.tp_group}
+    c = train.parse_config([*argv, "--precision", "bf16", "--no-master-weights", "--dp", "2", "--zero", "3"])
+    model = train.Model(c, world := train.World(c))
+    optimizer, seen = train.make_optimizer(model, c), []
+    optimizer.register_step_pre_hook(lambda o, *_: seen.extend((p.dtype, p.grad.dtype) for p in train.updated(o)))
+    loader = data.Loader(c.data, micro_batch_size=1, seq_len=c.seq_len, dp_rank=rank, dp_size=2)
+    train.train_step(model, optimizer, loader, 0, c, world)
+    return agree, set(seen)
+
+
+def test_train_hands_out_the_group_and_shards_add_up_in_float32(corpus, run_ranks):
+    argv = [*TINY, *MODELS["llama"], "--data", str(corpus)]
+    assert run_ranks(fp8_group_and_gradients, 2, argv) == 2 * [(True, {(torch.bfloat16, torch.float32)})]
