@@ -181,10 +181,9 @@ class Attention(nn.Module):
         self.attention, self.head_dim, self.recompute = attention, c.head_dim, recompute
 
     def forward(self, x, rope=None, documents=None, cache=None):
-        heads = (-1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).unflatten(-1, heads))                                   # (B, T, H, D)
-        k = self.k_norm(self.k_proj(x).unflatten(-1, heads))                                   # (B, T, K, D)
-        v = self.v_proj(x).unflatten(-1, heads)                                                # (B, T, K, D)
+        q, k, v = (project(x) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.view(*y.shape[:2], -1, self.head_dim) for y in (q, k, v))                 # (B, T, H | K, D)
+        q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                      # (B, H | K, T, D), views

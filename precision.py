@@ -324,7 +324,8 @@ OPERATIONS = {
                      torch.logsumexp, Tensor.logsumexp, F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss, F.kl_div,
                      F.binary_cross_entropy_with_logits, torch.sum, Tensor.sum, torch.mean, Tensor.mean, torch.var,
                      Tensor.var, torch.cumsum, Tensor.cumsum, torch.exp, Tensor.exp, torch.log, Tensor.log, torch.pow,
-                     Tensor.pow, Tensor.__pow__, torch.rsqrt, Tensor.rsqrt), FULL),
+                     Tensor.pow, Tensor.__pow__, torch.rsqrt, Tensor.rsqrt,
+                     torch.layer_norm, torch.rms_norm), FULL),
     # where the residual stream begins; and so the gradients of a word that is met a thousand times add up in float32
     F.embedding: FULL}
 # all others run in what they are given; torch promotes a low and a float32 tensor to float32

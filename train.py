@@ -483,8 +483,8 @@ def make_stage(c: Config, device, mesh=None, at: int = 0, read=None, dtype=torch
                                         p.full_name, p.box).to(device, kept)))
         return gpt
     if compiles(c, device):
-        for block in gpt.model.layers.values():
-            block.compile()
+        for block in gpt.model.layers.values():            # inside what recomputation runs again
+            block.run = torch.compile(block.run)
     return gpt
 
 

@@ -26,6 +26,7 @@ from parallel import CommLedger, DataParallel, Op, size
 
 TINY = """--n-layer 4 --n-head 4 --n-embd 32 --n-ff 64 --seq-len 32 --vocab-size 512 --global-batch-size 8 --steps 12
 --warmup-steps 2 --lr 0.02 --grad-clip 0.2 --adam-eps 1e-6 --micro-batch-size 1 --eval-windows 7 --device cpu""".split()
+CALM = "--lr", "0.002"
 MODELS = {
     "llama": ["--n-kv-head", "2"],
     "llama tied": ["--tie-embeddings", "--qk-norm"],
@@ -102,8 +103,9 @@ def trained(rank, n, argv, steps, dtype: torch.dtype | None = torch.float64):
 
 @functools.cache
 def one_process(corpus, model, dtype=torch.float64, *flags):
-    losses, pieces, evaluation, _ = trained(0, 1, [*TINY, *MODELS[model], "--data", str(corpus), *flags], 5, dtype)
-    assert losses[0][1] > 0.3 and losses[-1][0] < losses[0][0] - 0.2                              # it clips, and learns
+    argv = [*TINY, *MODELS[model], "--data", str(corpus), *flags]
+    losses, pieces, evaluation, _ = trained(0, 1, argv, 5, dtype)
+    assert losses[0][1] > 0.3 and losses[-1][0] < losses[0][0] - 10 * train.parse_config(argv).lr  # clips, learns
     return losses, {name: p for name, *_, p in pieces}, evaluation
 
 
@@ -206,16 +208,17 @@ def test_uneven_layers(corpus, run_ranks, flags):
                                           (2, "--pp 2 --pp-schedule zb")])
 def test_float32_is_as_near_as_one_process(corpus, run_ranks, ranks, flags):
     """One process in float32 is off the float64 run by its rounding, which depends on how it splits its sums: the worst
-    of four splits into micro-batches is the measure, and a layout may be off by twice as much."""
-    losses, weights, _ = one_process(corpus, "llama")
-    splits = [one_process(corpus, "llama", torch.float32, "--micro-batch-size", str(k)) for k in (1, 2, 4, 8)]
+    of four splits into micro-batches is the measure, and a layout may be off by twice as much. (At a learning rate that
+    does not make small differences large: then the measure would allow anything.)"""
+    losses, weights, _ = one_process(corpus, "llama", torch.float64, *CALM)
+    splits = [one_process(corpus, "llama", torch.float32, *CALM, "--micro-batch-size", str(k)) for k in (1, 2, 4, 8)]
     off = [differences(x, [(name, tuple((0, k, k) for k in w.shape), None, w) for name, w in ws.items()], losses,
                        weights) for x, ws, _ in splits]
     bounds = [2 * max(x) for x in zip(*off, strict=True)]
-    argv = [*TINY, *MODELS["llama"], "--data", str(corpus), *flags.split()]
+    argv = [*TINY, *MODELS["llama"], "--data", str(corpus), *CALM, *flags.split()]
     for ours, pieces, _, _ in run_ranks(trained, ranks, argv, 5, torch.float32):
         for error, bound in zip(differences(ours, pieces, losses, weights), bounds, strict=True):
-            assert error < bound < 1e-4
+            assert error < bound < 2e-6                                      # 16 eps of losses, norms, weights up to 1
 
 
 @pytest.mark.parametrize("flags", ["--tp 2 --pp 2 --pp-schedule zb", "--tp 2 --pp 2 --no-sequence-parallel",
