@@ -352,23 +352,25 @@ class ComputePolicy(TorchFunctionMode):
     does, with a table that can be read, changed, and applied to a module from outside.
 
     low: torch.bfloat16 or torch.float16. table: {function: LOW | torch.float32}. products: {weight: Fp8Product}, for
-    F.linear with those weights. emulate: float32 kernels on rounded numbers, their result rounded: what a low kernel
-    does, and ten times as fast where a CPU has none, but backward keeps float32. An operation with out= runs as it is
-    given. Raises ValueError for another low.
+    F.linear with those weights, which carry them from then on. emulate: float32 kernels on rounded numbers, their
+    result rounded: what a low kernel does, and ten times as fast where a CPU has none, but backward keeps float32. An
+    operation with out= runs as it is given. Raises ValueError for another low.
     """
 
     def __init__(self, low: torch.dtype, table: dict = OPERATIONS, products: dict | None = None, emulate: bool = False):
         super().__init__()
         if low not in (torch.bfloat16, torch.float16):
             raise ValueError(f"low must be torch.bfloat16 or torch.float16, got {low}")
-        self.low, self.table, self.products, self.emulate, self.active = low, table, products or {}, emulate, False
+        self.low, self.table, self.emulate, self.active = low, table, emulate, False
+        for weight, product in (products or {}).items():
+            weight.product = product
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         to = self.table.get(function)
         if to is not None and "out" not in kwargs:
             if function is F.linear and len(args) > 1:
-                function = self.products.get(args[1], function)
+                function = getattr(args[1], "product", function)
             if to is LOW and self.emulate and function in self.table:
                 return lowered(lambda *x, **k: lowered(function, FULL)(*x, **k).to(self.low), self.low)(*args, **kwargs)
             function = lowered(function, self.low if to is LOW else to)
@@ -386,12 +388,22 @@ class ComputePolicy(TorchFunctionMode):
         """To a module from outside, in place: whichever of its parts is called first enters the policy, also where a
         block that was not kept is run once more in backward."""
         for part in module.modules():
-            part.forward = functools.partial(self.around, part.forward)
+            part.policy, part.__class__ = self, governed_class(type(part))
         return module
 
-    def around(self, forward, *args, **kwargs):
-        with nullcontext() if self.active else self:
-            return forward(*args, **kwargs)
+
+class Governed:
+    """Mixed into a module's class by ComputePolicy.applied(). (One function for all modules of a class, not one for
+    each: torch.compile would compile every block anew.)"""
+
+    def forward(self, *args, **kwargs):
+        with nullcontext() if self.policy.active else self.policy:
+            return super().forward(*args, **kwargs)
+
+
+@functools.cache
+def governed_class(cls: type) -> type:
+    return type(cls.__name__, (Governed, cls), {})
 
 
 # ---- FP8 -------------------------------------------------------------------------------------------------------------
@@ -499,8 +511,12 @@ def matrices(module: nn.Module, leave_out) -> dict:
 
 def fp8_products(module: nn.Module, *, leave_out=LEFT_OUT, **options) -> dict:
     """{weight: Fp8Product} of a module's linear layers, for a ComputePolicy: any class that calls F.linear. leave_out:
-    patterns of names. Sizes that are no multiples of 16 are left out too. options: Fp8Product's."""
-    return {part.weight: Fp8Product(**options) for part in matrices(module, leave_out).values()
+    patterns of names. Sizes that are no multiples of 16 are left out too. options: Fp8Product's; one without a history
+    serves all weights."""
+    make = functools.partial(Fp8Product, **options)
+    if options.get("scaling", "current") == "current":
+        make = functools.cache(make)
+    return {part.weight: make() for part in matrices(module, leave_out).values()
             if not any(size % 16 for size in part.weight.shape)}
 
 
