@@ -440,7 +440,7 @@ def make_stage(c: Config, device, mesh=None, at: int = 0, read=None, dtype=torch
     """Stage `at` of the model on the device (of one: all of it), this rank's part of its width: weights by name from
     keyed_init, or from read(name, box), a checkpoint's Reader.read, in dtype; of a low one, with its compute policy.
     No rank ever holds more: at --zero 3 not even that, but shards, and who gathers them is appended to `sync`."""
-    backend = flash_attn.resolve_backend(c.attention, device)
+    backend = c.attention if device.type == "meta" else flash_attn.resolve_backend(c.attention, device)
     attention = functools.partial(flash_attn.flash_attention, backend=backend)
     if backend == "sdpa":                                # the model's own, which shares one mask among its layers
         attention = net.sdpa_attention

@@ -20,6 +20,7 @@ import flash_attn
 from flash_attn import FlashAttentionTorch, FlashAttentionTriton, attention_reference, flash_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXACT = torch.float32 if DEVICE == "cuda" else torch.float64                     # what all backends run
 KERNELS = ("_attn_fwd", "_bwd_dkdv", "_bwd_dq")
 if flash_attn.INTERPRET:
     interpreter.install()
@@ -111,7 +112,7 @@ def test_gradcheck(causal, window, documents, monkeypatch):
 
 
 def test_sdpa_is_the_outside_oracle():
-    q, k, v, do, _, _ = make(2, 4, 2, 37, 37, 16)
+    q, k, v, do, _, _ = make(2, 4, 2, 37, 37, 16, EXACT)
     for backend in flash_attn.BACKENDS:
         o = flash_attention(q, k, v, backend=backend)
         torch.testing.assert_close(o, F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True))
@@ -265,7 +266,7 @@ def test_tiles_skip_what_no_one_sees():
 
 
 def test_ids_changed_in_place_are_another_mask():
-    q, k, v, _, _, ids = make(1, 1, 1, 20, 20, 8, documents="packed")
+    q, k, v, _, _, ids = (x.cpu() for x in make(1, 1, 1, 20, 20, 8, documents="packed"))
     for context in (contextlib.nullcontext, torch.inference_mode):        # inference tensors count no versions
         with context():
             ids = ids.clone()
@@ -309,7 +310,7 @@ def test_large_scores_round_as_said():
 # ---- flash_attention, the function -----------------------------------------------------------------------------------
 
 def test_one_head_lse_and_decode():
-    q, k, v, *_ = make(2, 1, 1, 9, 9, 8)
+    q, k, v, *_ = make(2, 1, 1, 9, 9, 8, EXACT)
     o, lse = flash_attention(q[:, 0], k[:, 0], v[:, 0], return_lse=True)
     assert o.shape == (2, 9, 8) and lse.shape == (2, 9)
     torch.testing.assert_close(o, attention_reference(q, k, v, causal=True)[:, 0])

@@ -539,6 +539,24 @@ def test_fp8_scales_current_delayed_of_zeros_and_of_infinities():
         Fp8Product("late")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available() or not precision.has_fp8(torch.device("cuda")),
+                    reason="needs a GPU that multiplies FP8")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_fp8_hardware_is_what_is_emulated(dtype):
+    """Sums of the same products in another order, rounded once: to an ulp of bfloat16. (Hopper's sums have 14 bits.)"""
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, w, dy = (torch.randn(shape, generator=generator, device="cuda").to(dtype) for shape in (
+        (64, 48), (32, 48), (64, 32)))
+    found = []
+    for hardware in (False, True):
+        a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
+        y = Fp8Product(hardware=hardware)(a, b)
+        found.append((y.detach(), *torch.autograd.grad(y, (a, b), dy)))
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype == dtype
+        assert (ours - theirs).abs().max() <= 2**-7 * ours.abs().max()
+
+
 def test_fp8_leaves_out_by_a_rule():
     model = gpt()
     chosen = {p.full_name for p in fp8_products(model)}                                  # k and v have 8 columns

@@ -421,6 +421,8 @@ def test_an_attention_that_cannot_run_is_refused(corpus, tmp_path, monkeypatch):
     code, _, stderr = run(corpus, tmp_path / "run", "--attention", "triton")
     assert code == 2 and "--attention must be one that runs here" in stderr and "torch, sdpa, reference" in stderr
     assert not (tmp_path / "run").exists()
+    c = train.parse_config([*MINI, "--attention", "triton"])
+    assert train.budget(c, train.World(c))["layout"]["ranks"][0]["layers"] == 2       # what it costs needs no kernel
 
 
 def test_the_document_mask_can_be_turned_off(corpus):
@@ -661,3 +663,19 @@ def test_demos_run_and_assert(demos, name):
     stdout, stderr = demos[name].communicate(timeout=180)
     assert demos[name].returncode == 0, stdout + stderr
     assert stderr == "" and ("predicted" in stdout or "formula" in stdout)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("default")               # torch.compile warns itself, inside, of what users do not see
+@pytest.mark.parametrize("flags, near", [
+    ("--precision fp32 --compile off", 1e-4), ("--precision fp32 --attention sdpa --compile off", 1e-4), ("", 0.03),
+    ("--precision bf16 --recompute full", 0.03), ("--precision bf16 --zero 3", 0.03), ("--precision fp16", 0.03),
+    ("--precision fp8", 0.05)])
+def test_a_gpu_runs_what_a_cpu_runs(corpus, tmp_path, reference, flags, near):
+    """Losses of a run on a GPU, interrupted after step 8, are the CPU's to its precision."""
+    for _ in range(2):
+        code, stdout, stderr = run(corpus, tmp_path / "run", "--device", "cuda", *flags.split())
+        assert code == 0 and stderr == "" and "sample" in stdout
+        got = [x["loss"] for x in metrics(tmp_path / "run") if "loss" in x]
+        assert got == pytest.approx([x["loss"] for x in metrics(reference) if "loss" in x], abs=near)
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000012")

@@ -202,7 +202,7 @@ def take_steps(model, optimizer, sync, steps, rank, scheduler=None):
 def beside_fsdp(rank, n, low):
     """-> largest difference of weights, ours and FSDP2's, and of FSDP2's in the low and in full precision."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    answers = []
+    answers, mesh = [], dist.device_mesh.init_device_mesh("cpu", (n,))
     for how, dtype in (("ours", low), ("theirs", low), ("theirs", None)):
         module = Plain()
         if how == "ours":
@@ -210,8 +210,8 @@ def beside_fsdp(rank, n, low):
         else:
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=dtype and torch.float32)
             for block in module.blocks:
-                fully_shard(block, mp_policy=policy)
-            model = fully_shard(module, mp_policy=policy)
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+            model = fully_shard(module, mesh=mesh, mp_policy=policy)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-3)
         take_steps(model, optimizer, model if how == "ours" else None, 3, rank)
         answers.append(dict(model.full_parameters()) if how == "ours" else
