@@ -138,8 +138,8 @@ class Mesh:
         self.dp_group = self.tp_group = self.pp_group = self.pp_groups = self.ends_group = None
         if world > 1:
             mesh = dist.device_mesh.init_device_mesh(device_type, (pp, rest, tp), mesh_dim_names=("pp", "dp", "tp"))
-            for name, degree in (("dp", rest), ("tp", tp), ("pp", pp)):                # gloo beside a GPU: another, alike
-                group = self.world if degree == world else mesh.get_group(name)
+            for name, degree in (("dp", rest), ("tp", tp), ("pp", pp)):
+                group = self.world if degree == world else mesh.get_group(name)    # torch may make another beside a GPU
                 setattr(self, f"{name}_group", group if degree > 1 else None)
             if pp > 1:
                 lines = mesh.mesh.flatten(1).T.tolist()                            # the ranks of each pipeline

@@ -1,4 +1,4 @@
-"""On one GPU: python tests/bench/bench_gpu.py
+"""On one GPU: python tests/bench/bench_gpu.py [attention] [products] [step]
 
   attention   ours in Triton | torch's own (sdpa) | the textbook: TFLOP/s of forward and of forward + backward, and the
               growth of allocated memory; bfloat16, causal, 16 heads, 16,384 tokens in all. Median of 20, taking turns
@@ -117,6 +117,6 @@ def measured(flags, peak):
 
 if __name__ == "__main__":
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {flash_attn.triton.__version__}\n")
-    attention()
-    products()
-    step()
+    for part in (attention, products, step):
+        if not sys.argv[1:] or part.__name__ in sys.argv:
+            part()
