@@ -256,7 +256,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, weights, rows, with_grad):
+    def forward(ctx, x, weight, targets, weights, rows, with_grad, softmax):
         ctx.dtypes, N, device = (x.dtype, weight.dtype), x.shape[0], x.device
         acc = torch.promote_types(x.dtype, torch.float32)
         nll = torch.empty(N, dtype=acc, device=device)
@@ -264,20 +264,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dw = torch.zeros(weight.shape, dtype=acc, device=device) if with_grad else None
         for lo in range(0, N, rows):
             at = slice(lo, min(lo + rows, N))
-            target, w = targets[at, None], weights[at, None]                                         # (n, 1)
-            has_target = target >= 0
-            index = target.clamp(min=0)
-            z = (x[at] @ weight.T).to(acc)                                                           # (n, V)
-            z -= z.amax(dim=1, keepdim=True)
-            z_target = z.gather(1, index)
-            p = z.exp_()
-            total = p.sum(dim=1, keepdim=True)
-            # nll = log sum exp(z) - z_target
-            nll[at] = ((total.log() - z_target) * has_target)[:, 0]
+            nll[at], dz = softmax(x[at] @ weight.T, targets[at], weights[at], with_grad)             # z (n, V)
             if with_grad:
-                # dz = w (p / sum p - onehot)
-                w = w * has_target
-                dz = p.mul_(w / total).scatter_add_(1, index, -w).to(weight.dtype)                   # (n, V)
                 dx[at] = dz @ weight                                                                 # (n, C)
                 if dw.dtype == dz.dtype:
                     torch.addmm(dw, dz.T, x[at], out=dw)                                             # (V, C)
@@ -292,10 +280,32 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, _):
         dx, dw = ctx.saved_tensors                # scaled in place: a second backward is an error, not a wrong result
-        return dx.mul_(g).to(ctx.dtypes[0]), dw.mul_(g).to(ctx.dtypes[1]), None, None, None, None
+        return dx.mul_(g).to(ctx.dtypes[0]), dw.mul_(g).to(ctx.dtypes[1]), *[None] * 5
 
 
-def chunked_cross_entropy(x, weight, targets, weights=None, rows=None):
+def softmax_nll(z, targets, weights, with_grad: bool):
+    """nll (n) of logits z (n, V), which are overwritten, and d sum(weights * nll) / dz (n, V), in z's dtype, or None.
+
+    A function by itself, so that torch.compile can make one pass over the logits of what are ten here.
+    """
+    acc, dtype, target = torch.promote_types(z.dtype, torch.float32), z.dtype, targets[:, None]      # (n, 1)
+    has_target, index = target >= 0, target.clamp(min=0)
+    z = z.to(acc)
+    z -= z.amax(dim=1, keepdim=True)
+    z_target = z.gather(1, index)
+    p = z.exp_()
+    total = p.sum(dim=1, keepdim=True)
+    # nll = log sum exp(z) - z_target
+    nll = (total.log() - z_target) * has_target
+    if not with_grad:
+        return nll[:, 0], None
+    # dz = w (p / sum p - onehot)
+    w = weights[:, None] * has_target
+    dz_target = w * (z_target.exp() / total - 1)
+    return nll[:, 0], p.mul_(w / total).to(dtype).scatter_(1, index, dz_target.to(dtype))
+
+
+def chunked_cross_entropy(x, weight, targets, weights=None, rows=None, softmax=softmax_nll):
     """Linear layer and cross entropy in one. x (N, C), weight (V, C), targets (N,) int (negative: no target), weights
     (N,).
 
@@ -308,7 +318,7 @@ def chunked_cross_entropy(x, weight, targets, weights=None, rows=None):
     rows = rows or max(256, (2**21 if x.device.type == "cpu" else 2**26) // weight.shape[0])
     if weights is None:
         weights = torch.ones(targets.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    return ChunkedCrossEntropy.apply(x, weight, targets, weights, rows, torch.is_grad_enabled())
+    return ChunkedCrossEntropy.apply(x, weight, targets, weights, rows, torch.is_grad_enabled(), softmax)
 
 
 class Head(nn.Module):
@@ -317,12 +327,13 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.vocab_size, config.n_embd))
+        self.softmax = softmax_nll
 
     def forward(self, x, targets=None, weights=None):
         if targets is None:
             return F.linear(x, self.weight)
         loss, nll = chunked_cross_entropy(x.flatten(0, -2), self.weight, targets.flatten(),
-                                          None if weights is None else weights.flatten())
+                                          None if weights is None else weights.flatten(), softmax=self.softmax)
         return loss, nll.view(targets.shape)
 
 

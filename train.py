@@ -485,6 +485,8 @@ def make_stage(c: Config, device, mesh=None, at: int = 0, read=None, dtype=torch
     if compiles(c, device):
         for block in gpt.model.layers.values():            # inside what recomputation runs again
             block.run = torch.compile(block.run)
+        if gpt.lm_head is not None:
+            gpt.lm_head.softmax = torch.compile(gpt.lm_head.softmax)
     return gpt
 
 
