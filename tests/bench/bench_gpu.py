@@ -1,7 +1,7 @@
 """On one GPU: python tests/bench/bench_gpu.py [attention] [products] [step]
 
   attention   ours in Triton | torch's own (sdpa) | the textbook: TFLOP/s of forward and of forward + backward, and the
-              growth of allocated memory; bfloat16, causal, 16 heads, 16,384 tokens in all. Median of 20, taking turns
+              growth of allocated memory; bfloat16, causal, 16 heads, 16,384 tokens in all; medians, taking turns
   products    bfloat16 | FP8 with scaling: TFLOP/s of a linear layer's three products
   step        `small` (124 M) as train.py runs it: tokens/s, MFU, memory in every precision; without compiling, with
               torch's attention, and with recomputation
@@ -23,18 +23,20 @@ import precision  # noqa: E402
 import train  # noqa: E402
 
 
-def alternate(runs: dict, turns: int = 20) -> dict:
-    """{name: median milliseconds}, taking turns, each between two events."""
+def alternate(runs: dict, turns: int = 10, calls: int = 10) -> dict:
+    """{name: median milliseconds of a call}, taking turns of some calls between two events: the next one is launched
+    while one runs, as in training."""
     times = {name: [] for name in runs}
     for turn in range(turns + 3):
         for name, run in runs.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
-            run()
+            for _ in range(calls):
+                run()
             end.record()
             end.synchronize()
             if turn >= 3:
-                times[name].append(start.elapsed_time(end))
+                times[name].append(start.elapsed_time(end) / calls)
     return {name: statistics.median(x) for name, x in times.items()}
 
 
@@ -110,7 +112,7 @@ def measured(flags, peak):
     tokens = torch.randint(c.vocab_size, (32, c.seq_len + 1))
     batches = itertools.repeat({"tokens": tokens[:, :-1], "targets": tokens[:, 1:]})
     run = lambda: train.train_step(model, optimizer, batches, 0, c, world, scaler=scaler)
-    rate = c.tokens_per_step / alternate({"step": run}, 10)["step"] * 1e3
+    rate = c.tokens_per_step / alternate({"step": run}, 10, calls=1)["step"] * 1e3
     memory = torch.cuda.max_memory_allocated() / 1e9
     return rate, rate * train.net.flops_per_token(c.model, c.seq_len) / peak, memory
 
