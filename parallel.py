@@ -253,11 +253,11 @@ class DataParallel(nn.Module):
     def ready(self, p):
         """p.grad is complete."""
         bucket = self.bucket_of[p]
-        if not self.synchronize:
-            return
         if bucket.work is not None:
             raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} got a second gradient after its bucket was "
                                "sent: within a step, all backward passes but the last belong in no_sync()")
+        if not self.synchronize:
+            return
         bucket.missing.discard(p)
         while self.started < len(self.buckets) and not self.buckets[self.started].missing:
             self.start()

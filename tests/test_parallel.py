@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import functools
 import itertools
@@ -465,15 +466,17 @@ def test_buckets_leave_while_backward_goes_on(run_ranks):
     assert run_ranks(buckets_leave, 2) == [[("backward", 16 * 17 * 4)] * 6 + [("finish", 12)]] * 2
 
 
-def twice(rank, n):
+def twice(rank, n, second):
     model = DataParallel(nn.Linear(3, 3), dist.group.WORLD)
-    for _ in range(2):
-        model(torch.ones(2, 3)).sum().backward()
+    for synchronize in (True, second):                                       # the last one, and one more, in a no_sync
+        with contextlib.nullcontext() if synchronize else model.no_sync():
+            model(torch.ones(2, 3)).sum().backward()
 
 
-def test_a_second_backward_without_synchronization_is_refused(run_ranks):
+@pytest.mark.parametrize("second", (True, False))
+def test_a_second_backward_without_synchronization_is_refused(run_ranks, second):
     with pytest.raises(AssertionError, match="got a second gradient after its bucket was sent"):
-        run_ranks(twice, 2)
+        run_ranks(twice, 2, second)
     for options, message in (({"reduce": "avg"}, "reduce must be sum or mean"), ({"bucket_mb": 0}, "bucket_mb must")):
         with pytest.raises(ValueError, match=message):
             DataParallel(nn.Linear(2, 2), None, **options)
