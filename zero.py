@@ -626,13 +626,13 @@ class FullyShard(GradientShards, nn.Module):
             if group is not None:
                 dist.broadcast(x, group_src=0, group=group)
         self.compute_dtype, self.units, self.visits = compute_dtype, [], []
-        self.needs = defaultdict(list)                             # module -> its units, in the order of definition
+        self.needs = defaultdict(list)                             # module -> its units
         for (few, *_), params in alike.items():
             unit = Unit(params, [list(places[p]) for p in params], group, compute_dtype, reduce_dtype, init)
             self.units.append(unit)
             for owner in few:
                 self.needs[owner].append(unit)
-        self.order = list(self.needs)
+        self.order = [x for x in module.modules() if x in self.needs]
         for at, owner in enumerate(self.order):
             owner.register_forward_pre_hook(functools.partial(self.enter, at), with_kwargs=True, prepend=True)
             owner.register_forward_hook(functools.partial(self.leave, at), always_call=True)

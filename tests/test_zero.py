@@ -635,6 +635,31 @@ def test_weights_gathered_ahead_do_not_grow_stale(run_ranks):
                for error, gathered, shift in run_ranks(halved, 2))
 
 
+def late(rank, n):
+    """A model with tied ends -> the parameters that were not on their way when a pass began to need them."""
+    config = net.ModelConfig(vocab_size=32, seq_len=16, n_layer=2, n_head=2, n_kv_head=2, head_dim=8, n_embd=16,
+                             n_ff=32, tie_embeddings=True)
+    gpt, names = net.build(config), [[], []]
+    model = FullyShard(gpt, dist.group.WORLD, blocks=gpt.model.layers.values())
+    tokens = torch.arange(16)[None]
+
+    def hold(unit, visit):
+        names[at] += [] if unit.whole else [unit.params[0].full_name]
+        type(unit).hold(unit, visit)
+
+    for unit in model.units:
+        unit.hold = functools.partial(hold, unit)
+    at = 0
+    loss = model(tokens, tokens)[0]
+    at = 1
+    loss.backward()
+    return names
+
+
+def test_only_the_first_of_a_pass_is_waited_for(run_ranks):
+    assert run_ranks(late, 2) == [[["model.embed_tokens.weight"]] * 2] * 2
+
+
 def stage_3_goes_on(rank, n, saved, steps):
     """FullyShard with states of whole tensors loaded, and saved."""
     module = Odd(0)
