@@ -781,7 +781,7 @@ class Channels:
             return
         x = x.contiguous()
         self.sending = [(x, work) for x, work in self.sending if not work.is_completed()]
-        self.sending.append((x, dist.isend(x, group=self.groups[target > self.rank], group_dst=target)))
+        self.sending.append((x, self.start(dist.isend, x, target, target > self.rank)))
 
     def receive(self, message, like):
         """like(micro_batch) gives an empty tensor of its shape."""
@@ -791,8 +791,12 @@ class Channels:
         while message not in self.arriving:
             coming = self.coming[source].popleft()
             x = like(coming[1])
-            self.arriving[coming] = x, dist.irecv(x, group=self.groups[self.rank > source], group_src=source)
+            self.arriving[coming] = x, self.start(dist.irecv, x, source, self.rank > source)
         return self.wait(*self.arriving.pop(message))
+
+    def start(self, what, x, peer: int, up: bool):
+        # NCCL warns of a message that is no batch, and may make a communicator for each pair
+        return dist.batch_isend_irecv([dist.P2POp(what, x, group=self.groups[up], group_peer=peer)])[0]
 
     def wait(self, x, work):
         # gloo's messages do not know their group's timeout; NCCL's do, and there a host need not wait for its device
@@ -849,7 +853,7 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
                 channels.send(out.detach(), target)
             if "B" in kinds:
                 edge = torch.autograd.graph.get_gradient_edge(out) if out.requires_grad else None       # None: frozen
-                kept[i, c] = hidden, edge, torch.full_like(out, seed) if target is None else None
+                kept[i, c] = hidden, edge, torch.ones_like(out).mul_(seed) if target is None else None
             del out
         elif kind == "B":
             hidden, edge, gradient = kept.pop((i, c))
