@@ -294,16 +294,18 @@ class DataParallel(nn.Module):
 # ---- tensor and sequence parallelism ---------------------------------------------------------------------------------
 
 class Exchange(torch.autograd.Function):
-    """y = there(x), dx = back(dy): a collective and its adjoint."""
+    """y = there(x), dx = back(dy): a collective and its adjoint. keep: x can be had again in backward."""
 
     @staticmethod
-    def forward(ctx, x, there, back):
+    def forward(ctx, x, there, back, keep=False):
         ctx.back = back
+        if keep:
+            ctx.save_for_backward(x)
         return there(x)
 
     @staticmethod
     def backward(ctx, dy):
-        return ctx.back(dy), None, None
+        return ctx.back(dy), None, None, None
 
 
 def collectives(group, sequence_parallel: bool):
@@ -316,7 +318,7 @@ def collectives(group, sequence_parallel: bool):
 
 def copy_to_tp_region(x: Tensor, group, sequence_parallel: bool = False) -> Tensor:
     """f: forward identity, backward all-reduce; or forward all-gather, backward reduce-scatter."""
-    return Exchange.apply(x, *collectives(group, sequence_parallel))
+    return Exchange.apply(x, *collectives(group, sequence_parallel), sequence_parallel)
 
 
 def reduce_from_tp_region(x: Tensor, group, sequence_parallel: bool = False) -> Tensor:
@@ -325,12 +327,16 @@ def reduce_from_tp_region(x: Tensor, group, sequence_parallel: bool = False) -> 
 
 
 class Regather:
-    """Keeps a shard for backward in place of the gathered sequence, and gathers it once more when backward asks."""
+    """Keeps a shard for backward in place of the gathered sequence, and gathers it once more when backward asks. f has
+    saved the shard, so that recomputation around it saves nothing; if f needs no backward, the shard stays here."""
 
     def __init__(self, shard: Tensor, whole: Tensor, group):
-        self.shard, self.version, self.group, self.left, self.again = shard.detach(), shard._version, group, 0, None
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+        self.f, self.group, self.left, self.again = whole.grad_fn, group, 0, None
+        self.shard, self.version = None if self.f else shard.detach(), shard._version
         self.identity = whole.data_ptr(), whole.numel()
+
+    def hooks(self):                              # not kept: it knows self, and who knows himself waits for the collector
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
     def pack(self, t):
         if (t.data_ptr(), t.numel()) != self.identity:
@@ -342,9 +348,10 @@ class Regather:
         if isinstance(kept, Tensor):
             return kept
         if self.again is None:
-            if self.shard._version != self.version:
+            shard, = self.f.saved_tensors if self.f else (self.shard,)
+            if self.f is None and shard._version != self.version:
                 raise RuntimeError("sequence parallel: a layer's input was changed in place before its backward")
-            self.again = all_gather(self.shard, self.group, 1)
+            self.again = all_gather(shard, self.group, 1)
         whole, self.left = self.again.view(kept), self.left - 1
         if not self.left:                                          # the last layer that reads it: q, k and v share it
             self.again = None
@@ -384,7 +391,7 @@ class ParallelModule(nn.Module):
         if made is None or key not in made:
             low = x.to(self.weight.dtype)
             whole = copy_to_tp_region(low, self.group, self.sequence_parallel)
-            keep = Regather(low, whole, self.group).hooks if self.sequence_parallel else contextlib.nullcontext()
+            keep = Regather(low, whole, self.group).hooks() if self.sequence_parallel else contextlib.nullcontext()
             if made is None:
                 return whole, keep
             made[key] = whole, keep, x                                          # x stays, so that its id stays its own

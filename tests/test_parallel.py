@@ -1,6 +1,7 @@
 import contextlib
 import copy
 import functools
+import gc
 import itertools
 import json
 import os
@@ -17,6 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 import data
 import parallel
@@ -524,7 +527,9 @@ def kept_and_cast(rank, n, sequence_parallel):
     mlp = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 12))
     plan = {"0": "column", "2": "row"}
     parallel.tensor_parallel(mlp, dist.group.WORLD, plan=plan, sequence_parallel=sequence_parallel)
-    alive = []
+    alive, memory = [], []
+    gc.collect()
+    gc.disable()                                                   # nothing may wait for the collector of cycles
     for grad, leaf in ((True, True), (True, False), (False, False)):
         x = torch.randn(2, 4, 12, requires_grad=leaf)
         y = x if leaf else x * 2
@@ -533,8 +538,10 @@ def kept_and_cast(rank, n, sequence_parallel):
         if grad:
             out.sum().backward()
         alive += [weakref.ref(x), weakref.ref(y)]
+        memory.append(StorageWeakRef(y.untyped_storage()))
         del x, y, out
-    sizes = []
+    outlived, sizes = sum(x() is not None for x in alive) + sum(not x.expired() for x in memory), []
+    gc.enable()
     for dtype in (torch.float32, torch.bfloat16):
         with CommLedger({"tp": dist.group.WORLD}) as ledger:
             mlp.to(dtype)(torch.randn(2, 4, 12, requires_grad=True) * 1).float().sum().backward()
@@ -555,7 +562,7 @@ def kept_and_cast(rank, n, sequence_parallel):
             out.sum().backward()
         except RuntimeError as e:
             error = str(e)
-    return sum(x() is not None for x in alive), sizes, torch.equal(*answers), error
+    return outlived, sizes, torch.equal(*answers), error
 
 
 def gathered_at_once(rank, n):
@@ -597,6 +604,27 @@ def test_what_is_gathered_again_goes_with_its_readers(run_ranks):
     """g's adjoint and f again, three times: each finds at most the gradient alive that it belongs to."""
     for counts, left, changed in run_ranks(gathered_at_once, 2):
         assert len(counts) == 6 and max(counts) <= 1 and left == 0 and changed
+
+
+def recomputed_pair(rank, n):
+    """-> inputs of the columns that outlive a forward that is computed again; its gradients' error."""
+    torch.manual_seed(0)
+    mlp = nn.Sequential(nn.Tanh(), nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 12))
+    parallel.tensor_parallel(mlp, dist.group.WORLD, plan={"1": "column", "3": "row"}, sequence_parallel=True)
+    kept, grads = [], []
+    mlp[1].register_forward_pre_hook(lambda _, args: kept.append(StorageWeakRef(args[0].untyped_storage())))
+    for again in (True, False):
+        x = torch.ones(2, 4, 12, requires_grad=True) * (rank + 1)
+        out = checkpoint(mlp, x, use_reentrant=False) if again else mlp(x)
+        alive = [not x.expired() for x in kept]
+        out.square().sum().backward()
+        grads.append([p.grad for p in mlp.parameters()])
+        mlp.zero_grad()
+    return alive[0], alive[-1], all(map(torch.equal, *grads))
+
+
+def test_recomputation_keeps_no_input_of_a_column(run_ranks):
+    assert run_ranks(recomputed_pair, 2) == [(False, True, True)] * 2
 
 
 def test_inputs_are_let_go_cast_once_and_may_not_change(run_ranks):
