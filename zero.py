@@ -283,6 +283,11 @@ class GradientShards:
         """Returns {parameter: on how many ranks it got a gradient}."""
         if not self.buckets:
             return {}
+        for p, bucket in self.bucket_of.items():
+            homes = {x.untyped_storage()._cdata for x in (bucket.weights, getattr(bucket, "row", bucket.weights))}
+            if not homes.issuperset(x.untyped_storage()._cdata for x in (p, self.shards[p])):
+                raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} must not be moved or cast once it is "
+                                   "sharded: to(), half(), ... come before")
         self.send_all()
         # who has a gradient, and whether one that nobody waited for came after its bucket had left
         params, late = list(self.bucket_of), any(bucket.grads is not None for bucket in self.buckets)

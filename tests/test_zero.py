@@ -925,6 +925,37 @@ def test_what_is_refused_and_says_so():
         model.finish_gradient_synchronization()
 
 
+def test_a_module_that_was_cast_after_sharding_is_refused():
+    """Its weights would be others than those that are updated: nothing would be learnt, and nobody would say so."""
+    for stage in (1, 2, 3):
+        module = chain()
+        model, _, sync, _ = sharded(module, stage, None)
+        model.to(torch.float64)                                                                  # changes nothing
+        module(torch.ones(1, 4, dtype=torch.float64)).sum().backward()
+        sync.finish_gradient_synchronization()
+        model.float()
+        with pytest.raises(RuntimeError, match="must not be moved or cast once it is sharded"):
+            sync.finish_gradient_synchronization()
+
+
+def test_a_closure_and_a_rise_from_zero():
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    ours, plain = ShardedOptimizer([p], torch.optim.SGD, lr=0.0), torch.optim.SGD([q], lr=0.0)
+    for x, optimizer in ((p, ours), (q, plain)):
+        optimizer.param_groups[0]["lr"] = 0.1
+
+        def closure(x=x, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = x.square().sum()
+            loss.backward()
+            return loss
+
+        assert optimizer.step(closure) == 3
+    assert torch.equal(p, q) and p[0] != 1
+    with pytest.raises(ValueError, match="elementwise"):
+        ShardedOptimizer([p.detach().requires_grad_()], torch.optim.Adafactor, lr=0.0)
+
+
 @pytest.mark.parametrize("cls", (torch.optim.NAdam, torch.optim.ASGD, torch.optim.AdamW))
 def test_states_of_parameters_of_no_dimension(run_ranks, cls):
     assert all(run_ranks(of_no_dimension, 2, cls))
