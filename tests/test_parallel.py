@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import data
 import parallel
 import train
+import zero
 from parallel import CommLedger, DataParallel, Op, size
 
 # ---- any layout is the same run --------------------------------------------------------------------------------------
@@ -292,6 +293,37 @@ def test_a_run_whose_replicas_differ_does_not_end_well(corpus, tmp_path, run_ran
     argv = [*TINY, "--data", str(corpus), "--out", str(tmp_path / "out"), "--steps", "2", "--dp", "2"]
     assert set(run_ranks(drifting, 2, argv)) == {
         "model.embed_tokens.weight: replicas must be equal, those of ranks 0 and 1 are not"}
+
+
+def test_dry_run_counts_what_a_layout_costs(monkeypatch, capsys):
+    """Memory as the formula, buffers named; messages and bubble; what stages 2 and 3 send too much."""
+    def budget(*flags):
+        assert train.main([*TINY, "--dry-run", "--json", *flags]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    monkeypatch.setattr(train, "time_tokens", lambda c, device: 1e9)
+    one = budget()
+    psi, m = one["parameters"], 2                                                            # micro-batches on 4 ranks
+    for stage in range(4):
+        b, dp = budget("--dp", "4", "--zero", str(stage)), 4
+        states = zero.memory_per_rank(psi, stage, dp, param_bytes=4, grad_bytes=4, state_bytes=8)
+        unit = 4 * max(512 * 32, 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32)                             # embedding, or a block
+        bucket = unit if stage == 3 else 4 * psi
+        buffers = (4 * psi, bucket * (1 + 1 / dp), bucket * (3 + 1 / dp), bucket * (3 + 1 / dp))[stage]
+        memory = b["memory_bytes"]
+        assert memory["optimizer"] == states["states"]
+        assert memory["parameters"] == states["parameters"] + 2 * unit * (stage == 3)
+        assert memory["gradients"] == states["gradients"] + buffers
+        sent = 4 * sum(zero.comm_volume(psi, stage, dp, m).values())
+        assert b["layout"]["ranks"][0]["bytes_sent"]["dp"] == pytest.approx(sent, rel=0.01)
+        assert train.main([*TINY, "--dry-run", "--dp", "4", "--zero", str(stage)]) == 0
+        said = capsys.readouterr().out
+        assert "mesh       pp 1 x dp 4 x tp 1: 0 (0 0 0), 1 (0 1 0), 2 (0 2 0), 3 (0 3 0)" in said
+        assert (f"with every one of {m} micro-batches; stage 1 would send" in said) == (stage > 1)
+    b = budget("--pp", "4", "--tp", "2")
+    assert b["layout"]["bubble"] == pytest.approx(3 / (8 + 3)) and [x["layers"] for x in b["layout"]["ranks"]] == [1] * 4
+    hidden = 4 * 32 * 32 // 2                                                        # B T C / tp with sequence parallel
+    assert [x["bytes_sent"]["pp"] for x in b["layout"]["ranks"]] == [8 * hidden * n for n in (1, 2, 2, 1)]
 
 
 # ---- schedules, on paper ---------------------------------------------------------------------------------------------
