@@ -491,6 +491,9 @@ class VocabParallelHead(ParallelModule):
         x, _ = self.enter(x)                                                                          # (B, T, C)
         if targets is None:
             return all_gather(F.linear(x, self.weight).detach(), self.group, -1)
+        full = self.weight.box[0][2]
+        if targets.device.type == "cpu" and targets.numel() and int(targets.max()) >= full:          # a GPU would wait
+            raise ValueError(f"targets must be below vocab_size {full}, got {int(targets.max())}")
         weights = torch.ones_like(targets, dtype=acc) if weights is None else weights.to(acc)
         rows = max(256, (2**21 if x.device.type == "cpu" else 2**26) // len(self.weight))
         loss, nll = VocabParallelCrossEntropy.apply(x.flatten(0, -2), self.weight, targets.flatten(), weights.flatten(),
