@@ -846,13 +846,18 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
         with no_sync() if more else contextlib.nullcontext():
             torch.autograd.backward([tensor], [gradient])
 
+    def clock():
+        if on_op is not None and torch.accelerator.is_available():              # a launch is not the work that it starts
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
     for op in mine:
-        asked = time.perf_counter()
+        asked = clock()
         kind, i, c = op
         s = stage(op, channels.rank, p)
         message, target = awaits(op, s, last), passes_on(op, s, last)
         got = None if message is None else channels.receive(message, lambda i: hidden_like(batches[i]))
-        start = time.perf_counter()
+        start = clock()
         if kind == "F":
             hidden = None if got is None else got.requires_grad_("B" in kinds)
             with SplitLinears(queues[i, c]) if "W" in kinds else torch.set_grad_enabled("B" in kinds):
@@ -877,7 +882,7 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
                 parameter, later = parts.pop()
                 backward(parameter, later(), op != final["W", c] or any(x is parameter for x, _ in parts))
         if on_op is not None:
-            on_op(op, asked, start, time.perf_counter())
+            on_op(op, asked, start, clock())
     channels.finish()
     return nlls
 
