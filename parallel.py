@@ -335,7 +335,7 @@ class Regather:
         self.shard, self.version = None if self.f else shard.detach(), shard._version
         self.identity = whole.data_ptr(), whole.numel()
 
-    def hooks(self):                              # not kept: it knows self, and who knows himself waits for the collector
+    def hooks(self):                        # not kept: it knows self, and a cycle lives until the collector comes
         return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
     def pack(self, t):
@@ -847,7 +847,7 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
             torch.autograd.backward([tensor], [gradient])
 
     def clock():
-        if on_op is not None and torch.accelerator.is_available():              # a launch is not the work that it starts
+        if on_op is not None and torch.accelerator.is_available():             # a launch is not the work that it starts
             torch.accelerator.synchronize()
         return time.perf_counter()
 

@@ -321,7 +321,8 @@ def test_dry_run_counts_what_a_layout_costs(monkeypatch, capsys):
         assert "mesh       pp 1 x dp 4 x tp 1: 0 (0 0 0), 1 (0 1 0), 2 (0 2 0), 3 (0 3 0)" in said
         assert (f"with every one of {m} micro-batches; stage 1 would send" in said) == (stage > 1)
     b = budget("--pp", "4", "--tp", "2")
-    assert b["layout"]["bubble"] == pytest.approx(3 / (8 + 3)) and [x["layers"] for x in b["layout"]["ranks"]] == [1] * 4
+    assert b["layout"]["bubble"] == pytest.approx(3 / (8 + 3))
+    assert [x["layers"] for x in b["layout"]["ranks"]] == [1] * 4
     hidden = 4 * 32 * 32 // 2                                                        # B T C / tp with sequence parallel
     assert [x["bytes_sent"]["pp"] for x in b["layout"]["ranks"]] == [8 * hidden * n for n in (1, 2, 2, 1)]
 
