@@ -189,6 +189,23 @@ class MasterWeights(torch.optim.Optimizer):
         self.defaults = self.inner.defaults
         for ours, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
             ours.update({key: x for key, x in theirs.items() if key != "params"})
+        self.drop()
+
+    def drop(self):
+        for p, m in self.masters.items():
+            if m is not p and not self.keep:
+                m.data = m.new_empty(0)
+
+    def __getstate__(self):
+        return self.__dict__                                                            # torch's forgets what is ours
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for p, m in self.masters.items():
+            if m is not p:                                               # a deep copy of p has lost it, and m moved
+                p.grad_dtype = torch.float32
+                if self.keep:
+                    self.state[p]["master"] = m.detach()
 
     def inside(self, group) -> dict:
         """The group as the inner optimizer has it: of masters."""
@@ -206,6 +223,7 @@ class MasterWeights(torch.optim.Optimizer):
         super().add_param_group(param_group)
         if self.inner is not None:
             self.inner.add_param_group(self.inside(self.param_groups[-1]))
+            self.drop()
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -216,6 +234,10 @@ class MasterWeights(torch.optim.Optimizer):
         for ours, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
             theirs.update({key: x for key, x in ours.items() if key != "params"})          # a schedule's learning rate
         low = {p: m for p, m in self.masters.items() if m is not p and p.grad is not None}
+        for p, m in self.masters.items():
+            if m is p and p.grad is not None and torch.promote_types(p.dtype, torch.float32) != p.dtype:
+                raise RuntimeError("params must stay frozen if they were at construction, one without a master got a "
+                                   "gradient")
         for p, m in self.masters.items():
             self.inner.state[m] = {key: x for key, x in self.state[p].items() if key != "master"}
         for p, m in low.items():
@@ -232,8 +254,7 @@ class MasterWeights(torch.optim.Optimizer):
             if self.rounding == "stochastic":
                 p.copy_(cast(m, NAMES[p.dtype], "stochastic", generator=self.generator))
             m.grad = None
-            if not self.keep:
-                m.data = m.new_empty(0)
+        self.drop()
         return loss
 
     def state_dict(self) -> dict:
@@ -244,9 +265,6 @@ class MasterWeights(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict):
         """Raises ValueError, as torch's, for groups that do not fit."""
         # torch would cast the moments to p's dtype; the inner optimizer's parameters are float32
-        if not self.keep:
-            for p, m in self.masters.items():
-                m.data = p.float() if m is not p else m.data
         state = {i: {key: x for key, x in x.items() if key != "master"} for i, x in state_dict["state"].items()}
         self.inner.load_state_dict(state_dict | {"state": state})
         params = [p for group in self.param_groups for p in group["params"]]
@@ -351,19 +369,17 @@ class ComputePolicy(TorchFunctionMode):
     """Inside, operations run as the table says: floating-point arguments (but float64's) are cast, as torch.autocast
     does, with a table that can be read, changed, and applied to a module from outside.
 
-    low: torch.bfloat16 or torch.float16. table: {function: LOW | torch.float32}. products: {weight: Fp8Product}, for
-    F.linear with those weights, which carry them from then on. emulate: float32 kernels on rounded numbers, their
-    result rounded: what a low kernel does, and ten times as fast where a CPU has none, but backward keeps float32. An
+    low: torch.bfloat16 or torch.float16. table: {function: LOW | torch.float32}. A weight that has a `product` (see
+    fp8_products) is multiplied by that in F.linear's place. emulate: float32 kernels on rounded numbers, their result
+    rounded: what a low kernel does, and ten times as fast where a CPU has none, but backward keeps float32. An
     operation with out= runs as it is given. Raises ValueError for another low.
     """
 
-    def __init__(self, low: torch.dtype, table: dict = OPERATIONS, products: dict | None = None, emulate: bool = False):
+    def __init__(self, low: torch.dtype, table: dict = OPERATIONS, emulate: bool = False):
         super().__init__()
         if low not in (torch.bfloat16, torch.float16):
             raise ValueError(f"low must be torch.bfloat16 or torch.float16, got {low}")
         self.low, self.table, self.emulate, self.active = low, table, emulate, False
-        for weight, product in (products or {}).items():
-            weight.product = product
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -384,6 +400,11 @@ class ComputePolicy(TorchFunctionMode):
         self.active = False
         return super().__exit__(*error)
 
+    def around(self, function, *args, **kwargs):
+        """function's result under the policy."""
+        with nullcontext() if self.active else self:
+            return function(*args, **kwargs)
+
     def applied(self, module: nn.Module) -> nn.Module:
         """To a module from outside, in place: whichever of its parts is called first enters the policy, also where a
         block that was not kept is run once more in backward."""
@@ -397,8 +418,7 @@ class Governed:
     each: torch.compile would compile every block anew.)"""
 
     def forward(self, *args, **kwargs):
-        with nullcontext() if self.policy.active else self.policy:
-            return super().forward(*args, **kwargs)
+        return self.policy.around(super().forward, *args, **kwargs)
 
 
 @functools.cache
@@ -434,6 +454,9 @@ class Fp8Product(nn.Module):
         self.register_buffer("amax_history", torch.zeros(3, history if scaling == "delayed" else 0))   # x, W, dy
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if self.scaling == "delayed" and torch._C._current_graph_task_id() >= 0:
+            raise RuntimeError("scaling must be current where forward runs again in backward, delayed would change its "
+                               "scales")
         self.learning = torch.is_grad_enabled()
         y = Fp8MatMul.apply(x.flatten(0, -2), weight, self).view(*x.shape[:-1], len(weight))
         return y if bias is None else y + bias
@@ -445,12 +468,15 @@ class Fp8Product(nn.Module):
         if self.group is not None and self.group.size() > 1:
             dist.all_reduce(amax, dist.ReduceOp.MAX, group=self.group)
         if self.scaling == "delayed":
+            self.amax_history = self.amax_history.to(amax.device)
             history = self.amax_history[which:which + len(tensors)]
             known = history.amax(1)
             if self.learning:                                                       # an evaluation leaves no trace
-                history.copy_(torch.cat((amax[:, None], history[:, :-1]), 1))
-            amax = torch.where(known > 0, known, amax)                                               # at first: its own
-        largest = amax.new_tensor([FORMATS["e5m2" if which == 2 else "e4m3"].max])
+                seen = amax.where(amax.isfinite(), 0)                        # an overflow is not what comes next
+                history.copy_(torch.cat((seen[:, None], history[:, :-1]), 1))
+            # at first, and where the tensor has no finite one, its own
+            amax = torch.where((known > 0) & amax.isfinite(), known, amax)
+        largest = amax.new_full((1,), FORMATS["e5m2" if which == 2 else "e4m3"].max)
         # an infinity gets scale 0 and becomes NaN, which the gradient's norm finds
         return list((largest / amax).log2().floor().clamp(max=60).exp2())
 
@@ -510,14 +536,17 @@ def matrices(module: nn.Module, leave_out) -> dict:
 
 
 def fp8_products(module: nn.Module, *, leave_out=LEFT_OUT, **options) -> dict:
-    """{weight: Fp8Product} of a module's linear layers, for a ComputePolicy: any class that calls F.linear. leave_out:
-    patterns of names. Sizes that are no multiples of 16 are left out too. options: Fp8Product's; one without a history
-    serves all weights."""
+    """Give the weights of a module's linear layers an Fp8Product, as their `product`: a ComputePolicy multiplies by it,
+    in any class that calls F.linear -> {weight: product}. leave_out: patterns of names. Sizes that are no multiples of
+    16 are left out too. options: Fp8Product's; one without a history serves all weights."""
     make = functools.partial(Fp8Product, **options)
     if options.get("scaling", "current") == "current":
         make = functools.cache(make)
-    return {part.weight: make() for part in matrices(module, leave_out).values()
-            if not any(size % 16 for size in part.weight.shape)}
+    weights = [part.weight for part in matrices(module, leave_out).values()]
+    weights = [weight for weight in weights if not any(size % 16 for size in weight.shape)]
+    for weight in weights:
+        weight.product = make()
+    return {weight: weight.product for weight in weights}
 
 
 # ---- integers for inference ------------------------------------------------------------------------------------------
@@ -527,7 +556,8 @@ class Quantized:
 
     @property
     def weight(self) -> Tensor:
-        return decode(unpack(self.codes) if self.packed else self.codes, self.scale, self.zero, self.shape)
+        codes = unpack(self.codes) if self.packed else self.codes
+        return decode(codes, self.scale, self.zero, self.shape).to(self.dtype)
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -561,7 +591,9 @@ def nearest_code(w, scale, zero, levels: int) -> Tensor:
 
 def round_to_nearest(w: Tensor, levels: int, group_size: int):
     """w (out, in) -> codes, scale, zero, each column's code by itself."""
-    return gptq(w, torch.eye(w.shape[1], dtype=torch.float64, device=w.device), levels, group_size, damping=0)
+    parts = [(part, *grid(part, levels)) for part in w.split(group_size, 1)]
+    codes = [nearest_code(part, scale[:, None], zero[:, None], levels) for part, scale, zero in parts]
+    return torch.cat(codes, 1), *(torch.stack(x, 1) for x in list(zip(*parts, strict=True))[1:])
 
 
 def gptq(w: Tensor, gram: Tensor, levels: int, group_size: int, damping: float = 0.01):
@@ -614,7 +646,8 @@ def quantize(module: nn.Module, fmt: str, *, calibration=None, group_size: int =
         if fmt == "int4":
             codes = pack(F.pad(codes, (0, -codes.shape[1] % size)))
         del part._parameters["weight"]
-        part.shape, part.packed, part.__class__ = tuple(w.shape), fmt == "int4", quantized_class(type(part))
+        part.shape, part.dtype, part.packed = tuple(w.shape), w.dtype, fmt == "int4"
+        part.__class__ = quantized_class(type(part))
         for key, value in (("codes", codes), ("scale", scale), ("zero", zero)):
             part.register_buffer(key, value)
     return module
@@ -681,8 +714,9 @@ class Problem:
             generator = torch.Generator().manual_seed(p.numel())
             p.data = (torch.randn(p.shape, generator=generator) / like**0.5 if like else torch.ones(p.shape)).to(low)
         if low.itemsize == 2:
-            products = fp8_products(student, leave_out=("5",)) if precision == "fp8" else {}
-            ComputePolicy(low, products=products, emulate=True).applied(student)
+            if precision == "fp8":
+                fp8_products(student, leave_out=("5",))
+            ComputePolicy(low, emulate=True).applied(student)
         params = list(student.parameters())
         optimizer = MasterWeights(params, torch.optim.AdamW, weight_decay=0.0, eps=1e-15, **options)
         scaler = LossScaler(init_scale, growth_interval=50) if init_scale else None
@@ -700,18 +734,19 @@ class Problem:
             if not found_inf:
                 # unscaling and clipping are one factor
                 torch._foreach_mul_(grads, min(1.0, 1e-3 / norm) / scale)
-                before = [p.detach().clone() for p in params]
+                kept = [optimizer.state[p].get("master", p) for p in params]
+                before = [w.detach().clone() for w in kept]
                 optimizer.step()
                 zeros.append(share(g == 0 for g in grads))
-                still.append(share(a == b for a, b in zip(before, params, strict=True)))
+                still.append(share(a == b for a, b in zip(before, kept, strict=True)))
             skipped += found_inf
+            held = [*params, *grads, *(x for s in optimizer.state.values() for x in s.values())]
             optimizer.zero_grad()
-        held = {"weights": params, "gradients": [], "states": [x for s in optimizer.state.values() for x in s.values()]}
         with torch.no_grad():
             loss = self.loss(student, self.held_out).item() / len(self.held_out)
         n = sum(p.numel() for p in params)
         return {"loss": loss, "zeros": sum(zeros[-50:]) / 50, "still": sum(still[-50:]) / 50, "skipped": skipped,
-                "bytes": sum(x.nbytes for xs in held.values() for x in xs if x.numel() > 1) / n + 4, "student": student}
+                "bytes": sum(x.nbytes for x in held if x.numel() > 1) / n, "student": student}
 
 
 def share(masks) -> float:

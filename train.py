@@ -446,7 +446,10 @@ def make_stage(c: Config, device, mesh=None, at: int = 0, read=None, dtype=torch
         attention = net.sdpa_attention
     low = dtype if dtype.itemsize == 2 else None
     if low:
-        attention = precision.lowered(attention, low)
+        # split layers, by width or by backward, must see the weight and the input themselves
+        policy = precision.ComputePolicy(low, emulate=device.type == "cpu" and c.tp == 1 and c.pp_schedule != "zb")
+        # the core that "selective" runs again in backward enters the policy by itself
+        attention = functools.partial(policy.around, precision.lowered(attention, low))
     with torch.device("meta"):
         gpt = net.GPT(c.model, attention, recompute=c.recompute)
     if mesh is not None and mesh.tp > 1:
@@ -467,12 +470,9 @@ def make_stage(c: Config, device, mesh=None, at: int = 0, read=None, dtype=torch
     if not sharded:
         gpt = net.fill(gpt, read, device, dtype)
     if low:
-        products = {}
         if c.precision == "fp8":
-            products = precision.fp8_products(gpt, group=mesh and mesh.tp_group)
-        # split layers, by width or by backward, must see the weight and the input themselves
-        emulate = device.type == "cpu" and c.tp == 1 and c.pp_schedule != "zb"
-        precision.ComputePolicy(low, products=products, emulate=emulate).applied(gpt)
+            precision.fp8_products(gpt, group=mesh and mesh.tp_group)
+        policy.applied(gpt)
         for p in gpt.parameters():
             p.grad_dtype = torch.float32
     if sharded:

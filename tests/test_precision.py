@@ -250,6 +250,42 @@ def test_float32_parameters_are_their_own_masters_and_groups_may_come_later():
     assert optimizer.state[low]["master"].dtype == torch.float32 and abs(low[0].item() - 0.798) < 1e-3
 
 
+def test_copies_go_on_by_themselves_and_what_was_frozen_stays():
+    low = Net(torch.bfloat16)
+    ours = MasterWeights(groups(low), torch.optim.AdamW, lr=0.01)
+    gradients(low, 1)
+    ours.step()
+    ours.zero_grad()
+    twin, theirs = copy.deepcopy((low, ours))
+    for module, optimizer in ((low, ours), (twin, theirs)):
+        gradients(module, 2)
+        optimizer.step()
+    for p, q in zip(low.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q) and p is not q
+        assert torch.equal(ours.state[p].get("master", p), theirs.state[q].get("master", q))
+    low.frozen.requires_grad_(True)
+    low.frozen.weight.grad = torch.ones_like(low.frozen.weight)
+    with pytest.raises(RuntimeError, match="params must stay frozen if they were at construction"):
+        ours.step()
+
+
+def test_without_masters_no_float32_copy_lasts():
+    low = Net(torch.bfloat16)
+    optimizer = MasterWeights(groups(low), torch.optim.AdamW, keep=False)
+    for _ in range(2):
+        assert not sum(m.numel() for p, m in optimizer.masters.items() if m is not p)
+        gradients(low, 1)
+        optimizer.step()
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def test_attributes_travel_to_the_masters():
+    p = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    p.full_name, p.box = "w", ((0, 4, 8), (0, 4, 4))
+    master = MasterWeights([p], torch.optim.SGD).masters[p]
+    assert (master.full_name, master.box, master.dtype) == ("w", p.box, torch.float32)
+
+
 def test_bytes_are_the_table():
     assert [sum(bytes_per_parameter(*x).values()) for x in (
         (torch.float32,), (torch.bfloat16,), (torch.float16, False))] == [16, 18, 14]
@@ -466,6 +502,22 @@ def test_blocks_compile_once_and_whole_under_the_policy(flags, monkeypatch):
         assert (a - b).norm() <= 2**-8 * a.norm() > 0
 
 
+@pytest.mark.parametrize("kind, recompute", [("bf16", "selective"), ("bf16", "full"), ("fp8", "selective"),
+                                             ("fp8", "full")])
+@pytest.mark.parametrize("emulate", (False, True))
+def test_recomputation_changes_no_bit(kind, recompute, emulate, monkeypatch):
+    """What runs again in backward runs as it ran: as a GPU has it (emulate False) and as a CPU has it."""
+    policy = precision.ComputePolicy
+    monkeypatch.setattr(precision, "ComputePolicy", lambda low, **x: policy(low, **x | {"emulate": emulate}))
+    found = []
+    for flag in ("none", recompute):
+        c = train.parse_config([*TINY, *MODELS["llama"], "--n-layer", "1", "--precision", kind, "--recompute", flag])
+        model = train.make_stage(c, torch.device("cpu"), dtype=torch.bfloat16)
+        model(**batch_of(vocab=512))[0].backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 # ---- FP8 -------------------------------------------------------------------------------------------------------------
 
 def test_fp8_products_are_those_of_the_rounded_numbers():
@@ -528,6 +580,17 @@ def test_fp8_scales_current_delayed_of_zeros_and_of_infinities():
         before = product.amax_history.clone()
         product(torch.full((16, 16), 99.0), w)
         assert torch.equal(product.amax_history, before)                              # looking does not change training
+    # an infinity is found in its own step, and not in those that follow
+    product, finite = Fp8Product("delayed", history=3), []
+    for step in range(6):
+        w.grad, dy = None, torch.ones(16, 16)
+        dy[0, 0] = math.inf if step == 2 else 1.0
+        product(torch.ones(16, 16), w).backward(dy)
+        finite.append(bool(w.grad.isfinite().all()))
+    assert finite == [True, True, False, True, True, True]
+    with pytest.raises(RuntimeError, match="scaling must be current where forward runs again"):
+        checkpoint(product, torch.ones(16, 16).requires_grad_(), w, use_reentrant=False).sum().backward()
+    assert Fp8Product("delayed")(torch.ones(16, 16, device="meta"), w.to("meta")).shape == (16, 16)
     current = Fp8Product()
     assert current(torch.zeros(16, 16), w).abs().max() == 0
     x = torch.ones(16, 16)
@@ -565,7 +628,7 @@ def test_fp8_leaves_out_by_a_rule():
     model = gpt(dtype=torch.bfloat16)
     kept = fp8_products(model, leave_out=("*embed*", "*lm_head*", "*layers.0.*"))
     assert all("layers.1" in p.full_name for p in kept) and kept
-    ComputePolicy(torch.bfloat16, products=kept).applied(model)
+    ComputePolicy(torch.bfloat16).applied(model)
     plain = ComputePolicy(torch.bfloat16).applied(gpt(dtype=torch.bfloat16))
     assert model(**batch_of())[0].item() != plain(**batch_of())[0].item()
 
@@ -578,9 +641,8 @@ def fp8_in_parts(rank, n, agree):
     group = dist.group.WORLD if n > 1 else None
     if n > 1:
         parallel.tensor_parallel(mlp, group, plan={"0": "column", "2": "row"}, sequence_parallel=False)
-    products = fp8_products(mlp, leave_out=(), group=group if agree else None)
-    assert len(products) == 2
-    ComputePolicy(torch.bfloat16, products=products).applied(mlp)
+    assert len(fp8_products(mlp, leave_out=(), group=group if agree else None)) == 2
+    ComputePolicy(torch.bfloat16).applied(mlp)
     x = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
     y = mlp(x)
     (y.float() * torch.linspace(-3, 1, 32)).sum().backward()
@@ -624,6 +686,14 @@ def test_nearest_codes_are_the_nearest(fmt, levels, group):
     assert layer.weight.dtype == torch.float32 and layer(torch.eye(40)).T.equal(layer.weight)
     rows = 6 * (3 if fmt == "int4" else 1) * 3
     assert weight_bytes(layer) == (6 * 40 if fmt == "int8" else 6 * 24) + rows                # padded to 48 columns
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64))
+def test_integers_are_decoded_in_the_modules_dtype(dtype):
+    layer = nn.Linear(64, 8).to(dtype)
+    x = torch.randn(3, 64).to(dtype)
+    expected = layer(x)
+    assert quantize(layer, "int8")(x).dtype == dtype and (layer(x) - expected).abs().max() < 0.03
 
 
 def test_gptq_loses_less_of_the_output_than_rounding():
@@ -743,8 +813,10 @@ def reordered(corpus, kind, emulate):
             off.append(distance(*trained(0, 1, [*argv, "--micro-batch-size", str(k)]), losses, weights))
 
         def products(module, **options):
-            return {p: functools.partial(in_halves, dim=int("o_proj" in p.full_name or "down_proj" in p.full_name))
-                    for p in module.parameters() if "_proj" in p.full_name}
+            for p in module.parameters():
+                if "_proj" in p.full_name:
+                    p.product = functools.partial(in_halves, dim=int("o_proj" in p.full_name
+                                                                     or "down_proj" in p.full_name))
         patch.setattr(precision, "fp8_products", products)
         patch.setitem(precision.PRECISIONS, "fp8", precision.PRECISIONS[kind])
         off.append(distance(*trained(0, 1, [*argv, "--precision", "fp8"], kind == "fp16"), losses, weights))
