@@ -50,6 +50,7 @@ run: python precision.py
 """
 
 import copy
+import ctypes
 import functools
 import math
 from contextlib import nullcontext
@@ -283,6 +284,11 @@ class MasterWeights(torch.optim.Optimizer):
 NAMES = {f.dtype: name for name, f in FORMATS.items() if f.dtype}
 
 
+def float32(x: float) -> float:
+    """GradScaler's scale is a float32 tensor."""
+    return ctypes.c_float(x).value
+
+
 class LossScaler:
     """The loss scale S as a state machine: no tensors, no groups. Names and behaviour are torch.amp.GradScaler's.
 
@@ -302,21 +308,22 @@ class LossScaler:
                                ("growth_interval", growth_interval >= 1, "be at least 1")):
             if not ok:
                 raise ValueError(f"{name} must {rule}, got {locals()[name]}")
-        self.scale, self.growth_factor, self.backoff_factor = init_scale, growth_factor, backoff_factor
+        self.scale, self.growth_factor, self.backoff_factor = float32(init_scale), growth_factor, backoff_factor
         self.growth_interval, self.min_scale, self.growth_tracker = growth_interval, min_scale, 0
 
     def update(self, found_inf: bool):
         if found_inf:
-            if self.scale * self.backoff_factor < self.min_scale:
+            smaller = float32(self.scale * self.backoff_factor)
+            if smaller < self.min_scale:
                 raise FloatingPointError(f"loss scale must not fall below {self.min_scale:g}, gradients overflow at "
                                          f"{self.scale:g}")
-            self.scale, self.growth_tracker = self.scale * self.backoff_factor, 0
+            self.scale, self.growth_tracker = smaller, 0
             return
         self.growth_tracker += 1
         if self.growth_tracker == self.growth_interval:
             # a scale that float32 cannot say is not taken
-            grown = self.scale * self.growth_factor
-            self.scale, self.growth_tracker = grown if grown <= FORMATS["fp32"].max else self.scale, 0
+            grown = float32(self.scale * self.growth_factor)
+            self.scale, self.growth_tracker = grown if math.isfinite(grown) else self.scale, 0
 
     def state_dict(self) -> dict:
         return {"scale": self.scale, "growth_factor": self.growth_factor, "backoff_factor": self.backoff_factor,

@@ -176,6 +176,7 @@ def test_master_weights_are_the_float32_optimizer_bit_for_bit(cls, options):
             schedules[0].load_state_dict(copy.deepcopy(schedules[1].state_dict()))
             low = fresh
     assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"] < 0.01
+    assert ours.defaults == theirs.defaults
 
 
 def test_a_plain_optimizers_state_goes_into_master_weights_and_back():
@@ -232,6 +233,8 @@ def test_without_masters_small_updates_vanish_and_stochastic_rounding_keeps_thei
     generator = torch.Generator().manual_seed(0)
     deviation = (200 * 2**-14 / 4 / 4096) ** 0.5                        # at most: a step's variance is spacing^2 / 4
     assert abs(after(keep=False, rounding="stochastic", generator=generator) - true) < 4 * deviation
+    once, again = (after(keep=False, rounding="stochastic", generator=torch.Generator().manual_seed(3)) for _ in "ab")
+    assert once == again
 
 
 def test_float32_parameters_are_their_own_masters_and_groups_may_come_later():
@@ -384,6 +387,22 @@ def test_the_scale_grows_backs_off_and_has_a_floor_and_a_ceiling():
     scaler = LossScaler(2.0**127, growth_interval=1)
     scaler.update(False)
     assert scaler.scale == 2.0**127                                              # float32 has no larger power of 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_factors_give_grad_scalers_trajectory(seed):
+    generator = torch.Generator().manual_seed(seed)
+    grow, back, interval, init = (choices[int(torch.randint(len(choices), (), generator=generator))] for choices in (
+        (2.0, 1.5, 1.1), (0.5, 0.7), (1, 2, 3), (1.0, 12345.678, 2.0**16, 2.0**126)))
+    ours, p = LossScaler(init, grow, back, interval, min_scale=1e-20), nn.Parameter(torch.zeros(1))
+    theirs, optimizer = torch.amp.GradScaler("cpu", init, grow, back, interval), torch.optim.SGD([p], lr=0.0)
+    theirs.scale(p.sum())                                                                     # it begins lazily
+    for found_inf in (torch.rand(60, generator=generator) < 0.3).tolist():
+        p.grad = torch.full((1,), math.inf if found_inf else 1.0)
+        theirs.step(optimizer)
+        theirs.update()
+        ours.update(found_inf)
+        assert (ours.scale, ours.growth_tracker) == (theirs.get_scale(), theirs._get_growth_tracker())
 
 
 @pytest.mark.parametrize("options, message", [
@@ -569,7 +588,8 @@ def test_fp8_on_hardware_is_the_emulation():
 def test_fp8_scales_current_delayed_of_zeros_and_of_infinities():
     product = Fp8Product("delayed", history=3)
     w = torch.eye(16).requires_grad_()
-    for amax, known in ((4.0, 4.0), (8.0, 4.0), (1.0, 8.0), (1.0, 8.0), (1.0, 8.0), (1.0, 1.0)):
+    for amax, known in ((4.0, 4.0), (8.0, 4.0), (1.0, 8.0), (1.0, 8.0), (32.0, 8.0), (1.0, 32.0), (1.0, 32.0),
+                        (1.0, 32.0), (32.0, 1.0)):
         x = torch.zeros(16, 16)
         x[0, 0] = amax
         y = product(x, w)
