@@ -732,6 +732,26 @@ def test_gptq_loses_less_of_the_output_than_rounding():
     assert errors["gptq"] < 0.67 * errors["nearest"] and errors["white"] == pytest.approx(errors["nearest"], rel=1e-6)
 
 
+def test_gptq_is_what_least_squares_asks_for():
+    """After each column is rounded, those to its right are the best there are: solved for anew, from X X^T alone."""
+    generator = torch.Generator().manual_seed(0)
+    w, x = torch.randn(5, 24, generator=generator), torch.randn(200, 24, generator=generator)
+    x = (x @ torch.randn(24, 24, generator=generator)).double()
+    x[:, 7] = 0
+    gram = x.T @ x
+    H, left, codes = gram.clone(), w.double(), []
+    H.diagonal().add_(0.01 * gram.diagonal().mean())
+    H[7, 7] += 1
+    for i in range(24):
+        if i % 8 == 0:
+            scale, zero = precision.grid(left[:, i:i + 8], 15)
+        codes.append((left[:, i] / scale.double() + zero).round().clamp(0, 15))
+        lost = left[:, i] - (codes[-1] - zero) * scale.double()
+        left = left.clone()
+        left[:, i + 1:] += torch.outer(lost, torch.linalg.solve(H[i + 1:, i + 1:], H[i + 1:, i]))
+    assert torch.equal(precision.gptq(w, gram, 15, 8)[0], torch.stack(codes, 1).to(torch.uint8))
+
+
 def test_a_quantized_model_has_all_that_a_model_has():
     model = gpt()
     for p in model.parameters():
