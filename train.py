@@ -594,7 +594,7 @@ def train_step(model, optimizer, loader, step: int, c: Config, world: World, ask
     # 2. d/dw scale sum(nll) / N, micro-batch by micro-batch
     on_phase(step, "forward_backward")
     scale = scaler.scale if scaler else 1.0
-    seed = scale / N
+    seed = scale / N.double()
     if c.precision == "fp16":           # in the loss, ahead of the head's products: an unlikely word's p is below 2^-25
         for batch in batches:
             batch["weights"] = seed * torch.ones_like(batch["targets"], dtype=torch.float32)

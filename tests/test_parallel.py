@@ -198,6 +198,19 @@ def test_the_table_of_layouts_is_written_and_in_the_readme():
         assert line.rsplit("|", 4)[0] in readme                                     # the layouts; figures vary a little
 
 
+def test_a_step_is_plain_autograd(corpus, run_ranks):
+    """Of six windows: 1/N has no end in binary, which must be as exact as all else."""
+    argv = [*TINY, *MODELS["llama"], "--data", str(corpus), "--global-batch-size", "6"]
+    c = train.parse_config(argv)
+    gpt = train.make_stage(c, torch.device("cpu"), dtype=torch.float64)
+    batch = next(data.Loader(c.data, micro_batch_size=6, seq_len=c.seq_len, seed=c.seed))
+    loss = gpt(**train.to_device(batch, c, torch.device("cpu")))[0] / (batch["targets"] >= 0).sum()
+    norm = torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(gpt.parameters()))]).norm()
+    for ranks, flags in ((1, []), (2, ["--dp", "2"]), (2, ["--tp", "2"]), (2, ["--pp", "2"])):
+        for ours, *_ in run_ranks(trained, ranks, [*argv, *flags], 1):
+            assert ours[0] == pytest.approx((loss.item(), norm.item()), rel=1e-13)
+
+
 @pytest.mark.parametrize("flags", [
     "--pp 4 --pp-schedule zb", "--pp 2 --pp-schedule interleaved --pp-chunks 3",
     pytest.param("--pp 2", marks=pytest.mark.slow), pytest.param("--pp 2 --tp 2", marks=pytest.mark.slow)])
