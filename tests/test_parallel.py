@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import weakref
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -513,6 +514,23 @@ def buckets_leave(rank, n):
 
 def test_buckets_leave_while_backward_goes_on(run_ranks):
     assert run_ranks(buckets_leave, 2) == [[("backward", 16 * 17 * 4)] * 6 + [("finish", 12)]] * 2
+
+
+def apart(rank, n):
+    """Rank 1 begins its backward when rank 0 is through with its own."""
+    layers, word = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))), torch.zeros(1)
+    model = DataParallel(layers, dist.new_group(timeout=timedelta(seconds=5)), bucket_mb=16 * 17 * 4e-6)
+    loss = model(torch.ones(2, 16)).sum()
+    if rank == 1:
+        dist.recv(word, 0)
+    loss.backward()
+    if rank == 0:
+        dist.send(word, 1)
+    model.finish_gradient_synchronization()
+
+
+def test_backward_waits_for_no_other_rank(run_ranks):
+    run_ranks(apart, 2)
 
 
 def twice(rank, n, second):

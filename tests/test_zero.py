@@ -334,6 +334,32 @@ def test_kept_gradients_and_a_layer_too_many_are_seen(run_ranks):
     assert all(peak["gathered"] == 3 * 4 * 144 for peak, *_ in run_ranks(memory, 2, 3, 2, "two ahead"))
 
 
+def under_way(rank, n, stage):
+    """-> for each bucket that has left, and each layer gathered ahead: whether its message is yet to be waited for."""
+    model, _, sync, _ = sharded(Even(), stage, dist.group.WORLD)
+    pending = []
+
+    def send():
+        type(sync).send(sync)
+        pending.append(sync.flying is not None and sync.flying.work is not None)
+
+    def prefetch(at):
+        type(sync).prefetch(sync, at)
+        ahead = sync.needs[sync.order[at]] if 0 <= at < len(sync.order) else ()
+        pending.extend(unit.arriving is not None for unit in ahead if not unit.holders)
+
+    sync.send, sync.prefetch = send, prefetch
+    model(torch.ones(2, 12)).backward()
+    sync.finish_gradient_synchronization()
+    return pending
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_nothing_is_waited_for_where_it_starts(run_ranks, stage):
+    for pending in run_ranks(under_way, 2, stage):
+        assert all(pending) and len(pending) == (10 + 9 + 9 if stage == 3 else 10)
+
+
 def unused_layer(rank, n, stage):
     """A layer that nobody uses, first to be waited for -> bytes under way at most, in the first step and the second."""
     module = Even()
