@@ -426,7 +426,7 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
             raise ValueError(f"order must hold each of the {len(whole)} parameters once, got another {len(order)}")
         check(group, reduce, order)
         for p in order:
-            if group is not None:
+            if size(group) > 1:
                 dist.broadcast(p.detach(), group_src=0, group=group)
         buckets, shards, self.stage = make_buckets([p for p in order if p.requires_grad], group, bucket_mb), {}, stage
         for bucket in buckets:
@@ -496,7 +496,7 @@ class Unit(Bucket):
                 attributes = p.__dict__
                 torch.utils.swap_tensors(p, nn.Parameter(init(p), p.requires_grad))
                 p.__dict__.update(attributes)
-            elif group is not None:
+            elif size(group) > 1:
                 dist.broadcast(p.detach(), group_src=0, group=group)
             if self.weights is None:
                 self.weights = p.new_zeros(self.slice, requires_grad=False)
@@ -628,7 +628,7 @@ class FullyShard(GradientShards, nn.Module):
         for name, x in module.named_buffers():
             if x.is_meta:
                 raise ValueError(f"{name} must not be on the meta device, init gives parameters alone")
-            if group is not None:
+            if size(group) > 1:
                 dist.broadcast(x, group_src=0, group=group)
         self.compute_dtype, self.units, self.visits = compute_dtype, [], []
         self.needs = defaultdict(list)                             # module -> its units

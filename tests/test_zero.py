@@ -138,6 +138,21 @@ def test_every_stage_is_plain_adamw(run_ranks, n, stage):
                 torch.testing.assert_close(saved["state"][i], x, rtol=0, atol=1e-10)
 
 
+def in_a_group_of_one(rank, n, stage):
+    """-> training in a group that holds this rank alone, and the calls that it made."""
+    with parallel.CommLedger({"dp": dist.group.WORLD}) as ledger:
+        return train(rank, n, stage), ledger.calls
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_a_group_of_one_is_no_group(run_ranks, stage):
+    """The same bits, and nothing is sent but the sum of each step's losses, by the test itself."""
+    ((history, ours, _), calls), = run_ranks(in_a_group_of_one, 1, stage)
+    expected, weights, _ = train(0, 1, stage, alone=True)
+    assert history == expected and all(torch.equal(p, weights[name]) for name, p in ours.items())
+    assert [x.collective for x in calls] == ["all_reduce"] * len(history) and {x.shape for x in calls} == {()}
+
+
 def beside_data_parallel(rank, n, stage, micro_batches):
     """-> whether three steps leave the same bits as our DataParallel does."""
     group, modules = dist.group.WORLD, [Odd(seed=rank, dtype=torch.float32) for _ in range(2)]
