@@ -12,6 +12,7 @@ import time
 import weakref
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -369,6 +370,61 @@ def test_every_schedule_is_complete_in_order_and_free_of_deadlock():
             op.kind == "F" and parallel.stage(op, r, p) > 0 or op.kind == "B" and parallel.stage(op, r, p) < p * v - 1
             for r, ops in enumerate(schedule) for op in ops)
         assert timeline.duration >= max(len(ops) for ops in schedule)
+
+
+def launched(schedule, r, group_of):
+    """What rank r's host, which waits for nothing, gives its device: operations as the messages that they wait for (or
+    None), and each group's messages. A message knows how many operations were launched before it."""
+    ops, lines, p = [], {}, len(schedule)
+    last = p * (1 + max(op.chunk for op in schedule[0])) - 1
+
+    def message(what, x, group, group_peer):
+        x.message = SimpleNamespace(sends=what is dist.isend, peer=group_peer, after=len(ops), done=False,
+                                    wait=lambda *_: None, is_completed=lambda: True)
+        group.line.append(x.message)
+        return x.message
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "P2POp", message)
+        patch.setattr(dist, "batch_isend_irecv", list)
+        groups = [SimpleNamespace(rank=lambda: r, line=lines.setdefault(group_of(up), [])) for up in (False, True)]
+        channels = parallel.Channels(schedule, groups, 1)
+        for op in schedule[r]:
+            s = parallel.stage(op, r, p)
+            needed, result = parallel.awaits(op, s, last), parallel.passes_on(op, s, last)
+            x = needed and channels.receive(needed, lambda i: torch.empty(0))
+            ops.append(getattr(x, "message", None))
+            if result is not None:
+                channels.send(torch.empty(0), result)
+    return ops, lines
+
+
+def drains(schedule, group_of) -> bool:
+    """Whether all devices get to their end when messages are rendezvous, as NCCL's: a group's go in the order of their
+    launch, each when it is first in line at both ends and what was launched before it has run; an operation runs after
+    the one before it, and after its message."""
+    ranks, moved = [launched(schedule, r, group_of) for r in range(len(schedule))], True
+    ran = [0] * len(ranks)
+    while moved:
+        moved = False
+        for r, (ops, lines) in enumerate(ranks):
+            while ran[r] < len(ops) and (ops[ran[r]] is None or ops[ran[r]].done):
+                ran[r], moved = ran[r] + 1, True
+            for key, line in lines.items():
+                while line and line[0].sends and line[0].after <= ran[r]:
+                    there = ranks[line[0].peer][1][key]
+                    if not there or there[0].sends or there[0].peer != r or there[0].after > ran[line[0].peer]:
+                        break
+                    there.pop(0).done = moved = True
+                    line.pop(0)
+    return ran == [len(ops) for ops, _ in ranks] and not any(line for _, lines in ranks for line in lines.values())
+
+
+def test_a_group_for_each_direction_never_deadlocks_and_one_for_both_would():
+    for p, m, v, schedule in all_schedules():
+        assert drains(schedule, lambda up: up), (p, m, v)
+        if schedule in (parallel.one_f_one_b(p, m), parallel.zero_bubble(p, m)):
+            assert drains(schedule, lambda up: "both") == (p == 1 or m == 1)
 
 
 @pytest.mark.parametrize("schedule, message", [
