@@ -353,8 +353,12 @@ class World:
         self.step = 0                                     # where the run is, for whoever has to say what went wrong
         if self.size > 1:
             if not dist.is_initialized():
-                dist.init_process_group(dist.get_default_backend_for_device(self.device),
-                                        timeout=datetime.timedelta(seconds=c.timeout),
+                # torchrun's store outlives its ranks: a new start must not find the addresses of the one before
+                timeout, attempt = datetime.timedelta(seconds=c.timeout), os.environ.get("TORCHELASTIC_RESTART_COUNT")
+                store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+                dist.init_process_group(dist.get_default_backend_for_device(self.device), timeout=timeout,
+                                        store=dist.PrefixStore(f"start {attempt}", store), rank=self.rank,
+                                        world_size=self.size,
                                         device_id=None if self.device.type == "cpu" else self.device)
             self.group = dist.group.WORLD
             # objects, files and long waits go over the hosts: rank 0 may prepare data for hours

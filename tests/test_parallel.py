@@ -1113,43 +1113,81 @@ def test_the_launcher_passes_signals_on_and_is_not_outlived(corpus, tmp_path):
     wait_for(lambda: not any(Path(f"/proc/{r}").exists() for r in ranks), 10)
 
 
-def failing(argv, raises):
-    """A rank that torchrun started, of which one raises in its fifth step."""
+def failing(script):
+    """train.py, but rank 1 raises in the eighth step of its first start; with DEAF rank 0 does not hear of it."""
     original = train.train_step
 
-    def step(model, optimizer, loader, step, *rest, **options):
-        if raises and step == 4:
-            raise ValueError("the fan fell off")
-        return original(model, optimizer, loader, step, *rest, **options)
+    def step(model, optimizer, loader, step, c, world, *rest):
+        if step == 7 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            if world.rank == 1:
+                Path(c.out, "raised").write_text(str(time.time()))
+                raise ValueError("the fan fell off")
+            if "DEAF" in os.environ:
+                time.sleep(60)
+        return original(model, optimizer, loader, step, c, world, *rest)
 
-    train.train_step = step
-    sys.exit(train.main(argv))
+    train.train_step, train.__file__ = step, script
+    sys.exit(train.main())
 
 
-def test_a_rank_that_raises_ends_the_others(corpus, tmp_path):
-    argv = [*FAULTY, "--data", str(corpus), "--out", str(tmp_path / "run")]
-    code = """import sys
-sys.path[:0] = sys.argv[1:3]
-import test_parallel
-test_parallel.failing(sys.argv[4:], sys.argv[3] == "1")"""
-    environment = os.environ | {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1",
-                                "MASTER_PORT": str(20000 + os.getpid() % 9999)}
-    ranks = [subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(ROOT / "tests"), str(r), *argv], text=True,
-                              env=environment | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE,
-                              stdout=subprocess.DEVNULL) for r in range(2)]
+@pytest.fixture
+def faulty(corpus, tmp_path):
+    """-> the run's folder; (*launcher, environment) -> a process that starts such ranks."""
+    script, out = tmp_path / "faulty.py", tmp_path / "run"
+    script.write_text(f"import sys\nsys.path[:0] = {str(ROOT)!r}, {str(ROOT / 'tests')!r}\n"
+                      "import test_parallel\ntest_parallel.failing(__file__)\n")
+
+    def start(*launcher, flags=(), **environment):
+        command = [sys.executable, *launcher, str(script), *FAULTY, "--data", str(corpus), "--out", str(out), *flags]
+        return subprocess.Popen(command, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    return out, start
+
+
+def test_a_rank_that_raises_ends_the_others(faulty):
+    out, start = faulty
+    port = str(20000 + os.getpid() % 9999)
+    ranks = [start(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=r, LOCAL_RANK=r) for r in "01"]
     try:
-        said = [""] * 2
-        said[1] = ranks[1].communicate(timeout=90)[1]
-        gone = time.monotonic()
-        said[0] = ranks[0].communicate(timeout=10)[1]
-        assert time.monotonic() - gone < 10
+        said = [ranks[r].communicate(timeout=90)[1] for r in (1, 0)][::-1]
+        assert time.time() - float((out / "raised").read_text()) < 10
     finally:
         for process in ranks:
             process.kill()
     assert [process.returncode for process in ranks] == [1, 1]
     assert "ValueError: the fan fell off" in said[1]
-    assert said[1].endswith("train.py: rank 1 failed with ValueError at step 4: the fan fell off\n")
-    assert said[0].startswith("train.py: rank 0 lost the other ranks at step 4: ") and said[0].count("\n") == 1
+    assert said[1].endswith("train.py: rank 1 failed with ValueError at step 7: the fan fell off\n")
+    assert said[0].startswith("train.py: rank 0 lost the other ranks at step 7: ") and said[0].count("\n") == 1
+
+
+def test_the_launcher_ends_a_rank_that_does_not_hear_of_a_failure(faulty):
+    out, start = faulty
+    launcher = start(flags=["--nproc", "2"], DEAF="1")
+    try:
+        said = launcher.communicate(timeout=90)[1]
+        assert time.time() - float((out / "raised").read_text()) < 10
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 1 and said == (
+        "train.py: rank 1 failed: rank 1 failed with ValueError at step 7: the fan fell off, at step 7; "
+        f"see {out}/rank-1.err\n")
+    assert "Traceback" in (out / "rank-1.err").read_text()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_all_again_from_the_checkpoint(faulty):
+    out, start = faulty
+    launcher = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
+                     flags=["--steps", "12"])
+    try:
+        stdout, stderr = launcher.communicate(timeout=180)
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 0, stderr
+    assert "train.py: rank 1 failed with ValueError at step 7: the fan fell off" in stderr
+    assert "starting   at step 0 of 12" in stdout and "resuming   at step 5 of 12" in stdout
+    assert steps_done(out) >= 12 and (out / "checkpoints" / "step-00000012").exists()
 
 
 @pytest.mark.parametrize("flags, message", [
