@@ -152,12 +152,14 @@ def check_calls(books):
         assert counted.keys() == formula.keys()
         for key, (n, payload) in formula.items():
             assert counted[key] == (counted[key][0] if n is None else n, payload), (key, counted[key])
-    for axis, varies in (("pp", 0), ("dp", 1), ("tp", 2)):
-        lines = {}
-        for calls, _, place, _ in books:
-            lines.setdefault(place[:varies] + place[varies + 1:], []).append((place[varies], calls))
+    far = max(pp for *_, (pp, _, _), _ in books)
+    for axis, varies in (("pp", [0]), ("dp", [1]), ("tp", [2]), ("ends", [0]), ("world", [0, 1, 2])):
+        lines = {}                                                 # of each group, in the order of its ranks
+        for calls, _, place, _ in books:                           # in the world's, which is that of any group
+            if axis != "ends" or place[0] in (0, far):
+                lines.setdefault(tuple(x for i, x in enumerate(place) if i not in varies), []).append(calls)
         for line in lines.values():
-            check_sequences([calls for _, calls in sorted(line, key=lambda x: x[0])], axis)
+            check_sequences(line, axis)
 
 
 def every_day(pp, flags) -> str:
@@ -1017,6 +1019,13 @@ def test_books_that_do_not_agree_are_found():
                  ([call("send", 1), call("send", 1, (2,))], [call("recv", 0, (2,)), call("recv", 0)])):
         with pytest.raises(AssertionError, match="tp: "):
             check_sequences([a, b], "tp")
+    for axis in ("pp", "tp", "ends", "world"):                                          # of a mesh pp 2 x tp 2
+        two = [call("all_reduce")._replace(axis=axis, shape=(n,)) for n in (3, 4)]
+        for last in (two, two[::-1]):
+            books = [(last if place == (1, 0, 1) else two, {(axis, "all_reduce"): (2, 24)}, place, [])
+                     for place in itertools.product((0, 1), (0,), (0, 1))]
+            with pytest.raises(AssertionError, match=f"{axis}: ") if last != two else contextlib.nullcontext():
+                check_calls(books)
 
 
 def loopback() -> int:
