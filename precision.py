@@ -52,6 +52,7 @@ run: python precision.py
 import copy
 import ctypes
 import functools
+import inspect
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 # ---- formats ---------------------------------------------------------------------------------------------------------
 
@@ -120,7 +121,7 @@ def cast(x: Tensor, fmt: str, rounding: str = "nearest", *, saturate: bool = Fal
 
     rounding    "nearest", ties to even, or "stochastic": up with the probability of being that far up, E[cast(x)] = x
     saturate    too large becomes the largest number, not infinity; in e4m3, which has none, and in integers always.
-                torch's own casts (2.13) do the same
+                torch's own casts (2.13) do the same, but round float64 twice, to float32 first; here once
     generator   of the random numbers
     Raises ValueError for an unknown format or rounding, x that is not floating point, NaN where the format has none.
     """
@@ -187,6 +188,8 @@ class MasterWeights(torch.optim.Optimizer):
         self.masters, self.keep, self.rounding, self.generator, self.inner = {}, keep, rounding, generator, None
         super().__init__(params, kwargs)
         self.inner = optimizer_cls([self.inside(group) for group in self.param_groups], **kwargs)
+        if any(x.default is x.empty for x in inspect.signature(self.inner.step).parameters.values()):
+            raise ValueError(f"optimizer_cls must step without a closure, {type(self.inner).__name__} does not")
         self.defaults = self.inner.defaults
         for ours, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
             ours.update({key: x for key, x in theirs.items() if key != "params"})
@@ -211,13 +214,16 @@ class MasterWeights(torch.optim.Optimizer):
     def inside(self, group) -> dict:
         """The group as the inner optimizer has it: of masters."""
         for p in group["params"]:
+            if p.dtype.itemsize < 2:
+                raise ValueError(f"params must be of at least 16 bits, got {p.dtype}")
             self.masters[p] = p
             if p.requires_grad and torch.promote_types(p.dtype, torch.float32) != p.dtype:
                 m = self.masters[p] = nn.Parameter(p.detach().float())
                 m.__dict__.update(p.__dict__)
                 p.grad_dtype = torch.float32
                 if self.keep:
-                    self.state[p]["master"] = m.detach()
+                    master = self.state[p]["master"] = m.detach()
+                    master.copied = master._version
         return group | {"params": [self.masters[p] for p in group["params"]]}
 
     def add_param_group(self, param_group: dict):
@@ -259,9 +265,11 @@ class MasterWeights(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict:
-        """As optimizer_cls's, which can load it, and masters; of what was never updated p says all."""
+        """As optimizer_cls's, which can load it, and masters; without those that are still the copy of p they began as.
+        """
         saved = super().state_dict()
-        return saved | {"state": {i: x for i, x in saved["state"].items() if x.keys() != {"master"}}}
+        return saved | {"state": {i: x for i, x in saved["state"].items() if x.keys() != {"master"}
+                                  or x["master"]._version != getattr(x["master"], "copied", None)}}
 
     def load_state_dict(self, state_dict: dict):
         """Raises ValueError, as torch's, for groups that do not fit."""
@@ -276,9 +284,12 @@ class MasterWeights(torch.optim.Optimizer):
             m = self.masters[p]
             self.state[p].update(self.inner.state[m])
             if m is not p and self.keep:
+                known = state_dict["state"].get(i, {}).get("master")
                 with torch.no_grad():
-                    m.copy_(state_dict["state"].get(i, {}).get("master", p))
+                    m.copy_(p if known is None else known)
                     p.copy_(m)
+                if known is None:
+                    self.state[p]["master"].copied = m._version
 
 
 NAMES = {f.dtype: name for name, f in FORMATS.items() if f.dtype}
@@ -338,21 +349,33 @@ class LossScaler:
 # ---- what runs in which format ---------------------------------------------------------------------------------------
 
 LOW, FULL = "the policy's dtype", torch.float32
+
+
+def spelled(names: str) -> list:
+    """Functions of these names, wherever torch has them."""
+    places = torch, Tensor, F, torch.linalg, torch.special
+    return [getattr(place, name) for name in names.split() for place in places if hasattr(place, name)]
+
+
 OPERATIONS = {
     # matrix products and attention: almost all FLOPs. The kernels add up in float32, what comes out is rounded once
-    **dict.fromkeys((F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d, F.scaled_dot_product_attention, torch.matmul,
-                     torch.mm, torch.bmm, torch.mv, torch.addmm, torch.baddbmm, Tensor.matmul, Tensor.mm, Tensor.bmm,
-                     Tensor.__matmul__, Tensor.__rmatmul__, torch.einsum), LOW),
-    # norms, softmax, losses, sums and powers: few FLOPs, and errors that add up, or overflow
-    **dict.fromkeys((F.layer_norm, F.rms_norm, F.group_norm, F.batch_norm, F.normalize, torch.norm, Tensor.norm,
-                     F.softmax, F.log_softmax, torch.softmax, torch.log_softmax, Tensor.softmax, Tensor.log_softmax,
-                     torch.logsumexp, Tensor.logsumexp, F.cross_entropy, F.nll_loss, F.mse_loss, F.l1_loss, F.kl_div,
-                     F.binary_cross_entropy_with_logits, torch.sum, Tensor.sum, torch.mean, Tensor.mean, torch.var,
-                     Tensor.var, torch.cumsum, Tensor.cumsum, torch.exp, Tensor.exp, torch.log, Tensor.log, torch.pow,
-                     Tensor.pow, Tensor.__pow__, torch.rsqrt, Tensor.rsqrt,
-                     torch.layer_norm, torch.rms_norm), FULL),
-    # where the residual stream begins; and so the gradients of a word that is met a thousand times add up in float32
-    F.embedding: FULL}
+    **dict.fromkeys(spelled("""
+        linear bilinear matmul __matmul__ __rmatmul__ mm bmm mv addmm addbmm baddbmm addmv addr inner tensordot einsum
+        chain_matmul multi_dot conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d prelu
+        scaled_dot_product_attention multi_head_attention_forward lstm gru rnn_tanh rnn_relu
+        lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"""), LOW),
+    # norms, softmax, losses, sums, products and powers: few FLOPs, and errors that add up, or overflow; and where the
+    # residual stream begins: the gradients of a word that is met a thousand times add up in float32
+    **dict.fromkeys(spelled("""
+        layer_norm rms_norm group_norm batch_norm instance_norm local_response_norm normalize renorm
+        norm vector_norm matrix_norm dist cdist pdist cosine_similarity
+        softmax softmin log_softmax gumbel_softmax logsumexp softplus cross_entropy nll_loss mse_loss l1_loss
+        smooth_l1_loss huber_loss kl_div poisson_nll_loss gaussian_nll_loss binary_cross_entropy
+        binary_cross_entropy_with_logits cosine_embedding_loss hinge_embedding_loss margin_ranking_loss soft_margin_loss
+        multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss triplet_margin_loss ctc_loss
+        sum nansum mean nanmean var std var_mean std_mean dot vdot prod cumsum cumprod logcumsumexp
+        exp exp2 expm1 log log2 log10 log1p pow __pow__ __rpow__ float_power rsqrt reciprocal
+        sinh cosh tan acos asin erfinv embedding embedding_bag"""), FULL)}
 # all others run in what they are given; torch promotes a low and a float32 tensor to float32
 
 
@@ -378,45 +401,57 @@ class ComputePolicy(TorchFunctionMode):
 
     low: torch.bfloat16 or torch.float16. table: {function: LOW | torch.float32}. A weight that has a `product` (see
     fp8_products) is multiplied by that in F.linear's place. emulate: float32 kernels on rounded numbers, their result
-    rounded: what a low kernel does, and ten times as fast where a CPU has none, but backward keeps float32. An
-    operation with out= runs as it is given. Raises ValueError for another low.
+    rounded: what a low kernel does, and ten times as fast where a CPU has none, but backward keeps float32. A call is
+    looked up as it is made, not what torch makes of it inside; one in place, or with out=, runs as it is given. A
+    policy holds in the thread that entered it. Raises ValueError for another low.
     """
 
     def __init__(self, low: torch.dtype, table: dict = OPERATIONS, emulate: bool = False):
         super().__init__()
         if low not in (torch.bfloat16, torch.float16):
             raise ValueError(f"low must be torch.bfloat16 or torch.float16, got {low}")
-        self.low, self.table, self.emulate, self.active = low, table, emulate, False
+        self.low, self.table, self.emulate = low, table, emulate
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         to = self.table.get(function)
-        if to is not None and "out" not in kwargs:
-            if function is F.linear and len(args) > 1:
-                function = getattr(args[1], "product", function)
-            if to is LOW and self.emulate and function in self.table:
-                return lowered(lambda *x, **k: lowered(function, FULL)(*x, **k).to(self.low), self.low)(*args, **kwargs)
-            function = lowered(function, self.low if to is LOW else to)
+        if to is not None and kwargs.get("out") is None:
+            weight = args[1] if len(args) > 1 else kwargs.get("weight")
+            if function is F.linear and hasattr(weight, "product"):
+                function = lowered(weight.product, self.low if to is LOW else to)
+            else:
+                function = self.in_low(function) if to is LOW else lowered(function, to)
         return function(*args, **kwargs)
 
-    def __enter__(self):
-        self.active = True
-        return super().__enter__()
+    def in_low(self, function):
+        if self.emulate:
+            return lowered(lambda *x, **k: convert(lowered(function, FULL)(*x, **k), self.low), self.low)
+        return lowered(function, self.low)
 
-    def __exit__(self, *error):
-        self.active = False
-        return super().__exit__(*error)
+    def as_operation(self, function):
+        """function, made of any others, as the table's LOW has one of torch's: what it calls is not looked up."""
+        def run(*args, **kwargs):
+            with torch._C.DisableTorchFunction():
+                return self.in_low(function)(*args, **kwargs)
+        return run
+
+    def active(self) -> bool:
+        """Whether this thread's operations are looked up now. Not so in backward(), which is an operation itself."""
+        return any(mode is self for mode in _get_current_function_mode_stack())
 
     def around(self, function, *args, **kwargs):
         """function's result under the policy."""
-        with nullcontext() if self.active else self:
+        with nullcontext() if self.active() else self:
             return function(*args, **kwargs)
 
     def applied(self, module: nn.Module) -> nn.Module:
         """To a module from outside, in place: whichever of its parts is called first enters the policy, also where a
-        block that was not kept is run once more in backward."""
+        block that was not kept is run once more in backward. Running statistics become float32: they are sums."""
         for part in module.modules():
             part.policy, part.__class__ = self, governed_class(type(part))
+            for name, buffer in part.named_buffers(recurse=False):
+                if name.startswith("running_"):
+                    buffer.data = convert(buffer, FULL)
         return module
 
 
@@ -449,8 +484,9 @@ class Fp8Product(nn.Module):
     (its largest magnitude); "delayed", from the largest of the last `history` amaxes, known before the tensor is
     there. group: ranks that hold parts of the layer and must agree on amax. hardware: torch._scaled_mm, or the same
     products of codes in float32 (None: whichever the device has), and these too where a size, in, out or the number of
-    rows in backward, is no multiple of 16. x (..., in), W (out, in). Only codes of x are kept for backward, one byte
-    each; W is rounded again.
+    rows in backward, is no multiple of 16. input (..., in), weight (out, in). Only codes of x are kept for backward,
+    one byte each; W is rounded again. The amaxes of "delayed" are a buffer of this module; where it hangs on a weight
+    (fp8_products), no state_dict has them, and who trains with them saves them.
     """
 
     def __init__(self, scaling: str = "current", *, history: int = 16, group=None, hardware: bool | None = None):
@@ -460,12 +496,12 @@ class Fp8Product(nn.Module):
         self.scaling, self.group, self.hardware = scaling, group, hardware
         self.register_buffer("amax_history", torch.zeros(3, history if scaling == "delayed" else 0))   # x, W, dy
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if self.scaling == "delayed" and torch._C._current_graph_task_id() >= 0:
             raise RuntimeError("scaling must be current where forward runs again in backward, delayed would change its "
                                "scales")
         self.learning = torch.is_grad_enabled()
-        y = Fp8MatMul.apply(x.flatten(0, -2), weight, self).view(*x.shape[:-1], len(weight))
+        y = Fp8MatMul.apply(input.reshape(-1, weight.shape[1]), weight, self).view(*input.shape[:-1], len(weight))
         return y if bias is None else y + bias
 
     def scales(self, which: int, *tensors) -> list[Tensor]:
@@ -515,9 +551,11 @@ class Fp8MatMul(torch.autograd.Function):
     def backward(ctx, dy):
         x, sx, weight, sw = ctx.saved_tensors
         sg, = ctx.product.scales(2, dy)
-        dy = encode(dy, sg, "e5m2")
-        dx = ctx.product.multiply(dy, encode(weight, sw, "e4m3"), sg * sw, ctx.dtypes[0])              # dy W
-        dw = ctx.product.multiply(dy.T, x, sg * sx, ctx.dtypes[1])                                     # dy^T x
+        dy, dx, dw = encode(dy, sg, "e5m2"), None, None
+        if ctx.needs_input_grad[0]:
+            dx = ctx.product.multiply(dy, encode(weight, sw, "e4m3"), sg * sw, ctx.dtypes[0])          # dy W
+        if ctx.needs_input_grad[1]:
+            dw = ctx.product.multiply(dy.T, x, sg * sx, ctx.dtypes[1])                                 # dy^T x
         return dx, dw, None
 
 
@@ -634,7 +672,8 @@ def quantize(module: nn.Module, fmt: str, *, calibration=None, group_size: int =
     fmt          "int8": a scale and zero point a row. "int4": one a group of group_size columns; two codes a byte
     calibration  batches: dicts of the module's arguments. Given, codes are chosen by GPTQ, from the inputs that the
                  module's layers then see (before any is quantized); without, each weight is rounded to nearest
-    Raises ValueError for another format, calibration without a batch, a module without matrices.
+    Raises ValueError for another format, calibration without a batch, a module without matrices, NaN or infinities;
+    nothing is changed then.
     """
     if fmt not in ("int8", "int4"):
         raise ValueError(f"fmt must be int8 or int4, got {fmt!r}")
@@ -643,6 +682,9 @@ def quantize(module: nn.Module, fmt: str, *, calibration=None, group_size: int =
     parts = matrices(module, leave_out)
     if not parts:
         raise ValueError(f"module must have linear layers, {type(module).__name__} has none")
+    for name, part in parts.items():
+        if not part.weight.isfinite().all():
+            raise ValueError(f"weights must be finite, those of {name or type(part).__name__} are not")
     grams = None if calibration is None else gram_matrices(module, parts, calibration)
     levels = 255 if fmt == "int8" else 15
     for name, part in parts.items():
@@ -670,7 +712,8 @@ def gram_matrices(module, parts: dict, calibration) -> dict:
     grams, hooks, batches = {}, [], 0
     for name, part in parts.items():
         def collect(_, args, kwargs, name=name):
-            x = (*args, *kwargs.values())[0].flatten(0, -2).double()
+            x = (*args, *kwargs.values())[0].double()
+            x = x.reshape(-1, x.shape[-1])
             grams[name] = grams.get(name, 0) + x.T @ x
         hooks.append(part.register_forward_pre_hook(collect, with_kwargs=True))
     try:
@@ -682,8 +725,11 @@ def gram_matrices(module, parts: dict, calibration) -> dict:
             hook.remove()
     if not batches:
         raise ValueError("calibration must hold at least one batch, got none")
-    for name in parts.keys() - grams.keys():
-        raise ValueError(f"calibration must reach every layer, {name} saw no input")
+    for name, part in parts.items():
+        if name not in grams:
+            raise ValueError(f"calibration must reach every layer, {name} saw no input")
+        if not grams[name].isfinite().all():
+            raise ValueError(f"calibration must be finite, what {name or type(part).__name__} saw is not")
     return grams
 
 

@@ -452,8 +452,8 @@ def make_stage(c: Config, device, mesh=None, at: int = 0, read=None, dtype=torch
     if low:
         # split layers, by width or by backward, must see the weight and the input themselves
         policy = precision.ComputePolicy(low, emulate=device.type == "cpu" and c.tp == 1 and c.pp_schedule != "zb")
-        # the core that "selective" runs again in backward enters the policy by itself
-        attention = functools.partial(policy.around, precision.lowered(attention, low))
+        # low inputs whatever the rotation made of them, also where "selective" runs the core again, in backward
+        attention = policy.as_operation(attention)
     with torch.device("meta"):
         gpt = net.GPT(c.model, attention, recompute=c.recompute)
     if mesh is not None and mesh.tp > 1:
@@ -1008,7 +1008,7 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
 
     # the model and its optimizer: from the newest checkpoint, or from the seed
     reader = folder.newest()
-    step, facts, evaluation, stopping = 0, {"wall_seconds": 0.0}, None, False
+    step, skipped, facts, evaluation, stopping = 0, 0, {"wall_seconds": 0.0}, None, False
     if reader is not None:
         if c.resume == "never":
             raise BadInput(f"resume must be auto to go on with the run in {c.out}, got never; name another --out")
@@ -1026,6 +1026,7 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
         load_optimizer(optimizer, reader)
         if scaler:
             scaler.load_state_dict(reader.meta["loss_scaler"])
+            skipped = reader.meta["loss_scaler"].get("skipped", 0)
     folder.begin(step, c, tokenizer)
 
     b, (peak, peak_source) = budget(c, world), peak_flops(device)
@@ -1045,7 +1046,7 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
         say(f"{'resuming' if step else 'starting'}   at step {step} of {c.steps}, "
             f"{time.perf_counter() - start:.1f} s after the start\n")
 
-    first, saved, width, skipped = step, step if reader is not None else None, len(str(c.steps)), 0
+    first, saved, width = step, step if reader is not None else None, len(str(c.steps))
     began = time.perf_counter() - facts["wall_seconds"]
     mark, marked = time.perf_counter(), step                               # of the rate that is printed
 
@@ -1076,7 +1077,7 @@ def run(c: Config, world: World, folder: "Folder", loader, val, asked: list, on_
             folder.save(step, checkpoint_pieces(optimizer), {
                 "step": step, "config": dataclasses.asdict(c), "loader": loader.state_dict(), "card": facts,
                 "evaluation": evaluation, "tokenizer_sha256": tokenizer.sha256,
-                "loss_scaler": scaler and scaler.state_dict()})
+                "loss_scaler": scaler and scaler.state_dict() | {"skipped": skipped}})
             saved, mark, marked = step, time.perf_counter(), step
         if step == c.steps:
             break

@@ -1,14 +1,17 @@
 import copy
 import dataclasses
 import functools
+import inspect
 import math
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from bench import bench_precision
 from test_parallel import CALM, MODELS, TINY
 from test_train import MINI, metrics, newest_tensors, run
 from torch import nn
@@ -88,6 +91,11 @@ def test_other_casts():
     assert cast(big, "e5m2", saturate=True).tolist() == [57344, -57344, 57344, 1]
     assert cast(big, "e4m3").tolist() == [448, -448, 448, 1]                                  # it has no infinity
     assert cast(torch.tensor([math.nan]), "e4m3").isnan().all()
+    # float64: torch rounds to float32 first, which makes this a tie, and the tie goes down
+    for fmt in ("bf16", "fp16", "e4m3", "e5m2"):
+        f = FORMATS[fmt]
+        x = torch.tensor([1 + f.eps / 2 + 2.0**-40], dtype=torch.float64)
+        assert cast(x, fmt).item() == 1 + f.eps and x.to(f.dtype).item() == x.float().to(f.dtype).item() == 1
 
 
 @pytest.mark.parametrize("fmt", ("bf16", "e4m3", "int8", "fp16"))
@@ -204,6 +212,39 @@ def test_a_plain_optimizers_state_goes_into_master_weights_and_back():
         assert all(torch.equal(again.state[q][key], x) for key, x in theirs.state.get(q, {}).items())
     with pytest.raises(ValueError):
         ours.load_state_dict(torch.optim.AdamW(plain.parameters()).state_dict())
+
+
+def test_a_master_that_was_set_but_never_updated_is_saved():
+    """1.001, which bfloat16 calls 1; and what is still the copy of a parameter is not, so that AdamW can go on."""
+    p, same = (nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in "ab")
+    optimizer = MasterWeights([p, same], torch.optim.AdamW)
+    assert not optimizer.state_dict()["state"]
+    optimizer.state[p]["master"].fill_(1.001)
+    saved = copy.deepcopy(optimizer.state_dict())
+    assert saved["state"].keys() == {0}
+    for _ in range(2):
+        q, other = (nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)) for _ in "ab")
+        fresh = MasterWeights([q, other], torch.optim.AdamW)
+        fresh.load_state_dict(saved)
+        assert torch.equal(fresh.state[q]["master"], torch.full((3,), 1.001)) and q.tolist() == [1, 1, 1]
+        assert other.tolist() == [0, 0, 0]
+        saved = copy.deepcopy(fresh.state_dict())
+        assert saved["state"].keys() == {0}
+
+
+@pytest.mark.parametrize("params, cls, message", [
+    (torch.ones(2).bfloat16(), torch.optim.LBFGS, "optimizer_cls must step without a closure, LBFGS does not"),
+    (torch.ones(2).to(torch.float8_e4m3fn), torch.optim.SGD, "params must be of at least 16 bits, got torch.float8_")])
+def test_what_cannot_have_masters(params, cls, message):
+    with pytest.raises(ValueError, match=message):
+        MasterWeights([nn.Parameter(params)], cls)
+
+
+def test_bytes_that_a_step_moves():
+    """As the benchmark counts them. fp32: reads w g m v, writes w m v; with masters the low weight is written too;
+    without, it is read, and a master is written before and read after."""
+    moved = {name: bench_precision.bytes_moved(name) for name in bench_precision.OPTIMIZERS}
+    assert moved == {"fp32": 28, "bf16, master weights": 28 + 4 + 2, "bf16, none": 28 + 2 + 4 + 4 + 2}
 
 
 def test_gradients_of_micro_batches_add_up_in_float32():
@@ -416,10 +457,15 @@ def test_wrong_scalers(options, message):
 
 
 def test_fp16_gradients_underflow_without_a_scale():
-    """The share of zeros is what the format says, and a scale brings all back."""
+    """The share of zeros is what the format says, and a scale brings all back; what overflows is too, and bfloat16 has
+    room for it."""
     g = torch.exp(torch.randn(50_000, generator=torch.Generator().manual_seed(0)) * 3 - 16)
-    assert (g.half() == 0).double().mean() == (g <= 2**-25).double().mean() > 0.2
-    assert torch.equal((g * 2.0**16).half() == 0, g <= 2.0**-41) and (g * 2.0**16).half().isfinite().all()
+    assert (cast(g, "fp16") == 0).double().mean() == (g <= 2**-25).double().mean() > 0.2
+    scaled = cast(g * 2.0**16, "fp16")
+    assert torch.equal(scaled == 0, g <= 2.0**-41) and scaled.isfinite().all() and cast(g, "bf16").all()
+    big = g * 2.0**40
+    assert torch.equal(cast(big, "fp16").isinf(), big >= 65520) and 0.1 < (big >= 65520).double().mean() < 0.9
+    assert cast(big, "bf16").isfinite().all()
 
 
 # ---- the compute policy ----------------------------------------------------------------------------------------------
@@ -471,31 +517,84 @@ def test_what_runs_in_what():
     assert {name for name, dtype in seen.items() if dtype == torch.bfloat16} == low
     assert seen.pop("wide") == torch.float64
     assert {dtype for name, dtype in seen.items() if name not in low} == {torch.float32}
-    assert torch.mm(x, x).dtype == torch.float32 and not policy.active
+    assert torch.mm(x, x).dtype == torch.float32 and not policy.active()
     with pytest.raises(ValueError, match="low must be torch.bfloat16 or torch.float16, got torch.float32"):
         ComputePolicy(torch.float32)
 
 
+def test_the_table_has_what_people_call():
+    """As torch.autocast has it: in any spelling, keywords too, and the modules that call them."""
+    for names in re.findall(r'spelled\("""(.*?)"""', inspect.getsource(precision), re.S):
+        for name in names.split():
+            assert precision.spelled(name), name
+    low = ComputePolicy(torch.bfloat16)
+    x, w, v = torch.rand(4, 4) + 0.1, (torch.rand(4, 4) + 0.1).bfloat16(), torch.rand(4)
+    rows = x[None].expand(2, 4, 4)
+    made = {name: low.applied(module) for name, module in (
+        ("attention", nn.MultiheadAttention(4, 2, batch_first=True)), ("lstm", nn.LSTM(4, 4, batch_first=True)),
+        ("up", nn.ConvTranspose1d(4, 4, 2)), ("norm", nn.InstanceNorm1d(4)), ("cell", nn.GRUCell(4, 4)))}
+    with low:
+        seen = {"up": made["up"](x), "addmv": torch.addmv(v, x, v), "addmm": x.addmm(w, x), "mv": w.mv(v), "inner":
+                torch.inner(x, w), "linalg": torch.linalg.matmul(x, w), "tensordot": torch.tensordot(x, w, 1), "named":
+                torch.matmul(input=x, other=w), "baddbmm": rows.baddbmm(rows, rows), "cell": made["cell"](x),
+                "attention": made["attention"](rows, rows, rows)[0], "lstm": made["lstm"](rows)[0]}
+        assert {name for name, y in seen.items() if y.dtype != torch.bfloat16} == set()
+        full = {"std": w.std(), "prod": w.prod(), "cumprod": w.cumprod(0), "log1p": w.log1p(), "smooth":
+                F.smooth_l1_loss(w, x), "huber": F.huber_loss(x, w), "cosine": F.cosine_similarity(w, w), "vector":
+                torch.linalg.vector_norm(w), "norm": made["norm"](w[None]), "dot": w[0].dot(x[0]), "rpow": 2 ** w}
+        assert {name for name, y in full.items() if y.dtype != torch.float32} == set()
+    still = ComputePolicy(torch.float16).applied(nn.BatchNorm1d(4).half())
+    still(x.half())
+    expected = 0.1 * x.half().float().mean(0)
+    assert still.running_mean.dtype == torch.float32 and torch.allclose(still.running_mean, expected)
+
+
+class Again(nn.Module):
+    """Runs once more in backward; remembers in which dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.dtypes = nn.Linear(4, 4), []
+
+    def forward(self, x):
+        return checkpoint(self.run, x, use_reentrant=False)
+
+    def run(self, x):
+        y = self.inner(x)
+        self.dtypes.append(y.dtype)
+        return y.tanh() * 2
+
+
+def test_a_policy_holds_in_its_own_thread_and_may_be_entered_twice():
+    policy, x = ComputePolicy(torch.bfloat16), torch.randn(4, 4)
+    layer = policy.applied(nn.Linear(4, 4))
+
+    def dtypes():
+        return F.linear(x, x).dtype, layer(x).dtype, policy.active()
+
+    with ThreadPoolExecutor(1) as other:
+        with policy:
+            with policy:
+                assert dtypes() == (torch.bfloat16, torch.bfloat16, True)
+            assert dtypes() == (torch.bfloat16, torch.bfloat16, True)
+            assert other.submit(dtypes).result() == (torch.float32, torch.bfloat16, False)
+        assert dtypes() == (torch.float32, torch.bfloat16, False)
+        # backward, as an operation inside, or in autograd's thread, while this one is inside
+        for backward in (lambda y: y.backward(), torch.autograd.backward,
+                         lambda y: other.submit(y.backward).result()):
+            again = policy.applied(Again())
+            with policy:
+                backward(again(x.clone().requires_grad_()).sum())
+            assert again.dtypes == [torch.bfloat16] * 2 and again.inner.weight.grad.isfinite().all()
+
+
 def test_the_policy_holds_where_a_block_runs_again_and_ends_with_an_error():
-    class Again(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.dtypes = nn.Linear(4, 4), []
-
-        def forward(self, x):
-            return checkpoint(self.run, x, use_reentrant=False)
-
-        def run(self, x):
-            y = self.inner(x)
-            self.dtypes.append(y.dtype)
-            return y.tanh() * 2
-
     policy, again = ComputePolicy(torch.bfloat16), Again()
     nn.Sequential(policy.applied(again))(torch.randn(2, 4, requires_grad=True)).sum().backward()
-    assert again.dtypes == [torch.bfloat16] * 2 and not policy.active
+    assert again.dtypes == [torch.bfloat16] * 2 and not policy.active()
     with pytest.raises(RuntimeError):
         again(torch.randn(2, 5))
-    assert not policy.active and F.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.float32
+    assert not policy.active() and F.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.float32
     other = precision.OPERATIONS | {F.linear: torch.float32}
     assert ComputePolicy(torch.bfloat16, other).applied(nn.Linear(4, 4))(torch.randn(1, 4)).dtype == torch.float32
 
@@ -535,6 +634,29 @@ def test_recomputation_changes_no_bit(kind, recompute, emulate, monkeypatch):
         model(**batch_of(vocab=512))[0].backward()
         found.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("recompute", ("none", "selective"))
+@pytest.mark.parametrize("emulate", (False, True))
+@pytest.mark.parametrize("backend", ("sdpa", "torch"))
+def test_attention_sees_low_numbers_though_the_rotation_promotes(emulate, recompute, backend, monkeypatch):
+    """q, k and v, in forward and where it runs again; emulated: float32 tensors of bfloat16 numbers."""
+    policy, seen = precision.ComputePolicy, []
+    place, name = (net, "sdpa_attention") if backend == "sdpa" else (train.flash_attn, "flash_attention")
+    core = getattr(place, name)
+
+    def attention(*qkv, **options):
+        assert all(torch.equal(x, x.bfloat16().to(x.dtype)) for x in qkv)
+        seen.append({x.dtype for x in qkv})
+        return core(*qkv, **options)
+
+    monkeypatch.setattr(place, name, attention)
+    monkeypatch.setattr(precision, "ComputePolicy", lambda low, **x: policy(low, **x | {"emulate": emulate}))
+    c = train.parse_config([*TINY, *MODELS["llama"], "--precision", "bf16", "--recompute", recompute, "--attention",
+                            backend])
+    model = train.make_stage(c, torch.device("cpu"), dtype=torch.bfloat16)
+    model(**batch_of(vocab=512))[0].backward()
+    assert seen == [{torch.float32 if emulate else torch.bfloat16}] * c.n_layer * (2 if recompute == "selective" else 1)
 
 
 # ---- FP8 -------------------------------------------------------------------------------------------------------------
@@ -583,6 +705,58 @@ def test_fp8_on_hardware_is_the_emulation():
     a = x[:5].clone().requires_grad_()                                          # 5 rows: dW's inner size, not y's
     Fp8Product(hardware=True)(a, w).sum().backward()
     assert a.grad.isfinite().all()
+
+
+def test_fp8_hardware_is_asked_for_what_it_can_do(monkeypatch):
+    """a row by row, b column by column, float32 scales; and nothing whose sizes are no multiples of 16."""
+    calls, scaled_mm = [], torch._scaled_mm
+
+    def spy(a, b, scale_a, scale_b, **options):
+        assert a.is_contiguous() and b.T.is_contiguous() and not {*a.shape[1:], *b.shape} & {5, 40}
+        assert scale_a.dtype == scale_b.dtype == torch.float32 and scale_a.numel() == scale_b.numel() == 1
+        calls.append((*a.shape, b.shape[1], a.dtype, b.dtype))
+        return scaled_mm(a, b, scale_a, scale_b, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", spy)
+    monkeypatch.setattr(precision, "has_fp8", lambda device: True)
+    e4m3, e5m2 = torch.float8_e4m3fn, torch.float8_e5m2
+    for rows, columns, expected in ((32, 48, [(32, 64, 48, e4m3, e4m3), (32, 48, 64, e5m2, e4m3), (48, 32, 64, e5m2,
+                                                                                                    e4m3)]),
+                                    (5, 48, [(5, 64, 48, e4m3, e4m3), (5, 48, 64, e5m2, e4m3)]),
+                                    (32, 40, [(40, 32, 64, e5m2, e4m3)])):
+        calls.clear()
+        x, w = (torch.randn(n, 64).bfloat16().requires_grad_() for n in (rows, columns))
+        Fp8Product()(x, w).float().square().sum().backward()
+        assert calls == expected and x.grad.isfinite().all() and w.grad.isfinite().all()
+    calls.clear()
+    Fp8Product(hardware=False)(x, w)
+    monkeypatch.setattr(precision, "has_fp8", lambda device: False)
+    Fp8Product()(x, w)
+    assert not calls
+
+
+def test_fp8_computes_the_gradients_that_are_asked_for(monkeypatch):
+    products, multiply = [], Fp8Product.multiply
+    monkeypatch.setattr(Fp8Product, "multiply", lambda *args: products.append(args) or multiply(*args))
+    for x_too, w_too in ((True, True), (True, False), (False, True)):
+        x, w = torch.randn(16, 32, requires_grad=x_too), torch.randn(48, 32, requires_grad=w_too)
+        products.clear()
+        Fp8Product()(x, w).sum().backward()
+        assert len(products) == 1 + x_too + w_too and (x.grad is None, w.grad is None) == (not x_too, not w_too)
+
+
+def test_fp8_products_are_met_however_linear_is_called():
+    x, layer = torch.randn(3, 32), nn.Linear(32, 16)
+    expected = Fp8Product()(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16())
+    fp8_products(layer)
+    with ComputePolicy(torch.bfloat16):
+        for y in (F.linear(x, layer.weight, layer.bias), F.linear(input=x, weight=layer.weight, bias=layer.bias),
+                  F.linear(x, weight=layer.weight, bias=layer.bias), layer(x)):
+            assert torch.equal(y, expected)
+        assert F.linear(x[0], layer.weight).shape == (16,)
+    line = Fp8Linear(32, 16)(x[0].requires_grad_())
+    line.sum().backward()
+    assert line.shape == (16,) and not any("amax" in name for name in layer.state_dict())
 
 
 def test_fp8_scales_current_delayed_of_zeros_and_of_infinities():
@@ -732,6 +906,20 @@ def test_gptq_loses_less_of_the_output_than_rounding():
     assert errors["gptq"] < 0.67 * errors["nearest"] and errors["white"] == pytest.approx(errors["nearest"], rel=1e-6)
 
 
+def test_calibration_adds_up_over_batches():
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(60, 24, generator=generator) * torch.arange(60)[:, None], torch.randn(8, 24, generator=generator)
+    found = []
+    for parts in ([x], x.split((5, 48, 7)), x):
+        calibration = [{"input": part} for part in parts]
+        layer = nn.Linear(24, 8, bias=False)
+        layer.weight.data = w.clone()
+        gram = precision.gram_matrices(layer, {"": layer}, calibration)[""]
+        torch.testing.assert_close(gram, x.double().T @ x.double())
+        found.append(quantize(layer, "int4", calibration=calibration, group_size=8).codes)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_gptq_is_what_least_squares_asks_for():
     """After each column is rounded, those to its right are the best there are: solved for anew, from X X^T alone."""
     generator = torch.Generator().manual_seed(0)
@@ -779,16 +967,37 @@ def test_a_quantized_model_has_all_that_a_model_has():
     assert torch.equal(tied.model.embed_tokens.weight, table) and not torch.equal(tied.lm_head.weight, table)
 
 
+@pytest.mark.parametrize("fmt, least", (("int8", 3.5), ("int4", 6.5)))
+def test_bytes_fall(fmt, least):
+    """At a width of 512; what storages hold, not what tensors say."""
+    module = nn.Sequential(nn.Linear(512, 1408, bias=False), nn.Linear(1408, 512, bias=False))
+
+    def held():
+        there = [x for part in module.modules() for x in (*vars(part).values(), *part._parameters.values(),
+                                                          *part._buffers.values()) if isinstance(x, torch.Tensor)]
+        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in there}.values())
+
+    before = held()
+    assert before == weight_bytes(module) == 4 * 2 * 512 * 1408
+    quantize(module, fmt)
+    assert held() == weight_bytes(module) <= before / least
+
+
 @pytest.mark.parametrize("options, message", [
     ({"fmt": "int2"}, "fmt must be int8 or int4, got 'int2'"),
     ({"calibration": []}, "calibration must hold at least one batch, got none"),
     ({"calibration": iter([])}, "calibration must hold at least one batch, got none"),
     ({"group_size": 3}, "group_size must be even and at least 2, got 3"),
-    ({"module": nn.LayerNorm(3)}, "module must have linear layers, LayerNorm has none")])
+    ({"module": nn.LayerNorm(3)}, "module must have linear layers, LayerNorm has none"),
+    ({"calibration": [{"input": torch.full((2, 4), math.nan)}]}, "calibration must be finite, what 0 saw is not"),
+    ({"spoil": math.nan}, "weights must be finite, those of 1 are not"),
+    ({"spoil": math.inf}, "weights must be finite, those of 1 are not")])
 def test_what_cannot_be_quantized(options, message):
-    arguments = {"module": nn.Linear(4, 4), "fmt": "int4"} | options
+    two = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    two[1].weight.data[2, 1] = options.pop("spoil", 0.0)
     with pytest.raises(ValueError, match=message):
-        quantize(**arguments)
+        quantize(**{"module": two, "fmt": "int4"} | options)
+    assert all(type(layer) is nn.Linear and layer.weight.ndim == 2 for layer in two)
 
 
 # ---- composed --------------------------------------------------------------------------------------------------------
@@ -925,8 +1134,9 @@ def test_fp16_backs_off_skips_and_remembers_its_scale(corpus, tmp_path):
         assert b["loss_scale"] == a["loss_scale"] * (0.5 if a["grad_norm"] is None else 1)
     assert lines[1]["loss"] != lines[0]["loss"]                                        # another batch, the same weights
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000012")
-    assert run(corpus, tmp_path / "run", *flags)[0] == 0
-    assert [x for x in metrics(tmp_path / "run") if "loss" in x] == lines
+    code, said, _ = run(corpus, tmp_path / "run", *flags)
+    assert code == 0 and [x for x in metrics(tmp_path / "run") if "loss" in x] == lines
+    assert 0 < sum(x["grad_norm"] is None for x in lines[:8]) and f"{skipped} skipped" in said
 
 
 def test_an_endless_skip_ends_with_a_line(corpus, tmp_path):
@@ -937,6 +1147,65 @@ def test_an_endless_skip_ends_with_a_line(corpus, tmp_path):
     assert "diverged, loss scale must not fall below 6.10352e-05, gradients overflow at 6.10352e-05" in said
     code, said, _ = run(corpus, tmp_path / "other", *flags, "--loss-scale", "0")
     assert code == 3 and "diverged, loss" in said
+
+
+def test_the_scale_is_there_before_unlikely_words_underflow(corpus):
+    """A head of large weights, sure of most words: the gradient of a logit, w p in fp16, is 0 where w p <= 2^-25, and
+    w holds the scale. (Were it multiplied on later, w would be 1.)"""
+    c = train.parse_config([*MINI, "--data", str(corpus), "--precision", "fp16"])
+    world = train.World(c)
+    model = train.Model(c, world)
+    head, seen = model.chunks[0].lm_head, []
+    with torch.no_grad():
+        head.weight *= 60
+    softmax = head.softmax
+
+    def watched(z, targets, weights, with_grad):
+        p = z.double().softmax(-1)
+        nll, dz = softmax(z, targets, weights, with_grad)
+        seen.append((dz == 0, p * LossScaler().scale / (8 * 32) <= 2.0**-25, p <= 2.0**-25))
+        return nll, dz
+
+    head.softmax = watched
+    loader = data.Loader(corpus, micro_batch_size=4, seq_len=32, seed=0)
+    train.train_step(model, train.make_optimizer(model, c), loader, 0, c, world, scaler=LossScaler())
+    zeros, with_scale, without = (torch.cat(x).double().mean().item() for x in zip(*seen, strict=True))
+    assert zeros == pytest.approx(with_scale, rel=0.02) and 0.001 < 2 * with_scale < without
+
+
+def weights_that_stay(corpus, *flags):
+    """Three late steps of train.py's, of a small learning rate -> shares of float32 masters, or of weights without
+    them, that the third does not move: counted, and predicted from Adam's moments."""
+    late = ["--precision", "bf16", "--lr", "1e-4", "--warmup-steps", "0", "--weight-decay", "0"]
+    c = train.parse_config([*MINI, "--data", str(corpus), *late, *flags])
+    world = train.World(c)
+    model = train.Model(c, world)
+    optimizer, seen = train.make_optimizer(model, c), {}
+    weights = {p: optimizer.state[p].get("master", p) for p in train.updated(optimizer)}
+    optimizer.register_step_pre_hook(lambda *_: seen.update({p: w.detach().clone() for p, w in weights.items()}))
+    loader = data.Loader(corpus, micro_batch_size=4, seq_len=32, seed=0)
+    for step in range(3):
+        train.train_step(model, optimizer, loader, step, c, world)
+    still, predicted = [], []
+    for p, w in weights.items():
+        state, t = optimizer.state[p], 3
+        m, v = state["exp_avg"].double() / (1 - c.beta1**t), state["exp_avg_sq"].double() / (1 - c.beta2**t)
+        before, dw = seen[p].double(), -train.lr_at(2, c) * m / (v.sqrt() + c.adam_eps)
+        learns = m != 0                                                          # a word of none of the batches
+        still.append((seen[p] == w)[learns])
+        # half of the distance to the neighbour that it moves to
+        towards = before + dw.sign() * before.abs() * 2.0**-20
+        half = spacing(towards, "bf16" if w.dtype == torch.bfloat16 else "fp32") / 2
+        predicted.append((dw.abs() <= half)[learns])
+    return [torch.cat(each).double().mean().item() for each in (still, predicted)]
+
+
+def test_bf16_without_masters_stalls(corpus):
+    """As theory says: an update below half of the distance to a weight's neighbour moves nothing."""
+    still, predicted = weights_that_stay(corpus, "--no-master-weights")
+    assert still == pytest.approx(predicted, abs=2e-3) and still > 0.2
+    still, predicted = weights_that_stay(corpus)
+    assert still == pytest.approx(predicted, abs=2e-3) and still < 0.01
 
 
 def test_fp16_without_a_scale_loses_gradients(corpus):
@@ -956,6 +1225,9 @@ def test_fp16_without_a_scale_loses_gradients(corpus):
         seen = torch.cat([x.flatten() for x in seen])
         assert seen.norm().item() == pytest.approx(norm, rel=1e-5) and 0 < norm < c.grad_clip          # unscaled again
         zeros[name] = (seen == 0).double().mean().item()
+        if name == "fp32":
+            lost = (seen.abs() * 2.0**-12 <= 2.0**-25).double().mean().item()
+    print(zeros, lost)
     assert abs(zeros["scaled"] - zeros["fp32"]) < 1e-3 and zeros["unscaled"] > zeros["fp32"] + 0.02
 
 
