@@ -139,7 +139,7 @@ class Mesh:
         if world > 1:
             mesh = dist.device_mesh.init_device_mesh(device_type, (pp, rest, tp), mesh_dim_names=("pp", "dp", "tp"))
             for name, degree in (("dp", rest), ("tp", tp), ("pp", pp)):
-                group = self.world if degree == world else mesh.get_group(name)    # torch may make another beside a GPU
+                group = self.world if degree == world else mesh.get_group(name) # beside a GPU, not torch's second
                 setattr(self, f"{name}_group", group if degree > 1 else None)
             if pp > 1:
                 lines = mesh.mesh.flatten(1).T.tolist()                            # the ranks of each pipeline
@@ -151,7 +151,7 @@ class Mesh:
                 for group in (self.dp_group, self.tp_group, self.pp_group, *(self.pp_groups or ()), self.ends_group):
                     if group is not None:
                         set_timeout(group, timeout)
-        # for CommLedger; one that is all of the world is that group
+        # names for CommLedger; a group of all ranks is the world itself
         self.axes = {"world": self.world, "dp": self.dp_group, "tp": self.tp_group, "pp": self.pp_groups,
                      "ends": self.ends_group}
 
@@ -210,9 +210,10 @@ class DataParallel(nn.Module):
     bucket_mb: MB (1e6 bytes) a bucket. reduce: "sum" | "mean". A parameter without a gradient on some ranks counts as
     zero there; one without on all ranks keeps None, as in one process (a byte a parameter is reduced to know).
     Gradients of micro-batches within no_sync() stay local and are added up; those of the step before must be gone
-    (zero_grad), or they are summed again. A bucket's memory stays, beside the gradients of micro-batches that are being
-    added up. Buffers are broadcast once.
-    Raises ValueError for another reduce or a bucket_mb not above 0.
+    (zero_grad), or they are summed again. A batch is given up by all ranks: finish_gradient_synchronization(), then
+    zero_grad(). A bucket's memory stays, beside the gradients of micro-batches that are being added up. Buffers are
+    broadcast once.
+    Raises ValueError for another reduce or a bucket_mb not above 0, RuntimeError for what the backend cannot broadcast.
     """
 
     def __init__(self, module: nn.Module, group=None, bucket_mb: float = 25, reduce: str = "sum"):
@@ -225,8 +226,11 @@ class DataParallel(nn.Module):
         self.synchronize, self.buckets, self.bucket_of, self.started = True, [], {}, 0
         if group is None:
             return
-        for x in (*module.parameters(), *module.buffers()):
-            dist.broadcast(x.detach(), group_src=0, group=group)
+        for name, x in (*module.named_parameters(), *module.named_buffers()):
+            try:
+                dist.broadcast(x.detach(), group_src=0, group=group)
+            except RuntimeError as error:
+                raise RuntimeError(f"{name}, {x.dtype}, could not be broadcast: {error}") from error
         held = defaultdict(list)                                                    # dtype -> the bucket being filled
         for p in reversed(trainable(module)):
             dtype = p.grad_dtype or p.dtype
@@ -294,7 +298,7 @@ class DataParallel(nn.Module):
 # ---- tensor and sequence parallelism ---------------------------------------------------------------------------------
 
 class Exchange(torch.autograd.Function):
-    """y = there(x), dx = back(dy): a collective and its adjoint. keep: x can be had again in backward."""
+    """y = there(x), dx = back(dy): a collective and its adjoint. keep: x is saved, for Regather."""
 
     @staticmethod
     def forward(ctx, x, there, back, keep=False):
@@ -327,15 +331,16 @@ def reduce_from_tp_region(x: Tensor, group, sequence_parallel: bool = False) -> 
 
 
 class Regather:
-    """Keeps a shard for backward in place of the gathered sequence, and gathers it once more when backward asks. f has
-    saved the shard, so that recomputation around it saves nothing; if f needs no backward, the shard stays here."""
+    """Keeps a shard for backward in place of the gathered sequence, and gathers it once more when backward asks. The
+    shard is what f has saved, so recomputation around f drops it; if x needs no gradient, f has no node and self.shard
+    holds it."""
 
     def __init__(self, shard: Tensor, whole: Tensor, group):
         self.f, self.group, self.left, self.again = whole.grad_fn, group, 0, None
         self.shard, self.version = None if self.f else shard.detach(), shard._version
         self.identity = whole.data_ptr(), whole.numel()
 
-    def hooks(self):                        # not kept: it knows self, and a cycle lives until the collector comes
+    def hooks(self):                    # made anew: one that is kept would be a cycle with self, for the collector
         return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
     def pack(self, t):
@@ -394,7 +399,7 @@ class ParallelModule(nn.Module):
             keep = Regather(low, whole, self.group).hooks() if self.sequence_parallel else contextlib.nullcontext()
             if made is None:
                 return whole, keep
-            made[key] = whole, keep, x                                          # x stays, so that its id stays its own
+            made[key] = whole, keep, x                                  # with x, so that no other tensor gets its id
         return made[key][:2]
 
     def leave(self, x):
@@ -595,25 +600,26 @@ def run_ahead(p: int, m: int, v: int, ahead) -> list[list[Op]]:
 
 
 def gpipe(p: int, m: int) -> list[list[Op]]:
-    """All of the forwards."""
+    """Ahead: all of the forwards."""
     return run_ahead(p, m, 1, lambda r: m)
 
 
 def one_f_one_b(p: int, m: int) -> list[list[Op]]:
-    """As many as there are ranks behind."""
+    """Ahead: as many forwards as there are ranks behind this one."""
     return run_ahead(p, m, 1, lambda r: p - 1 - r)
 
 
 def interleaved(p: int, m: int, v: int = 2) -> list[list[Op]]:
-    """Enough for the first micro-batches to be through all chunks. Raises ValueError unless p divides m."""
+    """Ahead: enough for the first micro-batches to be through all chunks. Raises ValueError unless p divides m."""
     if m % p:
         raise ValueError(f"interleaved: the number of micro-batches must be a multiple of pp {p}, got {m}")
     return run_ahead(p, m, v, lambda r: (p - 1 - r) * min(v, 2) + (v - 1) * p)
 
 
 def zero_bubble(p: int, m: int) -> list[list[Op]]:
-    """ZB-H1: 1f1b whose B is the input's gradient alone. Rank r does W of micro-batch i after B of i + r: as many
-    micro-batches are stored on every rank as 1f1b stores on the first, and W fills the waits at the end."""
+    """ZB-H1: 1f1b whose B is the input's gradient alone. Rank r does W of micro-batch i after B of i + r, so rank 0 at
+    once, the last rank p - 1 micro-batches later: as many micro-batches are stored on every rank as 1f1b stores on the
+    first, and W fills the waits at the end."""
     schedule = []
     for r, ops in enumerate(one_f_one_b(p, m)):
         late = []
@@ -827,13 +833,13 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
     groups       Mesh.pp_groups; None for p = 1 (then a schedule is plain gradient accumulation)
     seed         gradient of each loss: scale / N
     hidden_like  batch -> an empty tensor like the hidden state between stages
-    no_sync      context around every gradient that is not its parameter's last (DataParallel.no_sync). With W, the
-                 weights of linears get theirs there and all others in B; no parameter may get both
+    no_sync      context around every gradient that is not its parameter's last (DataParallel.no_sync). In a split
+                 schedule a linear's weights get their gradient in W, all other parameters in B. A parameter used in
+                 both ways is not supported
     on_op        on_op(op, asked, start, end): clocks before waiting for its input, before and after it ran
     timeout      seconds that a message may take
 
-    A schedule without B evaluates. With W, linears keep their weights' part of backward for it. A hidden state that was
-    sent is freed; of its graph only the edge stays.
+    A schedule without B evaluates. A hidden state that was sent is freed; its graph is kept for backward.
     """
     channels, p = Channels(schedule, groups, timeout), len(schedule)
     mine, last = schedule[channels.rank], p * len(chunks) - 1
@@ -842,7 +848,7 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
     kept, queues, nlls = {}, defaultdict(list), [None] * len(batches)
 
     def backward(tensor, gradient, more: bool):
-        """more: what gets a gradient here will get another."""
+        """more: parameters that get a gradient here will get another one in this step."""
         with no_sync() if more else contextlib.nullcontext():
             torch.autograd.backward([tensor], [gradient])
 
@@ -1022,7 +1028,7 @@ def step_calls(mesh: Mesh, stages, pairs: int, params, *, micro_batches: int, sh
     partial = {group: sum(gradient[p] for p in params if group is not None and group in getattr(p, "sum_over", ()))
                for group in (mesh.tp_group, mesh.ends_group)}
     calls = {("world", "all_reduce"): (1, 3 * 8)}                                     # loss, squared norm, please stop
-    if mesh.dp > 1:                                                                  # gradients; which there are
+    if mesh.dp > 1:                                                                  # gradients; is there one?
         gradients = gradients or {"all_reduce": (None, sum(gradient.values()) + len(params))}
         calls |= {("dp", collective): counted for collective, counted in gradients.items()}
         calls["dp", "all_reduce"] = None, gradients["all_reduce"][1] + 8                     # the number of targets

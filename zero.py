@@ -162,7 +162,7 @@ class Bucket:
 
     def send(self):
         """Start the reduce-scatter of what has arrived."""
-        if self.grads is None:                                                       # nothing here, but elsewhere
+        if self.grads is None:                                                       # none here; others may have some
             self.grads = torch.zeros(self.length, dtype=self.grad_dtype, device=self.device)
         for p in self.params:
             if p.grad is None:
@@ -196,8 +196,8 @@ class Bucket:
 
 
 def make_buckets(params, group, bucket_mb: float) -> list[Bucket]:
-    """In the order in which gradients come: from the last parameter to the first. Those that are alike share buckets:
-    dtypes, device, sum_over (a weight tied across stages, whose sum both need, is alone on both)."""
+    """In the order in which gradients come: from the last parameter to the first. Parameters share a bucket if
+    dtypes, device and sum_over are equal (a weight tied across stages has its own on both: they add its slices up)."""
     held, buckets = defaultdict(list), []
     for p in reversed(params):
         dtype = p.grad_dtype or p.dtype
@@ -224,13 +224,13 @@ class GradientShards:
         1  a gradient that is ready is copied into its bucket's row
         2  a bucket that is full is sent, but never before those ahead of it: all ranks issue the same calls in the same
            order. One is under way at a time; it is received, and its row freed, when the next one is ready to go
-        3  finish_gradient_synchronization()   sends what is left, as often as there were passes, receives it, and
-                                               gives each shard its gradient
+        3  finish_gradient_synchronization()   sends every bucket that has not left yet, once for each backward pass,
+                                               receives it, and gives each shard its gradient
 
     A bucket that is sent holds what has arrived since it was last sent, so backward may come in any portions: every
     bucket leaves once for each pass, of which all ranks must make equally many. A parameter without a gradient on some
     ranks counts as zero there (at stage 3 it must be all or none: gathers go between); one without on all keeps None,
-    and its bucket does not wait for it in the next step.
+    and in the next step its bucket leaves without waiting for it.
     """
 
     def watch(self, buckets: list[Bucket], shards: dict, group, reduce: str):
@@ -315,7 +315,8 @@ class GradientShards:
             p.grad = None
 
     def zero_grad(self, set_to_none: bool = True):
-        """The shards' gradients, and those of a step that was given up before finish_gradient_synchronization()."""
+        """The shards' gradients, and those of a step that is given up before finish_gradient_synchronization(), after
+        as many backward passes on every rank."""
         super().zero_grad(set_to_none)
         if self.arrivals:                                                   # other ranks may have sent more of them
             self.send_all()
@@ -406,7 +407,7 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
     flat. state_dict() is the plain optimizer's, of whole tensors, on every rank, on the CPU, and all ranks must ask for
     it; load_state_dict() takes such a one: of this optimizer, of another number of ranks, or of the plain one. The
     module's own p.grad is None after finish_gradient_synchronization(): clear and clip what the optimizer has. A batch
-    is given up, by all ranks, with optimizer.zero_grad(). A torch.amp.GradScaler sees one rank's inf alone: do not.
+    is given up, by all ranks, with optimizer.zero_grad(). torch.amp.GradScaler would see one rank's inf alone.
     Raises ValueError for an optimizer that is not elementwise, a group without this rank, parameters that are sharded;
     RuntimeError for step() before finish_gradient_synchronization(), sparse gradients, a frozen parameter that is no
     longer.
@@ -485,8 +486,8 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
 class Unit(Bucket):
     """The parameters of a block: at rest a shard of each; all of them while a forward or a backward runs there.
 
-    The whole ones are views of a row whose memory goes and comes: whoever keeps one for backward (autograd) finds it
-    filled again by then, and no memory hangs on it until then."""
+    The whole ones are views of a row whose memory goes and comes: autograd, which keeps some for backward, finds them
+    filled again by then, and holds no memory meanwhile."""
 
     def __init__(self, params, places, group, compute_dtype, reduce_dtype, init):
         super().__init__(params, group)
@@ -502,14 +503,14 @@ class Unit(Bucket):
                 self.weights = p.new_zeros(self.slice, requires_grad=False)
                 self.row = p.new_empty(self.length, dtype=compute_dtype, requires_grad=False)
             self.part(self.weights, p).copy_(p.detach().flatten()[slice(*self.flat(p))])
-            # p counts changes by itself: to autograd the row's refilling is none
+            # through .data p keeps its own version: autograd does not see that the row is filled again
             p.data, p.grad_dtype = self.view(self.row, p), reduce_dtype or self.weights.dtype
         self.total_dtype = torch.promote_types(self.weights.dtype, self.grad_dtype)
         self.shards = {p: self.shard(p, self.weights) for p in params}
         self.free()
 
     def swap(self, those):
-        """Which tensors the modules hold."""
+        """Make the modules hold those[p] in the place of p."""
         for p, places in zip(self.params, self.places, strict=True):
             for module, name in places:
                 module._parameters[name] = those[p]
@@ -585,12 +586,12 @@ class FullyShard(GradientShards, nn.Module):
     parameters, and of the float inputs of forward(); reduce_dtype: of gradients on the wire; both default to the
     parameters' own. reduce: "sum" | "mean".
 
-    What it asks of a module: the next block is the next one defined (another order costs memory, not truth); parameters
-    are used in the forward of the block, or module, that holds them; all ranks run the same blocks and use the same
-    parameters in the same order; what a block's backward begins with is among its outputs (tensors in tuples, lists,
-    dicts, dataclasses), and not changed in place by others; no second derivatives; requires_grad stays what it was. A
-    batch is given up, by all ranks, with model.zero_grad(). group: None is this process alone. An optimizer's states as
-    if nothing were split: full_state_dict(), load_full_state_dict().
+    What it asks of a module: the next block is the next one defined (in another order results are the same, but a
+    block too many may be in memory); parameters are used in the forward of the block, or module, that holds them; all
+    ranks run the same blocks and use the same parameters in the same order; every tensor that carries a gradient out of
+    a block is in its return value (in tuples, lists, dicts, dataclasses), and not changed in place by others; no second
+    derivatives; requires_grad stays what it was. A batch is given up, by all ranks, with model.zero_grad(). group: None
+    is this process alone. An optimizer's states as if nothing were split: full_state_dict(), load_full_state_dict().
     Raises ValueError for a block that is not in the module, a group without this rank, sharded parameters, meta ones
     without init; RuntimeError for an optimizer's step() before finish_gradient_synchronization(), and by that for a
     parameter that some ranks used and others did not (if they do not wait for each other before, until the group's
@@ -628,8 +629,11 @@ class FullyShard(GradientShards, nn.Module):
         for name, x in module.named_buffers():
             if x.is_meta:
                 raise ValueError(f"{name} must not be on the meta device, init gives parameters alone")
-            if size(group) > 1:
-                dist.broadcast(x, group_src=0, group=group)
+            try:
+                if size(group) > 1:
+                    dist.broadcast(x, group_src=0, group=group)
+            except RuntimeError as error:
+                raise RuntimeError(f"{name}, {x.dtype}, could not be broadcast: {error}") from error
         self.compute_dtype, self.units, self.visits = compute_dtype, [], []
         self.needs = defaultdict(list)                             # module -> its units
         for (few, *_), params in alike.items():
@@ -687,7 +691,7 @@ class FullyShard(GradientShards, nn.Module):
 
         def before_backward(_):
             self.begin(at, visit, at - 1)
-            if not leaves:                                      # an embedding: nothing tells, until backward is over
+            if not leaves:                                      # an embedding: no gradient leaves it when it is through
                 torch.autograd.Variable._execution_engine.queue_callback(lambda: self.end(at, visit))
 
         self.end(at, visit)

@@ -609,6 +609,40 @@ def test_a_second_backward_without_synchronization_is_refused(run_ranks, second)
             DataParallel(nn.Linear(2, 2), None, **options)
 
 
+def given_up(rank, n):
+    """A batch that is given up, which on rank 1 did not reach all layers -> gradients of the next one, and without."""
+    answers, x = [], torch.ones(2, 16, dtype=torch.float64) * (rank + 1)
+    for abandon in (True, False):
+        torch.manual_seed(0)
+        layers = nn.Sequential(*(nn.Linear(16, 16) for _ in range(4))).double()
+        model = DataParallel(layers, dist.group.WORLD, bucket_mb=16 * 17 * 8e-6)
+        if abandon:
+            (layers[3:] if rank else model)(x).sum().backward()
+            model.finish_gradient_synchronization()
+            model.zero_grad()
+        model(x).sum().backward()
+        started = model.started
+        model.finish_gradient_synchronization()
+        answers.append([p.grad for p in model.parameters()])
+    return all(map(torch.equal, *answers)), started
+
+
+def test_a_batch_is_given_up(run_ranks):
+    assert run_ranks(given_up, 2) == [(True, 4)] * 2
+
+
+def small_integers(rank, n, make):
+    layer = nn.Linear(2, 2)
+    layer.register_buffer("codes", torch.zeros(2, dtype=torch.int16))
+    make(layer, dist.group.WORLD)
+
+
+@pytest.mark.parametrize("make", (DataParallel, zero.FullyShard))
+def test_a_buffer_that_cannot_be_broadcast_is_named(run_ranks, make):
+    with pytest.raises(AssertionError, match="RuntimeError: codes, torch.int16, could not be broadcast: "):
+        run_ranks(small_integers, 2, make)
+
+
 def tensor_parallel_mlp(rank, n, how):
     torch.manual_seed(0)
     mlp = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 12)).double()
