@@ -281,10 +281,11 @@ class DataParallel(nn.Module):
         if not self.buckets:
             return
         params = [p for bucket in self.buckets for p in bucket.params]
-        used = torch.tensor([p.grad is not None for p in params], dtype=torch.uint8, device=params[0].device)
+        here = [p.grad is not None for p in params]
         while self.started < len(self.buckets):
             self.start()
-        used = dict(zip(params, all_reduce(used, self.group, dist.ReduceOp.MAX).tolist(), strict=True))
+        used = all_reduce(torch.tensor(here, dtype=torch.uint8, device=params[0].device), self.group, dist.ReduceOp.MAX)
+        used = dict(zip(params, here if all(here) else used.tolist(), strict=True))     # a host does not wait in vain
         for bucket in self.buckets:
             bucket.work.wait()
             if self.reduce == "mean":

@@ -752,8 +752,8 @@ def clip_grad_norm_(shards, max_norm: float, group=None) -> float:
     grads = [p.grad for p in shards if p.grad is not None]
     device = torch.accelerator.current_accelerator() if group is not None and "nccl" in group.name() else "cpu"
     square = torch.zeros((), dtype=torch.float64, device=shards[0].device if shards else device)
-    for g in grads:
-        square += g.abs().double().square().sum()
+    for part in itertools.chain(*(g.flatten().split(2**20) for g in grads)):             # no copy of a shard in float64
+        square += part.abs().double().square().sum()
     if size(group) > 1:
         dist.all_reduce(square, group=group)
     norm = square.sqrt().item()

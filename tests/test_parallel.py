@@ -568,7 +568,9 @@ def buckets_leave(rank, n):
         ledger.phase = "backward"
         loss.backward()
         ledger.phase = "finish"
-        model.finish_gradient_synchronization()
+        with pytest.MonkeyPatch.context() as patch:                # all have a gradient here: no host waits to be told
+            patch.setattr(torch.Tensor, "tolist", None, raising=False)
+            model.finish_gradient_synchronization()
     return [(x.phase, x.bytes) for x in ledger.calls]
 
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import model as net
@@ -587,6 +588,24 @@ def test_the_norm_is_over_all_shards_and_found_inf_is_everywhere(run_ranks):
     for bad in (float("inf"), float("nan")):
         (a, g), (b, _) = run_ranks(norms, 2, bad)
         assert not (a < float("inf")) and not (b < float("inf")) and g.tolist() == [3.0, 4.0]
+
+
+class LargestDouble(TorchDispatchMode):
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.float64:
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_the_norm_makes_no_copy_of_a_shard():
+    p = nn.Parameter(torch.empty(3 * 2**20 + 5))
+    p.grad = torch.full_like(p, 3e-30)                                                      # squares are no float32
+    with LargestDouble() as largest:
+        assert zero.clip_grad_norm_([p], 1.0) == pytest.approx(3e-30 * p.numel()**0.5, rel=1e-6)
+    assert 0 < largest.elements <= 2**20
 
 
 def generated(rank, n):
