@@ -836,25 +836,22 @@ def demo():
         """Three steps of two micro-batches on each of four ranks -> weights, peak bytes, bytes sent in the last."""
         toy, r, n = Toy(), rank(group), size(group)
         if stage == 0:
-            sync = parallel.DataParallel(toy, group)
-            optimizer = torch.optim.AdamW(toy.parameters(), 0.01)
-
-            def there():
-                return {"parameters": list(toy.parameters()),
-                        "gradients": [p.grad for p in toy.parameters() if p.grad is not None]
-                        + [bucket.flat for bucket in sync.buckets if bucket.flat is not None],
-                        "states": [x for state in optimizer.state.values() for x in state.values() if x.ndim]}
+            sync, optimizer = parallel.DataParallel(toy, group), torch.optim.AdamW(toy.parameters(), 0.01)
+        elif stage == 3:
+            sync = FullyShard(toy, group)
+            optimizer = torch.optim.AdamW(sync.parameters(), 0.01)
         else:
-            if stage == 3:
-                sync = FullyShard(toy, group)
-                optimizer = torch.optim.AdamW(sync.parameters(), 0.01)
-            else:
-                sync = optimizer = ShardedOptimizer(toy.parameters(), torch.optim.AdamW, group=group, stage=stage,
-                                                    bucket_mb=8 * 1024 / 1e6, lr=0.01)
+            sync = optimizer = ShardedOptimizer(toy.parameters(), torch.optim.AdamW, group=group, stage=stage,
+                                                bucket_mb=8 * 1024 / 1e6, lr=0.01)
 
-            def there():
-                held = holdings(sync, optimizer)
-                return held | {"states": [x for x in held["states"] if x.ndim]}
+        def there():
+            held = holdings(sync, optimizer) if stage else {
+                "parameters": list(toy.parameters()),
+                "states": [x for state in optimizer.state.values() for x in state.values()],
+                "gradients": [x for x in (*(p.grad for p in toy.parameters()), *(b.flat for b in sync.buckets))
+                              if x is not None]}
+            return held | {"states": [x for x in held["states"] if x.ndim]}
+
         memory = MemoryLedger(there)
         for step in range(3):
             with parallel.CommLedger({"dp": group}) as wire, memory:

@@ -1003,25 +1003,28 @@ def test_a_matrix_used_twice_is_sent_once(run_ranks):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
-def waiting(rank, n, which):
-    """One rank waits in a group for another that does not come -> seconds until it gave up."""
-    mesh = parallel.Mesh(1, 2, 2, timeout=1)
-    start = time.monotonic()
-    if rank == 0:
+def waiting(rank, n, degrees):
+    """Rank 0 waits in each group, and for a message, for others that do not come -> seconds until it gave up."""
+    mesh, gone = parallel.Mesh(*degrees, timeout=0.5), []
+    waits = [functools.partial(parallel.all_reduce, torch.ones(1), group)
+             for group in (mesh.dp_group, mesh.tp_group, mesh.pp_group, mesh.ends_group) if group is not None]
+    waits.append(lambda: parallel.run_schedule(
+        parallel.one_f_one_b(2, 1), [lambda hidden, x: x * 1], [{"x": torch.ones(1)}], mesh.pp_groups,
+        hidden_like=lambda b: b["x"], timeout=0.5))
+    for wait in waits if rank == 0 else ():
+        start = time.monotonic()
         with pytest.raises(RuntimeError):
-            if which == "tp":
-                parallel.all_reduce(torch.ones(1), mesh.tp_group)
-            else:
-                parallel.run_schedule(parallel.one_f_one_b(2, 1), [lambda hidden, x: x * 1], [{"x": torch.ones(1)}],
-                                      mesh.pp_groups, hidden_like=lambda b: b["x"], timeout=1)
-    gone = time.monotonic() - start
-    time.sleep(max(0, 4 - gone))
+            wait()
+        gone.append(time.monotonic() - start)
+    if rank:
+        time.sleep(4)
     return gone
 
 
-def test_nobody_waits_longer_than_the_timeout(run_ranks):
-    for which in ("tp", "pp"):
-        assert 0.5 < run_ranks(waiting, 4, which)[0] < 3
+@pytest.mark.parametrize("degrees", ((1, 2, 2), (2, 1, 2)))
+def test_nobody_waits_longer_than_the_timeout(run_ranks, degrees):
+    gone = run_ranks(waiting, 4, degrees)[0]
+    assert len(gone) == 4 and all(0.3 < seconds < 2 for seconds in gone)
 
 
 # ---- global quantities, the ledger -----------------------------------------------------------------------------------
