@@ -229,19 +229,14 @@ def kaplan_loss(N=None, D=None, *, C_min=None, S_min=None):
     N, S_min                (N_c / N)^alpha_N + (S_c / S_min)^alpha_S                           (1.6)
     """
     k, j = KAPLAN, KAPLAN_JOINT
-    match [name for name, x in (("N", N), ("D", D), ("C_min", C_min), ("S_min", S_min)) if x is not None]:
-        case ["N"]:
-            return (k["N_c"] / N) ** k["alpha_N"]
-        case ["D"]:
-            return (k["D_c"] / D) ** k["alpha_D"]
-        case ["C_min"]:
-            return (k["C_c_min"] * PF_DAY / C_min) ** k["alpha_C_min"]
-        case ["N", "D"]:
-            return ((j["N_c"] / N) ** (j["alpha_N"] / j["alpha_D"]) + j["D_c"] / D) ** j["alpha_D"]
-        case ["N", "S_min"]:
-            return (k["N_c"] / N) ** k["alpha_N"] + (k["S_c"] / S_min) ** k["alpha_S"]
-        case given:
-            raise BadInput(f"kaplan_loss takes N, D, C_min, N and D, or N and S_min, got {given}")
+    laws = {("N",): lambda: (k["N_c"] / N) ** k["alpha_N"], ("D",): lambda: (k["D_c"] / D) ** k["alpha_D"],
+            ("C_min",): lambda: (k["C_c_min"] * PF_DAY / C_min) ** k["alpha_C_min"],
+            ("N", "D"): lambda: ((j["N_c"] / N) ** (j["alpha_N"] / j["alpha_D"]) + j["D_c"] / D) ** j["alpha_D"],
+            ("N", "S_min"): lambda: (k["N_c"] / N) ** k["alpha_N"] + (k["S_c"] / S_min) ** k["alpha_S"]}
+    given = tuple(name for name, x in (("N", N), ("D", D), ("C_min", C_min), ("S_min", S_min)) if x is not None)
+    if given not in laws:
+        raise BadInput(f"kaplan_loss takes N, D, C_min, N and D, or N and S_min, got {given}")
+    return laws[given]()
 
 
 def kaplan_optimal(C) -> dict:
@@ -270,7 +265,7 @@ class Optimum(NamedTuple):
 
 
 def has_optimum(law, C) -> bool:
-    """Whether a fitted law has a best N and D for C FLOPs, in numbers that can be said: noise has none."""
+    """Whether a fitted law has a best N and D for C FLOPs that can be said: noise has none."""
     try:
         return min(law["alpha"], law["beta"]) > 0 and all(1e-99 < x < 1e99 for x in compute_optimal(C, law))
     except (OverflowError, ZeroDivisionError):
@@ -929,7 +924,7 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
 
     config             a Shape, a mapping or an object with ModelConfig's fields
     gpu                a name in GPUS, or a GPU
-    global_batch_size  sequences a step; default: 4 M tokens, below 1 B parameters half a million
+    global_batch_size  sequences a step; default: of 4 M or half a million tokens
     by                 another program than train.py; precision: train.py's flag
     fixed              fields of Layout that are given: tp=8, recompute="full", ...
     Raises BadInput for what cannot be; and if nothing fits: what is biggest, and the cheapest change.
@@ -947,13 +942,15 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
     if unknown := fixed.keys() - set(FIELDS):
         raise BadInput(f"{min(unknown)} must be a field of a layout: {', '.join(FIELDS)}")
     item, speed = PRECISIONS[precision]
-    by, batch = by or Software(item=item), global_batch_size or default_batch(model, n_gpus)
+    # 4 M tokens (Llama 2), below 1 B parameters 0.5 M (GPT-3, table 2.1), in sequences, a multiple of the GPUs
+    usual = max(1, round((2**22 if model.num_params >= 1e9 else 2**19) / model.seq_len / n_gpus)) * n_gpus
+    by, batch = by or Software(item=item), global_batch_size or usual
     ways = list(layouts(model, on, n_gpus, batch, **fixed))
     if not ways:
         given = "".join(f", {name} {x}" for name, x in fixed.items() if x is not None)
         raise BadInput(f"global_batch_size {batch} on {n_gpus} GPUs must be split evenly by some dp x tp x pp that "
-                         f"train.py takes for {model.n_head} heads ({model.n_kv_head} of keys) and {model.n_layer} "
-                         f"layers{given}; none does")
+                       f"train.py takes for {model.n_head} heads ({model.n_kv_head} of keys) and {model.n_layer} "
+                       f"layers{given}; none does")
     fitting, best = [at for at in ways if fits(model, on, at, by)], {}
     if not fitting:
         raise BadInput(why_not(model, on, ways, by, speed))
@@ -967,19 +964,13 @@ def find_gpu(name: str) -> GPU:
     if key not in GPUS:
         near = difflib.get_close_matches(key, GPUS, 3, 0.3)
         raise BadInput(f"gpu must be one of {', '.join(GPUS)}, got {name!r}"
-                         + (f"; the nearest: {', '.join(near)}" if near else ""))
+                       + (f"; the nearest: {', '.join(near)}" if near else ""))
     return GPUS[key]
 
 
 def before_ampere(on: GPU) -> bool:
     """V100, T4: neither bf16 nor FP8."""
     return not on.fp8 and on.peak < 2e14
-
-
-def default_batch(model: Shape, n_gpus: int) -> int:
-    """Sequences a step, a multiple of the GPUs: 4 M tokens (Llama 2), below 1 B parameters 0.5 M (GPT-3, table 2.1)."""
-    tokens = 2**22 if model.num_params >= 1e9 else 2**19
-    return max(1, round(tokens / model.seq_len / n_gpus)) * n_gpus
 
 
 def why_not(model: Shape, on: GPU, ways: list, by: Software, speed: float) -> str:
@@ -1201,9 +1192,9 @@ COLUMNS = {"N": "n params parameters nparams numparams numparameters modelsize m
            "C": "c flops flop compute trainingflops trainingflop trainflops totalflops totalcompute"}
 
 
-def read_runs(path, chosen: dict) -> np.ndarray:
-    """A CSV file of anyone's runs -> (n, 3) N, D, loss. Columns are known by many names, or chosen: {"N": header}; of
-    N, D, C = 6 N D two will do. Comma, semicolon or tab; empty lines and those that begin with # are passed over."""
+def read_runs(path) -> np.ndarray:
+    """A CSV file of anyone's runs -> (n, 3) N, D, loss. Columns are known by many names; of N, D and C = 6 N D two will
+    do. Comma, semicolon or tab; empty lines and those that begin with # are passed over."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = [line for line in file if line.strip() and not line.startswith("#")]
@@ -1213,21 +1204,15 @@ def read_runs(path, chosen: dict) -> np.ndarray:
     if len(lines) < 2:
         raise BadInput(f"{path}: must have a line of column names and a line a run, it has {len(lines)} lines")
     head, *rows = csv.reader(lines, delimiter=max(",;\t", key=lines[0].count))
-    head, at = [name.strip() for name in head], {}
+    head = [name.strip() for name in head]
     plain = ["".join(filter(str.isalnum, name.lower())) for name in head]
-    for name, known in COLUMNS.items():
-        if name in chosen:
-            if chosen[name] not in head:
-                raise BadInput(f"columns must be among {', '.join(head)}, got {name}={chosen[name]}")
-            at[name] = head.index(chosen[name])
-        elif there := [k for k in known.split() if k in plain]:
-            at[name] = plain.index(there[0])
+    at = {name: plain.index(there[0]) for name, known in COLUMNS.items()
+          if (there := [k for k in known.split() if k in plain])}
     missing = [name for name in ("N", "D") if name not in at]
     if "loss" not in at or len(missing) > ("C" in at):
         wanted = [*missing, *["loss"] * ("loss" not in at)]
         some = ", ".join(COLUMNS[wanted[0]].split()[:3])
-        raise BadInput(f"{path}: no column for {' and '.join(wanted)} ({some}, ... or --columns {wanted[0]}=NAME); "
-                       f"there are {', '.join(head)}")
+        raise BadInput(f"{path}: no column for {' and '.join(wanted)} ({some}, ...); there are {', '.join(head)}")
     values = {}
     for name in at if missing else ("N", "D", "loss"):
         cells = [row[at[name]].strip() if at[name] < len(row) else "" for row in rows]
@@ -1292,14 +1277,10 @@ def report(runs, results):
 def command_fit(argv):
     parser = Parser("fit", "fit the three approaches to a file of runs")
     parser.add_argument("runs", metavar="RUNS.csv", help="columns N, D, loss, or C instead of N or D")
-    parser.add_argument("--columns", default="", metavar="N=NAME,...", help="which column is which")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", metavar="DIR", help="write isoflop.png and envelope.png")
     args = parser.parse_args(argv)
-    pairs = [pair.split("=", 1) for pair in args.columns.split(",") if pair]
-    if not all(len(pair) == 2 and pair[0] in COLUMNS for pair in pairs):
-        raise BadInput(f"columns must be like N=NAME,D=NAME of {', '.join(COLUMNS)}, got {args.columns!r}")
-    runs = read_runs(args.runs, dict(pairs))
+    runs = read_runs(args.runs)
     results = fit_all(runs, args.runs)
     print(json.dumps(results)) if args.json else report(runs, results)
     if args.plot:
@@ -1434,7 +1415,7 @@ def command_sweep(argv):
                                       for N in sizes))
     if len(done) < len(plans):
         print(f"{len(plans) - len(done)} runs are left; the same command goes on")
-    runs = read_runs(path, {})
+    runs = read_runs(path)
     results = fit_all(runs, str(path))
     print()
     report(runs, results)
@@ -1620,7 +1601,7 @@ def describe(result: dict) -> str:
 
 
 COMMANDS = {"fit": command_fit, "sweep": command_sweep, "plan": command_plan}
-FLAGS = {*ASKED, *WHOLE, "gpu", "config", "precision", "columns", "plot", "out", "budgets"}
+FLAGS = {*ASKED, *WHOLE, "gpu", "config", "precision", "plot", "out", "budgets"}
 
 
 def main(argv=None) -> int:

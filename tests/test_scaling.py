@@ -401,12 +401,12 @@ def test_columns_by_many_names(tmp_path, grid, head, columns, delimiter):
     N, D, loss = np.array(grid[:20]).T
     values = {"N": N, "D": D, "loss": loss, "C": 6 * N * D, "zero": 0 * N}
     path = write(tmp_path / "runs.csv", zip(*(values[c] for c in columns.split()), strict=True), head, delimiter)
-    np.testing.assert_allclose(scaling.read_runs(path, {}), grid[:20])
+    np.testing.assert_allclose(scaling.read_runs(path), grid[:20])
 
 
-def test_chosen_columns_comments_and_empty_lines(tmp_path):
-    (tmp_path / "runs.csv").write_text("# mine\n\nwidth,heft,words,L1\n1,1e6,1e7,3\n\n2,2e6,1e7,2.5\n")
-    runs = scaling.read_runs(tmp_path / "runs.csv", {"N": "heft", "D": "words", "loss": "L1"})
+def test_comments_and_empty_lines(tmp_path):
+    (tmp_path / "runs.csv").write_text("# mine\n\nwidth,params,tokens,loss\n1,1e6,1e7,3\n\n2,2e6,1e7,2.5\n")
+    runs = scaling.read_runs(tmp_path / "runs.csv")
     assert runs.tolist() == [[1e6, 1e7, 3], [2e6, 1e7, 2.5]]
 
 
@@ -415,11 +415,9 @@ def test_chosen_columns_comments_and_empty_lines(tmp_path):
     ("", [], "must have a line of column names and a line a run, it has 0 lines"),
     ("N,D,loss\n", [], "it has 1 lines"),
     ("size_of_it,D,loss\n1,2,3\n", [],
-     r"no column for N \(n, params, parameters, ... or --columns N=NAME\); there are size_of_it, D, loss"),
+     r"no column for N \(n, params, parameters, ...\); there are size_of_it, D, loss"),
     ("a,b,c\n1,2,3\n", [], "no column for N and D and loss .* there are a, b, c"),
     ("flops,loss\n1,2\n", [], "no column for N and D "),
-    ("N,D,loss\n1,2,3\n", ["--columns", "N=size"], "--columns must be among N, D, loss, got N=size"),
-    ("N,D,loss\n1,2,3\n", ["--columns", "M=size"], "--columns must be like N=NAME,D=NAME of N, D, .* got 'M=size'"),
     ("N,D,loss\n1,2,3\n1,x,3\n", [], "D must be a number, row 2 has 'x'"),
     ("N,D,loss\n1,2\n", [], "loss must be a number, row 1 has ''"),
     ("N,D,loss\n1,2,3\n1,2,nan\n1,2,inf\n", [], "loss must be finite and above 0: row 2 has nan, row 3 has inf"),
@@ -567,7 +565,7 @@ def executed(rank, n, argv):
         mine += [b.flat for s in model.sync for b in getattr(s, "buckets", ()) if hasattr(b, "flat")]
         if op.kind == "F":
             sizes = []
-            for _ in range(4):                                           # gloo's threads let go of theirs a moment later
+            for _ in range(4):                                          # gloo's threads let go of theirs a moment later
                 sizes.append(live.bytes(mine))
                 time.sleep(0.003)
             kept[0] = max(kept[0], min(sizes))
