@@ -583,10 +583,10 @@ if triton is not None:
 # and none spills registers in its hot loop: tests/bench/bench_flash_static.py compiles them and reads the code.
 CONFIGS = {
     "tma": {           # NVIDIA compute capability 9 and 10, 227 KB of shared memory: tiles through the copy engine
-        128: {"_attn_fwd": [(128, 128, 8, 2), (128, 64, 4, 3)], "_bwd_dkdv": [(64, 128, 8, 2), (64, 64, 4, 2)],
-              "_bwd_dq": [(128, 64, 4, 2), (128, 128, 8, 2)]},
-        256: {"_attn_fwd": [(128, 128, 8, 2)], "_bwd_dkdv": [(64, 128, 8, 2)],
-              "_bwd_dq": [(128, 128, 8, 2), (128, 64, 8, 2)]},
+        128: {"_attn_fwd": [(128, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 2)],
+              "_bwd_dkdv": [(64, 64, 4, 2), (64, 64, 4, 3)], "_bwd_dq": [(64, 64, 4, 3), (128, 64, 8, 3)]},
+        256: {"_attn_fwd": [(128, 128, 8, 3), (64, 64, 4, 3)], "_bwd_dkdv": [(64, 128, 8, 2), (64, 128, 8, 3)],
+              "_bwd_dq": [(128, 128, 8, 2), (128, 64, 8, 3)]},
         512: {"_attn_fwd": [(128, 64, 8, 2), (64, 64, 4, 2)], "_bwd_dkdv": [(64, 32, 8, 2)],
               "_bwd_dq": [(32, 32, 4, 2)]}},
     "pointers": {      # other chips, and where strides are not multiples of 16 bytes
