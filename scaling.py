@@ -710,6 +710,8 @@ def layer_bytes(model: Shape, at: Layout, by: Software, recompute: str) -> float
     if recompute == "none":
         # log sum exp; or softmax, its mask and what that leaves, over T keys
         split += model.n_head * (4 if by.flash else (2 * by.item + by.dropout) * model.seq_len)
+    elif by.ours and model.position == "rope":                                 # q and k before the core has cast them
+        split += (model.q + model.kv) * (by.residual - by.item)
     return n * (whole / at.split + split / at.tp)
 
 
@@ -1085,8 +1087,9 @@ def plot_runs(folder: Path, runs, results) -> list[Path]:
             right.plot(*([p[x] for p in fit["points"]] for x in "CN"), marker, color=line.get_color(),
                        markersize=4 if marker == "." else 13)
     right.set(**budget, yscale="log", ylabel="best size N_opt")
-    for ax in (left, right) if right.lines else (left,):
-        ax.legend(frameon=False, fontsize=9)
+    left.legend(frameon=False, fontsize=9, loc="lower left")
+    if right.lines:
+        right.legend(frameon=False, fontsize=9)
     drawing.savefig(folder / "isoflop.png")
 
     # loss against compute, a curve a size, and what the best of all sizes reaches; what the law leaves unexplained
@@ -1591,8 +1594,8 @@ def describe(result: dict) -> str:
                                                                                 ("seconds_a_step", step / 100)))
         lines.append(f"{i:>3} {at['dp']:>4}{at['tp']:>3}{at['pp']:>4}{at['zero']:>5} {at['recompute']:<9}"
                      f"{at['micro_batch_size']:>6} {way:<12}{sum(gb):>9.1f}{step:>10.4g}"
-                     f"{row['mfu']:>7.1%}{row['tokens_per_s']:>11,.0f}{row['days']:>8.1f}{row['energy_mwh']:>7,.0f}"
-                     f"{row['tco2']:>8,.1f}" + (f"{money:>11,.0f}" if money else f"{'-':>11}"))
+                     f"{row['mfu']:>7.1%}{row['tokens_per_s']:>11,.0f}{row['days']:>8.3g}{row['energy_mwh']:>7.3g}"
+                     f"{row['tco2']:>8.3g}" + (f"{money:>11,.0f}" if money else f"{'-':>11}"))
         parts.append(f"{i:>3} " + "".join(f"{x:>{w}.1f}" for x, w in zip(gb, (14, 10, 8, 12, 8), strict=True))
                      + "".join(f"{x:>{w}.1f}" for x, w in zip(shares, (24, 6, 6, 6, 7, 7), strict=True)))
     price = result["dollars_per_gpu_hour"]

@@ -198,7 +198,8 @@ SETS = {"240 runs": dict(n=240, seed=0), "6 decades": dict(n=300, seed=1, decade
         "loud": dict(n=240, seed=5, noise=0.05), "lopsided": dict(n=240, seed=6, law=LOPSIDED)}
 
 
-@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("6 decades", "loud")))
+                                  for name in SETS])
 def test_the_fit_is_the_optimum(name):
     """Nothing that scipy finds from around it, or from Hoffmann's grid of starts, is better."""
     optimize = pytest.importorskip("scipy.optimize")
@@ -610,7 +611,9 @@ SMALL = """--config small --n-embd 96 --vocab-size 512 --seq-len 64 --global-bat
     (2, TINY + " --tp 2 --recompute full"), (2, SMALL + " --dp 2"), (2, SMALL + " --zero 1"), (2, TINY + " --zero 2"),
     (2, SMALL + " --zero 3"), (2, SMALL + " --pp 2"), (4, TINY + " --pp 4"), (2, TINY + " --pp 2 --pp-schedule zb"),
     (2, TINY + " --pp 2 --pp-schedule gpipe"), (2, TINY + " --pp 2 --pp-schedule interleaved"),
-    (4, TINY + " --pp 2 --tp 2"), (4, TINY + " --tp 2 --zero 1"), (2, TINY + " --tp 2 --precision bf16")])
+    (4, TINY + " --pp 2 --tp 2"), (4, TINY + " --tp 2 --zero 1"), (2, TINY + " --tp 2 --precision bf16"),
+    (2, TINY + " --tp 2 --precision bf16 --recompute selective"), (2, SMALL + " --tp 2 --recompute selective"),
+    (2, TINY + " --tp 2 --precision bf16 --recompute full")])
 def test_a_run_of_train_is_what_the_planner_says(run_ranks, ranks, flags):
     """Memory of every rank, bytes on the wire, the bubble."""
     argv = flags.split()
