@@ -690,12 +690,13 @@ KERNELS = {"torch": (flash_forward_torch, flash_backward_torch),
 
 
 # Forward and backward as torch.library operators: torch.compile sees one node and its outputs' shapes (the fake), and
-# checkpointing and autograd go through them as through any operator. Autocast ends here: the tiles choose their dtypes.
+# checkpointing and autograd go through them as through any operator. Autocast ends here: the tiles choose their dtypes;
+# and function modes, which would look at each of the hundred questions that a launch asks of its tensors.
 
 @torch.library.custom_op("flash_attn::forward", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, sm_scale: float | None, window: int | None,
              documents: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False), torch._C.DisableTorchFunction():
         o, lse = KERNELS[backend][0](*heads(q, k, v), causal, scale_of(q, sm_scale), window, documents)
     return o.view(q.shape), lse.view(q.shape[:-1])
 
@@ -711,7 +712,7 @@ def _backward(do: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tens
               backend: str) -> tuple[Tensor, Tensor, Tensor]:
     rows = [x.view(len(q), -1, q.shape[-2]) for x in (dlse.contiguous(), lse)]
     do, *qkvo = heads(do, q, k, v, o)
-    with torch.autocast(q.device.type, enabled=False):
+    with torch.autocast(q.device.type, enabled=False), torch._C.DisableTorchFunction():
         grads = KERNELS[backend][1](do, rows[0], *qkvo, rows[1], causal, scale_of(q, sm_scale), window, documents)
     dq, dk, dv = (dx.view(x.shape) for dx, x in zip(grads, (q, k, v), strict=True))
     return dq, dk, dv
