@@ -506,10 +506,11 @@ def test_a_sweep_goes_on_where_it_was(capsys, tmp_path, corpus):
 
 def test_a_sweep_that_cannot_train_says_why(capsys, tmp_path, monkeypatch):
     failing = tmp_path / "python"
-    failing.write_text("#!/bin/sh\necho 'train.py: --data must be there' >&2\nexit 2\n")
+    failing.write_text(f"#!/bin/sh\necho >> {tmp_path}/begun\necho 'train.py: --data must be there' >&2\nexit 2\n")
     failing.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(failing))
-    code, out, err = call(capsys, "sweep", "--out", tmp_path / "sweep", "--jobs", 1)
+    code, out, err = call(capsys, "sweep", "--out", tmp_path / "sweep", "--jobs", 4)
+    assert (tmp_path / "begun").read_text() == "\n"                                 # the first prepares for the others
     assert code == 2 and err.count("\n") == 1 and "ended with exit code 2: train.py: --data must be there" in err
 
 
@@ -605,15 +606,20 @@ SMALL = """--config small --n-embd 96 --vocab-size 512 --seq-len 64 --global-bat
 --device cpu --no-document-mask"""
 
 
-@pytest.mark.parametrize("ranks, flags", [
+RUNS = [
     (1, TINY), (1, SMALL), (1, TINY + " --recompute selective"), (1, SMALL + " --recompute full"),
     (1, TINY + " --qk-norm --n-kv-head 2 --bias"), (2, TINY + " --tp 2"), (2, TINY + " --tp 2 --no-sequence-parallel"),
-    (2, TINY + " --tp 2 --recompute full"), (2, SMALL + " --dp 2"), (2, SMALL + " --zero 1"), (2, TINY + " --zero 2"),
-    (2, SMALL + " --zero 3"), (2, SMALL + " --pp 2"), (4, TINY + " --pp 4"), (2, TINY + " --pp 2 --pp-schedule zb"),
-    (2, TINY + " --pp 2 --pp-schedule gpipe"), (2, TINY + " --pp 2 --pp-schedule interleaved"),
-    (4, TINY + " --pp 2 --tp 2"), (4, TINY + " --tp 2 --zero 1"), (2, TINY + " --tp 2 --precision bf16"),
-    (2, TINY + " --tp 2 --precision bf16 --recompute selective"), (2, SMALL + " --tp 2 --recompute selective"),
-    (2, TINY + " --tp 2 --precision bf16 --recompute full")])
+    (2, TINY + " --tp 2 --recompute full"), (2, SMALL + " --dp 2"), (2, TINY + " --zero 2"), (2, SMALL + " --zero 3"),
+    (4, TINY + " --pp 4"), (2, TINY + " --pp 2 --pp-schedule zb"), (2, TINY + " --pp 2 --pp-schedule gpipe"),
+    (2, TINY + " --pp 2 --pp-schedule interleaved"), (4, TINY + " --pp 2 --tp 2"), (4, TINY + " --tp 2 --zero 1"),
+    (2, TINY + " --tp 2 --precision bf16 --recompute selective"), (4, TINY + " --tp 2 --zero 3 --precision bf16")]
+MORE = [
+    (2, SMALL + " --zero 1"), (2, SMALL + " --pp 2"), (2, TINY + " --tp 2 --precision bf16"),
+    (2, SMALL + " --tp 2 --recompute selective"), (2, TINY + " --tp 2 --precision bf16 --recompute full"),
+    (4, TINY + " --tp 2 --zero 2 --precision bf16"), (4, TINY + " --tp 2 --zero 1 --precision bf16")]
+
+
+@pytest.mark.parametrize("ranks, flags", [*RUNS, *(pytest.param(*run, marks=pytest.mark.slow) for run in MORE)])
 def test_a_run_of_train_is_what_the_planner_says(run_ranks, ranks, flags):
     """Memory of every rank, bytes on the wire, the bubble."""
     argv = flags.split()
@@ -823,6 +829,10 @@ def test_the_text_and_the_figure(capsys, tmp_path):
     assert code == 0 and "$2.00 a GPU-hour, as given" in out and "torchrun" in out and "zero 3" in out
     assert (tmp_path / "memory.png").stat().st_size > 10_000
     assert max(map(len, out.split("first  ")[0].splitlines())) <= 120
+    for line in ("--config small --gpu h100 --n-gpus 8", "--params 1e12 --tokens 2e13 --gpu b200 --n-gpus 8192 --tp 8"):
+        code, out, _ = call(capsys, "plan", *line.split())                          # small and large numbers stay apart
+        lines = [x for x in out.splitlines() if re.match(" +[1-5] ", x)][:5]
+        assert code == 0 and len({len(x.replace("interleaved ", "").split()) for x in lines}) == 1, out
     rows = {"a": {"parameters": 10.0, "gradients": 30.0}, "b": {"parameters": 5.0, "gradients": 5.0}}
     assert scaling.bars(rows, 20.0, 8).splitlines()[:2] == ["a          PPGG|GGGG       0.0 GB",
                                                             "b          PG  |           0.0 GB"]
