@@ -747,7 +747,7 @@ class SplitLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        (x,), (weight, bias), queue = ctx.saved_tensors, ctx.parameters, ctx.queue
+        x, (weight, bias), queue = ctx.saved_tensors[0].detach(), ctx.parameters, ctx.queue      # x without its graph
         queue.append((weight, lambda: (dy.flatten(0, -2).T @ x.flatten(0, -2).to(dy.dtype)).to(weight.dtype)))
         if bias is not None and bias.requires_grad:
             queue.append((bias, lambda: dy.flatten(0, -2).sum(0).to(bias.dtype)))
@@ -877,6 +877,7 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
                 backward(edge, got if gradient is None else gradient, op != final["B", c])
             if target is not None:
                 channels.send(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad, target)
+            del hidden, edge                                               # W frees the inputs of linears, this one too
         else:
             parts = queues.pop((i, c), [])
             while parts:                                                  # one gradient at a time: each frees its input

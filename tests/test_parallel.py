@@ -62,19 +62,18 @@ SELDOM = [(4, 2, 1, 2, "--zero 2 --pp-schedule 1f1b"), (8, 2, 2, 2, "--zero 3")]
 PARITY = {}                                               # (dp, tp, pp, flags) -> differences, for the README's table
 
 
-def sharded_gradients(syncs, stage, m) -> dict:
+def sharded_gradients(syncs, stage, m, low) -> dict:
     """ZeRO's calls in a step: each bucket is scattered once (1) or every micro-batch, parameters are gathered once, or
     (3) twice a micro-batch wherever they are used; four bytes a parameter say who has a gradient, and if one was late.
     """
-    def rows(buckets):                                                                                        # padded
-        return len(buckets), sum(-(-sum(p.numel() for p in bucket.params) // n) * n * bucket.weights.itemsize
-                                 for bucket in buckets)
+    def rows(buckets, itemsize):                                                                              # padded
+        return len(buckets), sum(-(-sum(p.numel() for p in bucket.params) // n) * n for bucket in buckets) * itemsize
 
     buckets = [bucket for sync in syncs for bucket in sync.buckets]
     used = [unit for sync in syncs for units in sync.needs.values() for unit in units] if stage == 3 else buckets
     n, scatters, gathers = size(buckets[0].group), 1 if stage == 1 else m, 2 * m if stage == 3 else 1
-    return {"all_to_all": tuple(scatters * x for x in rows(buckets)),
-            "all_gather": tuple(gathers * x for x in rows(used)),
+    return {"all_to_all": tuple(scatters * x for x in rows(buckets, max(4, low))),
+            "all_gather": tuple(gathers * x for x in rows(used, low)),
             "all_reduce": (None, 4 * (sum(len(bucket.params) for bucket in buckets) + len(syncs)))}
 
 
@@ -97,13 +96,13 @@ def trained(rank, n, argv, steps, dtype: torch.dtype | None = torch.float64):
     parallel.check_replicas(model.parameters(), world.host)
     chunks = model.chunks
     layers = sum(len(chunk.model.layers) for chunk in chunks)
-    m = c.global_batch_size // (c.micro_batch_size * mesh.dp)
+    m, low = c.global_batch_size // (c.micro_batch_size * mesh.dp), 2 if c.precision == "bf16" else model.dtype.itemsize
     formula = parallel.step_calls(
         mesh, ([i * c.pp + mesh.pp_rank for i in range(len(chunks))], train.stages(c)), 2 * layers,
-        train.updated(optimizer), gradients=sharded_gradients(model.sync, c.zero, m) if c.zero else None,
+        train.updated(optimizer), gradients=sharded_gradients(model.sync, c.zero, m, low) if c.zero else None,
         micro_batches=m,
         shape=(c.micro_batch_size, c.seq_len, c.n_embd), sequence_parallel=c.sequence_parallel,
-        itemsize=model.dtype.itemsize, low=2 if c.precision == "bf16" else model.dtype.itemsize,
+        itemsize=model.dtype.itemsize, low=low,
         recomputed=layers if c.recompute == "full" else 0)
     val = data.Loader(c.data, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
     pieces = [(p.full_name, p.box, getattr(p, "flat", None), p.detach()) for p in model.parameters()]
@@ -246,7 +245,7 @@ def test_float32_is_as_near_as_one_process(corpus, run_ranks, ranks, flags):
 
 
 @pytest.mark.parametrize("flags", ["--tp 2 --pp 2 --pp-schedule zb", "--tp 2 --pp 2 --no-sequence-parallel",
-                                   "--dp 2 --tp 2"])
+                                   "--dp 2 --tp 2", "--dp 4 --zero 1", "--dp 4 --zero 3"])
 def test_bf16_is_near_float32_and_its_calls_are_the_formula(corpus, run_ranks, flags):
     """As for one process: half an ulp of bfloat16, relative."""
     losses, _, _ = one_process(corpus, "llama", torch.float32)
@@ -288,6 +287,19 @@ def test_a_run_goes_on_in_another_layout(corpus, tmp_path, run_ranks):
     ours, theirs = (data.newest_checkpoint(x / "checkpoints")[0] for x in (out, plain))
     for name in theirs.names():
         torch.testing.assert_close(ours.read(name), theirs.read(name), rtol=0, atol=1e-4)
+
+
+def test_the_third_step_is_profiled(corpus, tmp_path):
+    for steps in (2, 3):
+        argv = [*TINY, "--data", str(corpus), "--out", str(tmp_path / str(steps)), "--steps", str(steps), "--profile"]
+        assert train.main(argv) == 0 and (tmp_path / str(steps) / "trace.json").exists() == (steps == 3)
+
+
+def test_buckets_of_zero_are_in_the_order_of_use(corpus):
+    c = train.parse_config([*TINY, "--data", str(corpus), "--zero", "1"])
+    model = train.Model(c, train.World(c))
+    optimizer = train.make_optimizer(model, c)
+    assert [p for bucket in optimizer.buckets for p in bucket.params] == list(model.parameters())[::-1]
 
 
 def drifting(rank, n, argv):
@@ -888,6 +900,11 @@ def stage_modules():
     return [nn.Sequential(nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 10)).double() for _ in range(2)]
 
 
+# yours, perhaps: the second rank begins with the last message, and is answered in another order than it speaks
+BACK_TO_FRONT = [[Op("F", i) for i in range(6)] + [Op("B", i) for i in range(6)],
+                 [op for i in range(5, -1, -1) for op in (Op("F", i), Op("B", i))]]
+
+
 def pipeline(rank, n, how):
     """Two stages, six micro-batches, a squared-error loss -> losses on the last stage, this stage's gradients."""
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
@@ -923,7 +940,8 @@ def pipeline(rank, n, how):
             chunks = [lambda hidden=None, **b: chunk(**b, hidden=modules[0](b["x"]), module=modules[1], last=True)]
         else:
             chunks = [functools.partial(chunk, module=modules[rank], last=rank == 1)]
-        nll = parallel.run_schedule(parallel.SCHEDULES[how](n, 6), chunks,
+        schedule = BACK_TO_FRONT if how == "back to front" else parallel.SCHEDULES[how](n, 6)
+        nll = parallel.run_schedule(schedule, chunks,
                                     [{"x": a, "y": b} for a, b in zip(x, y, strict=True)], groups, seed=1.0,
                                     hidden_like=lambda b: torch.empty_like(b["x"]), on_op=on_op)
         losses = [x.sum().item() for x in nll if x is not None]
@@ -932,7 +950,7 @@ def pipeline(rank, n, how):
 
 def test_pipelines_are_torchs(run_ranks):
     losses, first, last = pipeline(0, 1, "1f1b")
-    for how in ("gpipe", "1f1b", "zb", "torch gpipe", "torch 1f1b"):
+    for how in ("gpipe", "1f1b", "zb", "back to front", "torch gpipe", "torch 1f1b"):
         answers = run_ranks(pipeline, 2, how)
         assert answers[1][0] == pytest.approx(losses, abs=1e-12)
         for ours, expected in ((answers[0][1], first), (answers[1][1], last)):
@@ -952,6 +970,12 @@ def frozen(rank, n, schedule):
 
     parallel.run_schedule(parallel.SCHEDULES[schedule](2, 4), [chunk], [{"x": row} for row in x],
                           [dist.new_group(), dist.new_group()], hidden_like=lambda b: torch.empty_like(b["x"]))
+    modules[0].requires_grad_(True)
+    detached = (lambda x, hidden=None: chunk(x, hidden if hidden is None else hidden.detach()))
+    parallel.run_schedule(parallel.SCHEDULES[schedule](2, 4), [detached], [{"x": row} for row in x],
+                          [dist.new_group(), dist.new_group()], hidden_like=lambda b: torch.empty_like(b["x"]))
+    assert rank == 1 or not any(p.grad.any() for p in modules[0].parameters())        # the second does not depend on it
+    modules[0].requires_grad_(False).zero_grad()
     DataParallel(modules[0], group).finish_gradient_synchronization()
     norm = nn.LayerNorm(4).requires_grad_(False)
     norm.weight.sum_over = (group,)
@@ -980,6 +1004,20 @@ def test_buckets_leave_during_the_last_backward_of_a_pipeline(corpus, run_ranks)
     for schedule in ("1f1b", "zb"):
         for started, buckets in run_ranks(started_in_backward, 4, corpus, f"--dp 2 --pp 2 --pp-schedule {schedule}"):
             assert started == buckets > 5
+
+
+def test_weights_parts_let_go_of_their_inputs_one_by_one():
+    layers, inputs, alive = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), [], []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda _, args: inputs.append(StorageWeakRef(args[0].untyped_storage())))
+        layer.weight.register_post_accumulate_grad_hook(lambda _: alive.append(sum(not x.expired() for x in inputs)))
+
+    def chunk(x, hidden=None):
+        out = layers(x.clone().requires_grad_())
+        return out.square().sum(), out.detach()
+
+    parallel.run_schedule(parallel.zero_bubble(1, 1), [chunk], [{"x": torch.ones(2, 4)}])
+    assert alive == [3, 2, 1]
 
 
 def used_twice(rank, n):
@@ -1048,6 +1086,7 @@ def test_replicas_are_owned_once_and_must_be_equal(run_ranks):
     with pytest.raises(AssertionError, match="big.weight: the ranks' pieces must make its 15 elements, they make 12"):
         run_ranks(pieces, 2, "hole")
     assert parallel.squared_norm([]) == 0
+    assert parallel.squared_norm([torch.tensor([1e25])]).item() == pytest.approx(1e50)
 
 
 def test_books_that_do_not_agree_are_found():
@@ -1162,13 +1201,15 @@ def test_the_launcher_passes_signals_on_and_is_not_outlived(corpus, tmp_path):
 
 
 def failing(script):
-    """train.py, but rank 1 raises in the eighth step of its first start; with DEAF rank 0 does not hear of it."""
+    """train.py, but rank 1 raises, or LEAVES, in the eighth step of its first start; a DEAF rank 0 does not hear it."""
     original = train.train_step
 
     def step(model, optimizer, loader, step, c, world, *rest):
         if step == 7 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             if world.rank == 1:
                 Path(c.out, "raised").write_text(str(time.time()))
+                if "LEAVES" in os.environ:
+                    os._exit(0)
                 raise ValueError("the fan fell off")
             if "DEAF" in os.environ:
                 time.sleep(60)
@@ -1221,6 +1262,25 @@ def test_the_launcher_ends_a_rank_that_does_not_hear_of_a_failure(faulty):
         "train.py: rank 1 failed: rank 1 failed with ValueError at step 7: the fan fell off, at step 7; "
         f"see {out}/rank-1.err\n")
     assert "Traceback" in (out / "rank-1.err").read_text()
+
+
+def test_a_run_that_diverged_is_not_started_again(corpus, tmp_path):
+    answer = subprocess.run([sys.executable, str(ROOT / "train.py"), *FAULTY, "--data", str(corpus), "--out",
+                             str(tmp_path / "run"), "--lr", "1e30", "--warmup-steps", "0", "--nproc", "2",
+                             "--max-restarts", "1"], capture_output=True, text=True, timeout=90)
+    assert answer.returncode == 3 and "diverged" in answer.stdout and "start 2 of 2" not in answer.stderr
+
+
+@pytest.mark.slow
+def test_the_launcher_ends_those_whom_a_rank_left_early(faulty):
+    out, start = faulty
+    launcher = start(flags=["--nproc", "2", "--timeout", "8"], DEAF="1", LEAVES="1")
+    try:
+        said = launcher.communicate(timeout=90)[1]
+        assert 7 < time.time() - float((out / "raised").read_text()) < 15
+    finally:
+        launcher.kill()
+    assert launcher.returncode == 1 and said == "train.py: rank 1 ended with exit code 0\n"
 
 
 @pytest.mark.slow
