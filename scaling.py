@@ -735,9 +735,11 @@ def memory(model: Shape, at: Layout, by: Software, r: int) -> dict:
     kept = alive * (layers * layer_bytes(model, at, by, at.recompute) + at.chunks * tables)
     kept += last * (norm + head) * (alive if at.schedule == "gpipe" else 1)
     if at.schedule == "zb" and at.pp > 1:
-        # W waits with the linears' inputs and their results' gradients; those of one linear stay until the next W
+        # W waits with the linears' inputs and their results' gradients; those of one linear stay until the next W, and
+        # only where an F comes between are they there when most is
         late = n * by.item * (4 * C + (2 * model.q + 2 * model.kv + (model.ups + 1) * F) / at.tp)
-        kept += (min(at.micro_batches, at.pp) - alive) * (layers * late + last * norm) + n * by.item * (C + F / at.tp)
+        kept += (min(at.micro_batches, at.pp) - alive) * layers * late
+        kept += (at.micro_batches > at.pp) * n * by.item * (C + F / at.tp)
     # on their way: buckets of 10 MB, or layers: one and its share that add up, from stage 2 two more as products left
     # them; at stage 3 this layer and the next, gathered
     unit = max((model.block + model.column_biases) / at.tp + model.whole, V * C * (r == 0 or last))
