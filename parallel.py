@@ -777,13 +777,22 @@ def messages(schedule, source: int, target: int) -> list:
 
 class Channels:
     """Messages of a pipeline rank. A pair of ranks has one channel each way, and receives are posted in the sender's
-    order, read off the schedule: no tags, no handshakes."""
+    order, read off the schedule: no tags, no handshakes. Read off it too: how many of ours another rank had when it
+    sent us something; those are kept no longer."""
 
     def __init__(self, schedule, groups, timeout: float):
         self.p, self.groups, self.timeout = len(schedule), groups, timedelta(seconds=timeout)
         self.rank = 0 if groups is None else rank(groups[0])
         self.coming = {source: deque(messages(schedule, source, self.rank)) for source in range(self.p)}
-        self.arriving, self.sending, self.here = {}, [], {}
+        self.arriving, self.here, self.had = {}, {}, {}
+        self.sending, self.freed = defaultdict(deque), defaultdict(int)
+        last = self.p * (1 + max(op.chunk for op in schedule[0])) - 1
+        for other, ops in enumerate(schedule):
+            number, had = {x: n for n, x in enumerate(messages(schedule, self.rank, other), 1)}, 0
+            for op in ops:
+                s = stage(op, other, self.p)
+                had = max(had, number.get(awaits(op, s, last), 0))
+                self.had[passes_on(op, s, last)] = had
 
     def send(self, x: Tensor, message):
         target = message[2] % self.p
@@ -791,8 +800,7 @@ class Channels:
             self.here[message] = x
             return
         x = x.contiguous()
-        self.sending = [(x, work) for x, work in self.sending if not work.is_completed()]
-        self.sending.append((x, self.start(dist.isend, x, target, target > self.rank)))
+        self.sending[target].append((x, self.start(dist.isend, x, target, target > self.rank)))
 
     def receive(self, message, like):
         """like(micro_batch) gives an empty tensor of its shape."""
@@ -803,7 +811,11 @@ class Channels:
             coming = self.coming[source].popleft()
             x = like(coming[1])
             self.arriving[coming] = x, self.start(dist.irecv, x, source, self.rank > source)
-        return self.wait(*self.arriving.pop(message))
+        x = self.wait(*self.arriving.pop(message))
+        while self.freed[source] < self.had[message]:                            # gloo's are not done until waited for
+            self.wait(*self.sending[source].popleft())
+            self.freed[source] += 1
+        return x
 
     def start(self, what, x, peer: int, up: bool):
         # NCCL warns of a message that is no batch, and may make a communicator for each pair
@@ -815,7 +827,7 @@ class Channels:
         return x
 
     def finish(self):
-        for sent in self.sending:
+        for sent in itertools.chain(*self.sending.values()):
             self.wait(*sent)
 
 

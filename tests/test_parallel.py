@@ -958,6 +958,39 @@ def test_pipelines_are_torchs(run_ranks):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+def sent(rank, n, how):
+    """The most messages sent that are still held after an operation of ten micro-batches."""
+    module, alive, most, plain = stage_modules()[rank], [], [], parallel.Channels.send
+
+    def send(self, x, message):
+        alive.append(weakref.ref(x))
+        plain(self, x, message)
+
+    def chunk(x, hidden=None):
+        out = module(x if hidden is None else hidden)
+        return out if rank == 0 else (out.square().sum(), out.detach())
+
+    def on_op(op, *clocks):
+        held = []
+        for _ in range(10):                                             # gloo's threads let go of theirs a moment later
+            held.append(sum(x() is not None for x in alive))
+            time.sleep(0.003)
+        most.append(min(held))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel.Channels, "send", send)
+        parallel.run_schedule(parallel.SCHEDULES[how](n, 10), [chunk], [{"x": torch.ones(3, 10).double()}] * 10,
+                              [dist.new_group(), dist.new_group()], hidden_like=lambda b: torch.empty_like(b["x"]),
+                              on_op=on_op)
+    return len(alive), max(most)
+
+
+@pytest.mark.parametrize("how", ["1f1b", "zb"])
+def test_what_the_other_rank_has_is_kept_no_longer(run_ranks, how):
+    # of hidden states: as many as are between F and B, of their gradients: until the F that was sent after they came
+    assert run_ranks(sent, 2, how) == [(10, 2), (10, 2)]
+
+
 def frozen(rank, n, schedule):
     """The first stage is frozen; and a module that is frozen as a whole."""
     modules, group = stage_modules(), dist.group.WORLD

@@ -33,7 +33,7 @@ import train  # noqa: E402
 MODEL = """--n-layer 8 --n-head 4 --n-embd 256 --seq-len 256 --vocab-size 2048 --global-batch-size 8
 --micro-batch-size 1 --no-document-mask --device cpu""".split()
 WIDER = "--n-layer 4 --n-embd 384 --global-batch-size 32".split()             # for ranks that share a core
-TURNS = 9
+TURNS = 15
 
 
 def batches(n, seed=0):
@@ -51,10 +51,11 @@ def whole_model():
 
 def alternate(rank, candidates):
     """{name: step} -> {name: (median seconds, median ratio of the first's time to this one's)}, from steps that take
-    turns; all ranks start each together."""
-    times = {name: [] for name in candidates}
+    turns, in changing order; all ranks start each together."""
+    times, order = {name: [] for name in candidates}, list(candidates.items())
     for _ in range(TURNS + 1):
-        for name, step in candidates.items():
+        order.append(order.pop(0))
+        for name, step in order:
             dist.barrier()
             start = time.perf_counter()
             step()
