@@ -5,7 +5,10 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -67,8 +70,8 @@ def test_shapes_are_the_models(config):
 def test_kaplans_laws():
     assert kaplan_loss(KAPLAN["N_c"]) == kaplan_loss(D=KAPLAN["D_c"]) == 1
     assert kaplan_loss(C_min=3.1e8 * 8.64e19) == 1
-    assert kaplan_loss(1e9, S_min=1e30) == pytest.approx(kaplan_loss(1e9))
-    assert kaplan_loss(1e9, S_min=2.1e3) == pytest.approx(1 + kaplan_loss(1e9))
+    assert kaplan_loss(1e9, S_min=1e30) == pytest.approx((6.5e13 / 1e9) ** 0.077)                 # its table 3
+    assert kaplan_loss(1e9, S_min=2.1e3) == pytest.approx(1 + (6.5e13 / 1e9) ** 0.077)
     assert kaplan_loss(1e9, 1e40) == pytest.approx((KAPLAN_JOINT["N_c"] / 1e9) ** 0.076)
     assert kaplan_loss(1e40, 1e9) == pytest.approx((KAPLAN_JOINT["D_c"] / 1e9) ** 0.103)
     # Kaplan 2020, section 4.2: D > 5e3 N^0.74 keeps overfitting below noise; ten times less does not
@@ -424,6 +427,7 @@ def test_comments_and_empty_lines(tmp_path):
     ("N,D,loss\n1,2,3\n1,2,nan\n1,2,inf\n", [], "loss must be finite and above 0: row 2 has nan, row 3 has inf"),
     ("N,C,loss\n0,2,3\n", [], "N must be finite and above 0: row 1 has 0"),
     ("N,D,loss\n1,2,3\n2,3,4\n", [], "needs at least 6 runs of different \\(N, D\\) for a law of 5 constants, got 2"),
+    ("N,D,loss\n" + 200_000 * "1" + ",2,3\n", [], "must be a CSV file that can be read: field larger"),
     ("N,D,loss\n1,2,3\n", ["--jsn"], "--jsn is no argument; the nearest is --json"),
 ])
 def test_bad_input_is_one_line_and_2(capsys, tmp_path, text, flags, message):
@@ -443,6 +447,8 @@ def test_wrong_commands(capsys):
                            (["--sizes", "2"], "must be like 2x48,3x64, got '2'"),
                            (["--sizes", "2x0"], "must be like 2x48,3x64, got '2x0'"),
                            (["--jobs", "1.5"], "must be a whole number from 1 to 1000, got '1.5'"),
+                           (["--out", "/dev/null/x"], "must be a folder that can be written, got /dev/null/x: Not a "
+                            "directory"),
                            (["--budgets", "1e30"], "must leave one of --sizes 4 to 140 tokens a parameter, got 1e+30")):
         code, out, err = call(capsys, "sweep", *flags)
         assert (code, out, err) == (2, "", f"scaling.py: {flags[0]} {message}\n")
@@ -774,6 +780,18 @@ def test_one_constant_fitted_on_some_rows_predicts_the_others():
     assert max(errors) < 0.15 and sum(errors) / len(errors) < 0.08
 
 
+def test_gradients_leave_in_as_many_messages_as_buckets(monkeypatch):
+    model, calls, plain = scaling.shape_for(1e9), [], scaling.half
+    monkeypatch.setattr(scaling, "half", lambda *args: calls.append(args) or plain(*args))
+    psi = 4 * model.num_params
+    for stage, messages in enumerate((psi / 25e6, psi / 10e6, psi / 10e6, model.n_layer)):
+        scaling.step_time(model, GPUS["h100"], Layout(64, zero=stage), Software())
+        scatter, gather = calls[-2:]
+        assert scatter[3] == 2 * gather[3] == psi and scatter[4] == gather[4] == pytest.approx(messages)
+    scaling.step_time(model, GPUS["h100"], Layout(64), scaling.MEGATRON_2021)                    # one buffer
+    assert calls[-1][4] == 1
+
+
 def test_messages_take_what_rings_take():
     on = GPUS["h100"]
     assert scaling.half(on, 1, 1, 1e9) == 0
@@ -819,6 +837,32 @@ def test_the_largest_model_that_fits(capsys):
         scaling.plan(scaling.shape_for(1.1 * found["parameters"]), "h100", 8)
 
 
+def test_mfu_is_of_the_precisions_peak():
+    model = scaling.shape_for(3e8, 1024)
+    for name, on in GPUS.items():
+        for precision in ("fp32", "fp8") if on.fp8 else ("fp32",):
+            e = scaling.plan(model, name, 1, precision=precision, top=1)[0]
+            peak = on.peak * on.fp32 if precision == "fp32" else on.fp8
+            assert e["mfu"] == pytest.approx(e["tflops"] * 1e12 / peak, rel=5e-3) and e["mfu"] < 0.8, (name, precision)
+
+
+def test_a_micro_batch_that_is_asked_for_divides_the_default_batch():
+    assert scaling.plan(scaling.shape_for(1e9), "h100", 8, micro_batch_size=3)[0]["layout"].micro_batch_size == 3
+
+
+def test_a_config_is_named_in_the_command(capsys):
+    found = answer(capsys, "--config small --seq-len 2048 --gpu h100 --n-gpus 8")["layouts"][0]["command"]
+    assert " --config small --seq-len 2048 --steps" in found and "n-layer" not in found
+
+
+def test_whoever_has_read_enough_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, scaling.__file__, "--help"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_config_of_train():
     assert scaling.read_config("medium") == dataclasses.asdict(train.parse_config(["--config", "medium"]))
 
@@ -842,7 +886,7 @@ def test_the_text_and_the_figure(capsys, tmp_path):
 @pytest.mark.parametrize("line, message", [
     ("--gpu h101 --n-gpus 8", "--gpu must be one of .*got 'h101'; the nearest: h100"),
     ("--n-gpus 8", ".*required: --gpu"),
-    ("--gpu h100 --n-gpus 8 --params -1", "--params must be a number from 100000 to 1e.14, got '-1'"),
+    ("--gpu h100 --n-gpus 8 --params -1", "--params must be a number from 500000 to 1e.14, got '-1'"),
     ("--gpu h100 --n-gpus 8 --params nan", "--params must be a number .*, got 'nan'"),
     ("--gpu h100 --n-gpus 8 --params 1e99", "--params must be a number .*, got '1e99'"),
     ("--gpu h100 --n-gpus 1.5 --params 7b", "--n-gpus must be a whole number from 1 .*got '1.5'"),
@@ -859,6 +903,7 @@ def test_the_text_and_the_figure(capsys, tmp_path):
     ("--gpu v100 --n-gpus 8 --params 1b --precision bf16", "--precision must be one that the GPU has, got bf16"),
     ("--gpu h100 --n-gpus 8 --params 7b --tokens 1t --zero 9", "--zero invalid choice"),
     ("--gpu l4 --params 1e13 --tokens 1e17 --days 1", "--days must be enough for some number of GPUs"),
+    ("--gpu h100 --n-gpus 8 --tokens 1t --budget-flops 1e17", "--budget-flops must be for a model of "),
     ("--gpu h100 --n-gpus 8 --params 70b", "does not fit: .*biggest: states, 69.* GB; the cheapest change: 16 GPUs"),
     ("--gpu h100 --n-gpus 8 --params 7b --zero 0 --tp 1 --pp 1", "does not fit: .*the cheapest change: --zero 3")])
 def test_a_bad_plan_is_one_line(capsys, line, message):
