@@ -843,7 +843,7 @@ def test_mfu_is_of_the_precisions_peak():
         for precision in ("fp32", "fp8") if on.fp8 else ("fp32",):
             e = scaling.plan(model, name, 1, precision=precision, top=1)[0]
             peak = on.peak * on.fp32 if precision == "fp32" else on.fp8
-            assert e["mfu"] == pytest.approx(e["tflops"] * 1e12 / peak, rel=5e-3) and e["mfu"] < 0.8, (name, precision)
+            assert e["mfu"] == pytest.approx(e["tflops"] * 1e12 / peak, rel=2e-2) and e["mfu"] < 0.8, (name, precision)
 
 
 def test_a_micro_batch_that_is_asked_for_divides_the_default_batch():
