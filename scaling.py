@@ -648,7 +648,7 @@ def gpu(peak, fp8, memory, bandwidth, link, network, watts, matmul, *price, **mo
 # Network: 200 Gb/s a GPU beside A100 (Narayanan 2021, section 5), 400 beside H100 (Llama 3, section 3.3.1) and later.
 # c: fitted for A100 and H100, where it is 0.88 and 0.79 of the largest product measured; 0.83 of that for the others,
 # and of 0.78 of the peak where nobody measured
-SKYPILOT, RUNPOD = "skypilot-catalog v8", "RunPod secure, 2026-05-22"
+SKYPILOT, RUNPOD = "skypilot-catalog v8, undated", "RunPod secure, 2026-05-22"
 GPUS = {
     "v100": gpu(125, 0, 32, 900, 120, 12.5, 300, 0.65, 0.79, f"Lambda, 16 GB, {SKYPILOT}", fp32=1 / 8),
     "a100": gpu(312, 0, 80, 2000, 235, 25, 400, 0.712, 1.50, "assumed by Sardana et al., arXiv:2401.00448, 2024"),
@@ -664,7 +664,8 @@ GPUS = {
     "mi355x": gpu(2500, 5000, 288, 8000, 428, 50, 1400, 0.50),
     "l40s": gpu(362, 733, 48, 864, 25, 25, 350, 0.65, 1.55, f"Nebius, {SKYPILOT}", fp32=1 / 4),
     "l4": gpu(121, 242.5, 24, 300, 25, 12.5, 72, 0.65, fp32=1 / 4),
-    "rtx4090": gpu(165.2, 330.3, 24, 1008, 25, 12.5, 450, 0.65, 0.25, "Hyperbolic, skypilot-catalog v7", fp32=1 / 2),
+    "rtx4090": gpu(165.2, 330.3, 24, 1008, 25, 12.5, 450, 0.65, 0.25, "Hyperbolic, skypilot-catalog v7, undated",
+                   fp32=1 / 2),
     "t4": gpu(65, 0, 16, 320, 12.5, 12.5, 70, 0.65, fp32=1 / 8)}
 LINE = 0.8                                    # share of a network's line rate that messages reach, as in the links
 NVLINK_HOP, NETWORK_HOP = 3.4e-6, 14e-6       # seconds, of rings: NCCL's own tables, src/graph/tuning.cc
@@ -1882,6 +1883,8 @@ def demo():
     # Muennighoff 2023, equation 5; Sardana 2024, abstract, section 2, figure 1
     for epochs, worth in ((4, 3.726), (16, 10.582), (1e9, 16.39)):
         row(f"repeated data: {epochs:g} epochs are worth", effective(epochs, 1, MUENNIGHOFF["R_D"]), worth, 2e-4)
+    repeated, fresh = (data_constrained_loss(8.7e9, 178e9, unique) for unique in (44e9, 178e9))
+    row("   8.7 B, 178 B tokens, in 4 epochs | all different: loss (\"negligible\")", repeated, fresh, 0.01)
     best = Optimum(30e9, optimal_tokens(30e9, SARDANA))
     N, D = inference_optimal(chinchilla_loss(*best, SARDANA), 1e13, SARDANA)
     row("the quality of 30 B, for 1e13 tokens of use: N", N, 13.6e9, 0.002)
