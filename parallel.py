@@ -768,31 +768,25 @@ class SplitLinears(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def messages(schedule, source: int, target: int) -> list:
-    """What one rank sends another, in its order."""
-    p, last = len(schedule), len(schedule) * (1 + max(op.chunk for op in schedule[0])) - 1
-    sent = [passes_on(op, stage(op, source, p), last) for op in schedule[source]]
-    return [x for x in sent if x is not None and x[2] % p == target]
-
-
 class Channels:
     """Messages of a pipeline rank. A pair of ranks has one channel each way, and receives are posted in the sender's
-    order, read off the schedule: no tags, no handshakes. Read off it too: how many of ours another rank had when it
-    sent us something; those are kept no longer."""
+    order, read off the schedule: no tags, no handshakes. Read off it too: what another rank had of ours when it sent us
+    something, which is kept no longer."""
 
     def __init__(self, schedule, groups, timeout: float):
         self.p, self.groups, self.timeout = len(schedule), groups, timedelta(seconds=timeout)
         self.rank = 0 if groups is None else rank(groups[0])
-        self.coming = {source: deque(messages(schedule, source, self.rank)) for source in range(self.p)}
-        self.arriving, self.here, self.had = {}, {}, {}
-        self.sending, self.freed = defaultdict(deque), defaultdict(int)
+        self.coming, self.arriving, self.sending, self.here, self.had = defaultdict(deque), {}, {}, {}, {}
         last = self.p * (1 + max(op.chunk for op in schedule[0])) - 1
-        for other, ops in enumerate(schedule):
-            number, had = {x: n for n, x in enumerate(messages(schedule, self.rank, other), 1)}, 0
+        for source, ops in enumerate(schedule):
+            had = []                                                           # since its message before
             for op in ops:
-                s = stage(op, other, self.p)
-                had = max(had, number.get(awaits(op, s, last), 0))
-                self.had[passes_on(op, s, last)] = had
+                s = stage(op, source, self.p)
+                had.append(awaits(op, s, last))
+                message = passes_on(op, s, last)
+                if message is not None and message[2] % self.p == self.rank:
+                    self.coming[source].append(message)
+                    self.had[message], had = had, []
 
     def send(self, x: Tensor, message):
         target = message[2] % self.p
@@ -800,7 +794,7 @@ class Channels:
             self.here[message] = x
             return
         x = x.contiguous()
-        self.sending[target].append((x, self.start(dist.isend, x, target, target > self.rank)))
+        self.sending[message] = x, self.start(dist.isend, x, target, target > self.rank)
 
     def receive(self, message, like):
         """like(micro_batch) gives an empty tensor of its shape."""
@@ -812,9 +806,9 @@ class Channels:
             x = like(coming[1])
             self.arriving[coming] = x, self.start(dist.irecv, x, source, self.rank > source)
         x = self.wait(*self.arriving.pop(message))
-        while self.freed[source] < self.had[message]:                            # gloo's are not done until waited for
-            self.wait(*self.sending[source].popleft())
-            self.freed[source] += 1
+        for sent in self.had[message]:
+            if sent in self.sending:                                             # gloo's are not done until waited for
+                self.wait(*self.sending.pop(sent))
         return x
 
     def start(self, what, x, peer: int, up: bool):
@@ -827,7 +821,7 @@ class Channels:
         return x
 
     def finish(self):
-        for sent in itertools.chain(*self.sending.values()):
+        for sent in self.sending.values():
             self.wait(*sent)
 
 
