@@ -840,7 +840,8 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
     on_op        on_op(op, asked, start, end): clocks before waiting for its input, before and after it ran
     timeout      seconds that a message may take
 
-    A schedule without B evaluates. A hidden state that was sent is freed; its graph is kept for backward.
+    A schedule without B evaluates. A hidden state that was sent is freed when the next message from its receiver says
+    that it has come, its graph is kept for backward.
     """
     channels, p = Channels(schedule, groups, timeout), len(schedule)
     mine, last = schedule[channels.rank], p * len(chunks) - 1
