@@ -634,7 +634,11 @@ class GPU:
     price: float | None = None
     source: str = "no price known: give --price"
     node: int = 8
-    fp32: float = 1 / 16                      # its speed beside bf16, by the makers' data sheets
+    fp32: float = 1 / 16                      # beside bf16, by the makers' data sheets
+
+    def speed(self, precision: str) -> float:
+        """Of its matrix products beside bf16."""
+        return {"fp32": self.fp32, "tf32": 1 / 2, "fp8": self.fp8 / self.peak}.get(precision, 1.0)
 
 
 def gpu(peak, fp8, memory, bandwidth, link, network, watts, matmul, *price, **more) -> GPU:
@@ -643,8 +647,8 @@ def gpu(peak, fp8, memory, bandwidth, link, network, watts, matmul, *price, **mo
     return GPU(*sizes, watts, matmul, *price, **more)
 
 
-# Links: measured 235 of NVLink 3's 300 GB/s and 368 of NVLink 4's 450; of others 0.8 of the line rate (PCIe 4
-# 31, PCIe 5 63).
+# Links: measured 235 of NVLink 3's 300 GB/s and 368 of NVLink 4's 450; of others 0.8 of the line
+# rate (PCIe 4: 31, PCIe 5: 63).
 # Network: 200 Gb/s a GPU beside A100 (Narayanan 2021, section 5), 400 beside H100 (Llama 3, section 3.3.1) and later.
 # c: fitted for A100 and H100, where it is 0.88 and 0.79 of the largest product measured; 0.83 of that for the others,
 # and of 0.78 of the peak where nobody measured
@@ -672,8 +676,8 @@ NVLINK_HOP, NETWORK_HOP = 3.4e-6, 14e-6       # seconds, of rings: NCCL's own ta
 FLASH = 0.6                                   # FlashAttention-2, figure 4: 187 of A100's 312 TFLOP/s at T 2048, D 128
 USABLE = 0.95                                 # of memory: the rest is CUDA's, NCCL's, and gaps
 PUE, GRID = 1.1, 0.385                        # building / GPUs; kg CO2 a kWh (LLaMA, arXiv:2302.13971, section 6)
-# bytes; the tensor cores' speed beside bf16, where the GPU's own field does not say
-PRECISIONS = {"fp32": (4, 0), "tf32": (4, 1 / 2), "bf16": (2, 1), "fp16": (2, 1), "fp8": (2, 2)}
+PRECISIONS = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 2}                     # bytes of what is multiplied
+BUCKETS = 25e6, 10e6, 10e6                    # bytes of gradients a message, by ZeRO stage: parallel.py's, zero.py's
 
 
 @dataclass(frozen=True)
@@ -750,7 +754,7 @@ def memory(model: Shape, at: Layout, by: Software, r: int) -> dict:
     # on their way: buckets of 10 MB, or layers: one and its share that add up, from stage 2 two more as products left
     # them; at stage 3 this layer and the next, gathered
     unit = max((model.block + model.column_biases) / at.tp + model.whole, V * C * (r == 0 or last))
-    bucket = unit if at.zero == 3 else min(2.5e6, psi)
+    bucket = unit if at.zero == 3 else min(BUCKETS[at.zero] / by.gradient, psi)
     sums = bucket * (1 + 1 / at.dp) if at.zero else psi * (at.micro_batches > 1)
     moving = (at.dp > 1) * (sums * by.gradient + (at.zero >= 2) * 2 * bucket * by.item)
     moving += (at.zero == 3) * 2 * bucket * by.item
@@ -874,9 +878,8 @@ def step_time(model: Shape, on: GPU, at: Layout, by: Software, speed: float = 1.
 
     # gradients are summed beside backward; parameters gathered before the pass that needs them, or after the update
     psi = held(model, at, slow)[0]
-    # in as many messages as layers at stage 3, buckets of zero.py's 10 MB or parallel.py's 25; Megatron's is one
-    bucket = (1e7 if at.zero else 2.5e7) / by.gradient if by.ours else math.inf
-    messages = L if at.zero == 3 else max(1, psi / bucket)
+    # a message a layer at stage 3, a bucket before; Megatron's is one
+    messages = L if at.zero == 3 else max(1, psi * by.gradient / BUCKETS[at.zero]) if by.ours else 1
     scatter, gather = (half(on, at.dp, t, psi * size, messages) for size in (by.gradient, by.item))
 
     def exposed(message, beside):
@@ -956,7 +959,7 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
             raise BadInput(f"{name} must divide the number of GPUs, {n_gpus}, got {fixed[name]}")
     if unknown := fixed.keys() - set(FIELDS):
         raise BadInput(f"{min(unknown)} must be a field of a layout: {', '.join(FIELDS)}")
-    item, speed = PRECISIONS[precision][0], PRECISIONS[precision][1] or on.fp32
+    item, speed = PRECISIONS[precision], on.speed(precision)
     # 4 M tokens (Llama 2), below 1 B parameters 0.5 M (GPT-3, table 2.1), in sequences, a multiple of the GPUs
     each = n_gpus * (fixed.get("micro_batch_size") or 1)
     usual = max(1, round((2**22 if model.num_params >= 1e9 else 2**19) / model.seq_len / each)) * each
@@ -1218,15 +1221,12 @@ def read_runs(path) -> np.ndarray:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = [line for line in file if line.strip() and not line.startswith("#")]
-    except (OSError, UnicodeDecodeError) as error:
+        head, *rows = csv.reader(lines, delimiter=max(",;\t", key=lines[0].count)) if lines[1:] else [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = getattr(error, "strerror", None) or error
         raise BadInput(f"{path}: must be a CSV file that can be read: {why}") from None
-    if len(lines) < 2:
+    if not rows:
         raise BadInput(f"{path}: must have a line of column names and a line a run, it has {len(lines)} lines")
-    try:
-        head, *rows = csv.reader(lines, delimiter=max(",;\t", key=lines[0].count))
-    except csv.Error as error:
-        raise BadInput(f"{path}: must be a CSV file that can be read: {error}") from None
     head = [name.strip() for name in head]
     plain = ["".join(filter(str.isalnum, name.lower())) for name in head]
     at = {name: plain.index(there[0]) for name, known in COLUMNS.items()
@@ -1550,7 +1550,7 @@ def settle(got, on: GPU, options: dict):
     elif model is None:
         if tokens or not n:
             raise BadInput("params must be given, or both --n-gpus and --days")
-        found, model = "the largest model that fits", largest(on, n, T, Software(PRECISIONS[options["precision"]][0]))
+        found, model = "the largest model that fits", largest(on, n, T, Software(PRECISIONS[options["precision"]]))
     elif n and seconds:
         found, tokens = "tokens", seconds * rate(model, n)
     if not tokens and config:
@@ -1580,7 +1580,7 @@ def command_plan(argv):
                                                      "recompute", "sequence_parallel")}
     options |= {"precision": got.precision or ("fp16" if before_ampere(on) else "bf16"), "schedule": got.pp_schedule,
                 "chunks": got.pp_chunks}
-    by, rows = Software(PRECISIONS[options["precision"]][0]), []
+    by, rows = Software(PRECISIONS[options["precision"]]), []
     found, model, tokens, n = settle(got, on, options)
     for e in plan(model, on, n, top=got.top or 5, **options):
         at, seconds = e["layout"], tokens / e["tokens_per_s"]
