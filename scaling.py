@@ -1531,7 +1531,9 @@ def settle(got, on: GPU, options: dict):
             N *= math.sqrt(flops / (tokens or optimal_tokens(shape.num_params)) / shape.flops_per_token())
             N = min(max(N, 1e5), 1e15)
         if abs(math.log(shape.num_params / N)) > 0.2:
-            raise BadInput(f"budget_flops must be for a model of 4e5 to 1e14 parameters, got one for {N:.3g}")
+            name = next(x for x in ("budget_flops", "dollars", "days") if getattr(got, x))
+            raise BadInput(f"{name} must be right for a model of 4e5 to 1e15 parameters, got {getattr(got, name):g}, for "
+                           f"{N:.3g}")
         return shape_for(N, T)
 
     found = "time"

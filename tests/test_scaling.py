@@ -906,7 +906,9 @@ def test_the_text_and_the_figure(capsys, tmp_path):
     ("--gpu v100 --n-gpus 8 --params 1b --precision bf16", "--precision must be one that the GPU has, got bf16"),
     ("--gpu h100 --n-gpus 8 --params 7b --tokens 1t --zero 9", "--zero invalid choice"),
     ("--gpu l4 --params 1e13 --tokens 1e17 --days 1", "--days must be enough for some number of GPUs"),
-    ("--gpu h100 --n-gpus 8 --tokens 1t --budget-flops 1e17", "--budget-flops must be for a model of "),
+    ("--gpu h100 --n-gpus 8 --tokens 1t --budget-flops 1e17", "--budget-flops must be right for a model of 4e5 to "
+     "1e15 parameters, got 1e.17, for 1e.05"),
+    ("--gpu t4 --n-gpus 1 --tokens 1t --days 0.001", "--days must be right for a model of .* got 0.001"),
     ("--gpu h100 --n-gpus 8 --params 70b", "does not fit: .*biggest: states, 69.* GB; the cheapest change: 16 GPUs"),
     ("--gpu h100 --n-gpus 8 --params 7b --zero 0 --tp 1 --pp 1", "does not fit: .*the cheapest change: --zero 3")])
 def test_a_bad_plan_is_one_line(capsys, line, message):
