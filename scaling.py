@@ -1532,8 +1532,8 @@ def settle(got, on: GPU, options: dict):
             N = min(max(N, 1e5), 1e15)
         if abs(math.log(shape.num_params / N)) > 0.2:
             name = next(x for x in ("budget_flops", "dollars", "days") if getattr(got, x))
-            raise BadInput(f"{name} must be right for a model of 4e5 to 1e15 parameters, got {getattr(got, name):g}, for "
-                           f"{N:.3g}")
+            raise BadInput(f"{name} must be right for a model of 4e5 to 1e15 parameters, got {getattr(got, name):g}, "
+                           f"for {N:.3g}")
         return shape_for(N, T)
 
     found = "time"
