@@ -62,6 +62,7 @@ import shutil
 import struct
 import sys
 import sysconfig
+import time
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -107,6 +108,18 @@ def write_atomic(path, content: str | bytes):
         os.fsync(f.fileno())
     os.replace(temporary, path)
     fsync_folder(path.parent)
+
+
+def open_metrics(path, step: int):
+    """A .jsonl of one line per step, open for the lines to come. Lines after `step` are cut off: a run that was killed
+    wrote more of them than it saved, the last one perhaps torn."""
+    path, lines = Path(path), []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                lines.append(line + "\n")
+    write_atomic(path, "".join(lines))
+    return open(path, "a")
 
 
 def write_sealed(path, content: dict):
@@ -301,6 +314,7 @@ def split_text(text: str, size: int):
 # ---- shards ----------------------------------------------------------------------------------------------------------
 
 MAGIC, HEADER = b"LLMTOKEN", struct.Struct("<8sIIQII")        # 32 bytes
+BLOCK = 2**20                                                 # bytes that have a checksum of their own in the manifest
 
 
 def write_shard(path, ids: np.ndarray) -> int:
@@ -314,6 +328,12 @@ def write_shard(path, ids: np.ndarray) -> int:
         f.flush()
         os.fsync(f.fileno())
     return crc
+
+
+def block_checksums(ids: np.ndarray) -> list[int]:
+    """CRC32 of every BLOCK bytes of the ids."""
+    raw = np.ascontiguousarray(ids).data.cast("B")
+    return [zlib.crc32(raw[first:first + BLOCK]) for first in range(0, len(raw), BLOCK)]
 
 
 def open_shard(path, verify: bool = True, entry: dict | None = None) -> np.ndarray:
@@ -438,7 +458,8 @@ def write_tokens(folder, files, vocab_size, val_fraction, sample_bytes, shard_to
                 counts.update(documents=1, bytes=len(text.encode()), tokens=len(ids) + 1)
             if held and (text is None or held >= shard_tokens):
                 ids, file = np.concatenate(buffer), f"{split}-{len(shards):05d}.bin"
-                shards.append({"file": file, "tokens": held, "crc32": write_shard(folder / file, ids)})
+                shards.append({"file": file, "tokens": held, "crc32": write_shard(folder / file, ids),
+                               "blocks": block_checksums(ids)})
                 buffer, held = [], 0
         splits[split] = {name: counts[name] for name in ("documents", "bytes", "tokens")} | {"shards": shards}
         log(f"{split}: {counts['documents']:,} documents, {counts['bytes'] / 1e6:.2f} MB, {counts['tokens']:,} tokens")
@@ -492,8 +513,9 @@ class Loader:
     The position counts windows of the *global* batch. Each call takes the next micro_batch_size * dp_size windows of
     the permuted epochs and gives this rank its micro_batch_size of them, so what the ranks read together does not
     depend on their number. Within an epoch each window comes once. targets are NO_TARGET after a document's end;
-    documents counts the documents begun in a window. Raises DataError, naming the file, for anything that is not as
-    it was written.
+    documents counts the documents begun in a window.
+    A start reads headers alone, however large the corpus is. A block of tokens is compared with its checksum when a
+    window of it is first read. Raises DataError, naming the file, for anything that is not as it was written.
     """
 
     def __init__(self, path, *, micro_batch_size: int, seq_len: int, dp_rank: int = 0, dp_size: int = 1, seed: int = 0,
@@ -507,13 +529,17 @@ class Loader:
             raise DataError(f"{self.path / self.manifest['tokenizer']['file']}: does not match the manifest's hash")
         entries = self.manifest["splits"][split]["shards"]
         self.files = [self.path / entry["file"] for entry in entries]
-        self.shards = [open_shard(f, verify, entry) for f, entry in zip(self.files, entries, strict=True)]
+        # a corpus prepared before blocks had checksums is read as a whole
+        self.shards = [open_shard(f, verify and "blocks" not in entry, entry)
+                       for f, entry in zip(self.files, entries, strict=True)]
+        self.unverified = [dict(enumerate(entry.get("blocks", ()) if verify else ())) for entry in entries]
         # a window is T inputs and, one later, T targets: it shares one token with the next
         self.first = np.cumsum([0] + [(len(s) - 1) // seq_len for s in self.shards])     # first window of each shard
         self.num_windows, self.position = int(self.first[-1]), 0
 
-    def batch(self, order) -> dict:
-        """The windows at places `order` (B,) of the permuted epochs' endless sequence."""
+    def windows(self, order) -> np.ndarray:
+        """Numbers of the windows, in the order of the text, at places `order` (B,) of the permuted epochs' endless
+        sequence."""
         if not self.num_windows:
             raise DataError(f"{self.path}: its {self.split} tokens must fill a window of seq_len + 1 = "
                             f"{self.seq_len + 1}, it has {sum(map(len, self.shards))}")
@@ -521,11 +547,32 @@ class Loader:
         window = np.empty_like(place)
         for e in np.unique(epoch):
             window[epoch == e] = permute(place[epoch == e], self.num_windows, text_hash(f"{self.seed}/{e}"))
+        return window
+
+    def read(self, shard: int, start: int) -> np.ndarray:
+        """The window (T + 1,) of a shard that begins with token `start`; blocks not read before are verified."""
+        ids, unverified, end = self.shards[shard], self.unverified[shard], start + self.seq_len + 1
+        size = BLOCK // ids.itemsize
+        for block in range(start // size, (end - 1) // size + 1):
+            if block in unverified:
+                if zlib.crc32(ids[block * size:(block + 1) * size].data.cast("B")) != unverified[block]:
+                    raise DataError(f"{self.files[shard]}: its tokens do not match their checksum")
+                del unverified[block]
+        return ids[start:end]
+
+    def text(self, num_windows: int) -> bytes:
+        """The text that an evaluation of the first `num_windows` places scores, in its own order: bytes of targets."""
+        batch = self.batch(np.argsort(self.windows(range(num_windows))))
+        return b"".join(self.tokenizer.bytes[i] for i in batch["targets"].flatten().tolist() if i >= 0)
+
+    def batch(self, order) -> dict:
+        """The windows at places `order` (B,) of the permuted epochs' endless sequence."""
+        window = self.windows(order)
         shard = np.searchsorted(self.first, window, side="right") - 1
         start = (window - self.first[shard]) * self.seq_len
-        ids = np.empty((len(place), self.seq_len + 1), np.int64)
-        for row, (s, at) in enumerate(zip(shard, start, strict=True)):
-            ids[row] = self.shards[s][at:at + self.seq_len + 1]
+        ids = np.empty((len(window), self.seq_len + 1), np.int64)
+        for row, place in enumerate(zip(shard, start, strict=True)):
+            ids[row] = self.read(*place)
         if ids.size and ids.max() >= self.vocab_size:
             row = int(ids.max(axis=1).argmax())
             raise DataError(f"{self.files[shard[row]]}: token ids must be below vocab_size {self.vocab_size}, "
@@ -645,8 +692,7 @@ def write_checkpoint(folder, pieces, meta: dict, *, group=None):
         for name, entry in tensors.items():
             boxes = [piece["box"] for piece in entry["pieces"]]
             covered = sum(math.prod(stop - start for start, stop, _ in box) for box in boxes)
-            twice = any(overlap(a, b) is not None for a, b in itertools.combinations(boxes, 2))
-            if covered != math.prod(entry["shape"]) or twice:
+            if covered != math.prod(entry["shape"]) or any_overlap(boxes):
                 raise DataError(f"{name}: its pieces must tile {entry['shape']} once, they hold {covered} elements")
         write_sealed(temporary / "manifest.json",
                      {"kind": "checkpoint", "version": FORMAT_VERSION, "meta": meta, "tensors": tensors})
@@ -689,6 +735,21 @@ def overlap(a, b):
     """The intersection of two boxes as ((start, stop), ...), or None."""
     both = tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in zip(a, b, strict=True))
     return both if all(start < stop for start, stop in both) else None
+
+
+def any_overlap(pieces) -> bool:
+    """Whether two of the boxes share an element. A box is compared only with boxes that are still open where it begins,
+    along the dimension that is cut most: in a tiling those are few, so it is not n^2 comparisons."""
+    dim = max(range(len(pieces[0])), key=lambda d: len({box[d][0] for box in pieces}), default=None)
+    if dim is None:
+        return len(pieces) > 1
+    still_open = []
+    for box in sorted(pieces, key=lambda box: box[dim][0]):
+        still_open = [other for other in still_open if other[dim][1] > box[dim][0]]
+        if any(overlap(box, other) is not None for other in still_open):
+            return True
+        still_open.append(box)
+    return False
 
 
 class Reader:
@@ -748,6 +809,86 @@ class Reader:
                 self.load_piece(name, piece)
 
 
+def owned_pieces(optimizer):
+    """(name, box, tensor) of every weight this rank owns, optimizer.owned, and of what the optimizer keeps for it:
+    NAME.exp_avg, ...; a number that all pieces share (NAME.step) is written beside the first. A flat shard is written
+    as boxes. The weight is its float32 master where there is one, and never of a low precision."""
+    for p in optimizer.owned:
+        lo, hi = getattr(p, "flat", (0, p.numel()))
+        parts = list(boxes(p.box, lo, hi))
+        state = dict(optimizer.state[p])
+        weight = state.pop("master", p.to(torch.promote_types(p.dtype, torch.float32)))
+        for name, value in ((p.full_name, weight), *((f"{p.full_name}.{key}", x) for key, x in state.items())):
+            if value.shape == p.shape:
+                for box, first, end in parts:
+                    yield name, box, value.flatten()[first - lo:end - lo].view([b - a for a, b, _ in box])
+            elif lo == 0 < hi and all(start == 0 for start, _, _ in p.box):
+                yield name, (), value
+
+
+class Checkpoints:
+    """The checkpoints of a run, folders step-00000400: the newest `keep`, and the best of those that were evaluated.
+
+    group   all ranks, for what they tell each other of files; None: this process alone
+    first   first(work) -> the result of work() on rank 0, on every rank (parallel.World.first)
+    """
+
+    def __init__(self, folder, keep: int = 2, *, group=None, first=lambda work: work()):
+        self.folder, self.keep, self.group, self.first = Path(folder), keep, group, first
+
+    def newest(self) -> Reader | None:
+        """The newest intact checkpoint; all ranks agree which. Damaged newer ones are named and put aside. Raises
+        DataError if there are damaged ones alone. Saves that were killed are removed."""
+        def find():
+            for stale in self.folder.glob(".*.tmp"):
+                shutil.rmtree(stale)
+            reader, damaged = newest_checkpoint(self.folder)
+            for path, line in damaged.items():
+                if reader is not None:
+                    path.rename(path.with_name(f"damaged-{path.name}-{int(time.time())}"))
+                print(f"damaged checkpoint passed over: {line}")
+            if damaged and reader is None:
+                raise DataError(f"out must hold an intact checkpoint to go on, {self.folder} holds only damaged ones")
+            return reader and reader.folder
+
+        path = self.first(find)
+        return path and Reader(path)
+
+    def save(self, step: int, optimizer, meta: dict):
+        """Write a checkpoint, then remove what is neither among the newest nor the best. meta["evaluation"]: None, or
+        the newest {"step", "val_loss"}."""
+        write_checkpoint(self.folder / f"step-{step:08d}", owned_pieces(optimizer), meta, group=self.group)
+        self.first(self.prune)
+
+    def prune(self):
+        losses = {}
+        for path in sorted(self.folder.glob("step-*")):
+            with contextlib.suppress(DataError):                                     # damaged since: left alone
+                meta = Reader(path).meta
+                evaluated = meta["evaluation"] and meta["evaluation"]["step"] == meta["step"]
+                losses[path] = meta["evaluation"]["val_loss"] if evaluated else math.inf
+        best = min(losses, key=losses.get)
+        for path in list(losses)[:-self.keep]:
+            if path != best or losses[path] == math.inf:
+                shutil.rmtree(path)
+
+    def load(self, optimizer, reader: Reader):
+        """Masters and states of what this rank updates; no more of a tensor is read than that."""
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            parts = [box for box, *_ in boxes(p.box, *getattr(p, "flat", (0, p.numel())))]
+
+            def read(name, parts=parts, p=p):
+                flat = [reader.read(name, box).flatten() for box in parts] or [torch.empty(0)]
+                return torch.cat(flat).view(p.shape).to(p.device)
+
+            if "master" in optimizer.state[p]:
+                optimizer.state[p]["master"].copy_(read(p.full_name))
+            for name in reader.names():
+                if name.startswith(p.full_name + ".") and "." not in (key := name[len(p.full_name) + 1:]):
+                    whole = reader.tensors[name]["shape"] == []                      # a number that all pieces share
+                    optimizer.state[p][key] = reader.read(name, ()).to(p.device) if whole else read(name)
+
+
 def newest_checkpoint(folder) -> tuple[Reader | None, dict]:
     """The newest intact checkpoint step-* under `folder`, verified; and {path: what is wrong} of damaged newer ones."""
     damaged = {}
@@ -767,7 +908,6 @@ def demo():
     """The claims of this file, measured | predicted, asserted. Needs nothing; about 15 s."""
     import random
     import tempfile
-    import time
 
     def row(what, measured, predicted, ok):
         print(f"{what:<66} {measured:>12} | {predicted:>12} | {'ok' if ok else 'WRONG'}")

@@ -22,8 +22,8 @@ residual stream x, (B, T, C):
     N        num_params    parameters
     6 N      flops_per_token   2 N forward + 4 N backward, and attention's 12 H D T a layer on top
 
-What a token costs: FLOPs 6 N_matmul + 12 n_layer H D T; memory kept from forward to backward: `activation_bytes`.
-Both are formulas here and are compared with what torch counts by the demo and by tests/test_model.py.
+What a token costs: FLOPs 6 N_matmul + 12 n_layer H D T, compared with what torch counts by the demo. What a layer keeps
+from forward to backward is one of scaling.py's formulas.
 
 Three things differ from the textbook, each because something else leans on it:
   * Weights are drawn by *name* (`keyed_init`): any slice of any weight can be made without the rest, so ranks that hold
@@ -128,24 +128,26 @@ def apply_rope(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)                       # (B, T, H, D)
 
 
-def sdpa_attention(q, k, v, *, causal=True, documents=None):
-    """Default attention: torch's, with a mask where it is needed. q (B, H, T, D); k, v (B, K, S, D) -> (B, H, T, D).
+def document_mask(documents, dtype, causal: bool = True):
+    """Ids (B, T) -> what is added to the scores, (B, 1, T, T): 0 where a query may see a key of its own document (at or
+    before itself, if causal), -inf elsewhere. GPT makes it once per micro-batch, and all layers share it."""
+    visible = documents[:, None, :, None] == documents[:, None, None, :]                             # (B, 1, T, T)
+    visible = visible.tril() if causal else visible
+    return torch.zeros(visible.shape, dtype=dtype, device=documents.device).masked_fill(~visible, -math.inf)
 
-    Query i sits at key position i + S - T (the last query sees the last key); documents (B, T) int: attention within
-    equal ids only, T = S.
+
+def sdpa_attention(q, k, v, *, causal=True, documents=None):
+    """Default attention: torch's. q (B, H, T, D); k, v (B, K, S, D) -> (B, H, T, D).
+
+    Query i sits at key position i + S - T (the last query sees the last key). documents, where T = S: ids (B, T), or
+    the mask that document_mask made of them.
     """
-    T, S = q.shape[-2], k.shape[-2]
-    square = causal and T == S and documents is None
-    made, key = getattr(documents, "masks", {}), (causal, q.dtype)
-    mask = made.get(key)                              # kept on the ids it was made from: the layers share one
-    if mask is None and not square and T > 1:
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device)                                   # (T, S)
-        mask = mask.tril(S - T) if causal else mask
-        if documents is not None:
-            mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])               # (B, 1, T, S)
-        mask = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -math.inf)
-        if documents is not None:
-            documents.masks = made | {key: mask}
+    T, S, mask = q.shape[-2], k.shape[-2], documents
+    if documents is not None and documents.ndim == 2:
+        mask = document_mask(documents, q.dtype, causal)
+    elif documents is None and causal and 1 < T < S:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    square = causal and T == S and mask is None
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=square, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -344,14 +346,17 @@ class GPT(nn.Module):
     layers; what is left keeps its names. Parameters are named as in Hugging Face's Llama and know which piece they are:
     `full_name`, the name in the single-process model, and `box`, one (start, stop, size) a dimension.
 
+    Every layer calls attention(q, k, v, causal=, documents=); documents is what prepare(ids, dtype of x) made of the
+    batch's ids, once per micro-batch. prepare None: document_mask for the default attention, else the ids themselves.
     Parameters are allocated, not initialised: build(config, seed) does both.
     """
 
-    def __init__(self, config: ModelConfig, attention=sdpa_attention, head=Head, recompute: str = "none"):
+    def __init__(self, config: ModelConfig, attention=sdpa_attention, head=Head, recompute: str = "none", prepare=None):
         super().__init__()
         if recompute not in ("none", "selective", "full"):
             raise ValueError(f"recompute must be one of none, selective, full, got {recompute!r}")
         self.config = c = config
+        self.prepare = document_mask if prepare is None and attention is sdpa_attention else prepare
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(c.vocab_size, c.n_embd)
         self.model.embed_positions = nn.Embedding(c.seq_len, c.n_embd) if c.position == "learned" else None
@@ -381,6 +386,8 @@ class GPT(nn.Module):
                                      f"got {start + T}")
                 x = x + m.embed_positions(torch.arange(start, start + T, device=tokens.device))
         rope = rope_table(self.config, start, T, x) if self.config.position == "rope" else None
+        if documents is not None and self.prepare is not None:
+            documents = self.prepare(documents, x.dtype)
         for layer in m.layers.values():
             x = layer(x, rope, documents, cache)
         if cache is not None:
@@ -540,33 +547,6 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     return 6 * (c.n_layer * block_matrices(c) + c.vocab_size * c.n_embd) + attention
 
 
-def activation_bytes(config: ModelConfig, micro_batch_size: int, seq_len: int, *, itemsize: int = 4,
-                     recompute: str = "none", fused_norm: bool = False, document_mask: bool = False,
-                     score_matrices: int = 0) -> int:
-    """Bytes kept from forward to backward for one micro-batch, with default attention and all in one dtype.
-
-    Per token and block, in elements: the inputs of 2 norms and of the linears behind them, q k v and o, the MLP's
-    intermediates (4 F for SwiGLU, 2 F for GELU). RMSNorm keeps x / rms beside x unless its kernel is fused. The head
-    keeps the gradients of its input and weight instead of logits. "full" keeps one C a block. An attention that is no
-    flash attention keeps score_matrices of H T numbers a token and block besides.
-    """
-    c, n = config, micro_batch_size * seq_len
-    rms_copies = 1 if fused_norm else 2
-    norm = (rms_copies * c.n_embd + 1) if c.norm == "rmsnorm" else c.n_embd + 2         # rows: rstd, mean
-    q, kv = c.n_head * c.head_dim, c.n_kv_head * c.head_dim
-    qk_norm = (rms_copies * (q + kv) + c.n_head + c.n_kv_head) if c.qk_norm else 0
-    mlp = (4 if c.mlp == "swiglu" else 2) * c.n_ff
-    block = 2 * norm + 2 * c.n_embd + qk_norm + q + 2 * kv + q + mlp                           # q k v, o, ...
-    lse = 4 * c.n_head                                                                         # float32 always
-    lse += score_matrices * c.n_head * seq_len * itemsize
-    rope = 2 * seq_len * (c.head_dim // 2) * itemsize if c.position == "rope" else 0
-    per_token = {"none": block * itemsize + lse, "selective": block * itemsize, "full": c.n_embd * itemsize}[recompute]
-    head = (n * c.n_embd + c.vocab_size * c.n_embd) * max(itemsize, 4)                         # dx and dW
-    positions = 8 * seq_len if c.position == "learned" else 0                               # int64 indices of the table
-    mask = n * seq_len * itemsize if document_mask else 0                                      # one for all layers
-    return n * (c.n_layer * per_token + norm * itemsize) + rope + positions + head + mask
-
-
 # ---- Hugging Face names ----------------------------------------------------------------------------------------------
 
 def config_from_hf(hf: dict) -> ModelConfig:
@@ -626,7 +606,6 @@ def hf_reader(get, config: ModelConfig):
 
 def demo():
     """The claims of this file, measured | predicted, asserted. CPU, a few seconds."""
-    from torch.autograd.graph import saved_tensors_hooks
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -650,21 +629,6 @@ def demo():
         row("FLOPs a token, forward and backward", counter.get_total_flops() / tokens.numel(),
             flops_per_token(config, 128))
         row("loss of the untrained model, nats a token | log V", loss.item() / tokens.numel(), math.log(2048), 0.01)
-        for mode in ("none", "selective"):
-            # what the graph holds: the storages of saved tensors, without the model's own and the batch
-            saved, mine = {}, {p.data_ptr() for p in (tokens, targets, *model.parameters())}
-
-            def keep(t, saved=saved, mine=mine):
-                saved[t.untyped_storage().data_ptr()] = 0 if t.data_ptr() in mine else t.untyped_storage().nbytes()
-                return t
-
-            with saved_tensors_hooks(keep, lambda t: t):
-                held = build(config, recompute=mode)
-                mine.update(p.data_ptr() for p in held.parameters())
-                result = held(tokens, targets)
-            row(f"activation bytes kept for backward, recompute {mode}", sum(saved.values()),
-                activation_bytes(config, 4, 128, recompute=mode))
-            del result
         prompt = tokens[:2, :5]
         cached, plain = (model.generate(prompt, 150, seed=1, use_cache=use) for use in (True, False))
         row("sampled tokens that differ with and without the cache", int((cached != plain).sum()), 0)

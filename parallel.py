@@ -44,8 +44,8 @@ rank's list of operations: F forward, B backward (or its part for the input alon
 Every parameter knows which piece it is: full_name, box (its slice of the full tensor), and sum_over: groups over which
 its gradient is partial besides dp (norms under sequence parallelism, a weight tied across stages).
 
-Map: groups and collectives - Mesh - data parallel - tensor parallel - schedules, simulate - run_schedule - global
-quantities - CommLedger - demo. Not here: sharded optimizer states, context parallelism, experts.
+Map: groups and collectives - Mesh, World - data parallel - tensor parallel - schedules, simulate - run_schedule -
+global quantities - CommLedger - demo. Not here: sharded optimizer states, context parallelism, experts.
 
 run: python parallel.py        (starts its own ranks)
 """
@@ -54,6 +54,9 @@ import contextlib
 import functools
 import itertools
 import math
+import os
+import re
+import resource
 import time
 import zlib
 from collections import defaultdict, deque
@@ -134,8 +137,9 @@ class Mesh:
         world = dist.get_world_size() if dist.is_initialized() else 1
         rest = dp or max(1, world // (tp * pp))
         if min(rest, tp, pp) < 1 or rest * tp * pp != world:
-            raise ValueError(f"dp x tp x pp must be the number of ranks: {dp or 'rest'} x {tp} x {pp} does not make "
-                             f"{world}{'' if dist.is_initialized() else ' (torch.distributed is not initialised)'}")
+            n = rest * tp * pp
+            there = f"is 1; start them with --nproc {n}, or torchrun" if world == 1 else f"are {world}"
+            raise ValueError(f"dp x tp x pp must be the number of ranks: {rest} x {tp} x {pp} is {n}, there {there}")
         self.dp, self.tp, self.pp, self.world = rest, tp, pp, dist.group.WORLD
         self.dp_group = self.tp_group = self.pp_group = self.pp_groups = self.ends_group = None
         if world > 1:
@@ -164,6 +168,102 @@ class Mesh:
     def place(self, r: int) -> tuple[int, int, int]:
         """(pp, dp, tp) of a rank of the world."""
         return r // (self.tp * self.dp), r // self.tp % self.dp, r % self.tp
+
+
+class World:
+    """This process among all ranks of a run, before anything is split.
+
+    rank, size   its number, and how many there are: torchrun's RANK and WORLD_SIZE; without them it is alone
+    device       this rank's accelerator, or the CPU
+    group        all ranks, over the device's backend (NCCL on GPUs, gloo on CPUs); None if alone
+    host         all ranks over gloo: for objects, files, and waits of hours, as while rank 0 prepares data
+    mesh         the ranks as a grid dp x tp x pp
+    step         the step that the run is at, for an error message
+
+    fake: --dry-run's ranks, which are not there: groups exist and nothing is sent.
+    Raises ValueError, one line, for a device that does not work and degrees that are not the number of ranks.
+    """
+
+    def __init__(self, dp: int = 0, tp: int = 1, pp: int = 1, *, device: str = "auto", timeout: float = 600,
+                 fake: bool = False):
+        self.rank, self.size, self.step = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 0
+        self.device = self.find_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        if fake and self.size == 1:
+            self.size = max(1, dp) * tp * pp
+        if dist.is_initialized():
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        elif self.size > 1:
+            pretend = fake and "RANK" not in os.environ
+            self.join("fake" if pretend else dist.get_default_backend_for_device(self.device), timeout)
+        self.group = dist.group.WORLD if self.size > 1 else None
+        self.host = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if self.group and not fake else None
+        self.mesh = Mesh(dp, tp, pp, self.device.type, timeout)
+
+    def find_device(self, name: str, local_rank: int) -> torch.device:
+        if name == "auto":        # not Apple's: it has no float64 for the sums of a step, and is untried
+            accelerator = torch.accelerator.current_accelerator(check_available=True)
+            name = accelerator.type if accelerator and accelerator.type != "mps" else "cpu"
+        try:
+            device = torch.device(name)
+            if device.type != "cpu":
+                if device.index is None:
+                    device = torch.device(name, local_rank % torch.accelerator.device_count())
+                torch.accelerator.set_device_index(device.index)
+            torch.zeros(1, device=device).item()
+        except (RuntimeError, AssertionError, ZeroDivisionError, NotImplementedError) as error:
+            why = "there is none" if isinstance(error, ZeroDivisionError) else str(error).splitlines()[0]
+            raise ValueError(f"device must be usable here, got {name!r}: {why}") from None
+        return device
+
+    def join(self, backend: str, seconds: float):
+        timeout = timedelta(seconds=seconds)
+        if backend == "fake":
+            from torch.testing._internal.distributed.fake_pg import FakeStore
+            dist.init_process_group("fake", rank=0, world_size=self.size, store=FakeStore())
+            return
+        # torchrun's store outlives its ranks: ranks that start again must not read the addresses of those before them
+        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=self.rank, world_size=self.size,
+                                device_id=None if self.device.type == "cpu" else self.device)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """All-reduce in place over all ranks."""
+        return all_reduce(tensor, self.group)
+
+    def say(self, line: str):
+        """Rank 0 alone prints."""
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def peak_memory(self) -> int:
+        """Most bytes this process has held: the allocator's on an accelerator, resident memory on a CPU."""
+        if self.device.type == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return torch.accelerator.max_memory_allocated(self.device)
+
+    def first(self, work):
+        """Rank 0 alone does work(). Every rank gets its result, or raises its ValueError."""
+        answer = [None, None]
+        if self.rank == 0:
+            try:
+                answer = [work(), None]
+            except ValueError as error:
+                answer = [None, error]
+            except OSError as error:
+                answer = [None, ValueError(f"{error.filename}: {error.strerror}")]
+        if self.host is not None:
+            dist.broadcast_object_list(answer, src=0, group=self.host)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
+
+def is_peer_failure(error: Exception) -> bool:
+    """Whether another rank failed, and not this one: gloo and NCCL raise so when a connection breaks or a message does
+    not come."""
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or bool(re.search(
+        "gloo|NCCL|Connection (closed|reset)|Timed out", str(error))))
 
 
 # ---- data parallelism ------------------------------------------------------------------------------------------------
@@ -642,6 +742,14 @@ def forward_only(p: int, m: int, v: int = 1) -> list[list[Op]]:
 SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved, "zb": zero_bubble}
 
 
+def stage_layers(n_layer: int, s: int, num_stages: int) -> range:
+    """The layers of stage s: it begins with layer s n_layer // num_stages. Raises ValueError for a stage without any.
+    """
+    if num_stages > n_layer:
+        raise ValueError(f"pp must leave each stage a layer: pp x chunks is {num_stages}, n_layer {n_layer}")
+    return range(s * n_layer // num_stages, (s + 1) * n_layer // num_stages)
+
+
 def stage(op: Op, r: int, p: int) -> int:
     return op.chunk * p + r
 
@@ -1014,53 +1122,10 @@ class CommLedger(TorchDispatchMode):
         return len(chosen) if field == "calls" else sum(getattr(x, field) for x in chosen)
 
 
-def step_calls(mesh: Mesh, stages, pairs: int, params, *, micro_batches: int, shape, sequence_parallel: bool,
-               itemsize: int = 4, low: int = 0, recomputed: int = 0, gradients: dict | None = None) -> dict:
-    """What one training step of this rank says to the others, from the formulas: {(axis, collective): (calls, bytes)}.
-
-    stages: (this rank's, how many there are); pairs of a column and a row layer in them; params: this rank's; shape:
-    (B, T, C) of a micro-batch; itemsize: of hidden states; low: of what linears multiply, less in low precision;
-    recomputed: blocks that run again in backward (but for the g at their end, whose result nobody keeps); gradients:
-    {collective: (calls, bytes)} of those that sum them over dp, DataParallel's by default. Calls None: as many as there
-    are buckets, or chunks of the loss.
-    """
-    (mine, of), (B, T, C), m = stages, shape, micro_batches
-    first, last, hidden, acc = 0 in mine, of - 1 in mine, B * T * C * itemsize, max(4, itemsize)
-    again = pairs if recomputed else 0
-    gradient = {p: p.numel() * (p.grad_dtype or p.dtype).itemsize for p in params}
-    partial = {group: sum(gradient[p] for p in params if group is not None and group in getattr(p, "sum_over", ()))
-               for group in (mesh.tp_group, mesh.ends_group)}
-    calls = {("world", "all_reduce"): (1, 3 * 8)}                                     # loss, squared norm, please stop
-    if mesh.dp > 1:                                                                  # gradients; is there one?
-        gradients = gradients or {"all_reduce": (None, sum(gradient.values()) + len(params))}
-        calls |= {("dp", collective): counted for collective, counted in gradients.items()}
-        calls["dp", "all_reduce"] = None, gradients["all_reduce"][1] + 8                     # the number of targets
-    if mesh.tp > 1:
-        inner = B * T * C * (low or itemsize)
-        sums = 2 * pairs + again - recomputed + last                             # g; f's adjoint, the head's too
-        sums = m * (sums + first), m * (sums * inner + first * hidden)           # and the embedding's g
-        other = m * last * 3 * B * T * acc + partial[mesh.tp_group]                  # m, l, z_target; norms' gradients
-        if sequence_parallel:
-            gathers = 3 * pairs + again + last                                   # f; g's adjoint; f again in backward
-            calls["tp", "all_gather"] = m * (gathers + first), m * (gathers * inner + first * hidden)
-            calls["tp", "reduce_scatter"] = sums
-        calls["tp", "all_reduce"] = None, other + (0 if sequence_parallel else sums[1])
-    if mesh.pp > 1:
-        messages = m * sum((s < of - 1) + (s > 0) for s in mine)
-        part = hidden // (mesh.tp if sequence_parallel else 1)
-        calls["pp", "send"] = calls["pp", "recv"] = messages, messages * part
-        calls["ends", "all_reduce"] = 1, partial[mesh.ends_group]                                      # a tied weight
-    for axis in ("dp", "tp"):                              # a group that is all of the world goes by the axis' name
-        if getattr(mesh, axis) == mesh.dp * mesh.tp * mesh.pp > 1:
-            calls[axis, "all_reduce"] = None, calls[axis, "all_reduce"][1] + calls.pop(("world", "all_reduce"))[1]
-    return {key: value for key, value in calls.items() if value[1] and mesh.dp * mesh.tp * mesh.pp > 1}
-
-
 # ---- demo ------------------------------------------------------------------------------------------------------------
 
 def start_ranks(run, n: int):
     """run(rank, init_method) on n processes of this machine; or here, in one of those that torchrun started."""
-    import os
     import tempfile
 
     if "RANK" in os.environ:
@@ -1072,8 +1137,6 @@ def start_ranks(run, n: int):
 def demo():
     """The claims of this file, measured | predicted | error, asserted: four ranks on this CPU, under half a minute.
     Starts its own ranks, or is one of four that torchrun started."""
-    import os
-
     class Toy(nn.Module):
         """Embedding, four residual MLPs, head."""
 
@@ -1100,7 +1163,7 @@ def demo():
         return toy
 
     def train(mesh, order, v=1, sequence_parallel=True):
-        """Two steps -> losses; events, Calls, formula of the last."""
+        """Two steps -> losses; of the last step events, bytes sent by axis, and the formula."""
         of, m, stages = mesh.pp * v, 8 // mesh.dp, [c * mesh.pp + mesh.pp_rank for c in range(v)]
         model = DataParallel(nn.ModuleList(make_stage(s, of, mesh, sequence_parallel) for s in stages), mesh.dp_group)
         optimizer, mine = torch.optim.AdamW(model.parameters(), 0.01), owned(model.parameters(), mesh.world)
@@ -1124,9 +1187,28 @@ def demo():
             optimizer.step()
             optimizer.zero_grad()
         check_replicas(model.parameters(), mesh.world)
-        formula = step_calls(mesh, (stages, of), sum(len(x.layers) for x in model.module), list(model.parameters()),
-                             micro_batches=m, shape=(1, 8, 16), sequence_parallel=sequence_parallel, itemsize=8)
-        return torch.tensor(losses, dtype=torch.float64), events, ledger.calls, formula
+        return (torch.tensor(losses, dtype=torch.float64), events, {axis: ledger.total("wire", axis=axis) for axis in
+                                                                   ("dp", "tp", "pp")},
+                formula(mesh, model.module, stages, of, m, sequence_parallel))
+
+    def formula(mesh, model, stages, of, m, sequence_parallel) -> dict:
+        """Bytes that this rank sends in a step, by axis: the table on the first page, in float64."""
+        first, last, hidden, params = 0 in stages, of - 1 in stages, 8 * (1 * 8 * 16), list(model.parameters())
+        layers = sum(len(x.layers) for x in model)
+        partial = sum(8 * p.numel() for p in params if hasattr(p, "sum_over"))
+
+        def half(n):                                       # what a rank sends of a gathered, or scattered, tensor
+            return (n - 1) / n
+
+        # gradients; a byte per parameter tells whether it has one; the number of targets
+        dp = 2 * half(mesh.dp) * (sum(8 * p.numel() for p in params) + len(params) + 8)
+        # f, g and their adjoints, and the gathering in backward; of the embedding and the head one collective each way
+        halves = m * ((5 if sequence_parallel else 4) * layers + 2 * first + 2 * last)
+        tp = half(mesh.tp) * (halves * hidden + 2 * (m * last * 3 * 8 * 8 + partial))
+        boundaries = sum((s > 0) + (s < of - 1) for s in stages)
+        pp = m * boundaries * hidden / (mesh.tp if sequence_parallel else 1)
+        total = 2 * half(4) * 3 * 8                       # loss, norm, stop: over all ranks, so on the axis that is all
+        return {"dp": dp + total * (mesh.dp == 4), "tp": tp + total * (mesh.tp == 4), "pp": pp}
 
     def run(r, store):
         torch.set_num_threads(1)
@@ -1135,22 +1217,16 @@ def demo():
         dist.init_process_group("gloo", init_method=store, rank=r, world_size=4)
         mesh = Mesh(1, 2, 2)
         say("ranks of a mesh pp 2 x dp 1 x tp 2, as (pp, dp, tp):  ", *(f"{x}: {mesh.place(x)}" for x in range(4)))
-        say("\n4 layers, 8 micro-batches, float64, two steps; calls of rank 0 in a step, payload in bytes\n"
-            f"dp tp pp  {'':<24}largest error       bytes measured | predicted | error")
+        say("\n4 layers, 8 micro-batches, float64, two steps; bytes that rank 0 sends in a step\n"
+            f"dp tp pp  {'':<24}largest error       measured | predicted | error")
         for degrees, name, order, v, sp in (
                 ((4, 1, 1), "", one_f_one_b(1, 2), 1, True), ((2, 2, 1), "", one_f_one_b(1, 4), 1, True),
                 ((1, 4, 1), "no sequence parallelism", one_f_one_b(1, 8), 1, False),
                 ((2, 1, 2), "interleaved", interleaved(2, 4), 2, True), ((1, 2, 2), "zb", zero_bubble(2, 8), 1, True)):
-            losses, events, calls, formula = train(Mesh(*degrees), order, v, sp)
-            error, counted = (losses - alone).abs().max().item(), {}
-            for call in calls:
-                number, payload = counted.get((call.axis, call.collective), (0, 0))
-                counted[call.axis, call.collective] = number + 1, payload + call.bytes
-            assert error < 1e-10 and counted.keys() == formula.keys()
-            for key, (number, payload) in formula.items():
-                assert counted[key] == (number or counted[key][0], payload), (degrees, name, key)
-            shown = [f"{axis} {what} {counted[axis, what][1]:,} | {payload:,} | 0" for (axis, what), (_, payload)
-                     in formula.items() if axis != "world" and what != "recv"]
+            losses, events, sent, predicted = train(Mesh(*degrees), order, v, sp)
+            error = (losses - alone).abs().max().item()
+            assert error < 1e-10 and sent == predicted, (degrees, name, sent, predicted)
+            shown = [f"{axis} {sent[axis]:,.0f} | {predicted[axis]:,.0f} | 0" for axis in sent if predicted[axis]]
             say(f" {'  '.join(map(str, degrees))}  {name:<24}{error:<21.0e}{'   '.join(shown)}")
         executed = gather_objects(events, mesh.world)[::2]                                  # the stages of one pipeline
 

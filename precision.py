@@ -156,6 +156,21 @@ PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat
               "fp8": torch.bfloat16}
 
 
+def resolve_precision(name: str, device: torch.device) -> str:
+    """`auto` -> "bf16" where the device has it, else "fp32"; another name -> itself. Raises ValueError for one that the
+    device lacks."""
+    cuda = device.type == "cuda"
+    has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    # a CPU emulates what it lacks, but not tf32: that is how an NVIDIA GPU multiplies float32
+    lacks = not has_bf16 or torch.version.hip is not None if name == "tf32" else cuda and not has_bf16
+    if lacks and name in ("tf32", "bf16", "fp8"):
+        raise ValueError(f"precision must be one that the device has, {name} needs an NVIDIA GPU of Ampere or later, "
+                         f"got {device}")
+    return name
+
+
 def bytes_per_parameter(dtype: torch.dtype, master_weights: bool = True, moments: int = 2) -> dict:
     """{"weights", "gradients", "states"} of parameters of a dtype, with Adam's two float32 moments."""
     masters = 4 * (master_weights and dtype.itemsize < 4)

@@ -598,6 +598,54 @@ def test_four_ranks_write_one_checkpoint(tmp_path, run_ranks):
     assert len(list((tmp_path / "c").glob("rank-*"))) == 4 and torch.equal(data.Reader(tmp_path / "c").read("w"), full)
 
 
+def test_overlaps_are_found_without_comparing_all(monkeypatch):
+    rng, calls, plain = random.Random(0), [], data.overlap
+    monkeypatch.setattr(data, "overlap", lambda *boxes: calls.append(1) or plain(*boxes))
+    outcomes = set()
+    for _ in range(300):
+        shape = [rng.randrange(1, 6) for _ in range(rng.randrange(0, 4))]
+        pieces = list(random_tiling(rng, tuple((0, n, n) for n in shape)))
+        if rng.random() < 0.5:
+            pieces.append(tuple((a := rng.randrange(n), rng.randrange(a + 1, n + 1), n) for n in shape))
+        brute = any(plain(a, b) is not None for a, b in itertools.combinations(pieces, 2))
+        assert data.any_overlap(pieces) == brute
+        outcomes.add(brute)
+    assert outcomes == {True, False}
+    calls.clear()
+    # 2,000 flat shards of a matrix, as ZeRO writes them: at most 3 boxes each
+    box = ((0, 3000, 3000), (0, 7, 7))
+    pieces = [piece for i in range(2000) for piece, *_ in data.boxes(box, i * 21000 // 2000, (i + 1) * 21000 // 2000)]
+    assert not data.any_overlap(pieces) and len(calls) < 3 * len(pieces)
+
+
+def test_a_start_reads_no_tokens_and_a_window_is_verified_when_it_is_read(tmp_path, monkeypatch):
+    source = write_corpus(tmp_path / "src", 40)
+    monkeypatch.setattr(data, "BLOCK", 256)
+    folder = data.prepare([source], tmp_path / "out", 320)
+    shard = folder / "train-00000.bin"
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1                                                                          # in the last block
+    shard.write_bytes(raw)
+    read = loader(folder, seq_len=16)                                                     # says nothing yet
+    blocks = len(read.unverified[0])
+    bad = [w for w in range(read.num_windows) if (w * 16 + 17) * 2 > (blocks - 1) * 256]
+    assert 1 <= len(bad) <= 8 and blocks > 10 and not loader(folder, seq_len=16, verify=False).unverified[0]
+    places = {int(w): i for i, w in enumerate(read.windows(range(read.num_windows)))}
+    first = read.batch([places[0]])["tokens"]
+    assert len(read.unverified[0]) == blocks - 1 and torch.equal(first, read.batch([places[0]])["tokens"])
+    with pytest.raises(data.DataError, match=r"train-00000\.bin: its tokens do not match their checksum"):
+        read.batch([places[bad[0]]])
+    read.batch([i for w, i in places.items() if w not in bad])
+    assert list(read.unverified[0]) == [blocks - 1]
+    # a corpus that was prepared before blocks had checksums is read as a whole, at once
+    manifest = data.read_sealed(folder / "manifest.json", "tokens")
+    for entry in manifest["splits"]["train"]["shards"]:
+        del entry["blocks"]
+    data.write_sealed(folder / "manifest.json", manifest)
+    with pytest.raises(data.DataError, match=r"train-00000\.bin: its tokens do not match their checksum"):
+        loader(folder, seq_len=16)
+
+
 def test_crc_of_a_shard_is_zlibs(corpus):
     entry = data.read_sealed(corpus / "manifest.json", "tokens")["splits"]["val"]["shards"][0]
     assert zlib.crc32((corpus / entry["file"]).read_bytes()[32:]) == entry["crc32"]

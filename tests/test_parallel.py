@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 import data
 import parallel
+import scaling
 import train
 import zero
 from parallel import CommLedger, DataParallel, Op, size
@@ -77,11 +78,30 @@ def sharded_gradients(syncs, stage, m, low) -> dict:
             "all_reduce": (None, 4 * (sum(len(bucket.params) for bucket in buckets) + len(syncs)))}
 
 
+def predicted_calls(c, model, mesh) -> dict:
+    """scaling.messages of this rank: {(axis, collective): (calls, bytes)}, by the names that the ledger uses. A group
+    of all ranks goes by its axis' name; ZeRO's shards are padded."""
+    m, size_of = c.grad_accum_steps(mesh.dp), 2 if c.precision == "bf16" else model.hidden_dtype.itemsize
+    layout = scaling.Layout(mesh.dp, c.tp, c.pp, c.pp_schedule if c.pp > 1 else "1f1b", c.stages // c.pp,
+                            c.micro_batch_size, m, c.zero, c.recompute, c.sequence_parallel)
+    wide = model.hidden_dtype.itemsize
+    program = scaling.Program(item=size_of, residual=wide, gradient=wide)
+    formula = scaling.messages(scaling.shape_of(c.model), layout, program, mesh.pp_rank)
+    if c.zero and mesh.dp > 1:
+        formula |= {("dp", name): x for name, x in sharded_gradients(model.sync, c.zero, m, size_of).items()}
+        formula["dp", "all_reduce"] = None, formula["dp", "all_reduce"][1] + 8                   # the number of targets
+        del formula["dp", "reduce_scatter"]                                   # which on gloo is an exchange of slices
+    for axis in ("dp", "tp"):
+        if getattr(mesh, axis) == mesh.dp * mesh.tp * mesh.pp > 1:
+            formula[axis, "all_reduce"] = None, formula[axis, "all_reduce"][1] + formula.pop(("world", "all_reduce"))[1]
+    return formula
+
+
 def trained(rank, n, argv, steps, dtype: torch.dtype | None = torch.float64):
     """`steps` steps as train.py takes them -> [(loss, norm), ...], this rank's pieces of the weights, an evaluation,
     and of the last step the calls to other ranks, what they should be, and the executed operations."""
     c = train.parse_config(argv)
-    world = train.World(c)
+    world = train.join(c)
     model, mesh = train.Model(c, world, dtype=dtype), world.mesh
     optimizer, ledger, losses, ops = train.make_optimizer(model, c), CommLedger(mesh.axes), [], []
     loader = data.Loader(c.data, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, seed=c.seed,
@@ -94,16 +114,7 @@ def trained(rank, n, argv, steps, dtype: torch.dtype | None = torch.float64):
                                        on_phase=lambda step, phase: setattr(ledger, "phase", phase))[:2])
     ledger.__exit__(None, None, None)
     parallel.check_replicas(model.parameters(), world.host)
-    chunks = model.chunks
-    layers = sum(len(chunk.model.layers) for chunk in chunks)
-    m, low = c.global_batch_size // (c.micro_batch_size * mesh.dp), 2 if c.precision == "bf16" else model.dtype.itemsize
-    formula = parallel.step_calls(
-        mesh, ([i * c.pp + mesh.pp_rank for i in range(len(chunks))], train.stages(c)), 2 * layers,
-        train.updated(optimizer), gradients=sharded_gradients(model.sync, c.zero, m, low) if c.zero else None,
-        micro_batches=m,
-        shape=(c.micro_batch_size, c.seq_len, c.n_embd), sequence_parallel=c.sequence_parallel,
-        itemsize=model.dtype.itemsize, low=low,
-        recomputed=layers if c.recompute == "full" else 0)
+    formula = predicted_calls(c, model, mesh)
     val = data.Loader(c.data, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
     pieces = [(p.full_name, p.box, getattr(p, "flat", None), p.detach()) for p in model.parameters()]
     return losses, pieces, train.evaluate(model, val, c, world), (ledger.calls, formula, mesh.place(rank), ops)
@@ -143,6 +154,7 @@ def check_sequences(sequences, axis: str):
 
 def check_calls(books):
     """The ledger of each rank is the formula, and the ranks' books agree with one another."""
+    means = []
     for calls, formula, _, _ in books:
         counted = {}
         for call in calls:
@@ -150,7 +162,14 @@ def check_calls(books):
             counted[call.axis, call.collective] = n + 1, payload + call.bytes
         assert counted.keys() == formula.keys()
         for key, (n, payload) in formula.items():
-            assert counted[key] == (counted[key][0] if n is None else n, payload), (key, counted[key])
+            assert n is None or counted[key][0] == n, (key, counted[key])
+            if ("dp", "all_to_all") in counted:      # ZeRO's shards of what is partial over tp differ: a mean is known
+                means.append((key, counted[key][1], payload))
+            else:
+                assert counted[key][1] == payload, (key, counted[key])
+    for key in {key for key, *_ in means}:
+        ours, theirs = (sum(x[i] for x in means if x[0] == key) for i in (1, 2))
+        assert ours == pytest.approx(theirs, rel=1e-12), key
     far = max(pp for *_, (pp, _, _), _ in books)
     for axis, varies in (("pp", [0]), ("dp", [1]), ("tp", [2]), ("ends", [0]), ("world", [0, 1, 2])):
         lines = {}                                                 # of each group, in the order of its ranks
@@ -259,8 +278,8 @@ def test_bf16_is_near_float32_and_its_calls_are_the_formula(corpus, run_ranks, f
 
 def rerun(rank, n, argv):
     c = train.parse_config(argv)
-    world = train.World(c)
-    return train.train(train.resolve(c, world.device), world)
+    world = train.join(c)
+    return train.train(train.resolve(c, world), world)
 
 
 def test_a_run_goes_on_in_another_layout(corpus, tmp_path, run_ranks):
@@ -297,7 +316,7 @@ def test_the_third_step_is_profiled(corpus, tmp_path):
 
 def test_buckets_of_zero_are_in_the_order_of_use(corpus):
     c = train.parse_config([*TINY, "--data", str(corpus), "--zero", "1"])
-    model = train.Model(c, train.World(c))
+    model = train.Model(c, train.join(c))
     optimizer = train.make_optimizer(model, c)
     assert [p for bucket in optimizer.buckets for p in bucket.params] == list(model.parameters())[::-1]
 
@@ -327,35 +346,32 @@ def test_a_run_whose_replicas_differ_does_not_end_well(corpus, tmp_path, run_ran
 
 
 def test_dry_run_counts_what_a_layout_costs(monkeypatch, capsys):
-    """Memory as the formula, buffers named; messages and bubble; what stages 2 and 3 send too much."""
-    def budget(*flags):
+    """Memory and messages as ZeRO's own formulas, buffers named; the bubble; what stages 2 and 3 send too much."""
+    def bill(*flags):
         assert train.main([*TINY, "--dry-run", "--json", *flags]) == 0
         return json.loads(capsys.readouterr().out)
 
     monkeypatch.setattr(train, "time_tokens", lambda c, device: 1e9)
-    one = budget()
-    psi, m = one["parameters"], 2                                                            # micro-batches on 4 ranks
+    psi, m = bill()["parameters"], 2                                                         # micro-batches on 4 ranks
     for stage in range(4):
-        b, dp = budget("--dp", "4", "--zero", str(stage)), 4
+        b, dp = bill("--dp", "4", "--zero", str(stage)), 4
         states = zero.memory_per_rank(psi, stage, dp, param_bytes=4, grad_bytes=4, state_bytes=8)
         unit = 4 * max(512 * 32, 4 * 32 * 32 + 3 * 32 * 64 + 2 * 32)                             # embedding, or a block
         bucket = unit if stage == 3 else 4 * psi
-        buffers = (4 * psi, bucket * (1 + 1 / dp), bucket * (3 + 1 / dp), bucket * (3 + 1 / dp))[stage]
-        memory = b["memory_bytes"]
-        assert memory["optimizer"] == states["states"]
-        assert memory["parameters"] == states["parameters"] + 2 * unit * (stage == 3)
-        assert memory["gradients"] == states["gradients"] + buffers
+        buffers = (4 * psi, bucket * (1 + 1 / dp), bucket * (3 + 1 / dp), bucket * (3 + 1 / dp) + 2 * unit)[stage]
+        memory = {"parameters": states["parameters"], "gradients": states["gradients"], "states": states["states"],
+                  "buffers": buffers}
+        assert {name: b["memory_bytes"][name] for name in memory} == {name: round(x) for name, x in memory.items()}
         sent = 4 * sum(zero.comm_volume(psi, stage, dp, m).values())
-        assert b["layout"]["ranks"][0]["bytes_sent"]["dp"] == pytest.approx(sent, rel=0.01)
+        assert b["bytes_sent"]["dp"] == pytest.approx(sent, rel=0.01)
         assert train.main([*TINY, "--dry-run", "--dp", "4", "--zero", str(stage)]) == 0
         said = capsys.readouterr().out
         assert "mesh       pp 1 x dp 4 x tp 1: 0 (0 0 0), 1 (0 1 0), 2 (0 2 0), 3 (0 3 0)" in said
         assert (f"with every one of {m} micro-batches; stage 1 would send" in said) == (stage > 1)
-    b = budget("--pp", "4", "--tp", "2")
-    assert b["layout"]["bubble"] == pytest.approx(3 / (8 + 3))
-    assert [x["layers"] for x in b["layout"]["ranks"]] == [1] * 4
+    b = bill("--pp", "4", "--tp", "2")
+    assert b["bubble"] == pytest.approx(3 / (8 + 3)) and b["layers_per_rank"] == [1] * 4
     hidden = 4 * 32 * 32 // 2                                                        # B T C / tp with sequence parallel
-    assert [x["bytes_sent"]["pp"] for x in b["layout"]["ranks"]] == [8 * hidden * n for n in (1, 2, 2, 1)]
+    assert b["bytes_sent"]["pp"] == 8 * hidden * 2                                           # by a rank in the middle
 
 
 # ---- schedules, on paper ---------------------------------------------------------------------------------------------
@@ -1029,7 +1045,7 @@ def test_frozen_parts(run_ranks):
 
 def started_in_backward(rank, n, corpus, flags):
     c = train.parse_config([*TINY, *MODELS["llama"], "--data", str(corpus), *flags.split()])
-    world = train.World(c)
+    world = train.join(c)
     small = functools.partial(DataParallel, bucket_mb=0.01)
     parallel.DataParallel, kept = small, DataParallel
     model = train.Model(c, world)
@@ -1298,8 +1314,7 @@ def test_the_launcher_ends_a_rank_that_does_not_hear_of_a_failure(faulty):
     finally:
         launcher.kill()
     assert launcher.returncode == 1 and said == (
-        "train.py: rank 1 failed: rank 1 failed with ValueError at step 7: the fan fell off, at step 7; "
-        f"see {out}/rank-1.err\n")
+        f"train.py: rank 1 failed with ValueError at step 7: the fan fell off; see {out}/rank-1.err\n")
     assert "Traceback" in (out / "rank-1.err").read_text()
 
 
@@ -1311,15 +1326,16 @@ def test_a_run_that_diverged_is_not_started_again(corpus, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_launcher_ends_those_whom_a_rank_left_early(faulty):
+def test_a_rank_that_leaves_early_is_missed_by_the_others(faulty):
     out, start = faulty
-    launcher = start(flags=["--nproc", "2", "--timeout", "8"], DEAF="1", LEAVES="1")
+    launcher = start(flags=["--nproc", "2", "--timeout", "8"], LEAVES="1")
     try:
         said = launcher.communicate(timeout=90)[1]
-        assert 7 < time.time() - float((out / "raised").read_text()) < 15
+        assert time.time() - float((out / "raised").read_text()) < 15
     finally:
         launcher.kill()
-    assert launcher.returncode == 1 and said == "train.py: rank 1 ended with exit code 0\n"
+    assert launcher.returncode == 1 and said.startswith("train.py: rank 0 lost the other ranks at step 7: ")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -1338,21 +1354,27 @@ def test_torchrun_starts_all_again_from_the_checkpoint(faulty):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--tp 3", "tp must divide n_head 4, n_kv_head 4, n_ff 64, vocab_size 512, seq_len 32, got 3"),
-    ("--pp 8", "pp 8 makes 8 stages of at least a layer each, n_layer is 4"),
-    ("--pp 2 --pp-schedule interleaved --pp-chunks 3", "pp 2 x pp_chunks 3 makes 6 stages"),
+    ("--tp 3 --dry-run", "seq_len must be a multiple of tp with --sequence-parallel, got 32 and 3"),
+    ("--tp 8 --dry-run", "model.layers.0.self_attn.q_proj: tp must divide its 4 heads, got 8"),
+    ("--tp 4 --n-ff 66 --dry-run", "model.layers.0.mlp.gate_proj: tp must divide its size 66, got 4"),
+    ("--pp 8 --dry-run", "pp must leave each stage a layer: pp x chunks is 8, n_layer 4"),
+    ("--pp 2 --pp-schedule interleaved --pp-chunks 3 --dry-run",
+     "pp must leave each stage a layer: pp x chunks is 6, n_layer 4"),
     ("--pp 2 --pp-schedule zb --recompute full", "recompute must be none with --pp-schedule zb, config"),
     ("--tp 2 --compile on", "compile must be off with --tp, got on"), ("--dp 2", "2 x 1 x 1 is 2, there is 1; start"),
     ("--tp 2", "dp x tp x pp must be the number of ranks: 1 x 2 x 1 is 2, there is 1; start them with --nproc 2"),
     ("--max-restarts 1", "max_restarts goes with --nproc"), ("--timeout 0", "timeout must be at least 1 second")])
-def test_bad_layouts_are_one_line(flags, message):
-    with pytest.raises(train.BadInput, match=message):
-        train.World(train.parse_config([*TINY, *flags.split()]))
+def test_bad_layouts_are_one_line(flags, message, capsys):
+    assert train.main([*TINY, *flags.split()]) == 2
+    said = capsys.readouterr().err
+    assert message in said.replace("--", "").replace("-", "_") or message in said, said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("flags, message", [
     ("--nproc 3", "--global-batch-size must be a multiple of micro_batch_size x dp = "),
-    ("--pp 4 --pp-schedule interleaved --pp-chunks 1 --micro-batch-size 4 --dry-run", "a multiple of pp = 4 micro")])
+    ("--pp 4 --pp-schedule interleaved --pp-chunks 1 --micro-batch-size 4 --dry-run",
+     "interleaved: the number of micro-batches must be a multiple of pp 4, got 2")])
 def test_all_ranks_find_it_and_one_line_says_it(flags, message, tmp_path):
     answer = subprocess.run([sys.executable, str(ROOT / "train.py"), *TINY, "--out", str(tmp_path), *flags.split()],
                             capture_output=True, text=True, timeout=60)

@@ -8,6 +8,7 @@ import shutil
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -1007,7 +1008,7 @@ def test_what_cannot_be_quantized(options, message):
 def trained(rank, n, argv, scaled=None, steps=5):
     """Steps as train.py takes them -> losses and norms, and this rank's pieces of the float32 weights."""
     c = train.parse_config(argv)
-    world = train.World(c)
+    world = train.join(c)
     model = train.Model(c, world)
     optimizer, scaler = train.make_optimizer(model, c), LossScaler() if scaled or c.precision == "fp16" else None
     loader = data.Loader(c.data, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, seed=c.seed,
@@ -1155,7 +1156,7 @@ def test_the_scale_is_there_before_unlikely_words_underflow(corpus):
     """A head of large weights, sure of most words: the gradient of a logit, w p in fp16, is 0 where w p <= 2^-25, and
     w holds the scale. (Were it multiplied on later, w would be 1.)"""
     c = train.parse_config([*MINI, "--data", str(corpus), "--precision", "fp16"])
-    world = train.World(c)
+    world = train.join(c)
     model = train.Model(c, world)
     head, seen = model.chunks[0].lm_head, []
     with torch.no_grad():
@@ -1180,7 +1181,7 @@ def weights_that_stay(corpus, *flags):
     them, that the third does not move: counted, and predicted from Adam's moments."""
     late = ["--precision", "bf16", "--lr", "1e-4", "--warmup-steps", "0", "--weight-decay", "0"]
     c = train.parse_config([*MINI, "--data", str(corpus), *late, *flags])
-    world = train.World(c)
+    world = train.join(c)
     model = train.Model(c, world)
     optimizer, seen = train.make_optimizer(model, c), {}
     weights = {p: optimizer.state[p].get("master", p) for p in train.updated(optimizer)}
@@ -1216,7 +1217,7 @@ def test_fp16_without_a_scale_loses_gradients(corpus):
     zeros = {}
     for name, kind, scale in (("fp32", "fp32", None), ("scaled", "fp16", 2.0**4), ("unscaled", "fp16", 2.0**-12)):
         c = train.parse_config([*MINI, "--data", str(corpus), "--precision", kind])
-        world = train.World(c)
+        world = train.join(c)
         model = train.Model(c, world)
         optimizer = train.make_optimizer(model, c)
         scaler = scale and LossScaler(scale)
@@ -1244,14 +1245,15 @@ def test_a_precision_is_what_the_device_has(kind, device, has_bf16, hip, monkeyp
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
     c = train.parse_config(["--precision", kind, "--attention", "reference"])
+    world = SimpleNamespace(device=torch.device(device), mesh=SimpleNamespace(dp=1))
     lacks = ["tf32"] * (not has_bf16 or hip is not None) + ["bf16", "fp8"] * (device == "cuda" and not has_bf16)
     if kind in lacks:
         with pytest.raises(train.BadInput, match=f"one that the device has, {kind} needs .*, got {device}"):
-            train.resolve(c, torch.device(device))
+            train.resolve(c, world)
         assert not asked
     else:
         kind = ("bf16" if has_bf16 else "fp32") if kind == "auto" else kind
-        assert train.resolve(c, torch.device(device)).precision == kind
+        assert train.resolve(c, world).precision == kind
         assert asked == ["high" if kind == "tf32" else "highest"]
 
 
@@ -1319,7 +1321,8 @@ def test_the_tiny_model_stays_what_it_is_as_integers(tmp_path, capsys, monkeypat
 def used_by_two(rank, n, out):
     """-> exit code of --sample, which rank 0 does alone; what --quantize says."""
     c = train.parse_config(["--out", out, "--device", "cpu", "--sample", "def f(", "--max-new-tokens", "3"])
-    c, world = train.resolve(c, torch.device("cpu")), train.World(c)
+    world = train.join(c)
+    c = train.resolve(c, world)
     code = train.use(c, world)
     with pytest.raises(train.BadInput) as refused:
         train.use(dataclasses.replace(c, quantize="int8"), world)
@@ -1337,26 +1340,26 @@ def test_several_ranks_sample_but_do_not_quantize(plain, run_ranks):
 def test_the_memory_that_is_predicted_is_there(corpus, flags, each):
     """Bytes of weights, gradients and states after a step."""
     c = train.parse_config([*MINI, "--data", str(corpus), "--micro-batch-size", "8", *flags])
-    world = train.World(c)
+    world = train.join(c)
     model = train.Model(c, world)
     optimizer = train.make_optimizer(model, c)
     held = []
     optimizer.register_step_post_hook(lambda o, *_: held.extend(p.grad for p in train.updated(o)))
     train.train_step(model, optimizer, data.Loader(corpus, micro_batch_size=8, seq_len=32, seed=0), 0, c, world)
     states = [x for state in optimizer.state.values() for x in state.values() if x.ndim]
-    n, predicted = net.num_params(c.model), train.budget(c, world)["memory_bytes"]
+    n, predicted = net.num_params(c.model), train.make_bill(c, world)["memory_bytes"]
     for name, tensors, size in (("parameters", list(model.parameters()), each[0]), ("gradients", held, each[1]),
-                                ("optimizer", states, each[2])):
+                                ("states", states, each[2])):
         assert sum(x.nbytes for x in tensors) == predicted[name] == size * n, name
 
 
 def fp8_group_and_gradients(rank, n, argv):
     """-> whether the products' amaxes are those of the tensor-parallel group; dtypes of shards and their gradients."""
     c = train.parse_config([*argv, "--precision", "fp8", "--tp", "2"])
-    model = train.Model(c, world := train.World(c))
+    model = train.Model(c, world := train.join(c))
     agree = model.chunks[0].model.layers["0"].mlp.up_proj.weight.product.group is world.mesh.tp_group
     c = train.parse_config([*argv, "--precision", "bf16", "--no-master-weights", "--dp", "2", "--zero", "3"])
-    model = train.Model(c, world := train.World(c))
+    model = train.Model(c, world := train.join(c))
     optimizer, seen = train.make_optimizer(model, c), []
     optimizer.register_step_pre_hook(lambda o, *_: seen.extend((p.dtype, p.grad.dtype) for p in train.updated(o)))
     loader = data.Loader(c.data, micro_batch_size=1, seq_len=c.seq_len, dp_rank=rank, dp_size=2)

@@ -554,7 +554,7 @@ def tensors(x) -> list:
 def executed(rank, n, argv):
     """A step of train.py -> what this rank held, kept for backward, sent, and in which order it ran."""
     c = train.parse_config(argv)
-    world = train.World(c)
+    world = train.join(c)
     model, mesh = train.Model(c, world), world.mesh
     optimizer, ledger, live, kept, ops = train.make_optimizer(model, c), parallel.CommLedger(mesh.axes), Live(), [0], []
     syncs, given = model.sync if c.zero else [], []
@@ -603,7 +603,7 @@ def executed(rank, n, argv):
 
 def layout_of(c: train.Config, n: int) -> Layout:
     dp = n // (c.tp * c.pp)
-    return Layout(dp, c.tp, c.pp, c.pp_schedule if c.pp > 1 else "1f1b", train.stages(c) // c.pp, c.micro_batch_size,
+    return Layout(dp, c.tp, c.pp, c.pp_schedule if c.pp > 1 else "1f1b", c.stages // c.pp, c.micro_batch_size,
                   c.global_batch_size // (dp * c.micro_batch_size), c.zero, c.recompute, c.sequence_parallel)
 
 
@@ -689,7 +689,7 @@ def test_train_takes_the_printed_commands(shape, gpu, n, options):
         assert words[0] == "torchrun" and at.gpus == n
         try:
             c = train.parse_config([*argv, "--dry-run"])
-            world = train.World(c)
+            world = train.join(c)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -713,7 +713,7 @@ def test_layouts_are_those_that_train_takes():
             words = line.split("train.py ")[1].split()
             words[words.index("--global-batch-size") + 1] = "12"
             try:
-                train.World(train.parse_config([*words, "--dry-run"]))
+                train.join(train.parse_config([*words, "--dry-run"]))
                 taken.add(at)
             except train.BadInput:
                 pass

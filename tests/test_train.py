@@ -2,6 +2,7 @@ import ast
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from conftest import POOL, ROOT
 
 import data
 import model as net
+import scaling
 import train
 
 MINI = """--n-layer 2 --n-head 2 --n-kv-head 1 --n-embd 16 --seq-len 32 --vocab-size 512 --global-batch-size 8
@@ -79,8 +82,8 @@ def child_main(argv, interrupt):
 
         setattr(module, attribute, counted)
     c = train.parse_config(argv)
-    world = train.World(c)
-    sys.exit(train.train(train.resolve(c, world.device), world, on_phase))
+    world = train.join(c)
+    sys.exit(train.train(train.resolve(c, world), world, on_phase))
 
 
 def child(corpus, out, *flags, interrupt=None) -> int:
@@ -218,16 +221,17 @@ def test_another_run_does_not_go_on_from_this_one(reference, corpus, flags, mess
 
 
 def test_every_field_that_affects_training_is_compared():
-    c = train.parse_config([])
+    c, loader = train.parse_config([]), SimpleNamespace(state_dict=lambda: {"fingerprint": "f"})
+    refuse = lambda saved: train.refuse_other_run(c, {"config": saved, "loader": {"fingerprint": "f"}}, loader)
     for f in dataclasses.fields(train.Config):
         saved = dataclasses.asdict(c) | {f.name: "another"}
         if f.metadata["affects_training"]:
             with pytest.raises(train.BadInput,
                                match=f"{f.name} must be another to go on with the run in out/tiny, got "):
-                train.refuse_other_run(c, saved)
+                refuse(saved)
         else:
-            train.refuse_other_run(c, saved)
-    train.refuse_other_run(c, json.loads(json.dumps(dataclasses.asdict(c))))
+            refuse(saved)
+    refuse(json.loads(json.dumps(dataclasses.asdict(c))))
 
 
 def test_what_does_not_affect_training_may_change(reference, corpus, tmp_path):
@@ -237,6 +241,27 @@ def test_what_does_not_affect_training_may_change(reference, corpus, tmp_path):
                  "--recompute", "full")
     train_lines = [x for x in metrics(reference) if "loss" in x]
     assert code == 0 and [x for x in metrics(out) if "loss" in x] == train_lines
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda config: config | {"flux": 3}, "the checkpoint's flux 3 is no field of Config now and is ignored"),
+    (lambda config: {k: v for k, v in config.items() if k not in ("qk_norm", "profile")}, "")])
+def test_people_who_edit_the_config_keep_their_runs(reference, corpus, tmp_path, change, said, monkeypatch, capsys):
+    """A checkpoint with a field that Config no longer has, or without one that it has now, is sampled and resumed."""
+    out = Path(shutil.copytree(reference, tmp_path / "run"))
+    for path in (out / "checkpoints").glob("*/manifest.json"):
+        manifest = data.read_sealed(path, "checkpoint")
+        manifest["meta"]["config"] = change(manifest["meta"]["config"])
+        data.write_sealed(path, manifest)
+    shutil.rmtree(out / "checkpoints" / "step-00000012")
+    assert train.main(["--sample", "def f(", "--out", str(out), "--max-new-tokens", "2"]) == 0
+    answer = capsys.readouterr()
+    assert answer.out.startswith("def f(") and answer.err == (f"train.py: {said}\n" if said else "")
+    code, stdout, stderr = run(corpus, out)
+    assert code == 0 and "resuming   at step 8" in stdout and metrics(out) == metrics(reference)
+    if not said:                                            # the run began with the new field's default, and no other
+        code, _, stderr = run(corpus, out, "--qk-norm")
+        assert code == 2 and "--qk-norm must be False to go on with the run in" in stderr
 
 
 def test_other_data_is_refused(reference, tmp_path):
@@ -273,7 +298,7 @@ def test_a_diverged_model_stops_and_is_never_saved(corpus, tmp_path, flags):
 
 def test_a_non_finite_step_changes_nothing(corpus):
     c = train.parse_config([*MINI, "--data", str(corpus)])
-    world = train.World(c)
+    world = train.join(c)
     gpt = train.Model(c, world)
     gpt.chunks[0].lm_head.weight.data[3, 3] = math.inf
     optimizer, loader = train.make_optimizer(gpt, c), data.Loader(corpus, micro_batch_size=4, seq_len=32)
@@ -289,31 +314,17 @@ def test_a_non_finite_step_changes_nothing(corpus):
 def plain_losses(argv, steps):
     """The textbook loop in float64: mean cross entropy of the global batch, clip, AdamW without tricks."""
     c = train.parse_config(argv)
-    gpt = net.build(c.model, c.seed, dtype=torch.float64)
-    groups = [{"params": [p for p in gpt.parameters() if p.ndim >= 2], "weight_decay": c.weight_decay},
-              {"params": [p for p in gpt.parameters() if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(c.beta1, c.beta2), eps=c.adam_eps, foreach=False)
     loader = data.Loader(c.data, micro_batch_size=c.global_batch_size, seq_len=c.seq_len, seed=c.seed)
     out = []
-    for step in range(steps):
-        batch = next(loader)
-        logits = gpt(batch["tokens"], documents=batch["documents"])
-        loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=data.NO_TARGET)
-        loss.backward()
-        norm = torch.cat([p.grad.flatten() for p in gpt.parameters()]).norm()
-        for p in gpt.parameters():                     # torch's clip_grad_norm_ divides by norm + 1e-6
-            p.grad.mul_(min(1.0, c.grad_clip / norm.item()))
-        for group in optimizer.param_groups:
-            group["lr"] = train.lr_at(step, c)
-        optimizer.step()
-        optimizer.zero_grad()
-        out.append((loss.item(), norm.item()))
+    for loss, norm, model in itertools.islice(train.textbook_loop(c, loader, torch.float64), steps):
+        out.append((loss, norm))
+        gpt = model
     return out, {p.full_name: p.detach() for p in gpt.parameters()}
 
 
 def our_losses(rank, n, argv, steps):
     c = train.parse_config(argv)
-    world = train.World(c)
+    world = train.join(c)
     gpt = train.Model(c, world, dtype=torch.float64)
     optimizer = train.make_optimizer(gpt, c)
     loader = data.Loader(c.data, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, seed=c.seed, dp_rank=rank,
@@ -355,7 +366,8 @@ def stopped_run(rank, n, argv, stop_at):
 
     c = train.parse_config(argv)
     with contextlib.redirect_stdout(io.StringIO()):
-        return train.train(train.resolve(c, torch.device("cpu")), train.World(c), on_phase)
+        world = train.join(c)
+        return train.train(train.resolve(c, world), world, on_phase)
 
 
 def test_two_ranks_stop_together_and_go_on(corpus, tmp_path, run_ranks):
@@ -372,7 +384,7 @@ def test_two_ranks_stop_together_and_go_on(corpus, tmp_path, run_ranks):
 def refused_run(rank, n, argv):
     c = train.parse_config(argv)
     with pytest.raises((train.BadInput, data.DataError)) as error:
-        train.train(c, train.World(c))
+        train.train(c, train.join(c))
     return str(error.value)
 
 
@@ -386,7 +398,7 @@ def test_all_ranks_are_told_what_the_first_finds_wrong(corpus, tmp_path, run_ran
 
 def test_evaluation_is_nats_per_token_and_bits_per_byte(corpus):
     c = train.parse_config([*MINI, "--data", str(corpus), "--eval-windows", "0"])
-    world = train.World(c)
+    world = train.join(c)
     gpt = train.Model(c, world)
     val = data.Loader(corpus, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
     got = train.evaluate(gpt, val, c, world)
@@ -402,6 +414,25 @@ def test_evaluation_is_nats_per_token_and_bits_per_byte(corpus):
     assert got["val_targets"] == targets
     assert got["val_loss"] == pytest.approx(nats / targets, rel=1e-6)
     assert got["val_bpb"] == pytest.approx(nats / math.log(2) / len(text), rel=1e-6)
+
+
+def test_the_yardsticks_read_the_text_that_is_evaluated(corpus):
+    """Of all windows and of some: as many bytes as the loss was divided by, in the order of the text."""
+    c = train.parse_config([*MINI, "--data", str(corpus)])
+    world = train.join(c)
+    gpt, seen = train.Model(c, world), {}
+    val = data.Loader(corpus, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
+    whole = b"".join(val.tokenizer.bytes[i] for shard in val.shards for i in shard)
+    for windows in (0, 7):
+        some = dataclasses.replace(c, eval_windows=windows)
+        found, text = train.evaluate(gpt, val, some, world), val.text(train.windows_evaluated(val, some))
+        scored = found["val_loss"] * found["val_targets"] / math.log(2) / found["val_bpb"]
+        assert len(text) == round(scored)
+        seen[windows] = text
+    assert len(seen[7]) < len(seen[0]) and whole.startswith(seen[0]) and len(whole) - len(seen[0]) < 33 * 20
+    # each window's text stands in the whole, and later windows come later
+    at = [whole.find(part) for part in (seen[7][:20], seen[7][-20:])]
+    assert 0 <= at[0] < at[1]
 
 
 def test_every_attention_gives_the_same_losses(corpus, tmp_path):
@@ -422,7 +453,7 @@ def test_an_attention_that_cannot_run_is_refused(corpus, tmp_path, monkeypatch):
     assert code == 2 and "--attention must be one that runs here" in stderr and "torch, sdpa, reference" in stderr
     assert not (tmp_path / "run").exists()
     c = train.parse_config([*MINI, "--attention", "triton"])
-    assert train.budget(c, train.World(c))["layout"]["ranks"][0]["layers"] == 2       # what it costs needs no kernel
+    assert train.make_bill(c, train.join(c))["parameters"] > 0                          # what it costs needs no kernel
 
 
 def test_the_document_mask_can_be_turned_off(corpus):
@@ -502,12 +533,15 @@ BAD = [
     (["--leraning-rate", "1"], "unknown argument --leraning-rate"), (["--seq-length", "8"], "the nearest is --seq-len"),
     (["--config", "smal"], "--config must be one of .* the nearest is small"), (["--steps", "ten"], "--steps.*'ten'"),
     (["--steps", "0"], "--steps must be at least 1, got 0"),
-    (["--lr", "nan"], "--lr must be a finite number .* got nan"),
-    (["--lr", "-1"], "--lr must be .* at least 0, got -1.0"), (["--norm", "batch"], "--norm.*batch"),
+    (["--lr", "nan"], "--lr must be a finite number, got nan"),
+    (["--lr", "-1"], "--lr must be at least 0, got -1.0"), (["--norm", "batch"], "--norm.*batch"),
     (["--n-embd", "30"], "--n_embd must be a multiple of n_head|--n-embd must be a multiple of n_head, got 30 and 4"),
     (["--n-kv-head", "3"], "--n-head must be a multiple of n_kv_head, got 4 and 3"),
-    (["--top-p", "0"], r"--top-p must be in \(0, 1\]"),
-    (["--beta2", "1"], "--beta2 must be at most 1 and not 1"), (["--json"], "--json goes with --dry-run"),
+    (["--top-p", "0"], "--top-p must be above 0, got 0.0"), (["--top-p", "1.1"], "--top-p must be at most 1, got 1.1"),
+    (["--beta2", "1"], "--beta2 must be below 1, got 1.0"), (["--json"], "--json goes with --dry-run, got it alone"),
+    (["--gpu", "h100"], "--gpu goes with --dry-run, got it alone"),
+    (["--gpu", "h1000", "--dry-run"], "--gpu: invalid choice: 'h1000'"),
+    (["--gpu", "t4", "--dry-run", "--precision", "fp8"], "--precision must be one that the GPU has, got fp8"),
     (["--global-batch-size", "6", "--micro-batch-size", "4"],
      "--global-batch-size must be a multiple of .*4 x 1 = 4, got 6"),
     (["--vocab-size", "100"], "--vocab-size must be at least 320"),
@@ -557,7 +591,8 @@ def test_every_field_is_a_flag_with_help(capsys):
 @pytest.mark.parametrize("name, parameters", [("small", 124e6), ("medium", 355e6), ("large", 1.36e9), ("7b", 6.74e9)])
 def test_configs_have_the_size_they_are_named_for(name, parameters):
     c = train.parse_config(["--config", name])
-    b = train.budget(c, train.World(c))
+    world = train.join(c)
+    b = train.make_bill(train.resolve(c, world), world)
     assert b["parameters"] == pytest.approx(parameters, rel=0.01)
     assert 15 < b["tokens_per_parameter"] < 25
     with torch.device("meta"):
@@ -580,10 +615,36 @@ def test_dry_run_says_what_the_run_would_cost(tmp_path, monkeypatch, capsys):
     gpt = train.make_stage(c, torch.device("cpu"))
     held = sum(p.untyped_storage().nbytes() for p in gpt.parameters())
     assert b["memory_bytes"]["parameters"] == b["memory_bytes"]["gradients"] == held
-    assert b["memory_bytes"]["optimizer"] == 2 * held
+    assert b["memory_bytes"]["states"] == 2 * held
     assert train.main(["--dry-run", *MINI]) == 0
     text = capsys.readouterr().out
-    assert "parameters" in text and "MB a rank" in text and "about" in text and not list(tmp_path.iterdir())
+    assert "parameters" in text and "MB per rank" in text and "about" in text and not list(tmp_path.iterdir())
+
+
+def test_dry_run_of_gpus_that_are_not_here(monkeypatch, capsys):
+    """Their own time and cost; the same bill as scaling.py's planner has of that layout."""
+    monkeypatch.setattr(train, "time_tokens", None)                                              # nothing is timed here
+    assert train.main("--config 7b --gpu h100 --dp 8 --tp 4 --dry-run --json".split()) == 0
+    b = json.loads(capsys.readouterr().out)
+    assert b["gpu"] == "h100" and b["config"]["precision"] == "bf16" and b["layout"]["tp"] == 4
+    fastest = b["flops"] / 32 / scaling.GPUS["h100"].peak_flops("bf16")
+    assert 0.3 < b["mfu"] < 0.6 and b["seconds"] == pytest.approx(fastest / b["mfu"])
+    c = train.parse_config(["--config", "7b"])
+    row = scaling.plan(c.model, "h100", 32, global_batch_size=c.global_batch_size, dp=8, tp=4, pp=1, zero=0,
+                       micro_batch_size=1, recompute="full", tokens=c.steps * c.tokens_per_step)[0]
+    assert {name: row[name] for name in ("seconds", "memory_bytes", "dollars", "bytes_sent")} == {
+        name: b[name] for name in ("seconds", "memory_bytes", "dollars", "bytes_sent")}
+
+
+def test_a_gpu_that_the_table_does_not_have_gets_its_name_and_no_mfu(monkeypatch):
+    c, device = dataclasses.replace(train.parse_config([]), precision="bf16"), torch.device("cuda")
+    for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA Unheard-Of 9000", None)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        found, source = train.peak_flops(c, device)
+        assert found == peak and name in source and ("no MFU" in source) == (peak is None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+    c = dataclasses.replace(c, precision="fp8")                                      # of the precision's own peak
+    assert train.peak_flops(c, device)[0] == scaling.GPUS["h100"].peak_flops("fp8") == 1979e12
 
 
 # ---- launching

@@ -103,8 +103,8 @@ def measured(flags, peak):
     """-> tokens/s, MFU, GB."""
     c = train.parse_config(["--config", "small", "--global-batch-size", "32", "--micro-batch-size", "32",
                             "--no-document-mask", "--precision", *flags])
-    world = train.World(c)
-    c = train.resolve(c, world.device)
+    world = train.join(c)
+    c = train.resolve(c, world)
     torch._dynamo.reset()
     torch.cuda.reset_peak_memory_stats()
     model = train.Model(c, world)

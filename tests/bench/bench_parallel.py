@@ -150,7 +150,7 @@ class TorchStage(nn.Module):
 def beside_pipelining(rank):
     from torch.distributed.pipelining import PipelineStage, Schedule1F1B
     c = train.parse_config([*MODEL, "--pp", "2"])
-    world = train.World(c)
+    world = train.join(c)
     ours = train.Model(c, world)
     parts = batches(8)
     gpt = copy.deepcopy(ours.chunks[0])
@@ -181,7 +181,7 @@ def on_one_core(rank, words, steps):
     """Steps of train.py's, tokens/s."""
     os.sched_setaffinity(0, {0})
     c = train.parse_config([*MODEL, *WIDER, *(x for x in words if x != "ddp")])
-    world = train.World(c)
+    world = train.join(c)
     model, parts = train.Model(c, world), batches(c.global_batch_size)
     optimizer, dp, micro = train.make_optimizer(model, c), world.mesh.dp, c.micro_batch_size
     mine = [joined(parts[(i * dp + world.mesh.dp_rank) * micro:][:micro]) for i in range(len(parts) // (micro * dp))]
