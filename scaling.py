@@ -615,6 +615,17 @@ def find_gpu(name: str) -> GPU:
     return GPUS[key]
 
 
+def resolve_precision(name: str, gpu: "GPU | str") -> str:
+    """"auto" -> the GPU's 16 bits: bf16, before Ampere fp16; another precision -> itself. Raises BadInput for one that
+    the GPU lacks."""
+    gpu = gpu if isinstance(gpu, GPU) else find_gpu(gpu)
+    if name not in ("auto", *PRECISIONS):
+        raise BadInput(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
+    if name == "fp8" and not gpu.fp8 or name in ("bf16", "tf32") and not gpu.bf16:
+        raise BadInput(f"precision must be one that the GPU has, got {name}")
+    return name if name != "auto" else "bf16" if gpu.bf16 else "fp16"
+
+
 # ---- (4) what a layout takes: shapes ---------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -1190,10 +1201,7 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
     Raises BadInput for what cannot be; and if nothing fits: what is biggest, and the cheapest change.
     """
     shape, gpu = shape_of(config), gpu if isinstance(gpu, GPU) else find_gpu(gpu)
-    if precision not in PRECISIONS:
-        raise BadInput(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if precision == "fp8" and not gpu.fp8 or precision in ("bf16", "tf32") and not gpu.bf16:
-        raise BadInput(f"precision must be one that the GPU has, got {precision}")
+    precision = resolve_precision(precision, gpu)
     if n_gpus < 1 or n_gpus != int(n_gpus):
         raise BadInput(f"n_gpus must be a whole number from 1, got {n_gpus}")
     for name in ("dp", "tp", "pp"):

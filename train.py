@@ -27,7 +27,7 @@ the run stopped: after Ctrl-C and SIGTERM, which save first, and after kill -9, 
     out/RUN/   config.json   metrics.jsonl   card.md   tokenizer.model   checkpoints/step-00000400/...
 
 Exit codes: 0 done, 2 bad input, 3 diverged, 1 anything else. Source: AdamW (Loshchilov 2019, arXiv:1711.05101).
-Map: textbook loop - configs - command line - build - step - evaluate - the bill - the run - sampling - ranks, main.
+Map: textbook loop - configs - build - step - evaluate - the run - the bill - sampling - command line - ranks, main.
 """
 
 import argparse
@@ -233,8 +233,6 @@ CONFIGS = {
 }
 
 
-# ---- the command line ------------------------------------------------------------------------------------------------
-
 class BadInput(ValueError):
     """One line that names the flag, the rule and the value: exit code 2."""
 
@@ -248,116 +246,7 @@ def bad_input():
         raise BadInput(str(error)) from error
 
 
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(message.removeprefix("argument "))
-
-
-def parse_config(argv) -> Config:
-    """Command line -> Config, checked, with the model's derived fields filled in. Raises BadInput."""
-    def nearest(word, words):
-        close = difflib.get_close_matches(word, words, 1)
-        return f"; the nearest is {close[0]}" if close else ""
-
-    pre = Parser(add_help=False, allow_abbrev=False)
-    pre.add_argument("--config", default="tiny")
-    name = pre.parse_known_args(argv)[0].config
-    if name not in CONFIGS:
-        raise BadInput(f"--config must be one of {', '.join(CONFIGS)}, got {name!r}{nearest(name, CONFIGS)}")
-    parser = Parser(prog="train.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    description="\n\n".join(__doc__.split("\n\n")[:2]))
-    for f in fields(Config):
-        default, choices = getattr(CONFIGS[name], f.name), f.metadata["choices"]
-        text = f"{f.metadata['help']} [{default}]".replace("%", "%%")
-        if f.type is bool:
-            parser.add_argument(flag_of(f.name), action=argparse.BooleanOptionalAction, default=default, help=text)
-        else:
-            kind = f.type if isinstance(f.type, type) else str
-            parser.add_argument(flag_of(f.name), type=kind, default=default, help=text, choices=choices,
-                                metavar=None if choices else kind.__name__.upper())
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        raise BadInput(f"unknown argument {flag}{nearest(flag, [flag_of(f.name) for f in fields(Config)])}")
-    return derive(Config(**vars(args)))
-
-
-RULES = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
-
-
-def derive(c: Config) -> Config:
-    """Check every field by itself and with its fellows, and fill in the model's. What a layout may be, its owners say:
-    parallel.py's Mesh, tensor_parallel and schedules, when the run is built."""
-    for f in fields(Config):
-        value = getattr(c, f.name)
-        if f.type in (int, float):
-            if not math.isfinite(value):
-                raise BadInput(f"{f.name} must be a finite number, got {value}")
-            for rule, bound in f.metadata["bounds"].items():
-                if not RULES[rule](value, bound):
-                    raise BadInput(f"{f.name} must be {rule.replace('_', ' ')} {bound}, got {value}")
-    if c.nproc and int(os.environ.get("WORLD_SIZE", c.nproc)) != c.nproc:
-        raise BadInput(f"nproc must be left out where torchrun started {os.environ['WORLD_SIZE']} ranks, got {c.nproc}")
-    for name, needs in (("max_restarts", "nproc"), ("json", "dry_run"), ("gpu", "dry_run")):
-        if getattr(c, name) and not getattr(c, needs):
-            raise BadInput(f"{name} goes with {flag_of(needs)}, got it alone")
-    if 0 < c.loss_scale < 2.0**-14:
-        raise BadInput(f"loss_scale must be 0 or at least 2**-14, got {c.loss_scale}")
-    if not c.head_dim and c.n_embd % c.n_head:
-        raise BadInput(f"n_embd must be a multiple of n_head, got {c.n_embd} and {c.n_head}")
-    if c.vocab_size < 320 and c.sample is c.quantize is None and not Path(c.data, "manifest.json").exists():
-        raise BadInput(f"vocab_size must be at least 320 to train a tokenizer, got {c.vocab_size}")
-    if c.sequence_parallel and c.seq_len % c.tp:
-        raise BadInput(f"seq_len must be a multiple of tp with --sequence-parallel, got {c.seq_len} and {c.tp}")
-    if c.pp_schedule == "zb" and c.pp > 1 and c.recompute != "none":
-        raise BadInput(f"recompute must be none with --pp-schedule zb, config {c.config} or a flag says {c.recompute}")
-    if c.compile == "on" and (blocked := compiling_is_blocked(c)):
-        raise BadInput(f"compile must be off with {blocked}, got on")
-    wide = 64 * math.ceil(8 * c.n_embd / 3 / 64) if c.mlp == "swiglu" else 4 * c.n_embd
-    c = dataclasses.replace(c, out=c.out or f"out/{c.config}", n_kv_head=c.n_kv_head or c.n_head,
-                            head_dim=c.head_dim or c.n_embd // c.n_head, n_ff=c.n_ff or wide)
-    with bad_input():
-        assert c.model                                       # ModelConfig checks its own rules
-    return c
-
-
-def join(c: Config) -> parallel.World:
-    """This process's world; for --dry-run, of ranks that need not be there."""
-    with bad_input():
-        return parallel.World(c.dp, c.tp, c.pp, device=c.device, timeout=c.timeout, fake=c.dry_run)
-
-
-def resolve(c: Config, world: parallel.World) -> Config:
-    """Fill in what depends on the ranks and on the device: micro_batch_size 0, precision auto, attention auto. Raises
-    BadInput for a batch that does not divide, a precision or an attention that the device lacks."""
-    dp, batch = world.mesh.dp, c.global_batch_size
-    most = min(8, max(1, batch // dp // (1 if c.pp == 1 else 2 * c.pp)))
-    micro = c.micro_batch_size or max(n for n in range(1, most + 1) if n == 1 or batch // dp % n == 0)
-    if batch % (micro * dp):
-        raise BadInput(f"global_batch_size must be a multiple of micro_batch_size x dp = {micro} x {dp} = {micro * dp}"
-                       f", got {batch}")
-    c = dataclasses.replace(c, micro_batch_size=micro)
-    with bad_input():
-        schedule(c, c.grad_accum_steps(dp))                 # interleaved wants whole rounds of micro-batches
-    if c.gpu:                                               # of a GPU that is not here
-        gpu = scaling.find_gpu(c.gpu)
-        kind = ("bf16" if gpu.bf16 else "fp16") if c.precision == "auto" else c.precision
-        if kind == "fp8" and not gpu.fp8 or kind in ("bf16", "tf32") and not gpu.bf16:
-            raise BadInput(f"precision must be one that the GPU has, got {kind}")
-        return dataclasses.replace(c, precision=kind, attention="triton" if c.attention == "auto" else c.attention)
-    with bad_input():
-        kind = precision.resolve_precision(c.precision, world.device)
-    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
-    try:
-        attention = flash_attn.resolve_backend(c.attention, world.device)
-    except RuntimeError as error:
-        raise BadInput(f"attention must be one that runs here: {error}") from None
-    return dataclasses.replace(c, precision=kind, attention=attention)
-
+# ---- build -----------------------------------------------------------------------------------------------------------
 
 def schedule(c: Config, micro_batches: int) -> list:
     """Each pipeline rank's operations of a step; with one stage, plain accumulation."""
@@ -367,8 +256,6 @@ def schedule(c: Config, micro_batches: int) -> list:
         return parallel.interleaved(c.pp, micro_batches, c.pp_chunks)
     return parallel.SCHEDULES[c.pp_schedule](c.pp, micro_batches)
 
-
-# ---- build -----------------------------------------------------------------------------------------------------------
 
 def compiling_is_blocked(c: Config) -> str:
     """The flag with which blocks cannot be compiled, if there is one."""
@@ -597,74 +484,6 @@ def is_finite(model: Model, world: parallel.World) -> bool:
     return world.sum(bad).item() == 0
 
 
-# ---- the bill --------------------------------------------------------------------------------------------------------
-
-def gpu_of(c: Config, device) -> str | None:
-    """scaling.py's name of the GPU that is asked about, or is here; None for a CPU, and for a GPU it does not know."""
-    return c.gpu or (scaling.known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None)
-
-
-def make_bill(c: Config, world: parallel.World, rank_flops: float | None = None) -> dict:
-    """What scaling.py says of this very run: memory, messages, time, cost, and what the law makes of its size. After
-    resolve(). rank_flops: FLOP/s that a rank was measured to reach, where the GPU is not known."""
-    mesh, on_gpu = world.mesh, c.gpu is not None or world.device.type != "cpu"
-    layout = scaling.Layout(mesh.dp, c.tp, c.pp, c.pp_schedule if c.pp > 1 else "1f1b", c.stages // c.pp,
-                            c.micro_batch_size, c.grad_accum_steps(mesh.dp), c.zero, c.recompute, c.sequence_parallel)
-    program = scaling.Program(item=c.dtype.itemsize, fused_norm=on_gpu, flash=c.attention != "reference",
-                              document_mask=c.document_mask and c.attention == "sdpa", master_weights=c.master_weights)
-    return scaling.bill(scaling.shape_of(c.model), layout, program, tokens=c.steps * c.tokens_per_step,
-                        gpu=gpu_of(c, world.device), precision=c.precision, rank_flops=rank_flops)
-
-
-def describe(c: Config, bill: dict) -> str:
-    return f"model      {c.config}: {c.steps:,} steps x {c.tokens_per_step:,} tokens\n{scaling.describe_bill(bill)}\n"
-
-
-def dry_run(c: Config, world: parallel.World):
-    """--dry-run: the bill, printed. Shapes are built, so that what the layout's owners refuse is refused here too."""
-    with bad_input():
-        for stage in range(c.stages):
-            meta_stage(c, torch.device("meta"), world.mesh, stage)
-    bill = make_bill(c, world, None if gpu_of(c, world.device) else time_tokens(c, world.device))
-    if world.rank == 0:
-        print(json.dumps({"config": dataclasses.asdict(c)} | bill) if c.json else describe(c, bill), end="")
-
-
-def time_tokens(c: Config, device) -> float:
-    """FLOP/s of forward and backward, from a few passes of the model cut to one layer; on a CPU, over few tokens."""
-    one_layer = dataclasses.replace(c, n_layer=1, tie_embeddings=True, compile="off", zero=0)
-    batch, length = c.micro_batch_size, c.seq_len
-    if device.type == "cpu":
-        batch, length = (batch if net.num_params(one_layer.model) < 2e7 else 1), min(length, 256)
-    gpt = make_stage(one_layer, device, read=lambda name, box: torch.full([b - a for a, b, _ in box], 0.01))
-    tokens = torch.randint(c.vocab_size, (batch, length), device=device)
-    best, end = 0.0, time.perf_counter() + 2
-    while not best or time.perf_counter() < end:
-        start = time.perf_counter()
-        loss, _ = gpt(tokens, tokens)
-        loss.backward()
-        loss.detach().item()
-        flops = batch * length * net.flops_per_token(one_layer.model, length)
-        best = max(best, flops / (time.perf_counter() - start))
-    return best
-
-
-def peak_flops(c: Config, device) -> tuple[float | None, str]:
-    """FLOP/s to hold MFU against, and its source: scaling.py's table, of the run's own precision. A CPU is measured (it
-    emulates low precisions in float32). A GPU that the table does not have gives no MFU."""
-    if device.type == "cpu":
-        a, best, end = torch.randn(1024, 1024), 0.0, time.perf_counter() + 0.3
-        while time.perf_counter() < end:
-            start = time.perf_counter()
-            (a @ a).sum().item()
-            best = max(best, 2 * 1024**3 / (time.perf_counter() - start))
-        return best, "measured matmul, fp32"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    if (key := gpu_of(c, device)) is None:
-        return None, f"{name} is not in scaling.py's table: no MFU"
-    return scaling.find_gpu(key).peak_flops(c.precision), f"{name}, dense {c.precision}"
-
-
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 class Folder:
@@ -747,15 +566,13 @@ def open_data(c: Config, world: parallel.World):
 @contextlib.contextmanager
 def stop_signals():
     """A list that Ctrl-C and SIGTERM fill: the step in progress ends, is saved, and the run with it. A second Ctrl-C
-    interrupts at once. To ranks of --nproc the launcher sends SIGINT for this, and its agent's SIGTERM ends them."""
-    asked = []
+    interrupts at once. (Ranks of --nproc get SIGINT for both; SIGTERM is how their agent ends them.)"""
+    asked, numbers = [], [signal.SIGINT] + [signal.SIGTERM] * ("LAUNCHED" not in os.environ)
 
     def handler(number, frame):
         asked.append(number)
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    numbers = (signal.SIGINT,) if "LAUNCHED" in os.environ else (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield asked
@@ -943,6 +760,74 @@ def finish(run: Run):
           f'sample it  python train.py --out {c.out} --sample "def main("')
 
 
+# ---- the bill --------------------------------------------------------------------------------------------------------
+
+def gpu_of(c: Config, device) -> str | None:
+    """scaling.py's name of the GPU that is asked about, or is here; None for a CPU, and for a GPU it does not know."""
+    return c.gpu or (scaling.known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None)
+
+
+def make_bill(c: Config, world: parallel.World, rank_flops: float | None = None) -> dict:
+    """What scaling.py says of this very run: memory, messages, time, cost, and what the law makes of its size. After
+    resolve(). rank_flops: FLOP/s that a rank was measured to reach, where the GPU is not known."""
+    mesh, on_gpu = world.mesh, c.gpu is not None or world.device.type != "cpu"
+    layout = scaling.Layout(mesh.dp, c.tp, c.pp, c.pp_schedule if c.pp > 1 else "1f1b", c.stages // c.pp,
+                            c.micro_batch_size, c.grad_accum_steps(mesh.dp), c.zero, c.recompute, c.sequence_parallel)
+    program = scaling.Program(item=c.dtype.itemsize, fused_norm=on_gpu, flash=c.attention != "reference",
+                              document_mask=c.document_mask and c.attention == "sdpa", master_weights=c.master_weights)
+    return scaling.bill(scaling.shape_of(c.model), layout, program, tokens=c.steps * c.tokens_per_step,
+                        gpu=gpu_of(c, world.device), precision=c.precision, rank_flops=rank_flops)
+
+
+def describe(c: Config, bill: dict) -> str:
+    return f"model      {c.config}: {c.steps:,} steps x {c.tokens_per_step:,} tokens\n{scaling.describe_bill(bill)}\n"
+
+
+def dry_run(c: Config, world: parallel.World):
+    """--dry-run: the bill, printed. Shapes are built, so that what the layout's owners refuse is refused here too."""
+    with bad_input():
+        for stage in range(c.stages):
+            meta_stage(c, torch.device("meta"), world.mesh, stage)
+    bill = make_bill(c, world, None if gpu_of(c, world.device) else time_tokens(c, world.device))
+    if world.rank == 0:
+        print(json.dumps({"config": dataclasses.asdict(c)} | bill) if c.json else describe(c, bill), end="")
+
+
+def time_tokens(c: Config, device) -> float:
+    """FLOP/s of forward and backward, from a few passes of the model cut to one layer; on a CPU, over few tokens."""
+    one_layer = dataclasses.replace(c, n_layer=1, tie_embeddings=True, compile="off", zero=0)
+    batch, length = c.micro_batch_size, c.seq_len
+    if device.type == "cpu":
+        batch, length = (batch if net.num_params(one_layer.model) < 2e7 else 1), min(length, 256)
+    gpt = make_stage(one_layer, device, read=lambda name, box: torch.full([b - a for a, b, _ in box], 0.01))
+    tokens = torch.randint(c.vocab_size, (batch, length), device=device)
+    best, end = 0.0, time.perf_counter() + 2
+    while not best or time.perf_counter() < end:
+        start = time.perf_counter()
+        loss, _ = gpt(tokens, tokens)
+        loss.backward()
+        loss.detach().item()
+        flops = batch * length * net.flops_per_token(one_layer.model, length)
+        best = max(best, flops / (time.perf_counter() - start))
+    return best
+
+
+def peak_flops(c: Config, device) -> tuple[float | None, str]:
+    """FLOP/s to hold MFU against, and its source: scaling.py's table, of the run's own precision. A CPU is measured (it
+    emulates low precisions in float32). A GPU that the table does not have gives no MFU."""
+    if device.type == "cpu":
+        a, best, end = torch.randn(1024, 1024), 0.0, time.perf_counter() + 0.3
+        while time.perf_counter() < end:
+            start = time.perf_counter()
+            (a @ a).sum().item()
+            best = max(best, 2 * 1024**3 / (time.perf_counter() - start))
+        return best, "measured matmul, fp32"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    if (key := gpu_of(c, device)) is None:
+        return None, f"{name} is not in scaling.py's table: no MFU"
+    return scaling.find_gpu(key).peak_flops(c.precision), f"{name}, dense {c.precision}"
+
+
 # ---- sampling, integers ----------------------------------------------------------------------------------------------
 
 def generate_text(gpt, tokenizer, ids, c: Config, seed: int) -> str:
@@ -1003,6 +888,114 @@ def quantize(model: Model, fmt: str, c: Config, world: parallel.World):
     print(f"{fmt:<10} weights of linear layers and head {size:,} -> {new_size:,} bytes, {size / new_size:.2f} x fewer\n"
           f"validation {loss:.4f} -> {new_loss:.4f} nats/token, {new_loss / loss - 1:+.2%}\n"
           f"logits     off by {(new_logits - logits).norm() / logits.norm():.2%} of their norm")
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(message.removeprefix("argument "))
+
+
+def parse_config(argv) -> Config:
+    """Command line -> Config, checked, with the model's derived fields filled in. Raises BadInput."""
+    def nearest(word, words):
+        close = difflib.get_close_matches(word, words, 1)
+        return f"; the nearest is {close[0]}" if close else ""
+
+    first = Parser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", default="tiny")
+    name = first.parse_known_args(argv)[0].config
+    if name not in CONFIGS:
+        raise BadInput(f"--config must be one of {', '.join(CONFIGS)}, got {name!r}{nearest(name, CONFIGS)}")
+    parser = Parser(prog="train.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    description="\n\n".join(__doc__.split("\n\n")[:2]))
+    for f in fields(Config):
+        default, choices = getattr(CONFIGS[name], f.name), f.metadata["choices"]
+        how = {"default": default, "help": f"{f.metadata['help']} [{default}]".replace("%", "%%")}
+        if f.type is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how["type"] = f.type if isinstance(f.type, type) else str
+            how |= {"choices": choices, "metavar": None if choices else how["type"].__name__.upper()}
+        parser.add_argument(flag_of(f.name), **how)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise BadInput(f"unknown argument {flag}{nearest(flag, [flag_of(f.name) for f in fields(Config)])}")
+    return derive(Config(**vars(args)))
+
+
+RULES = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
+
+
+def derive(c: Config) -> Config:
+    """Check every field by itself and with its fellows, and fill in the model's. What a layout may be, its owners say
+    when the run is built: parallel.py's Mesh, tensor_parallel and schedules."""
+    for f in fields(Config):
+        value = getattr(c, f.name)
+        if f.type in (int, float):
+            if not math.isfinite(value):
+                raise BadInput(f"{f.name} must be a finite number, got {value}")
+            for rule, bound in f.metadata["bounds"].items():
+                if not RULES[rule](value, bound):
+                    raise BadInput(f"{f.name} must be {rule.replace('_', ' ')} {bound}, got {value}")
+    started, blocked = int(os.environ.get("WORLD_SIZE", 0)), compiling_is_blocked(c)
+    for wrong, line in (
+            (c.nproc and started not in (0, c.nproc),
+             f"nproc must be left out where torchrun started {started} ranks, got {c.nproc}"),
+            (c.max_restarts and not c.nproc, "max_restarts goes with --nproc, got it alone"),
+            (c.json and not c.dry_run, "json goes with --dry-run, got it alone"),
+            (c.gpu and not c.dry_run, "gpu goes with --dry-run, got it alone"),
+            (0 < c.loss_scale < 2.0**-14, f"loss_scale must be 0 or at least 2**-14, got {c.loss_scale}"),
+            (not c.head_dim and c.n_embd % c.n_head,
+             f"n_embd must be a multiple of n_head, got {c.n_embd} and {c.n_head}"),
+            (c.sequence_parallel and c.seq_len % c.tp,
+             f"seq_len must be a multiple of tp with --sequence-parallel, got {c.seq_len} and {c.tp}"),
+            (c.pp_schedule == "zb" and c.pp > 1 and c.recompute != "none",
+             f"recompute must be none with --pp-schedule zb, config {c.config} or a flag says {c.recompute}"),
+            (c.compile == "on" and blocked, f"compile must be off with {blocked}, got on")):
+        if wrong:
+            raise BadInput(line)
+    wide = 64 * math.ceil(8 * c.n_embd / 3 / 64) if c.mlp == "swiglu" else 4 * c.n_embd
+    c = dataclasses.replace(c, out=c.out or f"out/{c.config}", n_kv_head=c.n_kv_head or c.n_head,
+                            head_dim=c.head_dim or c.n_embd // c.n_head, n_ff=c.n_ff or wide)
+    with bad_input():
+        assert c.model                                       # ModelConfig checks its own rules
+    return c
+
+
+def join(c: Config) -> parallel.World:
+    """This process's world; for --dry-run, of ranks that need not be there."""
+    with bad_input():
+        return parallel.World(c.dp, c.tp, c.pp, device=c.device, timeout=c.timeout, fake=c.dry_run)
+
+
+def resolve(c: Config, world: parallel.World) -> Config:
+    """Fill in what depends on the ranks and the device: micro_batch_size 0, precision auto, attention auto. Raises
+    BadInput for a batch that does not divide, and for a precision or an attention that the device lacks."""
+    dp, batch = world.mesh.dp, c.global_batch_size
+    most = min(8, max(1, batch // dp // (1 if c.pp == 1 else 2 * c.pp)))
+    micro = c.micro_batch_size or max(n for n in range(1, most + 1) if n == 1 or batch // dp % n == 0)
+    if batch % (micro * dp):
+        raise BadInput(f"global_batch_size must be a multiple of micro_batch_size x dp = {micro} x {dp} = {micro * dp}"
+                       f", got {batch}")
+    c = dataclasses.replace(c, micro_batch_size=micro)
+    with bad_input():
+        schedule(c, c.grad_accum_steps(dp))                  # interleaved wants whole rounds of micro-batches
+        if c.gpu:                                            # a GPU that is not here
+            kind = scaling.resolve_precision(c.precision, c.gpu)
+            return dataclasses.replace(c, precision=kind, attention=c.attention.replace("auto", "triton"))
+        kind = precision.resolve_precision(c.precision, world.device)
+    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    try:
+        return dataclasses.replace(c, precision=kind, attention=flash_attn.resolve_backend(c.attention, world.device))
+    except RuntimeError as error:
+        raise BadInput(f"attention must be one that runs here: {error}") from None
 
 
 # ---- starting ranks, main --------------------------------------------------------------------------------------------

@@ -1275,7 +1275,7 @@ def test_a_run_is_evaluated_and_sampled_as_integers(corpus, plain, capsys):
         assert train.main([*argv, "--quantize", fmt]) == 0
         said = capsys.readouterr().out
         before, after = re.search(r"validation (\S+) -> (\S+) nats", said).groups()
-        assert abs(float(after) / float(before) - 1) < most and f"{fmt}  " in said and "tokens/s" in said
+        assert abs(float(after) / float(before) - 1) < most and f"{fmt}  " in said
         assert before == f"{[x['val_loss'] for x in metrics(plain) if 'val_loss' in x][-1]:.4f}"
     assert train.main([*argv, "--quantize", "int8", "--sample", "def f(", "--max-new-tokens", "5"]) == 0
     assert "\ndef f(" in capsys.readouterr().out
