@@ -715,7 +715,7 @@ def one_f_one_b(p: int, m: int) -> list[list[Op]]:
 def interleaved(p: int, m: int, v: int = 2) -> list[list[Op]]:
     """Ahead: enough for the first micro-batches to be through all chunks. Raises ValueError unless p divides m."""
     if m % p:
-        raise ValueError(f"interleaved: the number of micro-batches must be a multiple of pp {p}, got {m}")
+        raise ValueError(f"pp_schedule interleaved needs a multiple of pp = {p} micro-batches per step, got {m}")
     return run_ahead(p, m, v, lambda r: (p - 1 - r) * min(v, 2) + (v - 1) * p)
 
 

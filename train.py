@@ -10,7 +10,7 @@
 Pre-training is one loop, and textbook_loop() below is all of it, for one rank. The rest of the file is the same loop on
 many ranks, with runs that survive being killed. A step of `train_step`, G windows of T tokens, over a mesh of ranks:
 
-    1.  N     = number of targets in the global batch                    known from the data: one all-reduce
+    1.  N     = number of targets in the global batch                    counted before the first forward pass
     2.  forward and backward of S sum(nll) / N, micro-batch by micro-batch, stage by stage
     3.  sum the gradients over dp, and over other ranks that hold a part      a sum: the mean of means is not the mean
     4.  loss, |grad|^2 (each weight counted once) and "please stop" in one all-reduce
@@ -20,13 +20,14 @@ many ranks, with runs that survive being killed. A step of `train_step`, G windo
       m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2           m' = m / (1 - b1^t)      v' = v / (1 - b2^t)
       w -= lr (m' / (sqrt(v') + eps) + wd w)                       wd: weight decay, on matrices alone
 
-Training is a function of (seed, step) alone: evaluation and sampling have generators of their own, and a checkpoint
-continues bit for bit on a CPU, on a GPU as far as its kernels are deterministic. The same command again goes on where
-the run stopped: after Ctrl-C and SIGTERM, which save first, and after kill -9, from the last checkpoint.
+A step depends on the config, the data, the seed and its number alone. So a checkpoint continues bit for bit on a CPU,
+and on a GPU as far as its kernels are deterministic. The same command again goes on where the run stopped: after Ctrl-C
+and SIGTERM, which save first, and after kill -9, from the last checkpoint.
 
     out/RUN/   config.json   metrics.jsonl   card.md   tokenizer.model   checkpoints/step-00000400/...
 
-Exit codes: 0 done, 2 bad input, 3 diverged, 1 anything else. Source: AdamW (Loshchilov 2019, arXiv:1711.05101).
+Exit codes: 0 done, or stopped and saved; 2 bad input; 3 diverged; 1 anything else.
+Source: AdamW (Loshchilov 2019, arXiv:1711.05101).
 Map: textbook loop - configs - build - step - evaluate - the run - the bill - sampling - command line - ranks, main.
 """
 
@@ -65,11 +66,9 @@ import zero
 
 def textbook_loop(c: "Config", loader, dtype=torch.float32):
     """Pre-training on one rank, as on the board. Yields (loss, gradient norm, model) after each step. The tests hold
-    every layout of the real loop to this one; each line names the file that replaces it."""
+    every layout of the real loop to this one. A comment names the file that replaces the line."""
     model = net.build(c.model, c.seed, dtype=dtype)                  # parallel.py: no rank builds more than its part
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim >= 2) == matrix] for matrix in (True, False))
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": c.weight_decay},
-                                   {"params": vectors, "weight_decay": 0.0}], betas=(c.beta1, c.beta2), eps=c.adam_eps)
+    optimizer = torch.optim.AdamW(decay_groups(model, c), betas=(c.beta1, c.beta2), eps=c.adam_eps)
     for step in range(c.steps):
         batch = next(loader)                                         # data.py: the same global batch on any ranks
         logits = model(batch["tokens"], documents=batch["documents"])        # flash_attn.py: no T x T matrix of scores
@@ -77,13 +76,20 @@ def textbook_loop(c: "Config", loader, dtype=torch.float32):
                                ignore_index=data.NO_TARGET)          # model.py: never all logits at once
         loss.backward()                                              # parallel.py: in micro-batches, stages, over ranks
         norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
-        for p in model.parameters():                                 # train_step: one norm over all ranks' pieces
-            p.grad *= min(1.0, c.grad_clip / norm)
+        if norm > c.grad_clip > 0:                                   # train_step: one norm over all ranks' pieces
+            for p in model.parameters():
+                p.grad *= c.grad_clip / norm
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, c)
         optimizer.step()                                             # precision.py: float32 masters; zero.py: shards
         optimizer.zero_grad()
         yield loss.item(), norm, model                               # scaling.py: how low it gets, and what it costs
+
+
+def decay_groups(model, c: "Config") -> list[dict]:
+    """Weight decay acts on matrices alone. (A shard of a matrix is flat; its box still has two dimensions.)"""
+    return [{"params": [p for p in model.parameters() if (len(p.box) >= 2) == matrix],
+             "weight_decay": c.weight_decay * matrix} for matrix in (True, False)]
 
 
 def lr_at(step: int, c: "Config") -> float:
@@ -155,10 +161,10 @@ class Config:
     precision: str = option("auto", "of parameters and matrix products; auto: bf16 where the accelerator has it",
                             ("auto", *precision.PRECISIONS))
     master_weights: bool = option(True, "in a low precision: float32 copies that the optimizer updates")
-    loss_scale: float = option(2.0**16, "fp16: what losses are multiplied by at first (0: no scaling)")
+    loss_scale: float = option(2.0**16, "fp16: what losses are multiplied by at first (0: no scaling)", below=1e38)
     # how it runs: same result, other cost
-    micro_batch_size: int = runtime(0, "windows per forward pass and rank (0: the largest divisor up to 8 that leaves "
-                                       "at least 2 x pp micro-batches per step)")
+    micro_batch_size: int = runtime(0, "windows per forward pass and rank (0: the largest divisor up to 8; with pp, "
+                                       "one that leaves at least 2 x pp micro-batches per step)")
     recompute: str = runtime("none", "activations computed again in backward", ("none", "selective", "full"))
     attention: str = runtime("auto", "kernel; auto: triton on a GPU, sdpa elsewhere", ("auto", *flash_attn.BACKENDS))
     dp: int = runtime(0, "data-parallel ranks (0: what tp and pp leave of the world)")
@@ -219,9 +225,9 @@ class Config:
 
 GPT2 = dict(norm="layernorm", position="learned", mlp="gelu", bias=True, tie_embeddings=True, vocab_size=50304,
             seq_len=1024)
-LONG = dict(min_lr_ratio=0.1, warmup_steps=700, global_batch_size=512, eval_windows=1024, checkpoint_interval=1000)
-# about 20 tokens per parameter (Chinchilla, arXiv:2203.15556, Table 3); learning rates of GPT-3's Table 2.1
-# (arXiv:2005.14165): its Small, Medium, XL (1.3 B) and 6.7 B models
+LONG = dict(warmup_steps=700, global_batch_size=512, eval_windows=1024, checkpoint_interval=1000)
+# from `small` on about 20 tokens per parameter (Chinchilla, arXiv:2203.15556, Table 3), and the learning rates of
+# GPT-3's Small, Medium, XL (1.3 B) and 6.7 B (arXiv:2005.14165, Table 2.1)
 CONFIGS = {
     "tiny": Config(log_interval=20),
     "small": Config(config="small", **GPT2, **LONG, n_layer=12, n_head=12, n_embd=768, lr=6e-4, steps=4800),
@@ -330,7 +336,7 @@ def meta_stage(c: Config, device, mesh, stage: int, low_dtype=None) -> net.GPT:
 
 
 def compute_policy(c: Config, device, low_dtype) -> precision.ComputePolicy:
-    # layers that are split, by width or by backward, must see the weight and the input themselves
+    # tp and zb put their own function in the place of F.linear, which the emulation must not hide
     return precision.ComputePolicy(low_dtype, emulate=device.type == "cpu" and c.tp == 1 and c.pp_schedule != "zb")
 
 
@@ -373,9 +379,9 @@ class Model(torch.nn.Module):
 
 
 def make_optimizer(model: Model, c: Config):
-    """AdamW of what this rank updates. optimizer.owned: those of its tensors that no lower rank updates too."""
-    matrices, vectors = ([p for p in model.parameters() if (len(p.box) >= 2) == matrix] for matrix in (True, False))
-    groups = [{"params": matrices, "weight_decay": c.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    """AdamW of what this rank updates. optimizer.owned: the pieces that this rank counts and saves; of replicas, the
+    lowest rank's."""
+    groups = decay_groups(model, c)
     options = dict(lr=c.lr, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
     adamw = torch.optim.AdamW
     if c.dtype.itemsize == 2:
@@ -404,8 +410,8 @@ def to_device(batch, c: Config, device):
 def train_step(model: Model, optimizer, loader, step: int, c: Config, world: parallel.World, asked=(),
                on_phase=lambda step, phase: None, scaler: precision.LossScaler | None = None):
     """One update -> (loss in nats per target, gradient norm before clipping, whether any rank was `asked` to stop).
-    A loss or norm that is not finite changes nothing but the scaler's scale. Raises FloatingPointError if that is at
-    its floor."""
+    A loss or norm that is not finite changes nothing but the scaler's scale. Raises FloatingPointError if the scale
+    cannot be halved again."""
     on_phase(step, "data")
     batches = [to_device(next(loader), c, world.device) for _ in range(c.grad_accum_steps(world.mesh.dp))]
     # 1. N = targets in the global batch
@@ -414,7 +420,7 @@ def train_step(model: Model, optimizer, loader, step: int, c: Config, world: par
     on_phase(step, "forward_backward")
     scale = scaler.scale if scaler else 1.0
     seed = scale / N.double()
-    if c.precision == "fp16":           # in the loss, before the head's products: an unlikely word's p is below 2^-25
+    if c.precision == "fp16":           # probabilities below 2^-25 are 0 in fp16: scale before the head's products
         for batch in batches:
             batch["weights"] = seed * torch.ones_like(batch["targets"], dtype=torch.float32)
         seed = torch.ones_like(seed)
@@ -459,9 +465,9 @@ def evaluate(model: Model, loader, c: Config, world: parallel.World) -> dict:
     token_bytes = torch.from_numpy(loader.tokenizer.token_bytes).to(world.device)
     total = torch.zeros(3, dtype=torch.float64, device=world.device)
     windows = windows_evaluated(loader, c)
-    num_batches = math.ceil(windows / (world.mesh.dp * c.micro_batch_size))                      # equal on all ranks
+    num_batches = math.ceil(windows / (world.mesh.dp * c.micro_batch_size))                     # equal on all ranks
     firsts = [(i * world.mesh.dp + world.mesh.dp_rank) * c.micro_batch_size for i in range(num_batches)]
-    for i in range(0, num_batches, 2 * c.pp):                                      # enough for every stage to have work
+    for i in range(0, num_batches, 2 * c.pp):            # several at a time, so that all stages of a pipeline have work
         batches = []
         for first in firsts[i:i + 2 * c.pp]:
             batch = loader.batch(range(min(first, windows - 1), min(first + c.micro_batch_size, windows)))
@@ -478,49 +484,17 @@ def evaluate(model: Model, loader, c: Config, world: parallel.World) -> dict:
     return {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / text_bytes, "val_targets": int(targets)}
 
 
-def is_finite(model: Model, world: parallel.World) -> bool:
-    """Whether every weight is: the last update of a run has no later loss to tell."""
-    bad = torch.stack([p.detach().isfinite().logical_not().any() for p in model.parameters()]).any().double()
-    return world.sum(bad).item() == 0
-
-
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
-class Folder:
-    """out/RUN, of one process at a time: config.json, tokenizer.model, metrics.jsonl (a line per step), checkpoints."""
-
-    def __init__(self, c: Config, world: parallel.World):
-        self.path, self.world, self.open_files, self.metrics = Path(c.out), world, contextlib.ExitStack(), None
-        self.checkpoints = data.Checkpoints(self.path / "checkpoints", c.keep_checkpoints, group=world.host,
-                                            first=world.first)
-
-    def __enter__(self):
-        self.world.first(self.lock)
-        return self
-
-    def __exit__(self, *error):
-        self.open_files.close()
-
-    def lock(self):
-        try:
-            self.checkpoints.folder.mkdir(parents=True, exist_ok=True)
-            self.open_files.enter_context(data.locked(self.path / ".lock", wait=False))
-        except BlockingIOError:
-            raise BadInput(f"out must not be in use by another run, {self.path} is") from None
-        except OSError as error:
-            raise BadInput(f"out must be a folder that can be written, {self.path}: {error.strerror}") from None
-
-    def begin(self, step: int, c: Config, tokenizer):
-        """Rank 0 writes what stands beside the checkpoints, and goes on with metrics.jsonl from `step`."""
-        if self.world.rank == 0:
-            data.write_atomic(self.path / "config.json", json.dumps(dataclasses.asdict(c), indent=1))
-            data.write_atomic(self.path / "tokenizer.model", tokenizer.proto)
-            self.metrics = self.open_files.enter_context(data.open_metrics(self.path / "metrics.jsonl", step))
-
-    def log(self, **entry):
-        if self.metrics:
-            self.metrics.write(json.dumps(entry) + "\n")
-            self.metrics.flush()
+def lock_folder(c: Config, stack: contextlib.ExitStack):
+    """out/RUN is of one process at a time."""
+    try:
+        Path(c.out, "checkpoints").mkdir(parents=True, exist_ok=True)
+        stack.enter_context(data.locked(Path(c.out, ".lock"), wait=False))
+    except BlockingIOError:
+        raise BadInput(f"out must not be in use by another run, {c.out} is") from None
+    except OSError as error:
+        raise BadInput(f"out must be a folder that can be written, {c.out}: {error.strerror}") from None
 
 
 def saved_config(saved: dict) -> Config:
@@ -567,7 +541,7 @@ def open_data(c: Config, world: parallel.World):
 def stop_signals():
     """A list that Ctrl-C and SIGTERM fill: the step in progress ends, is saved, and the run with it. A second Ctrl-C
     interrupts at once. (Ranks of --nproc get SIGINT for both; SIGTERM is how their agent ends them.)"""
-    asked, numbers = [], [signal.SIGINT] + [signal.SIGTERM] * ("LAUNCHED" not in os.environ)
+    asked, numbers = [], [signal.SIGINT] if launcher_pid() else [signal.SIGINT, signal.SIGTERM]
 
     def handler(number, frame):
         asked.append(number)
@@ -581,10 +555,6 @@ def stop_signals():
             signal.signal(number, old)
 
 
-class Diverged(Exception):
-    """Says what is not finite."""
-
-
 def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -> int:
     """Train, or go on training, to c.steps -> exit code. c: after resolve(). on_phase(step, phase) is called as a step
     proceeds: "data", "forward_backward", "reduce", "update", "evaluate", "checkpoint"."""
@@ -594,9 +564,9 @@ def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -
             loader, val = open_data(c, world)
             if world.host is not None:
                 parallel.set_timeout(world.host, c.timeout)           # from here on no rank works for hours alone
-            folder = stack.enter_context(Folder(c, world))
+            world.first(lambda: lock_folder(c, stack))
             asked = stack.enter_context(stop_signals())
-            run = Run(c, world, folder, loader, val, on_phase)
+            run = Run(c, world, loader, val, on_phase, stack)
         world.say(announcement(run, time.perf_counter() - started))
         try:
             while True:
@@ -610,11 +580,10 @@ def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -
                     world.say(f"\nstopped at step {run.step} of {c.steps} and saved; the same command goes on")
                     return 0
                 stopping = run.take_step(asked)
-        except (Diverged, FloatingPointError) as what:
+        except FloatingPointError as error:
             saved = f"the checkpoint of step {run.saved} is intact" if run.saved else "there was no checkpoint yet"
-            world.say(f"step {run.step}: diverged, {what}; {saved}; try a lower --lr than {c.lr}")
+            world.say(f"step {run.step}: diverged, {error}; {saved}; try a lower --lr than {c.lr}")
             return 3
-        parallel.check_replicas(run.model.parameters(), world.host)
         if world.rank == 0:
             finish(run)
     return 0
@@ -622,12 +591,15 @@ def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -
 
 class Run:
     """A run in progress: its parts, the step it is at, and what happens there. It begins with the newest checkpoint in
-    the folder, or with the seed."""
+    its folder, or with the seed. `stack` closes its files."""
 
-    def __init__(self, c: Config, world: parallel.World, folder: Folder, loader, val, on_phase):
-        self.c, self.world, self.folder, self.loader, self.val, self.on_phase = c, world, folder, loader, val, on_phase
+    def __init__(self, c: Config, world: parallel.World, loader, val, on_phase, stack: contextlib.ExitStack):
+        self.c, self.world, self.loader, self.val, self.on_phase = c, world, loader, val, on_phase
+        self.folder = Path(c.out)
         self.step, self.saved, self.skipped, self.evaluation, self.card = 0, None, 0, None, {"wall_seconds": 0.0}
-        reader = folder.checkpoints.newest()
+        self.checkpoints = data.Checkpoints(self.folder / "checkpoints", c.keep_checkpoints, group=world.host,
+                                            first=world.first)
+        reader = self.checkpoints.newest()
         if reader is not None:
             refuse_other_run(c, reader.meta, loader)
             loader.load_state_dict(reader.meta["loader"])
@@ -637,15 +609,25 @@ class Run:
         self.optimizer = make_optimizer(self.model, c)
         self.scaler = precision.LossScaler(c.loss_scale) if c.precision == "fp16" and c.loss_scale else None
         if reader is not None:
-            folder.checkpoints.load(self.optimizer, reader)
+            self.checkpoints.load(self.optimizer, reader)
             if self.scaler:
                 self.scaler.load_state_dict(reader.meta["loss_scaler"])
-                self.skipped = reader.meta["loss_scaler"].get("skipped", 0)
-        folder.begin(self.step, c, loader.tokenizer)
+                self.skipped = reader.meta["loss_scaler"]["skipped"]
+        self.metrics = None
+        if world.rank == 0:
+            data.write_atomic(self.folder / "config.json", json.dumps(dataclasses.asdict(c), indent=1))
+            data.write_atomic(self.folder / "tokenizer.model", loader.tokenizer.proto)
+            self.metrics = stack.enter_context(data.open_metrics(self.folder / "metrics.jsonl", self.step))
         self.bill, (self.peak, self.peak_source) = make_bill(c, world), peak_flops(c, world.device)
-        self.first_step, world.step = self.step, self.step
+        self.first_step = world.step = self.step
         self.began = time.perf_counter() - self.card["wall_seconds"]
-        self.busy = self.unreported = 0                                # seconds and steps since the last printed line
+        self.seconds_since_print = self.steps_since_print = 0
+
+    def log(self, **entry):
+        """A line of metrics.jsonl, which has one per step and one per evaluation."""
+        if self.metrics:
+            self.metrics.write(json.dumps(entry) + "\n")
+            self.metrics.flush()
 
     def is_due(self, interval: int) -> bool:
         return self.step == self.c.steps or bool(self.step and interval and self.step % interval == 0)
@@ -660,20 +642,24 @@ class Run:
         self.on_phase(self.step, "evaluate")
         self.evaluation = {"step": self.step} | evaluate(self.model, self.val, self.c, self.world)
         if not math.isfinite(self.evaluation["val_loss"]):
-            raise Diverged(f"validation loss {self.evaluation['val_loss']}")
-        self.folder.log(**self.evaluation)
+            raise FloatingPointError(f"validation loss {self.evaluation['val_loss']}")
+        self.log(**self.evaluation)
         self.world.say(f"{self.place()}  validation {self.evaluation['val_loss']:.4f} nats/token, "
                        f"{self.evaluation['val_bpb']:.4f} bits/byte")
 
     def save(self):
-        """Unless this step is saved already."""
+        """Unless this step is saved already. Weights that are not finite are not saved (the last update of a run has no
+        later loss to tell), nor the end of a run whose replicas differ."""
         if self.step == self.saved:
             return
-        if not is_finite(self.model, self.world):
-            raise Diverged("a weight is not finite")
+        sumsq = parallel.squared_norm(p.detach() for p in self.model.parameters()).to(self.world.device)
+        if not math.isfinite(self.world.sum(sumsq).item()):
+            raise FloatingPointError("a weight is not finite")
+        if self.step == self.c.steps:
+            parallel.check_replicas(self.model.parameters(), self.world.host)
         self.on_phase(self.step, "checkpoint")
         self.card = make_card(self)
-        self.folder.checkpoints.save(self.step, self.optimizer, {
+        self.checkpoints.save(self.step, self.optimizer, {
             "step": self.step, "config": dataclasses.asdict(self.c), "loader": self.loader.state_dict(),
             "card": self.card, "evaluation": self.evaluation, "tokenizer_sha256": self.loader.tokenizer.sha256,
             "loss_scaler": self.scaler and self.scaler.state_dict() | {"skipped": self.skipped}})
@@ -683,30 +669,32 @@ class Run:
         """One update, logged -> whether any rank was asked to stop."""
         c, events, start, scale = self.c, [], time.perf_counter(), self.scaler and self.scaler.scale
         profiled = c.profile and self.step == self.first_step + 2
-        self.model.on_op = (lambda op, asked, *clocks: events.append((op, *clocks))) if profiled else None
-        loss, norm, stopping = train_step(self.model, self.optimizer, self.loader, self.step, c, self.world, asked,
+        self.model.on_op = (lambda op, received_from, *clocks: events.append((op, *clocks))) if profiled else None
+        self.step += 1
+        loss, norm, stopping = train_step(self.model, self.optimizer, self.loader, self.step - 1, c, self.world, asked,
                                           self.on_phase, self.scaler)
+        self.world.step, seconds = self.step, time.perf_counter() - start
         if profiled:
             timeline = parallel.executed_timeline(parallel.gather_objects(events, self.world.host))
             if self.world.rank == 0:
-                data.write_atomic(self.folder.path / "trace.json", json.dumps(parallel.chrome_trace(timeline)))
-        self.unreported, self.busy = self.unreported + 1, self.busy + time.perf_counter() - start
-        self.step = self.world.step = self.step + 1
-        finite = math.isfinite(loss) and math.isfinite(norm)
+                data.write_atomic(self.folder / "trace.json", json.dumps(parallel.chrome_trace(timeline)))
+        finite, lr = math.isfinite(loss) and math.isfinite(norm), lr_at(self.step - 1, c)
         if not finite and not self.scaler:
-            raise Diverged(f"loss {loss}, gradient norm {norm}")
+            raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
         self.skipped += not finite
-        lr, rate = lr_at(self.step - 1, c), c.tokens_per_step * self.unreported / self.busy
-        self.folder.log(step=self.step, loss=loss if math.isfinite(loss) else None,
-                        grad_norm=norm if math.isfinite(norm) else None, lr=lr, tokens_per_s=round(rate, 1),
-                        **({"loss_scale": scale} if self.scaler else {}))
+        self.log(step=self.step, loss=loss if math.isfinite(loss) else None,
+                 grad_norm=norm if math.isfinite(norm) else None, lr=lr,
+                 tokens_per_s=round(c.tokens_per_step / seconds, 1), **({"loss_scale": scale} if self.scaler else {}))
+        self.seconds_since_print += seconds
+        self.steps_since_print += 1
         if self.step % c.log_interval == 0 or self.step == c.steps:
+            rate = c.tokens_per_step * self.steps_since_print / self.seconds_since_print
             mfu = f"{rate * self.bill['flops_per_token'] / self.peak / self.world.size:5.1%}" if self.peak else "    -"
             self.world.say(f"{self.place()}  loss {loss:7.4f}  lr {lr:.2e}  norm {norm:7.3f}  {rate:9,.0f} tok/s  "
                            f"mfu {mfu}  {self.world.peak_memory() / 1e9:5.2f} GB  "
                            f"eta {scaling.clock((c.steps - self.step) * c.tokens_per_step / rate)}"
-                           + (f"  scale {self.scaler.scale:g}, {self.skipped} skipped" if self.scaler else ""))
-            self.busy = self.unreported = 0
+                           + (f"  scale {scale:g}, {self.skipped} skipped" if self.scaler else ""))
+            self.seconds_since_print = self.steps_since_print = 0
         return stopping
 
 
@@ -740,9 +728,9 @@ def announcement(run: Run, seconds: float) -> str:
 
 def finish(run: Run):
     """A run's end: its card, the loss next to general compressors, continuations, and where everything is."""
-    c, val, folder, evaluation = run.c, run.val, run.folder, run.evaluation
+    c, val, evaluation = run.c, run.val, run.evaluation
     facts = run.card | {name: evaluation[name] for name in ("val_loss", "val_bpb") if evaluation}
-    data.write_atomic(folder.path / "card.md", f"# {c.out}\n\n" + "".join(f"- {k}: {v}\n" for k, v in facts.items()))
+    data.write_atomic(run.folder / "card.md", f"# {c.out}\n\n" + "".join(f"- {k}: {v}\n" for k, v in facts.items()))
     if evaluation:
         yardsticks = data.compressed_bpb(val.text(windows_evaluated(val, c)))
         print(f"\nvalidation {evaluation['val_loss']:.4f} nats/token = {evaluation['val_bpb']:.4f} bits/byte   ("
@@ -755,8 +743,8 @@ def finish(run: Run):
                   f"{generate_text(run.model.chunks[0], val.tokenizer, prompt, c, seed=n)}")
     else:
         print("\nno validation: its documents do not fill one window of seq_len + 1 tokens")
-    print(f"\nwall time  {scaling.clock(facts['wall_seconds'])} of training\ncard       {folder.path / 'card.md'}\n"
-          f"checkpoint {folder.checkpoints.folder / f'step-{c.steps:08d}'}\n"
+    print(f"\nwall time  {scaling.clock(facts['wall_seconds'])} of training\ncard       {run.folder / 'card.md'}\n"
+          f"checkpoint {run.checkpoints.folder / f'step-{c.steps:08d}'}\n"
           f'sample it  python train.py --out {c.out} --sample "def main("')
 
 
@@ -784,13 +772,24 @@ def describe(c: Config, bill: dict) -> str:
 
 
 def dry_run(c: Config, world: parallel.World):
-    """--dry-run: the bill, printed. Shapes are built, so that what the layout's owners refuse is refused here too."""
+    """--dry-run: the bill, printed. The shapes of all stages are built first: what tensor_parallel and the pipeline
+    refuse is refused here too."""
     with bad_input():
         for stage in range(c.stages):
             meta_stage(c, torch.device("meta"), world.mesh, stage)
     bill = make_bill(c, world, None if gpu_of(c, world.device) else time_tokens(c, world.device))
     if world.rank == 0:
         print(json.dumps({"config": dataclasses.asdict(c)} | bill) if c.json else describe(c, bill), end="")
+
+
+def best_rate(work, flops: float, seconds: float) -> float:
+    """FLOP/s of the fastest of some calls of work(), which take about so many seconds."""
+    fastest, end = math.inf, time.perf_counter() + seconds
+    while fastest == math.inf or time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        fastest = min(fastest, time.perf_counter() - start)
+    return flops / fastest
 
 
 def time_tokens(c: Config, device) -> float:
@@ -801,27 +800,21 @@ def time_tokens(c: Config, device) -> float:
         batch, length = (batch if net.num_params(one_layer.model) < 2e7 else 1), min(length, 256)
     gpt = make_stage(one_layer, device, read=lambda name, box: torch.full([b - a for a, b, _ in box], 0.01))
     tokens = torch.randint(c.vocab_size, (batch, length), device=device)
-    best, end = 0.0, time.perf_counter() + 2
-    while not best or time.perf_counter() < end:
-        start = time.perf_counter()
+
+    def forward_backward():
         loss, _ = gpt(tokens, tokens)
         loss.backward()
-        loss.detach().item()
-        flops = batch * length * net.flops_per_token(one_layer.model, length)
-        best = max(best, flops / (time.perf_counter() - start))
-    return best
+        loss.detach().item()                                             # an accelerator is waited for
+
+    return best_rate(forward_backward, batch * length * net.flops_per_token(one_layer.model, length), 2.0)
 
 
 def peak_flops(c: Config, device) -> tuple[float | None, str]:
     """FLOP/s to hold MFU against, and its source: scaling.py's table, of the run's own precision. A CPU is measured (it
     emulates low precisions in float32). A GPU that the table does not have gives no MFU."""
     if device.type == "cpu":
-        a, best, end = torch.randn(1024, 1024), 0.0, time.perf_counter() + 0.3
-        while time.perf_counter() < end:
-            start = time.perf_counter()
-            (a @ a).sum().item()
-            best = max(best, 2 * 1024**3 / (time.perf_counter() - start))
-        return best, "measured matmul, fp32"
+        a = torch.randn(1024, 1024)
+        return best_rate(lambda: a @ a, 2 * 1024**3, 0.3), "measured matmul, fp32"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     if (key := gpu_of(c, device)) is None:
         return None, f"{name} is not in scaling.py's table: no MFU"
@@ -948,9 +941,9 @@ def derive(c: Config) -> Config:
     for wrong, line in (
             (c.nproc and started not in (0, c.nproc),
              f"nproc must be left out where torchrun started {started} ranks, got {c.nproc}"),
-            (c.max_restarts and not c.nproc, "max_restarts goes with --nproc, got it alone"),
-            (c.json and not c.dry_run, "json goes with --dry-run, got it alone"),
-            (c.gpu and not c.dry_run, "gpu goes with --dry-run, got it alone"),
+            (c.max_restarts and not c.nproc, f"max_restarts goes with --nproc, got {c.max_restarts} without it"),
+            (c.json and not c.dry_run, "json goes with --dry-run, got it without"),
+            (c.gpu and not c.dry_run, f"gpu goes with --dry-run, got {c.gpu} without it"),
             (0 < c.loss_scale < 2.0**-14, f"loss_scale must be 0 or at least 2**-14, got {c.loss_scale}"),
             (not c.head_dim and c.n_embd % c.n_head,
              f"n_embd must be a multiple of n_head, got {c.n_embd} and {c.n_head}"),
@@ -971,22 +964,24 @@ def derive(c: Config) -> Config:
 
 def join(c: Config) -> parallel.World:
     """This process's world; for --dry-run, of ranks that need not be there."""
+    dp = c.dp or (c.nproc // (c.tp * c.pp) if c.dry_run else 0)
     with bad_input():
-        return parallel.World(c.dp, c.tp, c.pp, device=c.device, timeout=c.timeout, fake=c.dry_run)
+        return parallel.World(dp, c.tp, c.pp, device=c.device, timeout=c.timeout, fake=c.dry_run)
 
 
 def resolve(c: Config, world: parallel.World) -> Config:
     """Fill in what depends on the ranks and the device: micro_batch_size 0, precision auto, attention auto. Raises
     BadInput for a batch that does not divide, and for a precision or an attention that the device lacks."""
     dp, batch = world.mesh.dp, c.global_batch_size
-    most = min(8, max(1, batch // dp // (1 if c.pp == 1 else 2 * c.pp)))
-    micro = c.micro_batch_size or max(n for n in range(1, most + 1) if n == 1 or batch // dp % n == 0)
+    windows, rounds = batch // dp, c.pp if c.stages > c.pp else 1          # interleaved: whole rounds of micro-batches
+    sizes = range(1, min(8, windows // (1 if c.pp == 1 else 2 * c.pp)) + 1)
+    micro = c.micro_batch_size or max((n for n in sizes if windows % (n * rounds) == 0), default=1)
     if batch % (micro * dp):
         raise BadInput(f"global_batch_size must be a multiple of micro_batch_size x dp = {micro} x {dp} = {micro * dp}"
                        f", got {batch}")
     c = dataclasses.replace(c, micro_batch_size=micro)
     with bad_input():
-        schedule(c, c.grad_accum_steps(dp))                  # interleaved wants whole rounds of micro-batches
+        schedule(c, c.grad_accum_steps(dp))
         if c.gpu:                                            # a GPU that is not here
             kind = scaling.resolve_precision(c.precision, c.gpu)
             return dataclasses.replace(c, precision=kind, attention=c.attention.replace("auto", "triton"))
@@ -1012,64 +1007,78 @@ def launch(c: Config, argv) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.disable(logging.ERROR)                                        # the agent's own lines
-    os.environ["LAUNCHED"] = str(os.getpid())
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // c.nproc)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // c.nproc)))
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     for start in range(1, c.max_restarts + 2):
         with tempfile.TemporaryDirectory() as folder:
             config = LaunchConfig(
-                min_nodes=1, max_nodes=1, nproc_per_node=c.nproc, run_id="ranks", rdzv_backend="c10d",
+                min_nodes=1, max_nodes=1, nproc_per_node=c.nproc, run_id=f"train.py-{os.getpid()}", rdzv_backend="c10d",
                 rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0, monitor_interval=0.1,
                 signals_to_handle="SIGINT", shutdown_timeout=c.timeout,
                 logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=Std.ERR))
-            codes, asked = {}, False
+            codes, asked = dict.fromkeys(range(c.nproc), 0), False
             try:
-                elastic_launch(config, sys.executable)(__file__, *argv)
-            except SignalException:
-                asked = True
+                elastic_launch(config, sys.executable)(__file__, *argv, *["--resume", "auto"] * (start > 1))
             except ChildFailedError as error:
-                codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+                codes |= {rank: failure.exitcode for rank, failure in error.failures.items()}
+            except SignalException:                                       # after which the agent knows no exit codes
+                written = {int(path.parent.name): int(path.read_text()) for path in Path(folder).glob("*/*/*/code")}
+                asked, codes = True, dict.fromkeys(codes, 1) | written
             said = {int(path.parent.name): path.read_text().strip() for path in Path(folder).glob("*/*/*/stderr.log")}
-            ended = len(list(Path(folder).glob("*/*/*/ended")))
-        if asked and ended < c.nproc:
-            print("train.py: stopped before the run had begun", file=sys.stderr)
-            return 1
-        if not codes:
+        if not any(codes.values()):
             return 0
-        code, line = blame(c, codes, said)
-        print(line, file=sys.stderr, flush=True)
-        if code != 1 or start > c.max_restarts:
+        code, line = blame(c, codes, said, asked)
+        if line:
+            print(line, file=sys.stderr, flush=True)
+        if code != 1 or asked or start > c.max_restarts:
             return code
         print(f"train.py: start {start + 1} of {c.max_restarts + 1}", file=sys.stderr, flush=True)
 
 
-def blame(c: Config, codes: dict, said: dict) -> tuple[int, str]:
+def blame(c: Config, codes: dict, said: dict, asked: bool) -> tuple[int, str]:
     """Ranks' exit codes and stderr -> exit code and one line: of the rank that was not ended by the agent, nor lost the
     others."""
-    rank = min(codes, key=lambda r: (codes[r] == -signal.SIGTERM, LOST in said[r], r))
-    code, words, step, kept = codes[rank], said[rank], "", ""
+    rank = min(codes, key=lambda r: (codes[r] in (0, -signal.SIGTERM), LOST in said.get(r, ""), r))
+    code, words, step, kept = codes[rank], said.get(rank, ""), "", ""
+    own_lines = [line for line in words.splitlines() if line.startswith("train.py: ")]
     if code in (2, 3):
-        return code, words
+        return code, "\n".join(own_lines)
+    if asked and own_lines in ([], ["train.py: interrupted"]):
+        return 1, "train.py: stopped before the run had begun"
     with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
         step = f", at step {json.loads(Path(c.out, 'metrics.jsonl').read_text().splitlines()[-1])['step']}"
     if words and Path(c.out).is_dir():
         Path(c.out, f"rank-{rank}.err").write_text(words + "\n")
         kept = f"; see {c.out}/rank-{rank}.err"
-    ours = [line for line in words.splitlines() if line.startswith("train.py: ")]
-    how = (f"rank {rank} was killed by signal {-code}{step}" if code < 0 else
-           ours[-1].removeprefix("train.py: ") if ours else f"rank {rank} ended with exit code {code}{step}")
-    return 1, f"train.py: {how}{kept}"
+    how = (f"train.py: rank {rank} was killed by signal {-code}{step}" if code < 0 else
+           own_lines[-1] if own_lines else f"train.py: rank {rank} ended with exit code {code}{step}")
+    return 1, how + kept
+
+
+def launcher_pid() -> int | None:
+    """In a rank of --nproc: the process that started it."""
+    name, _, pid = os.environ.get("TORCHELASTIC_RUN_ID", "").partition("-")
+    return int(pid) if name == "train.py" else None
 
 
 def main(argv=None) -> int:
-    argv, world = sys.argv[1:] if argv is None else argv, None
-    if "LAUNCHED" in os.environ and sys.platform == "linux":             # a rank does not outlive its launcher
+    launcher = launcher_pid()
+    if launcher and sys.platform == "linux":                             # a rank does not outlive its launcher
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)                       # PR_SET_PDEATHSIG
-        if os.getppid() != int(os.environ["LAUNCHED"]):
+        if os.getppid() != launcher:
             return 1
+    code = run_command(sys.argv[1:] if argv is None else argv)
+    if launcher:
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_name("code").write_text(str(code))
+    return code
+
+
+def run_command(argv) -> int:
+    world = None
     try:
         c = parse_config(argv)
-        if c.nproc and "RANK" not in os.environ and not dist.is_initialized():
+        asks = c.sample is not None or c.quantize is not None or c.dry_run
+        if c.nproc and not asks and "RANK" not in os.environ and not dist.is_initialized():
             return launch(c, argv)
         world = join(c)
         c = resolve(c, world)
@@ -1078,10 +1087,7 @@ def main(argv=None) -> int:
         if c.dry_run:
             dry_run(c, world)
             return 0
-        code = train(c, world)
-        if "LAUNCHED" in os.environ:                                     # the agent keeps no exit codes after Ctrl-C
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_name("ended").touch()
-        return code
+        return train(c, world)
     except (BadInput, data.DataError) as error:
         first, _, rest = str(error).partition(" ")
         flag = flag_of(first) if first in {f.name for f in fields(Config)} else first

@@ -1219,7 +1219,7 @@ def wait_for(condition, seconds=180, pause=0.02):
 def test_a_killed_rank_ends_the_others_and_all_start_again(corpus, tmp_path):
     out = tmp_path / "run"
     launcher = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *FAULTY, "--data", str(corpus), "--out",
-                                 str(out), "--nproc", "2", "--max-restarts", "1"], stdout=subprocess.PIPE,
+                                 str(out), "--nproc", "2", "--max-restarts", "1", "--resume", "never"], stdout=subprocess.PIPE,
                                 stderr=subprocess.PIPE, text=True)
     try:
         wait_for(lambda: steps_done(out) > 7)
@@ -1244,15 +1244,32 @@ def test_the_launcher_passes_signals_on_and_is_not_outlived(corpus, tmp_path):
     for there in (1, 2):                                 # before a rank can know what it means, or has been started
         early = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         wait_for(lambda early=early, there=there: len(children(early.pid)) >= there, pause=0.001)
+        ranks = children(early.pid)
         early.send_signal(signal.SIGTERM)
         said = early.communicate(timeout=20)[1]
         assert early.returncode == 1 and said == "train.py: stopped before the run had begun\n"
+        wait_for(lambda ranks=ranks: not any(Path(f"/proc/{r}").exists() for r in ranks), 10)
     launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: steps_done(out) > 2)
     ranks = children(launcher.pid)
     launcher.kill()
     launcher.wait()
     wait_for(lambda: not any(Path(f"/proc/{r}").exists() for r in ranks), 10)
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_after_ctrl_c_is_said(corpus, tmp_path):
+    out = tmp_path / "run"
+    launcher = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *FAULTY, "--checkpoint-interval", "0", "--data",
+                                 str(corpus), "--out", str(out), "--nproc", "2"], stdout=subprocess.DEVNULL,
+                                stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: steps_done(out) > 2)
+    (out / "checkpoints").rmdir()
+    (out / "checkpoints").write_text("")
+    launcher.send_signal(signal.SIGINT)
+    said = launcher.communicate(timeout=60)[1]
+    assert launcher.returncode == 1 and said.startswith("train.py: rank 0 failed with FileExistsError at step ")
+    assert said.count("\n") == 1 and "NotADirectoryError" in (out / "rank-0.err").read_text()
 
 
 def failing(script):
@@ -1374,7 +1391,7 @@ def test_bad_layouts_are_one_line(flags, message, capsys):
 @pytest.mark.parametrize("flags, message", [
     ("--nproc 3", "--global-batch-size must be a multiple of micro_batch_size x dp = "),
     ("--pp 4 --pp-schedule interleaved --pp-chunks 1 --micro-batch-size 4 --dry-run",
-     "interleaved: the number of micro-batches must be a multiple of pp 4, got 2")])
+     "--pp-schedule interleaved needs a multiple of pp = 4 micro-batches per step, got 2")])
 def test_all_ranks_find_it_and_one_line_says_it(flags, message, tmp_path):
     answer = subprocess.run([sys.executable, str(ROOT / "train.py"), *TINY, "--out", str(tmp_path), *flags.split()],
                             capture_output=True, text=True, timeout=60)

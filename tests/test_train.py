@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -471,6 +472,27 @@ def test_the_document_mask_can_be_turned_off(corpus):
     assert abs(losses["--document-mask"] - losses["--no-document-mask"]) > 0.1
 
 
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_document_mask_lives_as_long_as_its_micro_batch(corpus, recompute, monkeypatch):
+    """Of eight micro-batches in a step, one mask at a time: the bill counts one."""
+    alive, counts, plain = weakref.WeakSet(), [], net.document_mask
+
+    def watched(*args):
+        counts.append(len(alive))
+        mask = plain(*args)
+        alive.add(mask)
+        return mask
+
+    monkeypatch.setattr(net, "document_mask", watched)
+    c = train.parse_config([*MINI, "--data", str(corpus), "--micro-batch-size", "1", "--attention", "sdpa",
+                            "--recompute", recompute])
+    world = train.join(c)
+    model = train.Model(c, world)
+    loader = data.Loader(corpus, micro_batch_size=1, seq_len=c.seq_len)
+    train.train_step(model, train.make_optimizer(model, c), loader, 0, c, world)
+    assert counts == [0] * 8
+
+
 def test_learning_rate_schedules():
     c = train.parse_config(["--steps", "100", "--warmup-steps", "10", "--lr", "1.0", "--min-lr-ratio", "0.1"])
     assert [train.lr_at(s, c) for s in (0, 4, 9)] == [0.1, 0.5, 1.0] and train.lr_at(10, c) == 1.0
@@ -538,8 +560,11 @@ BAD = [
     (["--n-embd", "30"], "--n_embd must be a multiple of n_head|--n-embd must be a multiple of n_head, got 30 and 4"),
     (["--n-kv-head", "3"], "--n-head must be a multiple of n_kv_head, got 4 and 3"),
     (["--top-p", "0"], "--top-p must be above 0, got 0.0"), (["--top-p", "1.1"], "--top-p must be at most 1, got 1.1"),
-    (["--beta2", "1"], "--beta2 must be below 1, got 1.0"), (["--json"], "--json goes with --dry-run, got it alone"),
-    (["--gpu", "h100"], "--gpu goes with --dry-run, got it alone"),
+    (["--beta2", "1"], "--beta2 must be below 1, got 1.0"), (["--json"], "--json goes with --dry-run, got it without"),
+    (["--gpu", "h100"], "--gpu goes with --dry-run, got h100 without it"),
+    (["--loss-scale", "1e39"], "--loss-scale must be below 1e.38, got 1e.39"),
+    (["--pp-schedule", "interleaved", "--pp", "2", "--global-batch-size", "7", "--dry-run"],
+     "--pp-schedule interleaved needs a multiple of pp = 2 micro-batches per step, got 7"),
     (["--gpu", "h1000", "--dry-run"], "--gpu: invalid choice: 'h1000'"),
     (["--gpu", "t4", "--dry-run", "--precision", "fp8"], "--precision must be one that the GPU has, got fp8"),
     (["--global-batch-size", "6", "--micro-batch-size", "4"],
@@ -619,6 +644,19 @@ def test_dry_run_says_what_the_run_would_cost(tmp_path, monkeypatch, capsys):
     assert train.main(["--dry-run", *MINI]) == 0
     text = capsys.readouterr().out
     assert "parameters" in text and "MB per rank" in text and "about" in text and not list(tmp_path.iterdir())
+
+
+def test_a_batch_of_interleaved_stages_is_cut_into_whole_rounds():
+    """14 windows on 2 stages: 7 micro-batches of 2 would be refused, 14 of 1 are not."""
+    for flags, micro in (("--pp 2 --pp-schedule interleaved --global-batch-size 14", 1), ("--pp 2", 2), ("", 8),
+                         ("--pp 2 --pp-schedule interleaved", 2), ("--dp 2", 4), ("--nproc 4", 2)):
+        c = train.parse_config([*flags.split(), "--dry-run"])
+        try:
+            world = train.join(c)
+            assert train.resolve(c, world).micro_batch_size == micro, flags
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
 
 
 def test_dry_run_of_gpus_that_are_not_here(monkeypatch, capsys):

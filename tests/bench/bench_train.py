@@ -92,10 +92,10 @@ def main():
         start = time.perf_counter()
         path = data.prepare(["stdlib"], Path(folder) / "stdlib", c.vocab_size)
         prepared = time.perf_counter() - start
-        loader = data.Loader(path, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len)
+        loader = data.Loader(path, micro_batch_size=c.global_batch_size, seq_len=c.seq_len)
         t = alternate({"batch": lambda: next(loader)}, 200)["batch"]
         print(f"\nprepare the default corpus {prepared:.1f} s; "
-              f"a batch of {c.micro_batch_size} x {c.seq_len}: {t * 1e3:.2f} ms")
+              f"a batch of {c.global_batch_size} x {c.seq_len}: {t * 1e3:.2f} ms")
 
     commands = {"import torch": [sys.executable, "-c", "import torch"],
                 "train.py --help": [sys.executable, str(ROOT / "train.py"), "--help"]}
