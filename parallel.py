@@ -170,6 +170,25 @@ class Mesh:
         return r // (self.tp * self.dp), r // self.tp % self.dp, r % self.tp
 
 
+def find_device(name: str, local_rank: int) -> torch.device:
+    """The device of a name, with this rank's index; "auto": the accelerator that is here, else the CPU. Raises
+    ValueError for one that does not work."""
+    if name == "auto":            # not Apple's: it has no float64 for the sums of a step, and is untried
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        name = accelerator.type if accelerator and accelerator.type != "mps" else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type != "cpu":
+            if device.index is None:
+                device = torch.device(name, local_rank % torch.accelerator.device_count())
+            torch.accelerator.set_device_index(device.index)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ZeroDivisionError, NotImplementedError) as error:
+        why = "there is none" if isinstance(error, ZeroDivisionError) else str(error).splitlines()[0]
+        raise ValueError(f"device must be usable here, got {name!r}: {why}") from None
+    return device
+
+
 class World:
     """This process among all ranks of a run, before anything is split.
 
@@ -187,7 +206,7 @@ class World:
     def __init__(self, dp: int = 0, tp: int = 1, pp: int = 1, *, device: str = "auto", timeout: float = 600,
                  fake: bool = False):
         self.rank, self.size, self.step = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 0
-        self.device = self.find_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        self.device = find_device(device, int(os.environ.get("LOCAL_RANK", 0)))
         if fake and self.size == 1:
             self.size = max(1, dp) * tp * pp
         if dist.is_initialized():
@@ -198,22 +217,6 @@ class World:
         self.group = dist.group.WORLD if self.size > 1 else None
         self.host = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if self.group and not fake else None
         self.mesh = Mesh(dp, tp, pp, self.device.type, timeout)
-
-    def find_device(self, name: str, local_rank: int) -> torch.device:
-        if name == "auto":        # not Apple's: it has no float64 for the sums of a step, and is untried
-            accelerator = torch.accelerator.current_accelerator(check_available=True)
-            name = accelerator.type if accelerator and accelerator.type != "mps" else "cpu"
-        try:
-            device = torch.device(name)
-            if device.type != "cpu":
-                if device.index is None:
-                    device = torch.device(name, local_rank % torch.accelerator.device_count())
-                torch.accelerator.set_device_index(device.index)
-            torch.zeros(1, device=device).item()
-        except (RuntimeError, AssertionError, ZeroDivisionError, NotImplementedError) as error:
-            why = "there is none" if isinstance(error, ZeroDivisionError) else str(error).splitlines()[0]
-            raise ValueError(f"device must be usable here, got {name!r}: {why}") from None
-        return device
 
     def join(self, backend: str, seconds: float):
         timeout = timedelta(seconds=seconds)

@@ -712,7 +712,8 @@ def announcement(run: Run, seconds: float) -> str:
     """The run in numbers, before its first step."""
     c, manifest, trained_on = run.c, run.loader.manifest, run.loader.manifest["splits"]["train"]["tokens"]
     peak = f"peak {run.peak / 1e9:,.0f} GFLOP/s ({run.peak_source})" if run.peak else run.peak_source
-    lines = [f"{describe(c, run.bill)}data       {run.loader.path}: {trained_on:,} training tokens, so "
+    lines = [describe(c, run.bill),
+             f"data       {run.loader.path}: {trained_on:,} training tokens, so "
              f"{run.bill['tokens'] / trained_on:.2f} epochs; knowledge cutoff {manifest['knowledge_cutoff']}",
              f"machine    {run.world.size} x {run.world.device.type}, {torch.get_num_threads()} threads, "
              f"{c.precision}; {peak}"]
@@ -732,9 +733,11 @@ def finish(run: Run):
     facts = run.card | {name: evaluation[name] for name in ("val_loss", "val_bpb") if evaluation}
     data.write_atomic(run.folder / "card.md", f"# {c.out}\n\n" + "".join(f"- {k}: {v}\n" for k, v in facts.items()))
     if evaluation:
-        yardsticks = data.compressed_bpb(val.text(windows_evaluated(val, c)))
+        windows = min(windows_evaluated(val, c), 2**22 // c.seq_len)                  # xz takes seconds for each 10 MB
+        yardsticks = data.compressed_bpb(val.text(windows))
         print(f"\nvalidation {evaluation['val_loss']:.4f} nats/token = {evaluation['val_bpb']:.4f} bits/byte   ("
-              f"{', '.join(f'{name} {bpb:.3f}' for name, bpb in yardsticks.items())} on the same text)")
+              f"{', '.join(f'{name} {bpb:.3f}' for name, bpb in yardsticks.items())} on "
+              f"{'the same text' if windows == windows_evaluated(val, c) else f'{windows:,} of its windows'})")
         # continue the first lines of three held-out documents, where this rank has the whole model
         ids, whole = val.shards[0][:4_000_000], c.tp == c.pp == 1 and (c.zero < 3 or run.world.mesh.dp == 1)
         for n, first in enumerate((ids == val.tokenizer.bos_id).nonzero()[0][:3 * whole]):
@@ -768,7 +771,7 @@ def make_bill(c: Config, world: parallel.World, rank_flops: float | None = None)
 
 
 def describe(c: Config, bill: dict) -> str:
-    return f"model      {c.config}: {c.steps:,} steps x {c.tokens_per_step:,} tokens\n{scaling.describe_bill(bill)}\n"
+    return f"model      {c.config}: {c.steps:,} steps x {c.tokens_per_step:,} tokens\n{scaling.describe_bill(bill)}"
 
 
 def dry_run(c: Config, world: parallel.World):
@@ -779,7 +782,7 @@ def dry_run(c: Config, world: parallel.World):
             meta_stage(c, torch.device("meta"), world.mesh, stage)
     bill = make_bill(c, world, None if gpu_of(c, world.device) else time_tokens(c, world.device))
     if world.rank == 0:
-        print(json.dumps({"config": dataclasses.asdict(c)} | bill) if c.json else describe(c, bill), end="")
+        print(json.dumps({"config": dataclasses.asdict(c)} | bill) if c.json else describe(c, bill))
 
 
 def best_rate(work, flops: float, seconds: float) -> float:
