@@ -13,10 +13,11 @@ import sys
 import time
 
 import numpy as np
+import published
 import pytest
 import torch
 import torch.distributed as dist
-from test_model import SETTINGS
+from test_model import SETTINGS, random_tokens
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,8 +36,8 @@ from scaling import (
     MUENNIGHOFF,
     SARDANA,
     Layout,
+    Program,
     Shape,
-    Software,
     chinchilla_loss,
     compute_optimal,
     fit_envelope,
@@ -523,7 +524,10 @@ def test_a_sweep_that_cannot_train_says_why(capsys, tmp_path, monkeypatch):
 
 # ---- this project's own runs -----------------------------------------------------------------------------------------
 
-CPU = Software(item=4, fused_norm=False)                                            # what train.py is there, in float32
+CPU = Program(item=4, fused_norm=False)                                            # what train.py is there, in float32
+
+
+COLLECTIVES = {"all_to_all": "reduce_scatter"}              # ZeRO's sum: each rank is sent the parts of its shard
 
 
 class Live(TorchDispatchMode):
@@ -597,8 +601,11 @@ def executed(rank, n, argv):
             "states": sum(x.nbytes for state in optimizer.state.values() for x in state.values() if x.ndim)}
     if syncs:
         held["gradients"] = memory.peak["gradients"]
-    sent = {axis: ledger.total("wire", axis=axis) for axis in {call.axis for call in ledger.calls}}
-    return held, kept[0], sent, ops, mesh.place(rank), dict(memory.peak) if syncs else {}
+    wire, calls = {axis: ledger.total("wire", axis=axis) for axis in {call.axis for call in ledger.calls}}, {}
+    for call in ledger.calls:
+        number, payload = calls.get(key := (call.axis, COLLECTIVES.get(call.collective, call.collective)), (0, 0))
+        calls[key] = number + 1, payload + call.bytes
+    return held, kept[0], (wire, calls), ops, mesh.place(rank), dict(memory.peak) if syncs else {}
 
 
 def layout_of(c: train.Config, n: int) -> Layout:
@@ -627,34 +634,85 @@ MORE = [
     (4, TINY + " --tp 2 --zero 2 --precision bf16"), (4, TINY + " --tp 2 --zero 1 --precision bf16")]
 
 
+def by_axis_name(found: dict, ledger: dict, key=lambda axis: axis) -> dict:
+    """In a ledger a group that is all of the world goes by the axis' name: "world" is added to it."""
+    axes, whole = {key(x) for x in ledger}, {}
+    for x, size in found.items():
+        name = key(x) if key(x) in axes else next(axis for axis in ("dp", "tp") if axis in axes)
+        x = name if x == key(x) else (name, *x[1:])
+        whole[x] = tuple(None if None in pair else sum(pair) for pair in zip(whole[x], size, strict=True)) if (
+            x in whole and isinstance(size, tuple)) else whole.get(x, 0) + size if x in whole else size
+    return whole
+
+
 @pytest.mark.parametrize("ranks, flags", [*RUNS, *(pytest.param(*run, marks=pytest.mark.slow) for run in MORE)])
 def test_a_run_of_train_is_what_the_planner_says(run_ranks, ranks, flags):
-    """Memory of every rank, bytes on the wire, the bubble."""
+    """Memory and messages of every rank, bytes on the wire, the bubble."""
     argv = flags.split()
     answers = [executed(0, 1, argv)] if ranks == 1 else run_ranks(executed, ranks, argv)
     c = train.parse_config(argv)
-    model, at, sent, said = scaling.shape_of(c.model), layout_of(c, ranks), {}, {}
-    by = Software(item=2 if c.precision == "bf16" else 4, fused_norm=False)               # train.py's, on a CPU
-    for held, kept, wire, _, (r, _, _), peak in answers:
-        predicted = scaling.memory(model, at, by, r)
+    shape, layout, sent, predicted_sent = scaling.shape_of(c.model), layout_of(c, ranks), {}, {}
+    program = Program(item=2 if c.precision == "bf16" else 4, fused_norm=False)           # train.py's, on a CPU
+    for held, kept, (wire, calls), _, (r, _, _), peak in answers:
+        predicted, said = scaling.memory(shape, layout, program, r), scaling.messages(shape, layout, program, r)
         for part, size in (held | {"activations": kept}).items():
             assert size == pytest.approx(predicted[part], rel=0.01), part
         if peak:
             assert peak["buckets"] + peak["gathered"] == pytest.approx(predicted["buffers"], rel=0.02)
-        # a group that is all of the world goes by the axis' name
-        for book, line in ((sent, wire), (said, scaling.wire(model, at, by, r))):
-            for axis, size in line.items():
-                axis = axis if axis in wire else next(x for x in ("dp", "tp") if x in wire)
+        for book, line in ((sent, wire), (predicted_sent, scaling.bytes_sent(said, layout))):
+            for axis, size in by_axis_name(line, wire).items():
                 book[axis] = book.get(axis, 0) + size
-    assert sent == pytest.approx(said, rel=1e-3 if c.zero else 1e-12)                    # buckets are padded
+        said = by_axis_name(said, calls, key=lambda x: x[0])
+        assert said.keys() == calls.keys()
+        if not c.zero:                                   # with it the shards of two ranks differ, and are padded
+            for key, (number, payload) in said.items():
+                assert calls[key] == (calls[key][0] if number is None else number, payload), key
+    assert sent == pytest.approx(predicted_sent, rel=1e-3 if c.zero else 1e-12)
     # the operations in the order in which they ran
     stages = [ops for _, _, _, ops, (_, d, t), _ in sorted(answers, key=lambda x: x[4]) if d == t == 0]
-    forward, backward, weight = (x / at.chunks for x in (3.0, 2.0, 1.0))
+    forward, backward, weight = (x / layout.chunks for x in (3.0, 2.0, 1.0))
     timeline = parallel.simulate(stages, forward, backward, weight)
-    waits = scaling.bubble(at, *(x * at.chunks for x in (forward, backward, weight)))
+    waits = scaling.bubble(layout, *(x * layout.chunks for x in (forward, backward, weight)))
     assert timeline.duration * timeline.bubble == pytest.approx(waits, abs=1e-9)
-    if at.schedule != "zb":                                                              # where W waits with a part
-        assert [x / at.chunks for x in timeline.stored] == [scaling.stored(at, r) for r in range(at.pp)]
+    if layout.schedule != "zb":                                                          # where W waits with a part
+        assert [x / layout.chunks for x in timeline.stored] == [scaling.stored(layout, r) for r in range(layout.pp)]
+
+
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_activations_are_counted_to_the_byte(config, recompute, document_mask, dtype):
+    """Of one process: what autograd keeps of model.GPT, as saved_tensors_hooks see it."""
+    documents = torch.arange(20).div(8, rounding_mode="floor").expand(2, -1) if document_mask else None
+    model = net.build(config, recompute=recompute, dtype=dtype)
+    tokens, targets = random_tokens(config, 2, 20)
+    outside = {t.untyped_storage().data_ptr() for t in (tokens, targets, *model.parameters())}
+    kept = {}
+
+    def keep(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in outside:
+            kept[storage.data_ptr()] = storage.nbytes(), t              # the tensor too: its address stays taken
+        return t
+
+    def keep_inputs(module, args):         # what full recomputation starts from is in its closure, unseen by hooks
+        for t in tensors(args):
+            keep(t)
+
+    if recompute == "full":
+        for block in model.model.layers.values():
+            block.register_forward_pre_hook(keep_inputs)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model(tokens, targets, documents=documents)
+    if document_mask:
+        (mask,) = documents.masks.values()
+        keep(mask)
+        kept.pop(documents.data_ptr(), None)
+    shape = dataclasses.replace(scaling.shape_of(config), seq_len=20)
+    program = Program(dtype.itemsize, dtype.itemsize, dtype.itemsize, fused_norm=False, document_mask=document_mask)
+    layout = Layout(micro_batch_size=2, recompute=recompute)
+    assert sum(size for size, _ in kept.values()) == scaling.memory(shape, layout, program, 0)["activations"]
 
 
 def test_what_is_kept_too_long_is_seen(monkeypatch):
@@ -682,19 +740,19 @@ def test_bubbles_are_the_simulators():
     (Shape(50304, 1024, 12, 12, 12, 64, 768, 3072, "layernorm", "learned", "gelu", True, True), "l4", 8, {"pp": 4})])
 def test_train_takes_the_printed_commands(shape, gpu, n, options):
     found = scaling.plan(shape, gpu, n, **options)
-    assert [e["step"] for e in found] == sorted(e["step"] for e in found)
+    assert [e["tokens_per_s"] for e in found] == sorted((e["tokens_per_s"] for e in found), reverse=True)
     for e in found[:6]:
         words = e["command"].split()
-        argv, at = words[words.index("train.py") + 1:], e["layout"]
-        assert words[0] == "torchrun" and at.gpus == n
+        argv, layout = words[words.index("train.py") + 1:], Layout(**e["layout"])
+        assert words[0] == "torchrun" and layout.ranks == n and words[-2:] == ["--data", "data/mycorpus"]
         try:
             c = train.parse_config([*argv, "--dry-run"])
             world = train.World(c)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-        assert scaling.shape_of(c.model) == shape and world.size == n and layout_of(c, n) == at
-        assert sum(e["memory"].values()) <= scaling.USABLE * GPUS[gpu].memory
+        assert scaling.shape_of(c.model) == shape and world.size == n and layout_of(c, n) == layout
+        assert e["memory_bytes"]["total"] <= scaling.USABLE * GPUS[gpu].memory
 
 
 def test_layouts_are_those_that_train_takes():
@@ -727,81 +785,246 @@ def test_layouts_are_those_that_train_takes():
 
 def test_layers_are_korthikantis_formulas():
     s, b, h, a, t = 2048, 4, 6144, 64, 8                                        # arXiv:2205.05198, table 2
-    model, by = scaling.gpt(48, h, a), scaling.MEGATRON_2022
+    shape, program = published.gpt(48, h, a), scaling.MEGATRON_2022
     scores = 5 * a * s / h
     for recompute, tp, sp, formula in (
             ("none", 1, False, 34 + scores), ("none", t, False, 10 + 24 / t + scores / t),
             ("none", t, True, 34 / t + scores / t), ("selective", t, False, 10 + 24 / t),
             ("selective", t, True, 34 / t), ("full", 1, False, 2)):
-        at = Layout(1, tp, micro_batch_size=b, recompute=recompute, sequence_parallel=sp)
-        assert scaling.layer_bytes(model, at, by, recompute) == pytest.approx(s * b * h * formula, rel=1e-12)
+        layout = Layout(1, tp, micro_batch_size=b, recompute=recompute, sequence_parallel=sp)
+        assert scaling.layer_bytes(shape, layout, program, recompute) == pytest.approx(s * b * h * formula, rel=1e-12)
     # the first stage: equation 5, and interleaving's factor, section 4.2.3
-    at = Layout(1, t, 4, micro_batch_size=b, micro_batches=8)
-    assert scaling.stored(at, 0) == 4
-    assert scaling.stored(dataclasses.replace(at, schedule="interleaved", chunks=3), 0) == 4 * (1 + 3 / 12)
+    layout = Layout(1, t, 4, micro_batch_size=b, micro_batches=8)
+    assert scaling.stored(layout, 0) == 4
+    assert scaling.stored(dataclasses.replace(layout, schedule="interleaved", chunks=3), 0) == 4 * (1 + 3 / 12)
     # flash attention keeps a row's log sum exp: O(T)
-    short, long = (scaling.layer_bytes(Shape(1000, T, 1, 8, 8, 64, 512, 2048), Layout(), Software(), "none") / T
+    short, long = (scaling.layer_bytes(Shape(1000, T, 1, 8, 8, 64, 512, 2048), Layout(), Program(), "none") / T
                    for T in (1024, 65536))
     assert short == long
 
 
 def test_flops_are_the_papers():
     L, h, V, s = 96, 12288, 51200, 2048
-    model = scaling.gpt(L, h, 96)
-    # Narayanan 2021, equation 3, and Korthikanti 2022, equation 7, a token
-    for again, a, v in (("full", 96, 16), ("none", 72, 12)):
+    shape = published.gpt(L, h, 96)
+    # Narayanan 2021, equation 3, and Korthikanti 2022, equation 7, per token
+    for recompute, a, v in (("full", 96, 16), ("none", 72, 12)):
         formula = a * L * h * h * (1 + s / (6 * h) + V / (v * L * h))
-        assert model.flops_per_token(again) == pytest.approx(formula, rel=1e-12)
+        assert shape.flops_per_token(recompute) == pytest.approx(formula, rel=1e-12)
 
 
-def test_published_rows_and_their_bounds(capsys):
-    scaling.demo()
-    assert "shown" in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def predictions():
+    return published.predictions(GPUS["a100"], GPUS["h100"])
+
+
+FITTED = "Megatron 2021, table 1", "Llama 3, table 4: 405 B, dp 64"
+SHOWN = "ZeRO-3", "MT-NLG", "torchtitan", "MegaScale"       # other programs: no bound
+
+
+def test_published_rows_and_their_bounds(predictions):
+    by_a100 = dataclasses.replace(GPUS["h100"], matmul=0.803 * GPUS["a100"].matmul / 0.811)   # of the largest measured
+    fitted, others = [], [abs(published.llama_3(64, by_a100) / 430 - 1)]
+    for name, (predicted, figure) in predictions.items():
+        error = abs(predicted / figure - 1)
+        if name.startswith(FITTED):
+            fitted.append(error)
+        elif not any(x in name for x in SHOWN):
+            others += [error] * ("days" not in name)
+            assert error < (0.10 if "days" in name else 0.15), name
+    assert len(fitted) == 7 and len(others) == 9
+    for errors in (fitted, others):
+        assert max(errors) < 0.15 and sum(errors) / len(errors) < 0.08
+
+
+def test_no_published_row_is_predicted_worse_than_it_was(predictions):
+    assert predictions.keys() == published.RECORDED.keys()
+    for name, (predicted, figure) in predictions.items():
+        assert abs(predicted / figure - 1) < abs(published.RECORDED[name] / figure - 1) + 1e-4, name
+
+
+def test_c_is_what_calibration_finds():
+    a100, h100 = GPUS["a100"], GPUS["h100"]
+    c = published.calibrate(published.table_1_rates, a100, [x[-1] for x in published.TABLE_1])
+    assert c == pytest.approx(a100.matmul, rel=0.005)
+    assert published.calibrate(lambda gpu: [published.llama_3(64, gpu)], h100, [430]) == pytest.approx(h100.matmul,
+                                                                                                      rel=0.005)
+    assert (round(c / 0.811, 2), round(h100.matmul / 0.803, 2)) == (0.88, 0.79)               # of the largest measured
+
+
+def test_the_papers_layouts_are_among_the_best_of_their_clusters():
+    """Ranked without ZeRO and with full recomputation, as the paper ran them. All but one: the planner would rather
+    have 18.4 B in a pipeline than split over tp 8."""
+    a100, h100 = GPUS["a100"], GPUS["h100"]
+    late = [published.rank(published.table_1(x, a100), *x[3:5])[1] for x in published.TABLE_1]
+    assert sorted(late)[3] < 0.01 and [i for i, x in enumerate(late) if x > 0.06] == [2]
+    for every, tp, pp in (
+            (scaling.plan(published.gpt(96, 12288, 96), a100, 1024, zero=1, recompute="selective",
+                          program=scaling.MEGATRON_2022, global_batch_size=768), 8, 8),                    # MegaScale
+            (scaling.plan(published.LLAMA_405B, h100, 8192, zero=1, program=scaling.LLAMA_3,
+                          global_batch_size=2048), 8, 16)):
+        assert published.rank(every, tp, pp)[1] < 0.06
 
 
 def test_one_constant_fitted_on_some_rows_predicts_the_others():
-    a100, table, more = GPUS["a100"], scaling.TABLE_1, scaling.KORTHIKANTI
+    a100, table, more = GPUS["a100"], published.TABLE_1, published.KORTHIKANTI
+    rates = published.table_1_rates
 
-    def rates(rows, on):
-        return scaling.table_1_rates(on, rows)
+    def speeds(gpu):
+        return [1 / e["step"] for x in more for e in published.korthikanti(x, gpu)]
 
-    def speeds(on):
-        return [1 / e["step"] for x in more for e in scaling.korthikanti(x, on)]
-
-    published = [1 / x for row in more for x in row[7:9]]
-    for few in (table[:3], table[3:], table[::2]):
-        c = scaling.calibrate(lambda on, few=few: rates(few, on), a100, [x[-1] for x in few])
-        on = dataclasses.replace(a100, matmul=c)
-        errors = [abs(x / y[-1] - 1) for x, y in zip(rates(table, on), table, strict=True)]
-        errors += [abs(x / y - 1) for x, y in zip(speeds(on), published, strict=True)]
+    seen = [1 / x for row in more for x in row[7:9]]
+    for some in (table[:3], table[3:], table[::2]):
+        c = published.calibrate(lambda gpu, some=some: rates(gpu, some), a100, [x[-1] for x in some])
+        gpu = dataclasses.replace(a100, matmul=c)
+        errors = [abs(x / y[-1] - 1) for x, y in zip(rates(gpu), table, strict=True)]
+        errors += [abs(x / y - 1) for x, y in zip(speeds(gpu), seen, strict=True)]
         assert max(errors) < 0.15 and sum(errors) / len(errors) < 0.08
     # fitted on the other paper alone
-    on = dataclasses.replace(a100, matmul=scaling.calibrate(speeds, a100, published))
-    errors = [abs(x / y[-1] - 1) for x, y in zip(rates(table, on), table, strict=True)]
+    gpu = dataclasses.replace(a100, matmul=published.calibrate(speeds, a100, seen))
+    errors = [abs(x / y[-1] - 1) for x, y in zip(rates(gpu), table, strict=True)]
     assert max(errors) < 0.15 and sum(errors) / len(errors) < 0.08
 
 
+@pytest.mark.parametrize("row", published.KORTHIKANTI, ids=["22 B", "530 B"])
+def test_memory_and_utilisation_are_korthikantis(row):
+    shape, layout = published.gpt(*row[:3]), Layout(1, 8, row[3], micro_batch_size=row[5], sequence_parallel=False)
+    alone = scaling.layer_bytes(shape, layout, scaling.MEGATRON_2022, "none")
+    layer = scaling.layer_bytes(shape, dataclasses.replace(layout, sequence_parallel=True), scaling.MEGATRON_2022,
+                                "selective")
+    assert (float(f"{alone:.4g}"), float(f"{layer:.4g}"), round(layer * row[0] / 1e9, 2)) == row[11:14]
+    # equation 8 counts all of attention's core twice, where its forward, a third, runs again
+    flops = shape.flops_per_token()
+    for f, share in ((flops, row[9]), (flops + 12 * shape.n_layer * shape.q * 2048, row[10])):
+        found = row[4] * 2048 * f / row[8] / 8 / row[3] / GPUS["a100"].peak
+        assert found * 100 == pytest.approx(share, rel=0.005)
+
+
+def test_model_states_are_zeros_table():
+    shape = published.gpt(36, 4096, 32)
+    for params, zero_stage, entries in published.ZERO:
+        for dp, gb in entries.items():
+            parts = list(scaling.memory(shape, Layout(dp, zero=zero_stage), scaling.MEGATRON_2021, 0).values())[:3]
+            assert sum(parts) / shape.num_params * params / 1e9 == pytest.approx(gb, rel=0.025)    # the table truncates
+
+
+def test_bills_are_the_papers():
+    a100, h100 = GPUS["a100"], GPUS["h100"]
+    for name, hours, mwh, tonnes in published.BILLS:
+        bill = scaling.cost(a100, 1, hours * 3600)
+        assert mwh is None or math.floor(bill["energy_mwh"]) == mwh, name
+        assert round(bill["tco2"], 0 if mwh else 2) == tonnes, name
+    # DeepSeek-V3 (arXiv:2412.19437), table 1: 2,664,000 H800-hours at $2; 180,000 hours on 2048 for 1 T tokens
+    assert scaling.cost(dataclasses.replace(h100, price=2.0), 1, 2_664_000 * 3600)["dollars"] == 5_328_000
+    assert round(180_000 / 2048 / 24, 1) == 3.7
+
+
 def test_gradients_leave_in_as_many_messages_as_buckets(monkeypatch):
-    model, calls, plain = scaling.shape_for(1e9), [], scaling.half
-    monkeypatch.setattr(scaling, "half", lambda *args: calls.append(args) or plain(*args))
-    psi = 4 * model.num_params
+    shape, calls, plain = scaling.shape_for(1e9), [], scaling.ring_seconds
+    monkeypatch.setattr(scaling, "ring_seconds", lambda *args: calls.append(args) or plain(*args))
+    psi = 4 * shape.num_params
     assert [1e6 * inspect.signature(x).parameters["bucket_mb"].default for x in (
         parallel.DataParallel, zero.ShardedOptimizer)] == [25e6, 10e6]                              # as they are built
-    for stage, messages in enumerate((psi / 25e6, psi / 10e6, psi / 10e6, model.n_layer)):
-        scaling.step_time(model, GPUS["h100"], Layout(64, zero=stage), Software())
+    for stage, messages in enumerate((psi / 25e6, psi / 10e6, psi / 10e6, shape.n_layer)):
+        scaling.step_time(shape, GPUS["h100"], Layout(64, zero=stage), Program())
         scatter, gather = calls[-2:]
-        assert scatter[3] == 2 * gather[3] == psi and scatter[4] == gather[4] == pytest.approx(messages)
-    scaling.step_time(model, GPUS["h100"], Layout(64), scaling.MEGATRON_2021)                    # one buffer
+        assert scatter[2] == 2 * gather[2] == psi and scatter[4] == gather[4] == pytest.approx(messages)
+    scaling.step_time(shape, GPUS["h100"], Layout(64), scaling.MEGATRON_2021)                    # one buffer
     assert calls[-1][4] == 1
 
 
 def test_messages_take_what_rings_take():
-    on = GPUS["h100"]
-    assert scaling.half(on, 1, 1, 1e9) == 0
-    assert scaling.half(on, 8, 1, 368e9) == pytest.approx(7 / 8, rel=1e-4)                              # inside a node
-    assert scaling.half(on, 8, 8, 40e9) == pytest.approx(7 / 8, rel=1e-3)                     # 8 nodes, a rank in each
-    assert scaling.half(on, 64, 1, 320e9) == pytest.approx(63 / 64, rel=2e-3)               # 8 nodes, 8 ranks in each
-    assert scaling.half(on, 16, 1, 0, 2) == pytest.approx(2 * (14 * 3.4e-6 + 14e-6))
+    gpu = GPUS["h100"]
+    assert scaling.ring_seconds(gpu, 1, 1e9) == 0
+    assert scaling.ring_seconds(gpu, 8, 368e9) == pytest.approx(7 / 8, rel=1e-4)                        # inside a node
+    assert scaling.ring_seconds(gpu, 8, 40e9, 8) == pytest.approx(7 / 8, rel=1e-3)            # 8 nodes, a rank in each
+    assert scaling.ring_seconds(gpu, 64, 320e9) == pytest.approx(63 / 64, rel=2e-3)         # 8 nodes, 8 ranks in each
+    assert scaling.ring_seconds(gpu, 16, 0, 1, 2) == pytest.approx(2 * (14 * 3.4e-6 + 14e-6))
+
+
+# ---- machines and bills ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, key", [
+    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100-pcie"), ("NVIDIA H100 NVL", "h100-nvl"),
+    ("NVIDIA H200", "h200"), ("NVIDIA H200 NVL", None), ("NVIDIA GH200 480GB", None), ("NVIDIA H20", "h20"),
+    ("NVIDIA H800", None), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+    ("NVIDIA A100 80GB PCIe", "a100-pcie"), ("NVIDIA A100-PCIE-40GB", "a100-pcie-40gb"), ("NVIDIA A100-SXM-64GB", None),
+    ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", None), ("NVIDIA A800-SXM4-80GB", None), ("NVIDIA A10G", None),
+    ("NVIDIA A10", None), ("NVIDIA RTX A6000", "rtx-a6000"), ("NVIDIA RTX 6000 Ada Generation", None),
+    ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA GeForce RTX 4090 D", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3090", "rtx3090"),
+    ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA L40", "l40"), ("NVIDIA L40S", "l40s"), ("NVIDIA L4", "l4"),
+    ("NVIDIA L20", None), ("Tesla V100-SXM2-32GB", "v100"), ("Tesla V100-SXM2-16GB", "v100-16gb"),
+    ("Tesla V100-PCIE-32GB", None), ("Tesla T4", "t4"), ("NVIDIA B200", "b200"), ("NVIDIA GB200", "gb200"),
+    ("NVIDIA GB300", None), ("AMD Instinct MI300X", "mi300x"), ("AMD Instinct MI300A", None),
+    ("AMD Instinct MI325X OAM", "mi325x"), ("AMD Radeon RX 7900 XTX", None), ("NVIDIA", None), ("", None)])
+def test_a_device_is_known_by_whole_words_or_not_at_all(name, key):
+    assert scaling.known_gpu(name) == key
+    if key:
+        assert scaling.find_gpu(name) is GPUS[key] and GPUS[key].name == key
+    else:
+        with pytest.raises(scaling.BadInput, match="gpu must be one of"):
+            scaling.find_gpu(name)
+
+
+def test_each_precision_has_a_peak_of_its_own():
+    h100, a100, v100 = (GPUS[name] for name in ("h100", "a100", "v100"))
+    assert [h100.peak_flops(p) / 1e12 for p in ("bf16", "fp16", "fp8", "tf32")] == [989, 989, 1979, 494.5]
+    assert a100.peak_flops("fp32") / 1e12 == 19.5 and v100.peak_flops("fp32") == 125e12 / 8
+    assert a100.peak_flops("fp8") == a100.peak                                # none there: its products are bf16's
+
+
+def test_a_bill_is_the_sum_of_its_formulas():
+    shape, layout = scaling.shape_for(7e9), Layout(8, 4, 2, "1f1b", 1, 1, 16, 2, "selective")
+    bill = scaling.bill(shape, layout, Program(), tokens=1e11, gpu="h100")
+    assert json.loads(json.dumps(bill)) == bill
+    assert Layout(**bill["layout"]) == layout and bill["parameters"] == net.num_params(net.ModelConfig(
+        **{f.name: getattr(shape, f.name) for f in dataclasses.fields(shape)}))
+    assert bill["flops"] == 1e11 * bill["flops_per_token"] and bill["tokens_per_step"] == 8 * 16 * 4096
+    parts = scaling.fullest(shape, layout, Program())
+    assert bill["memory_bytes"] == pytest.approx(parts | {"total": sum(parts.values())})
+    e = scaling.estimate(shape, GPUS["h100"], layout)
+    assert bill["seconds_per_step"] == e["seconds"] and bill["mfu"] == e["mfu"] == pytest.approx(
+        bill["tokens_per_s"] * bill["flops_per_token"] / 64 / 989e12)
+    assert bill["days"] * 86400 == bill["seconds"] == pytest.approx(1e11 / bill["tokens_per_s"])
+    assert bill["dollars"] == pytest.approx(64 * 24 * bill["days"] * 2.69)
+    law = bill["law"]
+    assert law["best_tokens"] == scaling.optimal_tokens(shape.num_params) and not law["extrapolated"]
+    assert 6 * law["N_opt"] * law["D_opt"] == pytest.approx(6 * shape.num_params * 1e11)
+    assert law["left"] == pytest.approx(law["loss"] - chinchilla_loss(law["N_opt"], law["D_opt"])) and law["left"] > 0
+    timeline = parallel.simulate(parallel.one_f_one_b(2, 16))
+    assert bill["bubble"] == pytest.approx(timeline.bubble)
+    # the rank that sends most: the first stage adds the embedding's messages; stage 1 sums gradients once per step
+    sent = [scaling.bytes_sent(scaling.messages(shape, layout, Program(), r), layout) for r in (0, 1)]
+    assert bill["bytes_sent"] == pytest.approx({axis: max(x[axis] for x in sent) for axis in sent[0]}, abs=1)
+    assert bill["bytes_sent_at_zero_1"] < 0.2 * bill["bytes_sent"]["dp"]
+
+
+def test_a_bill_without_a_gpu():
+    shape = scaling.shape_for(1e6, 256)
+    bill = scaling.bill(shape, Layout(), Program(4, fused_norm=False), tokens=2e7)
+    assert "seconds" not in bill and bill["bytes_sent"] == {} and bill["bubble"] == 0 and bill["law"]["extrapolated"]
+    timed = scaling.bill(shape, Layout(pp=2, micro_batches=3), Program(4), tokens=2e7, rank_flops=1e10)
+    assert timed["seconds"] == pytest.approx(timed["flops"] / 2e10 / (1 - 1 / 4)) == timed["days"] * 86400
+    text = scaling.describe_bill(timed)
+    assert [line[:11].strip() for line in text.splitlines()] == ["run", "law", "", "", "memory", "mesh", "pipeline",
+                                                                 "messages", "time"]
+    assert "a guess: the law was fitted to models of 44 M parameters and more" in text and "MB per rank" in text
+    assert "on 2 ranks at 10 GFLOP/s each" in text and "pp 2 x dp 1 x tp 1: 0 (0 0 0), 1 (1 0 0)" in text
+    text = scaling.describe_bill(bill)
+    assert [line[:11].strip() for line in text.splitlines()] == ["run", "law", "", "", "memory"]
+    bill = scaling.bill(shape, Layout(4, micro_batches=8, zero=2), Program(4), tokens=2e7, gpu="t4", precision="fp16")
+    text = scaling.describe_bill(bill)
+    assert re.search(r"\nzero 2     sends dp's .* MB with every one of 8 micro-batches; stage 1 would send ", text)
+    assert re.search(r"\ncost       .* GPU-hours, .* \(no price known", text)
+
+
+@pytest.mark.parametrize("program, each", [
+    (Program(4), (4, 4, 8)), (Program(), (2, 4, 12)), (Program(master_weights=False), (2, 4, 8)),
+    (Program(8, 8, 8), (8, 8, 16))])
+def test_bytes_of_a_parameter(program, each):
+    shape = scaling.shape_for(1e8)
+    parts = [scaling.memory(shape, Layout(), program, 0)[name] for name in ("parameters", "gradients", "states")]
+    assert parts == [size * shape.num_params for size in each]
 
 
 # ---- plan on the command line ----------------------------------------------------------------------------------------
@@ -835,7 +1058,7 @@ def test_each_unknown_is_solved_for(capsys):
 def test_the_largest_model_that_fits(capsys):
     found = answer(capsys, "--gpu h100 --n-gpus 8")
     assert found["solved_for"] == "the largest model that fits"
-    assert sum(found["layouts"][0]["memory_bytes"].values()) <= 0.95 * 80e9
+    assert found["layouts"][0]["memory_bytes"]["total"] <= 0.95 * 80e9
     with pytest.raises(scaling.BadInput, match="does not fit"):
         scaling.plan(scaling.shape_for(1.1 * found["parameters"]), "h100", 8)
 
@@ -850,7 +1073,7 @@ def test_mfu_is_of_the_precisions_peak():
 
 
 def test_a_micro_batch_that_is_asked_for_divides_the_default_batch():
-    assert scaling.plan(scaling.shape_for(1e9), "h100", 8, micro_batch_size=3)[0]["layout"].micro_batch_size == 3
+    assert scaling.plan(scaling.shape_for(1e9), "h100", 8, micro_batch_size=3)[0]["layout"]["micro_batch_size"] == 3
 
 
 def test_a_config_is_named_in_the_command(capsys):
@@ -870,12 +1093,9 @@ def test_a_config_of_train():
     assert scaling.read_config("medium") == dataclasses.asdict(train.parse_config(["--config", "medium"]))
 
 
-def test_the_text_and_the_figure(capsys, tmp_path):
-    pytest.importorskip("matplotlib")
-    line = f"plan --params 7e9 --gpu h100 --n-gpus 64 --price 2 --top 2 --plot {tmp_path}"
-    code, out, _ = call(capsys, *line.split())
-    assert code == 0 and "$2.00 a GPU-hour, as given" in out and "torchrun" in out and "zero 3" in out
-    assert (tmp_path / "memory.png").stat().st_size > 10_000
+def test_the_text(capsys):
+    code, out, _ = call(capsys, *"plan --params 7e9 --gpu h100 --n-gpus 64 --price 2 --top 2".split())
+    assert code == 0 and "at $2.00 per GPU-hour (as given)" in out and "torchrun" in out and "zero 3" in out
     assert max(map(len, out.split("first  ")[0].splitlines())) <= 120
     for line in ("--config small --gpu h100 --n-gpus 8", "--params 1e12 --tokens 2e13 --gpu b200 --n-gpus 8192 --tp 8"):
         code, out, _ = call(capsys, "plan", *line.split())                          # small and large numbers stay apart
