@@ -1,4 +1,4 @@
-"""Figures that papers publish about training runs, as data, and the planner's answer to each row.
+"""What papers publish about training runs, as data and formulas, and the planner's answer to each row of theirs.
 
 test_scaling.py asserts them row by row. Each table names its source; nothing here is measured by this project.
 """
@@ -6,16 +6,106 @@ test_scaling.py asserts them row by row. Each table names its source; nothing he
 import math
 from dataclasses import replace
 
+import numpy as np
+
 from scaling import (
+    BESIROGLU,
     LLAMA_3,
     MEGATRON_2021,
     MEGATRON_2022,
+    BadInput,
     Layout,
     Shape,
+    chinchilla_loss,
     estimate,
     largest_that,
     plan,
 )
+
+# ---- laws
+
+# Sardana 2024, appendix A: Hoffmann's, exponents to three digits
+SARDANA = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.336, "beta": 0.283}
+
+
+# The law before Chinchilla. Kaplan 2020, table 5: N_c non-embedding parameters, D_c, B_star tokens, C_c_min PF-days
+PF_DAY = 1e15 * 24 * 3600                                                                                   # FLOPs
+KAPLAN = {"alpha_N": 0.076, "N_c": 8.8e13, "alpha_D": 0.095, "D_c": 5.4e13, "alpha_C_min": 0.050, "C_c_min": 3.1e8,
+          "alpha_B": 0.21, "B_star": 2.1e8}
+# table 2: the joint fit of L(N, D), other than table 5 on purpose; table 3: that of L(N, S_min)
+KAPLAN_JOINT = {"alpha_N": 0.076, "N_c": 6.4e13, "alpha_D": 0.103, "D_c": 1.8e13}
+KAPLAN_STEPS = {"alpha_N": 0.077, "N_c": 6.5e13, "alpha_S": 0.76, "S_c": 2.1e3}
+# table 6: (exponent p, value at one PF-day) of parameters, tokens per batch, steps, tokens: value (C_min / PF-day)^p
+KAPLAN_OPTIMUM = {"N": (0.73, 1.3e9), "B_crit": (0.24, 2.0e6), "S_min": (0.03, 5.4e3), "D": (0.27, 2e10)}
+
+
+def kaplan_loss(N=None, D=None, *, C_min=None, S_min=None):
+    """Kaplan 2020's loss, nats per token, of N non-embedding parameters, D tokens, C_min FLOPs well spent, S_min steps.
+
+    N | D | C_min alone     L(x) = (x_c / x)^alpha_x                                            (1.1, 1.2, 1.3)
+    N, D                    ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D                   (1.5), table 2
+    N, S_min                (N_c / N)^alpha_N + (S_c / S_min)^alpha_S                           (1.6), table 3
+    """
+    k, j, t = KAPLAN, KAPLAN_JOINT, KAPLAN_STEPS
+    laws = {("N",): lambda: (k["N_c"] / N) ** k["alpha_N"], ("D",): lambda: (k["D_c"] / D) ** k["alpha_D"],
+            ("C_min",): lambda: (k["C_c_min"] * PF_DAY / C_min) ** k["alpha_C_min"],
+            ("N", "D"): lambda: ((j["N_c"] / N) ** (j["alpha_N"] / j["alpha_D"]) + j["D_c"] / D) ** j["alpha_D"],
+            ("N", "S_min"): lambda: (t["N_c"] / N) ** t["alpha_N"] + (t["S_c"] / S_min) ** t["alpha_S"]}
+    given = tuple(name for name, x in (("N", N), ("D", D), ("C_min", C_min), ("S_min", S_min)) if x is not None)
+    if given not in laws:
+        raise BadInput(f"kaplan_loss takes N, D, C_min, N and D, or N and S_min, got {given}")
+    return laws[given]()
+
+
+def kaplan_optimal(C) -> dict:
+    """{"N", "B_crit", "S_min", "D"} for C FLOPs, by Kaplan's table 6: N ~ C^0.73, hardly more steps. (Small models
+    counted without their embeddings, and one learning-rate schedule for all D, led there: Pearce 2024, Porian 2024)"""
+    return {name: x * (C / PF_DAY) ** p for name, (p, x) in KAPLAN_OPTIMUM.items()}
+
+
+def critical_batch(loss):
+    """Tokens per batch that take twice the fewest steps, and twice the fewest tokens: B_star / L^(1/alpha_B)."""
+    return KAPLAN["B_star"] / loss ** (1 / KAPLAN["alpha_B"])
+
+
+def batch_cost(batch, critical) -> tuple:
+    """(S / S_min, E / E_min): steps and tokens over the fewest. (S/S_min - 1) (E/E_min - 1) = 1. McCandlish 2018"""
+    return 1 + critical / batch, 1 + batch / critical
+
+
+def overtraining(k, law=BESIROGLU) -> tuple:
+    """(tokens, FLOPs) over the best of a budget, for its loss with k N_opt parameters: the same at every budget.
+
+        D / D_opt = (1 - beta / alpha (k^-alpha - 1))^(-1 / beta),  infinite if k <= (1 + alpha / beta)^(-1 / alpha)
+    """
+    rest = 1 - law["beta"] / law["alpha"] * (k ** -law["alpha"] - 1)
+    tokens = rest ** (-1 / law["beta"]) if rest > 0 else math.inf
+    return tokens, k * tokens
+
+
+def isoflop_runs(budgets, law=BESIROGLU, *, spread=8, sizes=15, embedding=lambda N: 0.0, off=lambda C: 1.0) -> list:
+    """Noise-free runs (N, D, loss) of equal 6 N D, sizes from N_opt / spread to N_opt spread, times off(C).
+
+    embedding: parameters that the loss knows of and the experimenter does not count: N is without them.
+    """
+    runs, grid = [], np.exp(np.linspace(math.log(10), math.log(1e16), 50_001))
+    for C in budgets:
+        best = grid[np.argmin(chinchilla_loss(grid + embedding(grid), C / (6 * grid), law))]
+        N = best * off(C) * np.exp(np.linspace(-1, 1, sizes) * math.log(spread))
+        runs.extend(zip(N, C / (6 * N), chinchilla_loss(N + embedding(N), C / (6 * N), law), strict=True))
+    return runs
+
+
+def embedding_of(N, vocab_size=32000, aspect=40):
+    """Parameters of the embedding of a model with N others: N = 12 n_layer n_embd^2, n_embd = aspect n_layer.
+
+    In small models it is most of them. Who leaves it out, as Kaplan did, sees N_opt grow from almost nothing, faster
+    than in truth. (Pearce 2024)
+    """
+    return vocab_size * (aspect * N / 12) ** (1 / 3)
+
+
+# ---- runs and machines
 
 # Narayanan 2021 (arXiv:2104.04473), table 1: layers, width, heads, tp, pp, dp, batch, TFLOP/s per GPU with what is
 # computed again. A100; the micro-batch and the chunks are not printed: the planner's best

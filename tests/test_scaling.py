@@ -17,6 +17,7 @@ import published
 import pytest
 import torch
 import torch.distributed as dist
+from published import KAPLAN, KAPLAN_JOINT, SARDANA, isoflop_runs, kaplan_loss
 from test_model import SETTINGS, random_tokens
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,10 +32,7 @@ from scaling import (
     BESIROGLU,
     GPUS,
     HOFFMANN,
-    KAPLAN,
-    KAPLAN_JOINT,
     MUENNIGHOFF,
-    SARDANA,
     Layout,
     Program,
     Shape,
@@ -43,8 +41,6 @@ from scaling import (
     fit_envelope,
     fit_isoflop,
     fit_parametric,
-    isoflop_runs,
-    kaplan_loss,
 )
 
 LOPSIDED = {"E": 1.2, "A": 60.0, "B": 3000.0, "alpha": 0.25, "beta": 0.45}
@@ -79,10 +75,10 @@ def test_kaplans_laws():
     # Kaplan 2020, section 4.2: D > 5e3 N^0.74 keeps overfitting below noise; ten times less does not
     low, high = (kaplan_loss(1e9, 5e3 * 1e9**0.74 * k) / kaplan_loss(1e9, 1e40) - 1 for k in (1, 0.1))
     assert low < 0.03 < 0.1 < high
-    assert scaling.critical_batch(3.0) == pytest.approx(1.123e6, rel=1e-3)
-    optimal = [scaling.kaplan_optimal(c) for c in (8.64e19, 8.64e22)]
+    assert published.critical_batch(3.0) == pytest.approx(1.123e6, rel=1e-3)
+    optimal = [published.kaplan_optimal(c) for c in (8.64e19, 8.64e22)]
     assert optimal[0]["N"] == pytest.approx(1.3e9) and optimal[1]["N"] == pytest.approx(1.3e9 * 1000**0.73)
-    steps, examples = scaling.batch_cost(3e6, 1e6)
+    steps, examples = published.batch_cost(3e6, 1e6)
     assert (steps, examples) == (pytest.approx(4 / 3), 4)
 
 
@@ -132,11 +128,11 @@ def test_overtraining_costs_the_same_share_at_every_budget(law):
         best = compute_optimal(C, law)
         loss = chinchilla_loss(*best, law)
         for k in (0.5, 0.8, 1, 2):
-            tokens, compute = scaling.overtraining(k, law)
+            tokens, compute = published.overtraining(k, law)
             assert tokens == pytest.approx(scaling.tokens_for_loss(k * best.N, loss, law) / best.D, rel=1e-6)
             assert compute == pytest.approx(k * tokens) and compute >= 1
     smallest = (1 + law["alpha"] / law["beta"]) ** (-1 / law["alpha"])
-    assert scaling.overtraining(0.99 * smallest, law) == (math.inf, math.inf) and tokens < 1
+    assert published.overtraining(0.99 * smallest, law) == (math.inf, math.inf) and tokens < 1
 
 
 def test_repeated_data():
@@ -322,10 +318,119 @@ def noisy_grid():
             for c in C for N in np.geomspace(3e7, 3e10, 16) if 1 / 8 < N / compute_optimal(c).N < 8]
 
 
+def with_budgets(low=-0.07, high=0.35, law=LOPSIDED, budgets=(1e18, 2e18, 4e18, 8e18, 1.6e19, 3.2e19)):
+    """Runs whose 6 N D is 1 + low of the budget in the largest models of a budget, 1 + high in the smallest."""
+    rows = []
+    for C in budgets:
+        sizes = [N for N in 1.5 ** np.arange(30, 70) if 1 / 6 < N / compute_optimal(C, law).N < 6]
+        for share, N in zip(np.linspace(1 + high, 1 + low, len(sizes)), sizes, strict=True):
+            D = C * share / (6 * N)
+            rows.append((N, D, chinchilla_loss(N, D, law), C))
+    return rows
+
+
+def test_a_budget_column_is_read_where_6_N_D_drifts():
+    runs = np.array(with_budgets())
+    stated, found = (fit_isoflop(x, times=50) for x in (runs, runs[:, :3]))
+    assert stated["budgets"] == found["budgets"] == len(stated["points"]) == len(found["points"]) == 6
+    assert [p["C"] for p in stated["points"]] == pytest.approx([1e18 * 2**i for i in range(6)])
+    assert found["a"] == pytest.approx(stated["a"], abs=0.03)
+    for fit in (stated, found):
+        assert fit["a"] == pytest.approx(scaling.exponents(LOPSIDED)[0], abs=0.03)
+        for p in fit["points"]:                                    # D is what the runs of that size had
+            assert 0.93 - 1e-6 < 6 * p["N"] * p["D"] / p["C"] < 1.35 + 1e-6
+    assert fit_envelope(runs, times=0)["a"] == pytest.approx(scaling.exponents(LOPSIDED)[0], abs=0.1)
+    # the old way, a group within 10 % of its first run, takes such a sweep apart
+    assert len(np.unique(np.round(np.log(6 * runs[:, 0] * runs[:, 1]) / 0.1))) > 20
+
+
+def test_columns_of_budgets(capsys, tmp_path):
+    rows = with_budgets()
+    for head in ("budget", "FLOPs", "C", "flops_budget", "training flop"):
+        path = write(tmp_path / "runs.csv", rows, ("N", "D", "loss", head))
+        runs = scaling.read_runs(path)
+        assert runs.shape == (len(rows), 4) and runs[:, 3].tolist() == [row[3] for row in rows]
+    code, out, err = call(capsys, "fit", path)
+    assert code == 0 and "by the column in the file; 6 N D is 0.93 to 1.35 of it" in out
+    assert "6 vertices of 6 budgets" in out and "fewer than 4" not in out
+    path = write(tmp_path / "runs.csv", [row for row in rows if row[3] < 5e18], ("N", "D", "loss", "C"))
+    code, out, err = call(capsys, "fit", path)
+    assert "3 vertices of 3 budgets: fewer than 4, an exponent from so few is hardly known" in out
+
+
+@pytest.mark.parametrize("ratio, spread", [(2, 0.0), (3, 0.0), (10, 0.09), (1.5, 0.02), (2, 0.15), (30, 0.3)])
+def test_budgets_are_found_by_gaps(ratio, spread):
+    rng, runs, of = np.random.default_rng(0), [], []
+    for i in range(6):
+        for N in np.geomspace(1e7, 1e9, 7):
+            # a smooth drift, and a little noise
+            C = 1e18 * ratio**i * math.exp(spread * (math.log(N / 1e8) / math.log(100) + 0.05 * rng.normal()))
+            runs.append((N, C / (6 * N), 3.0))
+            of.append(i)
+    order = rng.permutation(len(runs))
+    groups = scaling.budgets(np.array(runs)[order])
+    assert [sorted(g[:, 0]) for g in groups] == [sorted(N for (N, *_), i in zip(runs, of, strict=True) if i == k)
+                                                 for k in range(6)]
+
+
+def test_scattered_runs_have_no_budgets():
+    rng = np.random.default_rng(0)
+    runs = np.stack((10 ** rng.uniform(7, 9, 60), 10 ** rng.uniform(9, 11, 60), np.full(60, 3.0)), 1)
+    assert all(len(group) < 3 or len(group) < 10 for group in scaling.budgets(runs))
+    assert sum(map(len, scaling.budgets(runs))) < 20
+
+
+def test_holdout_looks_ahead(capsys, tmp_path):
+    C = np.geomspace(1e18, 1e21, 7)
+    runs = isoflop_runs(C, LOPSIDED, spread=4, sizes=9)
+    found = scaling.holdout(runs, 2, times=0)
+    assert found["fitted_to"] == pytest.approx(C[4]) and [row["C"] for row in found["rows"]] == pytest.approx(C[5:])
+    assert [row["ahead"] for row in found["rows"]] == pytest.approx([C[5] / C[4], C[6] / C[4]])
+    for row in found["rows"]:
+        assert row["N_opt"]["predicted"] == pytest.approx(row["N_opt"]["measured"], rel=1e-3)
+        assert row["loss"]["predicted"] == pytest.approx(row["loss"]["measured"], rel=5e-3)
+        assert row["loss"]["interval"] is row["N_opt"]["interval"] is None
+    # what is held out is not seen: a change there changes no prediction
+    changed = [(N, D, loss * (1.5 if 6 * N * D > 2 * C[4] else 1)) for N, D, loss in runs]
+    other = scaling.holdout(changed, 2, times=0)
+    for one, two in zip(found["rows"], other["rows"], strict=True):
+        assert one["loss"]["predicted"] == pytest.approx(two["loss"]["predicted"], rel=1e-12)
+        assert one["loss"]["measured"] * 1.5 == pytest.approx(two["loss"]["measured"])
+    noise = np.exp(0.002 * np.random.default_rng(0).standard_normal(len(runs)))
+    path = write(tmp_path / "runs.csv", [(N, D, loss * x) for (N, D, loss), x in zip(runs, noise, strict=True)],
+                 ("N", "D", "loss"))
+    code, out, err = call(capsys, "fit", path, "--holdout", "2", "--json")
+    assert code == 0
+    for row in json.loads(out)["holdout"]["rows"]:
+        for x in row.values():
+            if isinstance(x, dict):
+                low, high = x["interval"]
+                assert low < x["predicted"] < high and high / low < 1.5
+        low, high = row["loss"]["interval"]
+        assert low < row["loss"]["measured"] * 1.005 and row["loss"]["measured"] * 0.995 < high
+    code, out, err = call(capsys, "fit", path, "--holdout", "2")
+    assert code == 0 and "it looks ahead 10 times the compute" in out and scaling.BACKTEST in out
+    code, out, err = call(capsys, "fit", path, "--holdout", "6")
+    assert code == 2 and err == "scaling.py: --holdout must leave 2 budgets or more to fit, got 6 of 7\n"
+
+
+def test_approaches_that_disagree_say_so(capsys, tmp_path):
+    """Sizes that drift off the optimum spoil approach 2's exponent, not approach 3's."""
+    runs = isoflop_runs(np.geomspace(1e18, 1e22, 6), LOPSIDED, spread=12, off=lambda C: (C / 1e20) ** 0.35)
+    noise = np.exp(1e-5 * np.random.default_rng(0).standard_normal(len(runs)))
+    path = write(tmp_path / "runs.csv", [(N, D, L * x) for (N, D, L), x in zip(runs, noise, strict=True)],
+                 ("N", "D", "loss"))
+    code, out, err = call(capsys, "fit", path)
+    assert code == 0 and "3 parametric and 2 IsoFLOP disagree: their intervals do not overlap" in out
+    path = write(tmp_path / "runs.csv", noisy_grid(), ("N", "D", "loss"))
+    code, out, err = call(capsys, "fit", path)
+    assert code == 0 and "disagree" not in out
+
+
 def test_kaplans_exponent_from_chinchillas_law():
     """Pearce 2024: count no embeddings in small models, and N_opt ~ C^0.73 comes from a law of 0.51."""
     C = np.geomspace(2e12, 3e20, 6)
-    view = dict(spread=1.5, sizes=5, embedding=scaling.embedding_of)
+    view = dict(spread=1.5, sizes=5, embedding=published.embedding_of)
     assert fit_isoflop(isoflop_runs(C, **view), times=0)["a"] == pytest.approx(0.75, abs=0.04)
     assert fit_isoflop(isoflop_runs(C, HOFFMANN, **view), times=0)["a"] == pytest.approx(0.75, abs=0.04)
     assert fit_isoflop(isoflop_runs(C * 1e8, **view), times=0)["a"] == pytest.approx(0.513, abs=0.01)
@@ -383,9 +488,8 @@ def test_fit_command(capsys, tmp_path, grid):
         assert low < 0.5126 < high
     pytest.importorskip("matplotlib")
     code, out, err = call(capsys, "fit", path, "--plot", tmp_path / "plots")
-    assert code == 0 and err == "" and "3 parametric" in out and "tokens a parameter" in out
-    for name in ("isoflop.png", "envelope.png"):
-        assert (tmp_path / "plots" / name).read_bytes()[:4] == b"\x89PNG" and name in out
+    assert code == 0 and err == "" and "3 parametric" in out and "tokens per parameter" in out
+    assert (tmp_path / "plots" / "isoflop.png").read_bytes()[:4] == b"\x89PNG" and "isoflop.png" in out
     code, out, err = call(capsys, "fit", path, "--plot", path)
     assert code == 2 and err.startswith("scaling.py: --plot must be a folder that can be written, got ")
 
@@ -401,7 +505,7 @@ def test_without_matplotlib_one_line_says_so(capsys, tmp_path, grid, monkeypatch
     (("params", "tokens", "loss"), "N D loss", ","), (("Model Size", "Training Tokens", "final_loss"), "N D loss", ";"),
     (("model_size", "Training FLOP", "val-loss"), "N C loss", "\t"),
     (("compute", "training_tokens", "Loss"), "C D loss", ","),
-    (("run", "N", "D", "C", "validation_loss"), "zero N D zero loss", ","),
+    (("run", "N", "D", "grad", "validation_loss"), "zero N D zero loss", ","),
     (("\ufeffparameters", "D", "train_loss", "val_loss"), "N D zero loss", ",")])
 def test_columns_by_many_names(tmp_path, grid, head, columns, delimiter):
     N, D, loss = np.array(grid[:20]).T
@@ -418,18 +522,22 @@ def test_comments_and_empty_lines(tmp_path):
 
 @pytest.mark.parametrize("text, flags, message", [
     (None, [], "must be a CSV file that can be read: No such file or directory"),
-    ("", [], "must have a line of column names and a line a run, it has 0 lines"),
+    ("", [], "must have a line of column names and a line per run, it has 0 lines"),
     ("N,D,loss\n", [], "it has 1 lines"),
     ("size_of_it,D,loss\n1,2,3\n", [],
      r"no column for N \(n, params, parameters, ...\); there are size_of_it, D, loss"),
     ("a,b,c\n1,2,3\n", [], "no column for N and D and loss .* there are a, b, c"),
     ("flops,loss\n1,2\n", [], "no column for N and D "),
-    ("N,D,loss\n1,2,3\n1,x,3\n", [], "D must be a number, row 2 has 'x'"),
-    ("N,D,loss\n1,2\n", [], "loss must be a number, row 1 has ''"),
-    ("N,D,loss\n1,2,3\n1,2,nan\n1,2,inf\n", [], "loss must be finite and above 0: row 2 has nan, row 3 has inf"),
-    ("N,C,loss\n0,2,3\n", [], "N must be finite and above 0: row 1 has 0"),
+    ("N,D,loss\n1,2,3\n1,x,3\n", [], "D must be a number, line 3 has 'x'"),
+    ("N,D,loss\n1,2\n", [], "loss must be a number, line 2 has ''"),
+    ("N,D,loss\n1,2,3\n1,2,nan\n1,2,inf\n", [], "loss must be finite and above 0: line 3 has nan, line 4 has inf"),
+    ("N,C,loss\n0,2,3\n", [], "N must be finite and above 0: line 2 has 0"),
     ("N,D,loss\n1,2,3\n2,3,4\n", [], "needs at least 6 runs of different \\(N, D\\) for a law of 5 constants, got 2"),
     ("N,D,loss\n" + 200_000 * "1" + ",2,3\n", [], "must be a CSV file that can be read: field larger"),
+    ("# mine\n\nN,D,loss\n1,2,3\n\n# more\n1,x,3\n", [], "D must be a number, line 7 has 'x'"),
+    ("# mine\nN,D,loss,budget\n1,2,3,\n", [], "budget must be a number, line 3 has ''"),
+    ("# mine\nN,D,loss,budget\n1,2,3,0\n", [], "C must be finite and above 0: line 3 has 0"),
+    ("N,D,loss\n1,2,3\n", ["--holdout", "0"], "--holdout must be a whole number from 1"),
     ("N,D,loss\n1,2,3\n", ["--jsn"], "--jsn is no argument; the nearest is --json"),
 ])
 def test_bad_input_is_one_line_and_2(capsys, tmp_path, text, flags, message):
@@ -441,19 +549,9 @@ def test_bad_input_is_one_line_and_2(capsys, tmp_path, text, flags, message):
     assert re.search(message, err), err
 
 
-def test_wrong_commands(capsys):
+def test_a_wrong_command(capsys):
     code, out, err = call(capsys, "fti")
-    assert (code, out) == (2, "") and err == "scaling.py: the command must be one of fit, sweep, plan, got 'fti'\n"
-    for flags, message in ((["--minutes", "-1"], "must be a number from 0.001 to 1e+06, got '-1'"),
-                           (["--budgets", "x"], "must be a number from 1e+06 to 1e+30, got 'x'"),
-                           (["--sizes", "2"], "must be like 2x48,3x64, got '2'"),
-                           (["--sizes", "2x0"], "must be like 2x48,3x64, got '2x0'"),
-                           (["--jobs", "1.5"], "must be a whole number from 1 to 1000, got '1.5'"),
-                           (["--out", "/dev/null/x"], "must be a folder that can be written, got /dev/null/x: Not a "
-                            "directory"),
-                           (["--budgets", "1e30"], "must leave one of --sizes 4 to 140 tokens a parameter, got 1e+30")):
-        code, out, err = call(capsys, "sweep", *flags)
-        assert (code, out, err) == (2, "", f"scaling.py: {flags[0]} {message}\n")
+    assert (code, out) == (2, "") and err == "scaling.py: the command must be one of fit, plan, got 'fti'\n"
 
 
 def test_what_the_runs_do_not_support_is_null_and_said(capsys, tmp_path):
@@ -462,64 +560,6 @@ def test_what_the_runs_do_not_support_is_null_and_said(capsys, tmp_path):
     found = json.loads(out)
     assert code == 0 and found["envelope"] is None and found["parametric"]["E"] > 0
     assert [line.split(": ")[2] for line in err.splitlines()] == [k for k in ("isoflop", "envelope") if not found[k]]
-
-
-# ---- the sweep -------------------------------------------------------------------------------------------------------
-
-def test_a_default_sweep_surrounds_the_optimum_of_each_budget():
-    plans = scaling.sweep_runs(scaling.SIZES, scaling.BUDGETS)
-    for C in scaling.BUDGETS:
-        here = [p for p in plans if p["C"] == C]
-        assert len(here) >= 5 and all(abs(6 * p["N"] * p["D"] / C - 1) < 0.01 for p in here)
-        ratios = [p["D"] / p["N"] for p in here]
-        assert min(ratios) < 8 and max(ratios) > 60
-    assert [p["C"] for p in plans] == sorted(p["C"] for p in plans) and len({p["name"] for p in plans}) == len(plans)
-    assert max(p["D"] for p in plans) < 6.4e6                                        # about an epoch of the corpus
-    for p in plans:                                                                  # N is what train.py builds
-        c = p["config"]
-        flags = [f"--{k.replace('_', '-')}" + f"={v}" * (v is not True) for k, v in c.items()]
-        assert net.num_params(train.parse_config(flags).model) == p["N"]
-
-
-def test_a_sweep_goes_on_where_it_was(capsys, tmp_path, corpus):
-    """All but one run are there; that one is trained for real; then nothing is left to do."""
-    budgets, sizes = (3e8, 1e9, 3e9, 1e10), ((1, 4), (1, 8), (1, 16), (2, 16))
-    plans = scaling.sweep_runs(sizes, budgets, str(corpus))
-    out, left = tmp_path / "sweep", plans[0]
-    rng = np.random.default_rng(0)
-    for p in plans[1:]:
-        (out / p["name"]).mkdir(parents=True)
-        (out / p["name"] / "config.json").write_text(json.dumps(p["config"]))
-        loss = 1 + 20 / p["N"] ** 0.3 + 30 / p["D"] ** 0.3 + 0.001 * rng.standard_normal()
-        lines = {"step": 1, "loss": 9.0}, {"step": p["config"]["steps"], "val_loss": loss}
-        (out / p["name"] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    argv = ("sweep", "--out", out, "--data", corpus, "--budgets", ",".join(map(str, budgets)), "--sizes",
-            "1x4,1x8,1x16,2x16", "--jobs", 1)
-    code, text, err = call(capsys, *argv)
-    assert code == 0, err
-    assert f"{len(plans) - 1} of {len(plans)} runs were finished before" in text
-    assert f"{len(plans):>3}/{len(plans)}  C 3e+08" in text
-    with open(out / "runs.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(plans) and float(rows[0]["N"]) == left["N"] and 3 < float(rows[0]["loss"]) < 7
-    config = json.loads((out / left["name"] / "config.json").read_text())
-    assert {k: config[k] for k in left["config"]} == left["config"] and config["micro_batch_size"] > 0
-    code, text, err = call(capsys, *argv)
-    assert code == 0 and f"{len(plans)} of {len(plans)} runs were finished before" in text and "3 parametric" in text
-    # a run of other settings in its place is not taken for it
-    (out / left["name"] / "config.json").write_text(json.dumps(config | {"lr": 9.0}))
-    code, text, err = call(capsys, *argv)
-    assert code == 2 and "--out must be a sweep of the same settings: lr is 9.0" in err
-
-
-def test_a_sweep_that_cannot_train_says_why(capsys, tmp_path, monkeypatch):
-    failing = tmp_path / "python"
-    failing.write_text(f"#!/bin/sh\necho >> {tmp_path}/begun\necho 'train.py: --data must be there' >&2\nexit 2\n")
-    failing.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(failing))
-    code, out, err = call(capsys, "sweep", "--out", tmp_path / "sweep", "--jobs", 4)
-    assert (tmp_path / "begun").read_text() == "\n"                                 # the first prepares for the others
-    assert code == 2 and err.count("\n") == 1 and "ended with exit code 2: train.py: --data must be there" in err
 
 
 # ---- this project's own runs -----------------------------------------------------------------------------------------
