@@ -1,6 +1,81 @@
-"""Scaling: five questions to ask before a training run.
+"""Scaling: five questions to ask before a training run, and what answers them.
 
-run: python scaling.py
+(1) How good will it be? Train small models at several budgets of compute, and draw a law through their losses:
+
+    L(N, D) = E + A / N^alpha + B / D^beta                          Chinchilla (Hoffmann 2022)
+
+N parameters, D tokens. E is the entropy of text, which nobody can predict; A / N^alpha is what a finite model misses;
+B / D^beta is what finite data did not teach. Training costs C = 6 N D FLOPs: a weight is multiplied and added once
+forward (2), and twice backward, for the gradients of its input and of itself (4). tests/sweep_runs.csv holds 21 such
+runs of this repository. Three approaches fit a law to them:
+
+    2  fit_isoflop     runs of one budget C: a parabola through loss(ln N); its vertex is the best size N_opt(C)
+    1  fit_envelope    of all curves loss(C), one per size, the lower envelope: which size is on it at C?
+    3  fit_parametric  all five constants at once:
+                       min sum_i Huber_delta(LSE(e, a - alpha ln N_i, b - beta ln D_i) - ln L_i),  delta = 1e-3
+                       E = exp(e), A = exp(a), B = exp(b),  LSE = ln sum exp
+
+The objective of the third is nearly an L1 norm, so that outliers hardly count, and nearly flat along valleys (A with
+alpha, B with beta), where first-order methods stop early: hence centred logs, an exact 5 x 5 Hessian, many starts.
+`holdout` asks the fit for the largest budgets without showing them to it.
+
+(2) How large, for a budget? Minimise L where 6 N D = C. There ln N and ln D trade one for one, so that at the best both
+are worth the same:
+
+    alpha A / N^alpha = beta B / D^beta          N_opt = G (C/6)^a,  D_opt = (C/6)^b / G
+                                                 G = (alpha A / (beta B))^(1 / (alpha + beta))
+                                                 a = beta / (alpha + beta),  b = alpha / (alpha + beta)
+
+With the constants of Besiroglu 2024 (the default here) that is 26 tokens per parameter at 1e18 FLOPs, 18 at Gopher's
+5.76e23, 16 at 1e26: "20 tokens per parameter". Hoffmann's constants for the same runs say 59 at Gopher's budget: their
+optimizer had stopped early. Kaplan 2020 found N_opt ~ C^0.73 from small models counted without embeddings (Pearce 2024).
+
+(3) What did known models leave on the table? GPT-3 spent 3.15e23 FLOPs on 1.7 tokens per parameter. The law says that
+53 billion parameters and 990 billion tokens would have cost the same and been better, and that GPT-3's own loss can be
+had for 61 % of its compute. Models that are used a lot are smaller than N_opt on purpose: `inference_optimal`.
+
+(4) What does a layout take? 7 billion parameters want 126 GB for weights, gradients and AdamW's states, and an H100 has
+80. So a step is split: dp copies of tp parts of pp stages. Per rank of a `Layout`, for a `Program`:
+
+    memory    parameters, gradients, states       2, 4, 12 bytes per parameter of the rank; what ZeRO splits, / dp
+              activations                         stored micro-batches x layers x what a layer keeps, in Megatron
+                s b h (10 + 24/t + 5 a s / (h t))   none         s tokens, b micro-batch, h width, a heads, t tp;
+                s b h (10 + 24/t)                   selective    with sequence parallelism 10/t in the place of 10;
+                2 s b h                             full         flash attention: 4 bytes per row for 5 s
+                stored: 1F1B p - r on rank r;  GPipe m;  interleaved p (1 + (p-1)/(p v)) on the first
+              buffers                             gradients on their way, gathered layers, the block that runs again
+    messages  {(axis, collective): (calls, payload)}, as a ring: an all-reduce sends 2 (n-1)/n of it, its halves (n-1)/n
+    seconds   a step       (m + (p-1)/v) (F + B + W) of the slowest stage, the update, messages that nothing hides
+              product      2 m n k / (c peak) + bytes (m n + n k + m k) / HBM        so small ones are slow ones
+              the rest     5 x what a layer keeps / HBM: written, read; read, a gradient read, another written
+              flash        its FLOPs, without those that causality hides, at 0.6 of the peak
+              message      (n-1)/n bytes / bandwidth + hops x latency
+              bubble       (p-1)/v (F + B + W);  zero bubble: (p-1) (F + B) - (min(m, p) - 1) W
+
+One number per GPU type is fitted: c, the share of its peak that large products reach in a long run: hot, at the power
+limit, between other kernels. A100: on the six rows of Megatron's table 1; H100: on one row of Llama 3's table 4.
+
+(5) What does it cost? 7 billion parameters on 140 billion tokens are 6.5e21 FLOPs; 64 H100s multiply at most 6.3e16 per
+second, so 28 hours are the least, and a good program needs nearly twice that. `bill` adds up one layout: time, energy,
+CO2, dollars. `plan` writes the bill of every layout and ranks them. train.py prints the same bill before it starts.
+
+    symbol             in code               what
+    N, D, C, L         params, tokens, ...   parameters, training tokens, FLOPs, loss in nats per token
+    E A B alpha beta   law[...]              a law is a dict; fit_parametric returns one
+    L C H D V T        n_layer n_embd n_head head_dim vocab_size seq_len, where a Shape is meant
+    m, p, v, t         micro_batches, pp, chunks, tp     micro-batches per step, ranks of a pipeline, stages per rank
+    F, B, W            a micro-batch forward; backward, the inputs' and the weights' gradients
+
+Map: the questions in their order, then the command line and the demo. Not here: context and expert parallelism,
+failures, reading data. Published rows, and the planner's answer to each, are tests.
+
+Sources: Hoffmann 2022 (arXiv:2203.15556), fitted again: Besiroglu 2024 (2404.10102); Kaplan 2020 (2001.08361); Pearce
+2024 (2406.12907); Muennighoff 2023 (2305.16264); Sardana 2024 (2401.00448). Narayanan 2021 (2104.04473); Korthikanti
+2022 (2205.05198); ZeRO (1910.02054); Qi 2023 (2401.10241); Llama 3 (2407.21783); FlashAttention-2 (2307.08691); GPUs,
+links, products: stas00/ml-engineering (2026-08-22).
+
+run: python scaling.py          python scaling.py RUNS.csv          python scaling.py fit RUNS.csv --holdout 1
+     python scaling.py plan --params 7e9 --tokens 1.4e11 --gpu h100 --n-gpus 64
 """
 
 import argparse
@@ -296,40 +371,30 @@ def fit_parametric(runs, *, delta=1e-3, times=200, seed=0, predict=lambda law: {
 
 
 def holdout(runs, k: int, *, times=200, seed=0) -> dict:
-    """Fit without the k largest budgets, then look at them: {"law": fit_parametric's, "isoflop": fit_isoflop's or None,
-    "fitted_to": C of the largest budget fitted, "rows": [{"C", "ahead": C / fitted_to, "loss", "N_opt": {"measured",
-    "predicted", "interval"}}]}. Measured is the vertex of the budget's parabola; loss is predicted by approach 3, N_opt
-    by approach 2, by 3 where there is no 2."""
+    """Fit without the k largest budgets, then look at them: {"fitted_to": C of the largest budget that was fitted, "rows":
+    [{"C", "ahead": C / fitted_to, "loss", "N_opt": {"measured", "predicted", "interval"}}]}. Measured is the vertex of
+    the budget's parabola; the loss is predicted by approach 3, N_opt by approach 2."""
     groups = budgets(table(runs))
     if not 1 <= k <= len(groups) - 2:
         raise BadInput(f"holdout must leave 2 budgets or more to fit, got {k} of {len(groups)}")
-    goals = [(i, vertex) for i, vertex in enumerate(map(parabola, groups[-k:])) if vertex]
+    goals, known = [vertex for vertex in map(parabola, groups[-k:]) if vertex], np.concatenate(groups[:-k])
     if not goals:
         raise BadInput("holdout must be of budgets with 3 or more sizes and the best inside, got none")
 
-    def by_law(law):
-        best = {i: compute_optimal(6 * v.N * v.D, law) for i, v in goals}
-        return {f"loss {i}": chinchilla_loss(*x, law) for i, x in best.items()} | {f"N {i}": x.N for i, x in best.items()}
+    def losses(law):
+        return {v.C: chinchilla_loss(*compute_optimal(6 * v.N * v.D, law), law) for v in goals}
 
-    def by_isoflop(fit):
-        return {f"N {i}": fit["k_N"] * v.C ** fit["a"] for i, v in goals}
+    def sizes(fit):
+        return {v.C: fit["k_N"] * v.C ** fit["a"] for v in goals}
 
-    known = np.concatenate(groups[:-k])
-    law = fit_parametric(known, times=times, seed=seed, predict=by_law)
-    if not has_optimum(law, goals[-1][1].C):
+    law = fit_parametric(known, times=times, seed=seed, predict=losses)
+    if not has_optimum(law, goals[-1].C):
         raise BadInput("holdout must leave runs to which N and D make a difference: the fitted law has no optimum")
-    try:
-        isoflop = fit_isoflop(known, times=times, seed=seed, predict=by_isoflop)
-    except BadInput:
-        isoflop = None
-    losses, sizes, last_C = by_law(law), by_isoflop(isoflop) if isoflop else by_law(law), flops_of(groups[-k - 1]).mean()
-    size_ends = (isoflop or law)["intervals"] or {}
-    rows = [{"C": v.C, "ahead": v.C / last_C,
-             "loss": {"measured": v.loss, "predicted": losses[f"loss {i}"],
-                      "interval": (law["intervals"] or {}).get(f"loss {i}")},
-             "N_opt": {"measured": v.N, "predicted": sizes[f"N {i}"], "interval": size_ends.get(f"N {i}")}}
-            for i, v in goals]
-    return {"law": law, "isoflop": isoflop, "fitted_to": last_C, "rows": rows}
+    isoflop, largest = fit_isoflop(known, times=times, seed=seed, predict=sizes), flops_of(groups[-k - 1]).mean()
+    return {"fitted_to": largest, "rows": [
+        {"C": v.C, "ahead": v.C / largest} | {
+            name: {"measured": x, "predicted": predict(fit)[v.C], "interval": (fit["intervals"] or {}).get(v.C)}
+            for name, x, fit, predict in (("loss", v.loss, law, losses), ("N_opt", v.N, isoflop, sizes))} for v in goals]}
 
 
 # ---- (2) how large, for a budget? ------------------------------------------------------------------------------------
@@ -424,26 +489,6 @@ def inference_optimal(loss, inference_tokens, law=BESIROGLU) -> Optimum:
     return Optimum(N, tokens_for_loss(N, loss, law))
 
 
-# Muennighoff 2023, appendix A: alpha = beta, and how fast repeated tokens and excess parameters lose their value
-MUENNIGHOFF = {"E": math.exp(0.6254804), "A": math.exp(6.255414), "B": math.exp(7.3049974), "alpha": 0.3526596,
-               "beta": 0.3526596, "R_D": 15.387756, "R_N": 5.309743}
-
-
-def effective(x, unique, decay):
-    """What x tokens from `unique` different ones are worth: U + U R* (1 - exp(-R / R*)), R = x / U - 1 repetitions."""
-    U = np.minimum(unique, x)
-    return U + U * decay * -np.expm1(-(x / U - 1) / decay)
-
-
-def data_constrained_loss(N, D, unique, law=MUENNIGHOFF):
-    """Loss of N parameters on D tokens of which `unique` are different: repeated ones, and parameters beyond what
-    the unique ones are best for, count ever less. (Muennighoff 2023, equations 5, 6, appendix A)"""
-    U = np.minimum(unique, D)
-    # of all budgets, the one whose best D is U has the best N for U: alpha A / N^alpha = beta B / U^beta
-    fit = (law["alpha"] * law["A"] / (law["beta"] * law["B"]) * U ** law["beta"]) ** (1 / law["alpha"])
-    return chinchilla_loss(effective(N, fit, law["R_N"]), effective(D, U, law["R_D"]), law)
-
-
 # ---- (4) what a layout takes: shapes ---------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -534,7 +579,6 @@ class Program:
     train_py: bool = True           # count the named terms below in which train.py differs from the papers' programs
 
     wide = property(lambda self: max(4, self.item))                                     # bytes of sums and moments
-    statistic = property(lambda self: max(4, self.residual))                            # ... of a norm's 1 / rms
     # AdamW's two moments, and the master
     states = property(lambda self: 2 * self.wide + 4 * (self.master_weights and self.item < 4))
     # the sum that ends a block is not needed when the block runs again in backward; Megatron-LM makes it all the same
@@ -677,15 +721,15 @@ BUCKETS = 25e6, 10e6, 10e6                    # bytes of gradients per message, 
 def layer_bytes(shape: Shape, layout: Layout, program: Program, recompute: str) -> float:
     """What a layer keeps from forward to backward, of one micro-batch on one rank: Korthikanti 2022, equations 1 to 6,
     and the same count for SwiGLU, grouped heads, RMSNorm, flash attention."""
-    C, n, copies = shape.n_embd, layout.micro_batch_size * shape.seq_len, norm_copies(shape, program)
+    C, n = shape.n_embd, layout.micro_batch_size * shape.seq_len
     if recompute == "full":                                                             # its input
         return n * C * program.residual / layout.split
-    # two norms: input; dropout's mask; output
-    whole = 2 * C * (copies * program.residual + program.dropout + program.item)
+    # two norms and what they put out; two masks of dropout
+    whole = 2 * (norm_bytes(shape.norm, C, program) + C * (program.item + program.dropout))
     # q, k, v, o; the MLP's ups, and for SwiGLU what silu and the product make of them
     split = (2 * shape.q + 2 * shape.kv + 2 * shape.ups * shape.n_ff) * program.item
     if shape.qk_norm:
-        split += copies * (shape.q + shape.kv) * program.residual + (shape.n_head + shape.n_kv_head) * program.statistic
+        split += (shape.n_head + shape.n_kv_head) * norm_bytes("rmsnorm", shape.head_dim, program)
     if recompute == "none":
         # log sum exp per row; or softmax, dropout's mask and what that leaves, over T keys
         row = program.wide if program.flash else (2 * program.item + program.dropout) * shape.seq_len
@@ -693,13 +737,12 @@ def layer_bytes(shape: Shape, layout: Layout, program: Program, recompute: str) 
     return n * (whole / layout.split + split / layout.tp) + uncounted_layer_bytes(shape, layout, program, recompute)
 
 
-def norm_copies(shape: Shape, program: Program) -> int:
-    return 2 if shape.norm == "rmsnorm" and not program.fused_norm else 1
-
-
-def norm_statistics(shape: Shape, program: Program) -> int:
-    """Bytes per token that train.py counts and the papers do not: 1 / rms; LayerNorm's mean and 1 / deviation."""
-    return program.train_py * program.statistic * (1 if shape.norm == "rmsnorm" else 2)
+def norm_bytes(norm: str, width: int, program: Program) -> int:
+    """Of one row: the input, x / rms of an RMSNorm that is not fused, and what the papers leave out: 1 / rms, or
+    LayerNorm's mean and 1 / deviation."""
+    rms = norm == "rmsnorm"
+    statistics = program.train_py * max(4, program.residual) * (1 if rms else 2)
+    return width * program.residual * (2 if rms and not program.fused_norm else 1) + statistics
 
 
 def uncounted_layer_bytes(shape: Shape, layout: Layout, program: Program, recompute: str) -> float:
@@ -710,16 +753,14 @@ def uncounted_layer_bytes(shape: Shape, layout: Layout, program: Program, recomp
     casts = (1 + shape.ups) * shape.n_embd * program.item * (program.item < program.residual and layout.tp == 1)
     rotated = (shape.q + shape.kv) * (program.residual - program.item)
     rotated *= recompute == "selective" and shape.position == "rope"
-    return layout.micro_batch_size * shape.seq_len * ((2 * norm_statistics(shape, program) + casts) / layout.split
-                                                      + rotated / layout.tp)
+    return layout.micro_batch_size * shape.seq_len * (casts + rotated / layout.tp)
 
 
 def end_bytes(shape: Shape, layout: Layout, program: Program) -> float:
     """What the last norm and the loss keep of a micro-batch: inputs of both and the logits in float32; a chunked loss
     has neither logits nor (but for a shard that is gathered again) its input, but the gradients of input and weight."""
     n, C, V = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size / layout.tp
-    norm = n * (C * program.residual * norm_copies(shape, program) + norm_statistics(shape, program)) / layout.split
-    x = n * C * program.item / layout.split
+    norm, x = n * norm_bytes(shape.norm, C, program) / layout.split, n * C * program.item / layout.split
     if program.chunked_loss:
         return norm + x * (layout.split > 1) + program.wide * (n * C + V * C)
     return norm + x + 4 * n * V
@@ -1374,7 +1415,7 @@ def report_holdout(found):
     print(f"\nholdout    fitted up to C = {found['fitted_to']:.3g} FLOPs; it looks ahead {rows[-1]['ahead']:.3g} times the "
           "compute")
     for name, approach, form in (("loss", "3 parametric", ".4f"),
-                                 ("N_opt", "2 IsoFLOP" if found["isoflop"] else "3 parametric", ".3g")):
+                                 ("N_opt", "2 IsoFLOP", ".3g")):
         print(f"{name:<7}{approach:<13} {'C':>10} {'ahead':>6} {'predicted':>10} | {'measured':>9} | {'error':>7}   95 % of "
               "resamples")
         for row in rows:
@@ -1674,8 +1715,113 @@ def main(argv=None) -> int:
 # ---- demo ------------------------------------------------------------------------------------------------------------
 
 def demo(path=None):
-    """Interim."""
-    print("predicted")
+    """The five questions in a few rows each, measured or published | predicted | error, asserted. CPU, seconds. path: a
+    table of runs to begin with, in the place of this repository's."""
+    def row(what, measured, predicted, bound=0.0):
+        """bound: of the relative error; None: shown."""
+        error = predicted / measured - 1
+        print(f"{what:<82} {measured:>11,.5g} | {predicted:>11,.5g} | {error:>+7.1%}" + "  shown" * (bound is None))
+        assert bound is None or abs(error) <= bound, what
+
+    def title(text, left="measured"):
+        print(f"\n{text:<82} {left:>11} | {'predicted':>11} |   error")
+
+    def ratio(best):
+        return best.D / best.N
+
+    own = Path(__file__).parent / "tests" / "sweep_runs.csv"
+    if path or own.exists():
+        runs, bound = read_runs(path or own), None if path else 1                # other people's runs are not asserted
+        law, isoflop, ahead = fit_parametric(runs), fit_isoflop(runs), holdout(runs, 1)
+        title(f"(1) how good will it be? {len(runs)} runs of {Path(path or own).name}: loss")
+        for group in budgets(runs):
+            N, D, loss = group[group[:, 2].argmin(), :3]
+            row(f"best run for {flops_of(group)[0]:.3g} FLOPs: {N:,.3g} parameters, {D:.3g} tokens | the law", loss,
+                chinchilla_loss(N, D, law), bound and 0.03)
+        first = ahead["rows"][0]
+        row(f"{first['C']:.3g} FLOPs from the budgets up to {ahead['fitted_to']:.3g}: loss", first["loss"]["measured"],
+            first["loss"]["predicted"], bound and 0.08)
+        row("   best size", first["N_opt"]["measured"], first["N_opt"]["predicted"], bound and 0.3)
+        title("(2) how large, for a budget? the vertex of its runs' parabola | the law")
+        for p in isoflop["points"]:
+            row(f"best size for {p['C']:.3g} FLOPs: {p['D'] / p['N']:.3g} tokens per parameter", p["N"],
+                compute_optimal(p["C"], law).N, bound and 0.5)
+    else:
+        print("(1), (2): no tests/sweep_runs.csv here, this repository's own runs; python scaling.py RUNS.csv fits others")
+    title("(2) tokens per parameter: the best of 100,001 sizes | the closed form", "searched")
+    for C, law, x in ((1e18, BESIROGLU, 26), (5.76e23, BESIROGLU, 18), (1e26, BESIROGLU, 16), (5.76e23, HOFFMANN, 59)):
+        sizes = compute_optimal(C, law).N * np.exp(np.linspace(-3, 3, 100_001))
+        N = sizes[np.argmin(chinchilla_loss(sizes, C / (6 * sizes), law))]
+        row(f"{C:.3g} FLOPs, {'Besiroglu' if law is BESIROGLU else 'Hoffmann'}'s constants", C / (6 * N * N),
+            ratio(compute_optimal(C, law)), 1e-4)
+        assert round(ratio(compute_optimal(C, law))) == x
+
+    print(f"\n(3) what did known models leave on the table?\n{'':<15} {'N':>9} {'D':>9} {'FLOPs':>9} {'D/N':>7} "
+          f"{'best D/N':>8} {'N/N_opt':>8} {'loss':>7} {'left':>7}  compute that would do, predicted")
+    for name, (N, D) in MODELS.items():
+        r = assess(N, D)
+        print(f"{name:<15} {N:>9.3g} {D:>9.3g} {r['C']:>9.3g} {r['ratio']:>7.1f} {r['best_ratio']:>8.1f} "
+              f"{r['N_over_N_opt']:>8.2f} {r['loss']:>7.4f} {r['left']:>7.4f}  {r['enough']:>6.1%}")
+        assert abs(tokens_for_loss(N, r["loss"]) / D - 1) < 1e-6 and r["left"] > 0
+    r = assess(175e9, 300e9)
+    assert (round(r["C"] / 1e21), round(r["ratio"], 1), round(r["enough"], 2)) == (315, 1.7, 0.61)
+    assert (round(r["N_opt"] / 1e9), round(r["D_opt"] / 1e10)) == (53, 99)
+
+    if Path(__file__).with_name("model.py").exists():
+        import torch
+
+        import model as net
+
+        torch.set_num_threads(1)
+        title("(4) what does a layout take? 2 x 64 tokens through model.py, one process")
+        config = net.ModelConfig(vocab_size=512, seq_len=64, n_layer=2, n_head=4, n_kv_head=4, head_dim=16, n_embd=64,
+                                 n_ff=192)
+        tokens, network, kept = torch.zeros(2, 64, dtype=torch.long), net.build(config), {}
+        outside = {x.untyped_storage().data_ptr() for x in (tokens, *network.parameters())}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x) is None or x, lambda x: x):
+            network(tokens, tokens)
+        row("parameters", sum(p.numel() for p in network.parameters()), shape_of(config).num_params)
+        row("bytes kept from forward to backward", sum(x.untyped_storage().nbytes() for place, x in kept.items()
+                                                       if place not in outside),
+            memory(shape_of(config), Layout(micro_batch_size=2), Program(4, fused_norm=False), 0)["activations"])
+    title("(4) the same formulas, other people's clusters", "published")
+    a100, h100 = GPUS["a100"], GPUS["h100"]
+    megatron, llama = Shape(51200, 2048, 0, 0, 0, 0, 0, 0, "layernorm", "learned", "gelu", True, True), Shape(
+        128256, 8192, 126, 128, 8, 128, 16384, 53248)
+    gpt22, gpt76, gpt1000 = (replace(megatron, n_layer=L, n_embd=C, n_ff=4 * C, n_head=H, n_kv_head=H, head_dim=C // H)
+                             for L, C, H in ((48, 6144, 64), (60, 10240, 80), (128, 25600, 160)))
+    # Korthikanti 2022, table 5: equation 4; seconds of an iteration. ZeRO, table 1. Megatron, table 1. Llama 3, table 4
+    layout = Layout(1, 8, micro_batch_size=4, recompute="selective")
+    row("22 B, tp 8, selective: bytes that a layer keeps", 2.139e8,
+        layer_bytes(gpt22, layout, MEGATRON_2022, "selective"), 1e-3)
+    row("   seconds per iteration", 1.10, estimate(gpt22, a100, layout, MEGATRON_2022)["step"], 0.15)
+    states = list(memory(gpt22, Layout(64, zero=1), MEGATRON_2021, 0).values())[:3]
+    row("7.5 B, ZeRO stage 1, dp 64: GB of parameters, gradients, states", 31.4,
+        sum(states) / gpt22.num_params * 7.5, 0.025)
+    for what, shape, n, tp, pp, batch, tflops in (("76 B", gpt76, 1024, 8, 4, 1792, 140),
+                                                  ("1,008 B", gpt1000, 3072, 8, 64, 3072, 163)):
+        best = plan(shape, a100, n, tp=tp, pp=pp, zero=0, recompute="full", program=MEGATRON_2021,
+                    sequence_parallel=False, global_batch_size=batch, top=1)[0]
+        row(f"{what}, {n:,} A100, tp {tp}, pp {pp}: TFLOP/s per GPU, with what runs again (fitted)", tflops,
+            best["hardware_tflops"], 0.15)
+    row("405 B, 16,384 H100, tp 8, pp 16, dp 128: TFLOP/s per GPU", 400, max(estimate(
+        llama, h100, Layout(128, 8, 16, "interleaved", v, 1, 16, 1), LLAMA_3)["tflops"] for v in range(2, 8)), 0.15)
+
+    # LLaMA, table 15
+    title("(5) what does it cost?", "published")
+    row("LLaMA 65B, 1,022,362 A100-hours: MWh", 449, cost(a100, 1, 1_022_362 * 3600)["energy_mwh"], 0.003)
+    print("\n7 B on 64 H100s, 1024 sequences of 4096 tokens: the best layout of train.py, and the next two")
+    seven, tokens = Shape(32000, 4096, 32, 32, 32, 128, 4096, 11008), 1.4e11
+    found, flops = plan(seven, "h100", 64, global_batch_size=1024, tokens=tokens, top=3), tokens * seven.flops_per_token()
+    print(describe_bill(found[0]))
+    for x in found[1:]:
+        place = x["layout"]
+        print(f"next       dp {place['dp']}, tp {place['tp']}, pp {place['pp']}, zero {place['zero']}, recompute "
+              f"{place['recompute']}: {x['memory_bytes']['total'] / 1e9:.1f} GB, MFU {x['mfu']:.1%}, {x['days']:.2f} days")
+    bytes_per_parameter = sum(list(memory(seven, Layout(), Program(), 0).values())[:3]) / seven.num_params
+    assert round(flops / 1e21, 1) == 6.5 and round(flops / 64 / h100.peak / 3600) == 28       # the first page's numbers
+    assert 0.5 < found[0]["mfu"] < 0.6 and bytes_per_parameter * 7 == 126 and round(64 * h100.peak / 1e15) == 63
 
 
 if __name__ == "__main__":

@@ -28,6 +28,26 @@ from scaling import (
 SARDANA = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.336, "beta": 0.283}
 
 
+# Muennighoff 2023, appendix A: alpha = beta, and how fast repeated tokens and excess parameters lose their value
+MUENNIGHOFF = {"E": math.exp(0.6254804), "A": math.exp(6.255414), "B": math.exp(7.3049974), "alpha": 0.3526596,
+               "beta": 0.3526596, "R_D": 15.387756, "R_N": 5.309743}
+
+
+def effective(x, unique, decay):
+    """What x tokens from `unique` different ones are worth: U + U R* (1 - exp(-R / R*)), R = x / U - 1 repetitions."""
+    U = np.minimum(unique, x)
+    return U + U * decay * -np.expm1(-(x / U - 1) / decay)
+
+
+def data_constrained_loss(N, D, unique, law=MUENNIGHOFF):
+    """Loss of N parameters on D tokens of which `unique` are different: repeated ones, and parameters beyond what
+    the unique ones are best for, count ever less. (Muennighoff 2023, equations 5, 6, appendix A)"""
+    U = np.minimum(unique, D)
+    # of all budgets, the one whose best D is U has the best N for U: alpha A / N^alpha = beta B / U^beta
+    fit = (law["alpha"] * law["A"] / (law["beta"] * law["B"]) * U ** law["beta"]) ** (1 / law["alpha"])
+    return chinchilla_loss(effective(N, fit, law["R_N"]), effective(D, U, law["R_D"]), law)
+
+
 # The law before Chinchilla. Kaplan 2020, table 5: N_c non-embedding parameters, D_c, B_star tokens, C_c_min PF-days
 PF_DAY = 1e15 * 24 * 3600                                                                                   # FLOPs
 KAPLAN = {"alpha_N": 0.076, "N_c": 8.8e13, "alpha_D": 0.095, "D_c": 5.4e13, "alpha_C_min": 0.050, "C_c_min": 3.1e8,

@@ -17,7 +17,7 @@ import published
 import pytest
 import torch
 import torch.distributed as dist
-from published import KAPLAN, KAPLAN_JOINT, SARDANA, isoflop_runs, kaplan_loss
+from published import KAPLAN, KAPLAN_JOINT, MUENNIGHOFF, SARDANA, isoflop_runs, kaplan_loss
 from test_model import SETTINGS, random_tokens
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,7 +32,6 @@ from scaling import (
     BESIROGLU,
     GPUS,
     HOFFMANN,
-    MUENNIGHOFF,
     Layout,
     Program,
     Shape,
@@ -138,8 +137,8 @@ def test_overtraining_costs_the_same_share_at_every_budget(law):
 def test_repeated_data():
     law, U = MUENNIGHOFF, 1e10
     for epochs, worth in ((1, 1.0), (4, 3.726), (16, 10.582), (1e9, 16.388)):                   # Muennighoff 2023, eq 5
-        assert scaling.effective(epochs * U, U, law["R_D"]) == pytest.approx(worth * U, rel=1e-4)
-    loss = lambda N, D, U=U: scaling.data_constrained_loss(N, D, U)
+        assert published.effective(epochs * U, U, law["R_D"]) == pytest.approx(worth * U, rel=1e-4)
+    loss = lambda N, D, U=U: published.data_constrained_loss(N, D, U)
     assert loss(1e8, U) == pytest.approx(chinchilla_loss(1e8, U, law))                        # small, one epoch
     assert loss(1e8, 1e10, 1e12) == loss(1e8, 1e10, 1e10)                              # what is not read is nothing
     assert loss(1e8, 2 * U) < loss(1e8, U) and loss(1e8, 2 * U) > loss(1e8, 2 * U, 2 * U)
