@@ -28,7 +28,8 @@ are worth the same:
 
 With the constants of Besiroglu 2024 (the default here) that is 26 tokens per parameter at 1e18 FLOPs, 18 at Gopher's
 5.76e23, 16 at 1e26: "20 tokens per parameter". Hoffmann's constants for the same runs say 59 at Gopher's budget: their
-optimizer had stopped early. Kaplan 2020 found N_opt ~ C^0.73 from small models counted without embeddings (Pearce 2024).
+optimizer had stopped early. Kaplan 2020 had found N_opt ~ C^0.73, from small models without their embeddings (Pearce
+2024).
 
 (3) What did known models leave on the table? GPT-3 spent 3.15e23 FLOPs on 1.7 tokens per parameter. The law says that
 53 billion parameters and 990 billion tokens would have cost the same and been better, and that GPT-3's own loss can be
@@ -79,6 +80,7 @@ run: python scaling.py          python scaling.py RUNS.csv          python scali
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import difflib
@@ -619,75 +621,76 @@ def rank_params(shape: Shape, layout: Layout, stage: int) -> RankParams:
 
 @dataclass(frozen=True)
 class GPU:
-    """peak, fp8: dense FLOP/s of bf16 (fp16) and fp8 products. memory: bytes. bandwidth: bytes/s of HBM. link: bytes/s
-    of an all-reduce inside a node; network: bytes/s per GPU between nodes. matmul: c, the share of the peak that large
-    products reach. price: dollars per hour."""
+    """A row of the table below in FLOP/s, bytes, bytes/s, watts, dollars per hour."""
 
-    peak: float
-    fp8: float
+    peak: float                    # dense bf16 (V100, T4: fp16) products
+    fp8: float                     # 0: has none
     memory: float
-    bandwidth: float
-    link: float
-    network: float
+    bandwidth: float               # of HBM
+    link: float                    # bus bandwidth of an all-reduce inside a node
+    network: float                 # per GPU between nodes
     watts: float
-    matmul: float
-    price: float | None = None
-    source: str = "no price known: give --price"
-    node: int = 8
-    fp32: float = 1 / 16                      # of the bf16 peak, by the makers' data sheets
-    bf16: bool = True
+    matmul: float                  # c
+    fp32: float                    # share of peak
+    price: float | None
+    source: str                    # of the price
     name: str = ""
+    node: int = 8                  # GPUs per node
+
+    bf16 = property(lambda self: not self.name.startswith(("v100", "t4")))
 
     def peak_flops(self, precision: str) -> float:
         """FLOP/s that MFU is a share of: the precision's own."""
         return {"fp32": self.peak * self.fp32, "tf32": self.peak / 2, "fp8": self.fp8}.get(precision) or self.peak
 
 
-def data_sheet(peak, fp8, memory, bandwidth, link, network, watts, matmul, *price, **more) -> GPU:
-    """From TFLOP/s, GB, GB/s."""
-    sizes = peak * 1e12, fp8 * 1e12, memory * 1e9, bandwidth * 1e9, link * 1e9, network * 1e9
-    return GPU(*sizes, watts, matmul, *price, **more)
-
-
 # Links: measured 235 of NVLink 3's 300 GB/s and 368 of NVLink 4's 450; of others 0.8 of the line rate (PCIe 4: 31,
 # PCIe 5: 63). Network: 200 Gb/s per GPU for A100 (Narayanan 2021, section 5), 400 for H100 (Llama 3, section 3.3.1) and
 # later. c: fitted for A100 and H100, where it is 0.88 and 0.79 of the largest product measured; 0.83 of that for the
-# others, and of 0.78 of the peak where nobody measured
-SKYPILOT, RUNPOD = "skypilot-catalog v8, undated", "RunPod secure, 2026-05-22"
-GPUS = {
-    "v100": data_sheet(125, 0, 32, 900, 120, 12.5, 300, 0.65, 0.79, f"Lambda, 16 GB, {SKYPILOT}", fp32=1 / 8,
-                       bf16=False),
-    "v100-16gb": data_sheet(125, 0, 16, 900, 120, 12.5, 300, 0.65, 0.79, f"Lambda, 16 GB, {SKYPILOT}", fp32=1 / 8,
-                            bf16=False),
-    "a100": data_sheet(312, 0, 80, 2000, 235, 25, 400, 0.712, 1.50, "assumed by Sardana 2024, arXiv:2401.00448"),
-    "a100-40gb": data_sheet(312, 0, 40, 1555, 235, 25, 400, 0.712),
-    "a100-pcie": data_sheet(312, 0, 80, 1940, 25, 25, 300, 0.67),
-    "a100-pcie-40gb": data_sheet(312, 0, 40, 1555, 25, 25, 250, 0.67),
-    "h100": data_sheet(989, 1979, 80, 3350, 368, 50, 700, 0.635, 2.69, RUNPOD),
-    "h100-pcie": data_sheet(756, 1513, 80, 2000, 50, 50, 350, 0.65, 2.79, RUNPOD),
-    "h100-nvl": data_sheet(835, 1671, 94, 3938, 50, 50, 400, 0.65),
-    "h20": data_sheet(148, 296, 96, 4000, 368, 50, 400, 0.65, fp32=0.3),
-    "h200": data_sheet(989, 1979, 141, 4800, 368, 50, 700, 0.635, 3.50, f"Nebius on demand, {SKYPILOT}"),
-    "b200": data_sheet(2250, 4500, 180, 8000, 720, 50, 1000, 0.64, 5.50, f"Nebius, {SKYPILOT}", fp32=1 / 30),
-    "b300": data_sheet(2250, 4500, 288, 8000, 720, 50, 1000, 0.65, fp32=1 / 30),
-    "gb200": data_sheet(2500, 5000, 186, 8000, 720, 50, 1200, 0.61, fp32=1 / 31),
-    "mi300x": data_sheet(1307.4, 2614.9, 192, 5300, 358, 50, 750, 0.50, 1.71, "TensorWave, undated", fp32=1 / 8),
-    "mi325x": data_sheet(1300, 2610, 256, 6000, 358, 50, 1000, 0.50, fp32=1 / 8),
-    "mi355x": data_sheet(2500, 5000, 288, 8000, 428, 50, 1400, 0.50),
-    "l40s": data_sheet(362, 733, 48, 864, 25, 25, 350, 0.65, 1.55, f"Nebius, {SKYPILOT}", fp32=1 / 4),
-    "l40": data_sheet(181, 362, 48, 864, 25, 25, 300, 0.65, fp32=1 / 2),
-    "l4": data_sheet(121, 242.5, 24, 300, 25, 12.5, 72, 0.65, fp32=1 / 4),
-    "rtx4090": data_sheet(165.2, 330.3, 24, 1008, 25, 12.5, 450, 0.65, 0.25, "Hyperbolic, skypilot-catalog v7, undated",
-                   fp32=1 / 2),
-    "rtx3090": data_sheet(71, 0, 24, 936, 25, 12.5, 350, 0.65, fp32=1 / 2),
-    "rtx-a6000": data_sheet(154.8, 0, 48, 768, 25, 12.5, 300, 0.65, fp32=1 / 4),
-    "t4": data_sheet(65, 0, 16, 320, 12.5, 12.5, 70, 0.65, fp32=1 / 8, bf16=False)}
-GPUS = {name: replace(row, name=name) for name, row in GPUS.items()}
+# others, and of 0.78 of the peak where nobody measured. Peaks and 1/fp32 by the makers' data sheets
+GPU_TABLE = """
+name             TFLOP/s     fp8  GB   GB/s  link network watts    c  1/fp32    $  source of the price
+v100                 125       0  32    900   120    12.5   300 0.65       8 0.79  Lambda, 16 GB, skypilot-catalog v8
+v100-16gb            125       0  16    900   120    12.5   300 0.65       8 0.79  Lambda, 16 GB, skypilot-catalog v8
+a100                 312       0  80   2000   235    25     400 0.712     16 1.50  assumed by Sardana 2024
+a100-40gb            312       0  40   1555   235    25     400 0.712     16    -
+a100-pcie            312       0  80   1940    25    25     300 0.67      16    -
+a100-pcie-40gb       312       0  40   1555    25    25     250 0.67      16    -
+h100                 989    1979  80   3350   368    50     700 0.635     16 2.69  RunPod secure, 2026-05-22
+h100-pcie            756    1513  80   2000    50    50     350 0.65      16 2.79  RunPod secure, 2026-05-22
+h100-nvl             835    1671  94   3938    50    50     400 0.65      16    -
+h20                  148     296  96   4000   368    50     400 0.65     3.4    -
+h200                 989    1979 141   4800   368    50     700 0.635     16 3.50  Nebius on demand, skypilot-catalog v8
+b200                2250    4500 180   8000   720    50    1000 0.64      30 5.50  Nebius, skypilot-catalog v8
+b300                2250    4500 288   8000   720    50    1000 0.65      30    -
+gb200               2500    5000 186   8000   720    50    1200 0.61      31    -
+mi300x            1307.4  2614.9 192   5300   358    50     750 0.50       8 1.71  TensorWave, undated
+mi325x              1300    2610 256   6000   358    50    1000 0.50       8    -
+mi355x              2500    5000 288   8000   428    50    1400 0.50      16    -
+l40s                 362     733  48    864    25    25     350 0.65       4 1.55  Nebius, skypilot-catalog v8
+l40                  181     362  48    864    25    25     300 0.65       2    -
+l4                   121   242.5  24    300    25    12.5    72 0.65       4    -
+rtx4090            165.2   330.3  24   1008    25    12.5   450 0.65       2 0.25  Hyperbolic, skypilot-catalog v7
+rtx3090               71       0  24    936    25    12.5   350 0.65       2    -
+rtx-a6000          154.8       0  48    768    25    12.5   300 0.65       4    -
+t4                    65       0  16    320    12.5  12.5    70 0.65       8    -
+"""
+
+
+def table_row(line: str) -> GPU:
+    name, *figures, price = line.split(maxsplit=11)[:11]
+    peak, fp8, memory, bandwidth, link, network, watts, c, slower = map(float, figures)
+    source = line.split(maxsplit=11)[11:] or ["no price known: give --price"]
+    return GPU(peak * 1e12, fp8 * 1e12, memory * 1e9, bandwidth * 1e9, link * 1e9, network * 1e9, watts, c, 1 / slower,
+               None if price == "-" else float(price), *source, name)
+
+
+GPUS = {gpu.name: gpu for gpu in map(table_row, GPU_TABLE.strip().splitlines()[1:])}
 LINE = 0.8                                    # share of a network's line rate that messages reach, as in the links
 NVLINK_HOP, NETWORK_HOP = 3.4e-6, 14e-6       # seconds, of rings: NCCL's own tables, src/graph/tuning.cc
 FLASH = 0.6                                   # FlashAttention-2, figure 4: 187 of A100's 312 TFLOP/s at T 2048, D 128
 USABLE = 0.95                                 # of memory: the rest is CUDA's, NCCL's, and gaps
-PUE, GRID = 1.1, 0.385                        # building / GPUs; kg CO2 a kWh (LLaMA, arXiv:2302.13971, section 6)
+PUE, GRID = 1.1, 0.385                        # building / GPUs; kg CO2 per kWh (LLaMA, arXiv:2302.13971, section 6)
 PRECISIONS = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 2}                     # bytes of what is multiplied
 
 
@@ -1010,7 +1013,7 @@ def cost(gpu: GPU, n_gpus: int, seconds: float, pue: float = PUE, grid: float = 
 
 def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: str | GPU | None = None,
          precision: str = "bf16", rank_flops: float | None = None, pue: float = PUE, grid: float = GRID) -> dict:
-    """What a run of `tokens` tokens takes, as numbers, strings, lists and dicts of them: JSON.
+    """What a run of `tokens` tokens takes, as JSON has it:
 
     parameters, embedding_parameters, tokens, tokens_per_parameter, tokens_per_step, flops_per_token, flops
     law             {"best_tokens": for this size; "N_opt", "D_opt": for these 6 N D; "loss", "left": nats that N_opt
@@ -1022,19 +1025,19 @@ def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: 
                     seconds, days, gpu_hours, energy_mwh, tco2, dollars, dollars_per_gpu_hour, price_source
     rank_flops      FLOP/s that a rank was measured to reach: seconds, days, without messages
     """
-    N, flops, ranks = shape.num_params, tokens * shape.flops_per_token(), layout.ranks
-    found, parts = assess(N, tokens), {name: round(x) for name, x in fullest(shape, layout, program).items()}
+    N, flops, found = shape.num_params, tokens * shape.flops_per_token(), assess(shape.num_params, tokens)
+    parts = {name: round(x) for name, x in fullest(shape, layout, program).items()}
+    waits = bubble(layout, 1, 1, 1)
 
     def most_sent(layout):
         sent = [bytes_sent(messages(shape, layout, program, stage), layout) for stage in range(layout.pp)]
         return {axis: round(max(x.get(axis, 0) for x in sent)) for axis in sorted(set().union(*sent))}
 
-    waits = bubble(layout, 1, 1, 1)
     answer = {"parameters": N, "embedding_parameters": shape.vocab_size * shape.n_embd, "tokens": tokens,
               "tokens_per_parameter": tokens / N, "tokens_per_step": layout.batch * shape.seq_len,
               "flops_per_token": shape.flops_per_token(), "flops": flops,
-              "law": {"best_tokens": optimal_tokens(N), "N_opt": found["N_opt"], "D_opt": found["D_opt"],
-                      "loss": found["loss"], "left": found["left"], "extrapolated": N < FITTED_FROM},
+              "law": {"best_tokens": optimal_tokens(N), "extrapolated": N < FITTED_FROM,
+                      **{name: found[name] for name in ("N_opt", "D_opt", "loss", "left")}},
               "layout": dataclasses.asdict(layout), "bubble": waits / (3 * layout.micro_batches + waits),
               "layers_per_rank": depth(shape.n_layer, layout.pp, layout.chunks),
               "memory_bytes": parts | {"total": sum(parts.values())}, "bytes_sent": most_sent(layout)}
@@ -1044,33 +1047,39 @@ def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: 
         gpu = gpu if isinstance(gpu, GPU) else find_gpu(gpu)
         e = estimate(shape, gpu, layout, program, gpu.peak_flops(precision) / gpu.peak)
         seconds = tokens / e["tokens_per_s"]
-        answer |= {"gpu": gpu.name, "seconds_per_step": e["seconds"], "seconds": seconds, "days": seconds / 86400}
-        answer |= {name: e[name] for name in ("tokens_per_s", "mfu", "tflops", "hardware_tflops")}
-        answer |= cost(gpu, ranks, seconds, pue, grid)
-        answer |= {"dollars_per_gpu_hour": gpu.price, "price_source": gpu.source}
+        answer |= {"gpu": gpu.name, "seconds_per_step": e["seconds"], "seconds": seconds, "days": seconds / 86400,
+                   **{name: e[name] for name in ("tokens_per_s", "mfu", "tflops", "hardware_tflops")},
+                   **cost(gpu, layout.ranks, seconds, pue, grid), "dollars_per_gpu_hour": gpu.price,
+                   "price_source": gpu.source}
     elif rank_flops:
-        seconds = flops / rank_flops / ranks / (1 - answer["bubble"])
+        seconds = flops / rank_flops / layout.ranks / (1 - answer["bubble"])
         answer |= {"rank_flops": rank_flops, "seconds": seconds, "days": seconds / 86400}
     return answer
 
 
 def short(x: float) -> str:
     """1,234,567 -> 1.23 M"""
-    unit = next(((s, name) for s, name in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e3, " k")) if x >= s), (1, ""))
-    return f"{x / unit[0]:.3g}{unit[1]}" if x < 999.5e12 else f"{x:.3g}"
+    size, letter = next(((s, f" {name}") for s, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if x >= s),
+                        (1, ""))
+    return f"{x / size:.3g}{letter}"
 
 
 def clock(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return (f"{hours / 24:,.1f} days" if hours >= 24 else f"{hours}:{minutes:02d}:{seconds:02d}" if hours else
-            f"{minutes}:{seconds:02d}")
+    return f"{hours / 24:,.1f} days" if hours >= 24 else f"{hours}:{minutes:02d}:{seconds:02d}" if hours else (
+        f"{minutes}:{seconds:02d}")
+
+
+def amounts(parts: dict) -> str:
+    """{name: bytes} as text, in one unit."""
+    unit, scale = ("GB", 1e9) if max(parts.values()) > 1e9 else ("MB", 1e6)
+    return ", ".join(f"{name} {x / scale:,.1f}" for name, x in parts.items()) + f" {unit}"
 
 
 def describe_bill(bill: dict) -> str:
     """A bill as aligned lines: a label, padded to 11 characters, and a sentence."""
     law, layout, ranks = bill["law"], bill["layout"], math.prod(bill["layout"][axis] for axis in ("dp", "tp", "pp"))
-    unit, scale = ("GB", 1e9) if bill["memory_bytes"]["total"] > 1e9 else ("MB", 1e6)
     lines = [("run", f"{bill['parameters']:,} parameters ({bill['embedding_parameters']:,} in the embedding), "
                      f"{short(bill['tokens'])} tokens, {bill['flops']:.3g} FLOPs"),
              ("law", f"{bill['tokens_per_parameter']:.3g} tokens per parameter; best for this size: "
@@ -1079,33 +1088,31 @@ def describe_bill(bill: dict) -> str:
                   f"{short(law['N_opt'])} parameters, {short(law['D_opt'])} tokens")]
     if law["extrapolated"]:
         lines.append(("", f"a guess: the law was fitted to models of {short(FITTED_FROM)} parameters and more"))
-    lines.append(("memory", ", ".join(f"{name} {x / scale:,.1f}" for name, x in bill["memory_bytes"].items())
-                  + f" {unit} per rank, predicted"))
+    lines.append(("memory", f"{amounts(bill['memory_bytes'])} per rank, predicted"))
     if ranks > 1:
         places = itertools.product(*(range(layout[axis]) for axis in ("pp", "dp", "tp")))
         shown = ", ".join(f"{r} ({p} {d} {t})" for r, (p, d, t) in enumerate(itertools.islice(places, 6)))
         lines.append(("mesh", " x ".join(f"{axis} {layout[axis]}" for axis in ("pp", "dp", "tp")) + f": {shown}"
                       + ", ..." * (ranks > 6)))
-    if layout["pp"] > 1:
-        layers = ", ".join(map(str, bill["layers_per_rank"]))
-        lines.append(("pipeline", f"{layout['schedule']}, {layout['micro_batches']} micro-batches, bubble "
-                                  f"{bill['bubble']:.1%}; layers per rank {layers}"))
-    if ranks > 1:
-        sent = ", ".join(f"{axis} {x / 1e6:,.1f}" for axis, x in bill["bytes_sent"].items() if axis != "world")
-        lines.append(("messages", f"{sent} MB per step, sent by a rank"))
+        if layout["pp"] > 1:
+            layers = ", ".join(map(str, bill["layers_per_rank"]))
+            lines.append(("pipeline", f"{layout['schedule']}, {layout['micro_batches']} micro-batches, bubble "
+                                      f"{bill['bubble']:.1%}; layers per rank {layers}"))
+        sent = {axis: x for axis, x in bill["bytes_sent"].items() if axis != "world"}
+        lines.append(("messages", f"{amounts(sent)} per step, sent by a rank"))
     if "bytes_sent_at_zero_1" in bill:
-        sent, once = (x / 1e6 for x in (bill["bytes_sent"]["dp"], bill["bytes_sent_at_zero_1"]))
-        lines.append((f"zero {layout['zero']}", f"sends dp's {sent:,.1f} MB with every one of "
-                      f"{layout['micro_batches']} micro-batches; stage 1 would send {once:,.1f} MB, once per step"))
+        lines.append((f"zero {layout['zero']}", f"sends {amounts({'dp': bill['bytes_sent']['dp']})} with every one of "
+                      f"{layout['micro_batches']} micro-batches; stage 1 would send "
+                      f"{amounts({'dp': bill['bytes_sent_at_zero_1']})}, once per step"))
     if "gpu" in bill:
         parts, step = bill["seconds_per_step"], sum(bill["seconds_per_step"].values())
+        dollars = f", ${bill['dollars']:,.0f} at ${bill['dollars_per_gpu_hour']:.2f} per GPU-hour" if (
+            bill["dollars"]) else ""
         lines += [("time", f"about {clock(bill['seconds'])} on {ranks:,} x {bill['gpu']}, {step:.4g} s per step, "
                            f"{short(bill['tokens_per_s'])} tokens/s, MFU {bill['mfu']:.1%}"),
                   ("", ", ".join(f"{name} {x / step:.1%}" for name, x in parts.items() if x)),
                   ("cost", f"{bill['gpu_hours']:,.4g} GPU-hours, {bill['energy_mwh']:,.3g} MWh, "
-                           f"{bill['tco2']:,.3g} t CO2"
-                   + (f", ${bill['dollars']:,.0f} at ${bill['dollars_per_gpu_hour']:.2f} per GPU-hour"
-                      if bill["dollars"] else "") + f" ({bill['price_source']})")]
+                           f"{bill['tco2']:,.3g} t CO2{dollars} ({bill['price_source']})")]
     elif "seconds" in bill:
         lines.append(("time", f"about {clock(bill['seconds'])} on {ranks:,} rank{'s' * (ranks > 1)} at "
                               f"{bill['rank_flops'] / 1e9:,.0f} GFLOP/s each; messages are not counted"))
@@ -1362,25 +1369,26 @@ def fit_all(runs, name) -> dict:
 
 
 LABELS = {"parametric": "3 parametric", "isoflop": "2 IsoFLOP", "envelope": "1 envelope"}
-BACKTEST = ("seven public sets: the loss was predicted to 0.3 to 3.5 % at 1.7 to 10 times the compute, nearly always too "
-            "high; N_opt to -33 to +52 %")
+BACKTEST = ("seven public sets: the loss was predicted to 0.3 to 3.5 % at 1.7 to 10 times the compute, nearly always "
+            "too high; N_opt to -33 to +52 %")
+
+
+def between(ends, form=".5g") -> str:
+    return f"{ends[0]:{form}} to {ends[1]:{form}}" if ends else "-"
 
 
 def report(runs, results):
     """The fits as aligned text."""
-    law, (N, D, loss), C = results["parametric"], runs.T[:3], flops_of(runs)
+    law, (N, D, loss), C, rows = results["parametric"], runs.T[:3], flops_of(runs), {}
     off, target = abs(loss / chinchilla_loss(N, D, law) - 1), 10.0 ** math.ceil(math.log10(C.max()))
-    print(f"runs       {len(runs)}; N {N.min():.3g} to {N.max():.3g}, D {D.min():.3g} to {D.max():.3g}, C {C.min():.3g}"
-          f" to {C.max():.3g} FLOPs")
-    if runs.shape[1] == 4:
-        share = 6 * N * D / C
-        print(f"budget     by the column in the file; 6 N D is {share.min():.3g} to {share.max():.3g} of it")
-    print("\n3 parametric   L = E + A / N^alpha + B / D^beta      95 % of resamples")
+    spans = ", ".join(f"{name} {x.min():.3g} to {x.max():.3g}" for name, x in (("N", N), ("D", D), ("C", C)))
+    stated = f"; C by its column, 6 N D is {(6 * N * D / C).min():.3g} to {(6 * N * D / C).max():.3g} of it"
+    print(f"runs       {len(runs)}; {spans}{stated * (runs.shape[1] == 4)}\n")
+    print("3 parametric   L = E + A / N^alpha + B / D^beta      95 % of resamples")
     for name in BESIROGLU:
         print(f"    {name:<10} {law[name]:>12.5g}      {between(law['intervals'][name])}")
     print(f"    objective  {law['objective']:>12.6g}      half of the runs are within {np.median(off):.2%}, all within "
           f"{off.max():.2%}")
-    rows = {}
     if has_optimum(law, target):
         rows["parametric"] = exponents(law)[0], compute_optimal(target, law)
     else:
@@ -1389,13 +1397,12 @@ def report(runs, results):
         if fit := results[key]:
             rows[key] = fit["a"], Optimum(fit["k_N"] * target ** fit["a"], fit["k_D"] * target ** fit["b"])
             print(f"\n{LABELS[key]:<12} {'C':>10} {'N_opt':>10} {'D_opt':>10} {'D/N':>8} {'loss':>8}")
-            for p in {p["N"]: p for p in fit["points"]}.values():           # where a size is best for the last time
-                print(f"{'':<12} {p['C']:>10.3g} {p['N']:>10.3g} {p['D']:>10.3g} {p['D'] / p['N']:>8.3g} "
-                      f"{p['loss']:>8.4f}")
-    if fit := results["isoflop"]:
-        count = len(fit["points"])
-        print(f"{'':<12} {count} vertices of {fit['budgets']} budgets" + (
-            ": fewer than 4, an exponent from so few is hardly known" if count < 4 else ""))
+            for point in {point["N"]: point for point in fit["points"]}.values():    # where a size is best for the last time
+                C, N, D, loss = point.values()
+                print(f"{'':<12} {C:>10.3g} {N:>10.3g} {D:>10.3g} {D / N:>8.3g} {loss:>8.4f}")
+        if key == "isoflop" and fit:
+            few = ": fewer than 4, an exponent from so few is hardly known" * (len(fit["points"]) < 4)
+            print(f"{'':<12} {len(fit['points'])} vertices of {fit['budgets']} budgets{few}")
     print(f"\nN_opt ~ C^a        a   95 % of resamples    and for C = {target:.0e} FLOPs")
     ends = {key: (results[key]["intervals"] or {}).get("a") for key in rows}
     for key, (a, best) in rows.items():
@@ -1404,63 +1411,37 @@ def report(runs, results):
     for one, other in itertools.combinations([key for key in rows if ends[key]], 2):
         if ends[one][1] < ends[other][0] or ends[other][1] < ends[one][0]:
             print(f"    approaches {LABELS[one]} and {LABELS[other]} disagree: their intervals do not overlap")
-
-
-def between(ends, form=".5g") -> str:
-    return f"{ends[0]:{form}} to {ends[1]:{form}}" if ends else "-"
-
-
-def report_holdout(found):
-    rows = found["rows"]
-    print(f"\nholdout    fitted up to C = {found['fitted_to']:.3g} FLOPs; it looks ahead {rows[-1]['ahead']:.3g} times the "
-          "compute")
-    for name, approach, form in (("loss", "3 parametric", ".4f"),
-                                 ("N_opt", "2 IsoFLOP", ".3g")):
-        print(f"{name:<7}{approach:<13} {'C':>10} {'ahead':>6} {'predicted':>10} | {'measured':>9} | {'error':>7}   95 % of "
-              "resamples")
-        for row in rows:
+    if found := results.get("holdout"):
+        print(f"\nholdout    fitted up to C = {found['fitted_to']:.3g} FLOPs; it looks ahead "
+              f"{found['rows'][-1]['ahead']:.3g} times the compute\n{'':<13} {'C':>10} {'ahead':>6} {'predicted':>10} | "
+              f"{'measured':>9} | {'error':>7}   95 % of resamples")
+        for row, (name, form) in itertools.product(found["rows"], (("loss", ".4f"), ("N_opt", ".3g"))):
             x = row[name]
-            print(f"{'':<20} {row['C']:>10.3g} {row['ahead']:>6.3g} {x['predicted']:>10{form}} | {x['measured']:>9{form}} | "
-                  f"{x['predicted'] / x['measured'] - 1:>+7.1%}   {between(x['interval'], form)}")
-    print(f"{BACKTEST}")
+            print(f"{name:<13} {row['C']:>10.3g} {row['ahead']:>6.3g} {x['predicted']:>10{form}} | {x['measured']:>9{form}}"
+                  f" | {x['predicted'] / x['measured'] - 1:>+7.1%}   {between(x['interval'], form)}")
+        print(BACKTEST)
 
 
 def plot_runs(folder: Path, runs, results) -> Path:
-    """isoflop.png: loss against size, a curve per budget; and where the best size goes as the budget grows."""
+    """isoflop.png: loss against size, for each budget its runs, the parabola and its vertex, and the law."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    law, C = results["parametric"], flops_of(runs)
-    drawing = Figure(figsize=(12, 5.4), dpi=150, layout="constrained")
-    drawing.suptitle(f"IsoFLOP curves: {len(runs)} runs, L = {law['E']:.3g} + {law['A']:.4g} / N^{law['alpha']:.3g} + "
-                     f"{law['B']:.4g} / D^{law['beta']:.3g}", fontsize=13, x=0.01, ha="left")
-    left, right = drawing.subplots(1, 2, width_ratios=(1.25, 1))
-    groups = [g for g in budgets(runs) if distinct(g[:, 0]) > 2]
+    law, groups = results["parametric"], [g for g in budgets(runs) if distinct(g[:, 0]) > 2]
+    drawing = Figure(figsize=(8, 5.4), dpi=150, layout="constrained")
+    axes = drawing.subplots()
     for i, g in enumerate(groups):
         color = colormaps["viridis"](0.9 * (1 - i / max(1, len(groups) - 1)))
         n, product = np.geomspace(g[:, 0].min() / 1.1, g[:, 0].max() * 1.1, 100), np.exp(np.log(g[:, 0] * g[:, 1]).mean())
-        left.scatter(g[:, 0], g[:, 2], s=22, color=color, zorder=3)
-        left.plot(n, chinchilla_loss(n, product / n, law), "--", color=color, linewidth=0.9)
+        axes.scatter(g[:, 0], g[:, 2], s=22, color=color, zorder=3, label=f"C = {flops_of(g).mean():.1e} FLOPs")
+        axes.plot(n, chinchilla_loss(n, product / n, law), "--", color=color, linewidth=0.9)
         if vertex := parabola(g):
-            left.plot(n, vertex.loss + vertex.curvature * np.log(n / vertex.N) ** 2, color=color, linewidth=1.6)
-            left.plot(vertex.N, vertex.loss, "*", color=color, markersize=15, markeredgecolor="white", zorder=4)
-        largest = g[g[:, 0].argmax()]
-        left.annotate(f"{flops_of(g).mean():.1e}", (largest[0], largest[2]), (8, 0), textcoords="offset points", color=color)
-    left.plot([], [], "*", color="#777777", markersize=11, label="vertex of the parabola: N_opt of the budget")
-    left.plot([], [], "--", color="#777777", label="the parametric law")
-    left.set(xscale="log", xlabel="parameters N", ylabel="loss, nats per token")
-    left.margins(x=0.15, y=0.12)
-    left.legend(frameon=False, loc="upper right")
-    wide = np.geomspace(C.min(), C.max() * 10, 200)
-    if has_optimum(law, wide[-1]):
-        right.plot(wide, compute_optimal(wide, law).N, "--", color="#222222",
-                   label=f"{LABELS['parametric']}: C^{exponents(law)[0]:.2f}")
-    for key, marker, size in (("envelope", ".", 4), ("isoflop", "*", 13)):
-        if fit := results[key]:
-            line, = right.plot(wide, fit["k_N"] * wide ** fit["a"], label=f"{LABELS[key]}: C^{fit['a']:.2f}")
-            right.plot(*([p[x] for p in fit["points"]] for x in "CN"), marker, color=line.get_color(), markersize=size)
-    right.set(xscale="log", yscale="log", xlabel="budget C, FLOPs", ylabel="best size N_opt")
-    right.legend(frameon=False)
+            axes.plot(n, vertex.loss + vertex.curvature * np.log(n / vertex.N) ** 2, color=color, linewidth=1.6)
+            axes.plot(vertex.N, vertex.loss, "*", color=color, markersize=15, markeredgecolor="white", zorder=4)
+    axes.set(xscale="log", xlabel="parameters N", ylabel="loss, nats per token", title="IsoFLOP curves: parabolas, their "
+             f"vertices, and (dashed) L = {law['E']:.3g} + {law['A']:.4g} / N^{law['alpha']:.3g} + {law['B']:.4g} / "
+             f"D^{law['beta']:.3g}")
+    axes.legend(frameon=False)
     drawing.savefig(folder / "isoflop.png")
     return folder / "isoflop.png"
 
@@ -1479,24 +1460,18 @@ def plotted(folder, runs, results, file=None, draw=plot_runs):
 
 def command_fit(argv):
     parser = Parser("fit", "fit the three approaches to a file of runs")
-    parser.add_argument("runs", metavar="RUNS.csv", help="columns N, D, loss and, if known, the budget C; C instead of N "
-                                                         "or D will do")
-    parser.add_argument("--holdout", type=number(1, 1e6, True), metavar="K", help="fit without the K largest budgets and "
-                                                                                  "predict them")
+    parser.add_argument("runs", metavar="RUNS.csv", help="columns N, D, loss and, if known, the budget C")
+    parser.add_argument("--holdout", type=number(1, 1e6, True), metavar="K", help="predict the K largest budgets from "
+                                                                                  "the others")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", metavar="DIR", help="write isoflop.png")
-    args = parser.parse_args(argv)
-    runs = read_runs(args.runs)
-    ahead = {"holdout": holdout(runs, args.holdout)} if args.holdout else {}
-    results = fit_all(runs, args.runs) | ahead
-    if args.json:
-        print(json.dumps(results))
-    else:
-        report(runs, results)
-        if ahead:
-            report_holdout(ahead["holdout"])
-    if args.plot:
-        plotted(args.plot, runs, results, file=sys.stderr if args.json else None)
+    asked = parser.parse_args(argv)
+    runs = read_runs(asked.runs)
+    ahead = {"holdout": holdout(runs, asked.holdout)} if asked.holdout else {}
+    results = fit_all(runs, asked.runs) | ahead
+    print(json.dumps(results)) if asked.json else report(runs, results)
+    if asked.plot:
+        plotted(asked.plot, runs, results, file=sys.stderr if asked.json else None)
 
 
 # what may be asked: lowest, highest, meaning; first whole numbers
@@ -1551,37 +1526,37 @@ def read_config(name: str) -> dict:
 
 def settle(asked, gpu: GPU, options: dict):
     """Solve for what is left out -> (what that is, shape, tokens, GPUs)."""
-    T, tokens, n, shape, config = asked.seq_len or 4096, asked.tokens, asked.n_gpus, None, {}
+    T, tokens, n, days, config, shape = asked.seq_len or 4096, asked.tokens, asked.n_gpus, asked.days, {}, None
     if asked.config:
         config = read_config(asked.config)
         options["global_batch_size"] = options["global_batch_size"] or config["global_batch_size"]
         shape = shape_of(config | ({"seq_len": T} if asked.seq_len else {}))
     elif asked.params:
         shape = shape_for(asked.params, T)
-    if asked.dollars and not gpu.price:
-        raise BadInput(f"dollars needs --price: none is known for {asked.gpu}")
-    gpu_seconds = asked.dollars and asked.dollars / gpu.price * 3600
-    if asked.days and gpu_seconds:
-        n = max(1, int(gpu_seconds / asked.days / 86400))
-        n -= n % gpu.node if n > gpu.node else 0
-    seconds = asked.days * 86400 if asked.days else gpu_seconds / n if gpu_seconds and n else None
-    if not n and not seconds:
+    if asked.dollars:                                       # of GPU-days, of which n or days is known, or both are solved
+        if not gpu.price:
+            raise BadInput(f"dollars needs --price: none is known for {asked.gpu}")
+        gpu_days = asked.dollars / gpu.price / 24
+        n = n or days and max(1, int(gpu_days / days))
+        n -= n % gpu.node if n and n > gpu.node and not asked.n_gpus else 0
+        days = days or n and gpu_days / n
+    if not n and not days:
         raise BadInput("n_gpus must be given, or --days to find how many")
-    if n and seconds and shape and tokens:
+    if n and days and shape and tokens:
         raise BadInput("tokens must be left out where the model, the GPUs and the time are given: they say how many")
 
-    def rate(shape, n):
-        return plan(shape, gpu, n, top=1, **options)[0]["tokens_per_s"]
+    def tokens_per_day(shape, n):
+        return 86400 * plan(shape, gpu, n, top=1, **options)[0]["tokens_per_s"]
 
-    def run_flops(shape):
-        return (tokens or optimal_tokens(shape.num_params)) * shape.flops_per_token()
+    def needed(shape):
+        return tokens or optimal_tokens(shape.num_params)
 
     def of_flops(flops):
         """The shape for which `tokens`, or the best number of them, are so many FLOPs."""
         N = 1e9
         for _ in range(60):
             shape = shape_for(N, T)
-            N = min(max(N * math.sqrt(flops / run_flops(shape)), 1e5), 1e15)
+            N = min(max(N * math.sqrt(flops / needed(shape) / shape.flops_per_token()), 1e5), 1e15)
         if abs(math.log(shape.num_params / N)) > 0.2:
             name = next(x for x in ("budget_flops", "dollars", "days") if getattr(asked, x))
             raise BadInput(f"{name} must be right for a model of 4e5 to 1e15 parameters, got {getattr(asked, name):g}, "
@@ -1593,33 +1568,31 @@ def settle(asked, gpu: GPU, options: dict):
         found = "tokens" if shape else "parameters" if tokens else "parameters and tokens"
         shape = shape or of_flops(asked.budget_flops)
         tokens = tokens or asked.budget_flops / shape.flops_per_token()
-    elif shape is None and n and seconds:
-        found, flops, tried = "parameters" if tokens else "parameters and tokens", 0.4 * n * gpu.peak * seconds, []
+    elif shape is None and n and days:
+        found, flops, tried = "parameters" if tokens else "parameters and tokens", 0.4 * n * gpu.peak * days * 86400, {}
         for _ in range(6):                                              # the MFU hardly depends on the size
             shape = of_flops(flops)
-            took = run_flops(shape) / shape.flops_per_token() / rate(shape, n)
-            tried, flops = [*tried, (abs(math.log(took / seconds)), shape)], flops * seconds / took
-        shape = min(tried, key=lambda x: x[0])[1]
-        tokens = tokens or seconds * rate(shape, n)
+            took = needed(shape) / tokens_per_day(shape, n)
+            tried[abs(math.log(took / days))], flops = shape, flops * days / took
+        shape = tried[min(tried)]
+        tokens = tokens or days * tokens_per_day(shape, n)
     elif shape is None:
         if tokens or not n:
             raise BadInput("params must be given, or both --n-gpus and --days")
         found = "the largest model that fits"
         shape = largest_shape(gpu, n, T, Program(PRECISIONS[options["precision"]]))
-    elif n and seconds:
-        found, tokens = "tokens", seconds * rate(shape, n)
-    if not tokens and config:
-        tokens = config["steps"] * config["global_batch_size"] * config["seq_len"]
-    tokens = tokens or optimal_tokens(shape.num_params)
+    elif n and days:
+        found, tokens = "tokens", days * tokens_per_day(shape, n)
+    if config:
+        tokens = tokens or config["steps"] * config["global_batch_size"] * config["seq_len"]
+    tokens = needed(shape)
     if not n:
-        found, least = "GPUs", tokens * shape.flops_per_token() / seconds / max(gpu.peak, gpu.fp8)
+        found, least = "GPUs", tokens * shape.flops_per_token() / days / 86400 / max(gpu.peak, gpu.fp8)
         sizes = (1, 2, 4, 8, *(gpu.node * k * 2**i for i in range(14) for k in (2, 3)))
         for n in (x for x in sorted(sizes) if x > least):
-            try:
-                if tokens / rate(shape, n) <= seconds:
+            with contextlib.suppress(BadInput):                         # it does not fit, or does not divide
+                if tokens <= days * tokens_per_day(shape, n):
                     break
-            except BadInput:                                            # it does not fit, or does not divide
-                continue
         else:
             raise BadInput(f"days must be enough for some number of GPUs up to {max(sizes):,}, got {asked.days:g}")
     return found, shape, tokens, n

@@ -350,7 +350,7 @@ def test_columns_of_budgets(capsys, tmp_path):
         runs = scaling.read_runs(path)
         assert runs.shape == (len(rows), 4) and runs[:, 3].tolist() == [row[3] for row in rows]
     code, out, err = call(capsys, "fit", path)
-    assert code == 0 and "by the column in the file; 6 N D is 0.93 to 1.35 of it" in out
+    assert code == 0 and "C by its column, 6 N D is 0.93 to 1.35 of it" in out
     assert "6 vertices of 6 budgets" in out and "fewer than 4" not in out
     path = write(tmp_path / "runs.csv", [row for row in rows if row[3] < 5e18], ("N", "D", "loss", "C"))
     code, out, err = call(capsys, "fit", path)
@@ -1053,7 +1053,7 @@ def test_a_bill_without_a_gpu():
     assert [line[:11].strip() for line in text.splitlines()] == ["run", "law", "", "", "memory"]
     bill = scaling.bill(shape, Layout(4, micro_batches=8, zero=2), Program(4), tokens=2e7, gpu="t4", precision="fp16")
     text = scaling.describe_bill(bill)
-    assert re.search(r"\nzero 2     sends dp's .* MB with every one of 8 micro-batches; stage 1 would send ", text)
+    assert re.search(r"\nzero 2     sends dp .* MB with every one of 8 micro-batches; stage 1 would send ", text)
     assert re.search(r"\ncost       .* GPU-hours, .* \(no price known", text)
 
 
