@@ -63,7 +63,7 @@ CO2, dollars. `plan` writes the bill of every layout and ranks them. train.py pr
     symbol             in code               what
     N, D, C, L         params, tokens, ...   parameters, training tokens, FLOPs, loss in nats per token
     E A B alpha beta   law[...]              a law is a dict; fit_parametric returns one
-    L C H D V T        n_layer n_embd n_head head_dim vocab_size seq_len, where a Shape is meant
+    h, n, V, T         n_embd; tokens of a micro-batch; vocab_size, of a rank; seq_len
     m, p, v, t         micro_batches, pp, chunks, tp     micro-batches per step, ranks of a pipeline, stages per rank
     F, B, W            a micro-batch forward; backward, the inputs' and the weights' gradients
 
@@ -147,21 +147,21 @@ def flops_of(runs) -> np.ndarray:
 
 
 def budgets(runs) -> list[np.ndarray]:
-    """The runs of each budget, by C. Budgets are far apart and their runs close together, so sorted ln C is cut at its
-    large gaps: those above the widest leap in the sorted list of gaps. The runs of a budget trade N for D smoothly; a
-    group that does not, to 10 %, is none."""
+    """The runs of each budget, by C. Where C repeats, its values are the budgets. Else budgets are far apart and their
+    runs close together: sorted ln C is cut at its large gaps, those above the first that is twice the next smaller one.
+    The runs of a budget trade N for D smoothly; a group that does not, to 10 %, is none."""
     order = np.argsort(flops_of(runs), kind="stable")
     x, C = np.log(runs[order, 0]), np.log(flops_of(runs)[order])
     gaps = np.diff(C)
-    leaps = [(large / small, large) for small, large in itertools.pairwise([0.02, *np.sort(gaps.clip(0.02))])
-             if large > math.log(1.2)]
-    cuts = np.flatnonzero(gaps >= max(leaps)[1]) + 1 if leaps else []
+    large = [b for a, b in itertools.pairwise([0.02, *np.sort(gaps.clip(0.02))]) if b > max(2 * a, math.log(1.2))]
+    least = 1e-6 if 3 * distinct(flops_of(runs)) <= len(runs) else min(large, default=math.inf)
 
     def smooth(group):
         degree = 0 if distinct(runs[order[group], 0]) < 3 else 1 if len(group) < 5 else 2
         return np.std(C[group] - np.polyval(np.polyfit(x[group], C[group], degree), x[group])) < 0.1
 
-    return [runs[order[group]] for group in np.split(np.arange(len(C)), cuts) if smooth(group)]
+    groups = np.split(np.arange(len(C)), np.flatnonzero(gaps >= least) + 1)
+    return [runs[order[group]] for group in groups if smooth(group)]
 
 
 class Vertex(NamedTuple):
@@ -373,7 +373,7 @@ def fit_parametric(runs, *, delta=1e-3, times=200, seed=0, predict=lambda law: {
 
 
 def holdout(runs, k: int, *, times=200, seed=0) -> dict:
-    """Fit without the k largest budgets, then look at them: {"fitted_to": C of the largest budget that was fitted, "rows":
+    """Fit without the k largest budgets, then look at them: {"fitted_to": C of the largest that was fitted, "rows":
     [{"C", "ahead": C / fitted_to, "loss", "N_opt": {"measured", "predicted", "interval"}}]}. Measured is the vertex of
     the budget's parabola; the loss is predicted by approach 3, N_opt by approach 2."""
     groups = budgets(table(runs))
@@ -393,10 +393,13 @@ def holdout(runs, k: int, *, times=200, seed=0) -> dict:
     if not has_optimum(law, goals[-1].C):
         raise BadInput("holdout must leave runs to which N and D make a difference: the fitted law has no optimum")
     isoflop, largest = fit_isoflop(known, times=times, seed=seed, predict=sizes), flops_of(groups[-k - 1]).mean()
+
+    def looked_at(C, measured, fit, predict):
+        return {"measured": measured, "predicted": predict(fit)[C], "interval": (fit["intervals"] or {}).get(C)}
+
     return {"fitted_to": largest, "rows": [
-        {"C": v.C, "ahead": v.C / largest} | {
-            name: {"measured": x, "predicted": predict(fit)[v.C], "interval": (fit["intervals"] or {}).get(v.C)}
-            for name, x, fit, predict in (("loss", v.loss, law, losses), ("N_opt", v.N, isoflop, sizes))} for v in goals]}
+        {"C": v.C, "ahead": v.C / largest, "loss": looked_at(v.C, v.loss, law, losses),
+         "N_opt": looked_at(v.C, v.N, isoflop, sizes)} for v in goals]}
 
 
 # ---- (2) how large, for a budget? ------------------------------------------------------------------------------------
@@ -608,13 +611,14 @@ class RankParams(NamedTuple):
 
 def rank_params(shape: Shape, layout: Layout, stage: int) -> RankParams:
     """Of one rank at place `stage` of its pipeline, before ZeRO."""
-    layers, first, last = depth(shape.n_layer, layout.pp, layout.chunks)[stage], stage == 0, stage == layout.pp - 1
-    tables = first + last - (shape.tie_embeddings and layout.pp == 1)
-    learned = first and shape.position == "learned"
-    whole = layers * shape.whole + (learned * shape.seq_len + last * shape.norm_vectors) * shape.n_embd
+    layers = depth(shape.n_layer, layout.pp, layout.chunks)[stage]
+    is_first, is_last = stage == 0, stage == layout.pp - 1
+    tables = is_first + is_last - (shape.tie_embeddings and layout.pp == 1)
+    learned = is_first and shape.position == "learned"
+    whole = layers * shape.whole + (learned * shape.seq_len + is_last * shape.norm_vectors) * shape.n_embd
     split = layers * (shape.block + shape.split_biases) + tables * shape.vocab_size * shape.n_embd
     return RankParams(split // layout.tp + whole, whole, layers * shape.tensors + tables + learned
-                      + last * shape.norm_vectors)
+                      + is_last * shape.norm_vectors)
 
 
 # ---- (4) machines ----------------------------------------------------------------------------------------------------
@@ -724,11 +728,11 @@ BUCKETS = 25e6, 10e6, 10e6                    # bytes of gradients per message, 
 def layer_bytes(shape: Shape, layout: Layout, program: Program, recompute: str) -> float:
     """What a layer keeps from forward to backward, of one micro-batch on one rank: Korthikanti 2022, equations 1 to 6,
     and the same count for SwiGLU, grouped heads, RMSNorm, flash attention."""
-    C, n = shape.n_embd, layout.micro_batch_size * shape.seq_len
+    h, n = shape.n_embd, layout.micro_batch_size * shape.seq_len
     if recompute == "full":                                                             # its input
-        return n * C * program.residual / layout.split
+        return n * h * program.residual / layout.split
     # two norms and what they put out; two masks of dropout
-    whole = 2 * (norm_bytes(shape.norm, C, program) + C * (program.item + program.dropout))
+    whole = 2 * (norm_bytes(shape.norm, h, program) + h * (program.item + program.dropout))
     # q, k, v, o; the MLP's ups, and for SwiGLU what silu and the product make of them
     split = (2 * shape.q + 2 * shape.kv + 2 * shape.ups * shape.n_ff) * program.item
     if shape.qk_norm:
@@ -762,10 +766,10 @@ def uncounted_layer_bytes(shape: Shape, layout: Layout, program: Program, recomp
 def end_bytes(shape: Shape, layout: Layout, program: Program) -> float:
     """What the last norm and the loss keep of a micro-batch: inputs of both and the logits in float32; a chunked loss
     has neither logits nor (but for a shard that is gathered again) its input, but the gradients of input and weight."""
-    n, C, V = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size / layout.tp
-    norm, x = n * norm_bytes(shape.norm, C, program) / layout.split, n * C * program.item / layout.split
+    n, h, V = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size / layout.tp
+    norm, x = n * norm_bytes(shape.norm, h, program) / layout.split, n * h * program.item / layout.split
     if program.chunked_loss:
-        return norm + x * (layout.split > 1) + program.wide * (n * C + V * C)
+        return norm + x * (layout.split > 1) + program.wide * (n * h + V * h)
     return norm + x + 4 * n * V
 
 
@@ -789,10 +793,10 @@ def waiting_bytes(shape: Shape, layout: Layout, program: Program, stage: int) ->
     linear's stay until the W after, and only where an F comes between are they there when most is."""
     if layout.schedule != "zb" or layout.pp == 1:
         return 0
-    n, C, F, t = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.n_ff, layout.tp
+    n, h, t = layout.micro_batch_size * shape.seq_len, shape.n_embd, layout.tp
     layers, m, p = depth(shape.n_layer, layout.pp, 1)[stage], layout.micro_batches, layout.pp
-    per_layer = n * program.item * (4 * C + (2 * shape.q + 2 * shape.kv + (shape.ups + 1) * F) / t)
-    return (min(m, p) - stored(layout, stage)) * layers * per_layer + (m > p) * n * program.item * (C + F / t)
+    per_layer = n * program.item * (4 * h + (2 * shape.q + 2 * shape.kv + (shape.ups + 1) * shape.n_ff) / t)
+    return (min(m, p) - stored(layout, stage)) * layers * per_layer + (m > p) * n * program.item * (h + shape.n_ff / t)
 
 
 def buffer_bytes(shape: Shape, layout: Layout, program: Program, stage: int) -> float:
@@ -862,9 +866,9 @@ def messages(shape: Shape, layout: Layout, program: Program, stage: int) -> dict
     parts together. calls is None where buckets or chunks of the loss decide. With ZeRO, shards of ranks differ: bytes
     are their mean, without padding."""
     rank, layers = rank_params(shape, layout, stage), depth(shape.n_layer, layout.pp, layout.chunks)[stage]
-    m, first, last, zero = layout.micro_batches, stage == 0, stage == layout.pp - 1, layout.zero
-    n, C, table = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size // layout.tp * shape.n_embd
-    product, hidden = n * C * program.item, n * C * program.residual
+    m, is_first, is_last, zero = layout.micro_batches, stage == 0, stage == layout.pp - 1, layout.zero
+    n, h, table = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size // layout.tp * shape.n_embd
+    product, hidden = n * h * program.item, n * h * program.residual
     mean = program.gradient / (layout.dp if zero else 1)                  # of a gradient after ZeRO has sharded it
     found = {("world", "all_reduce"): (1, 3 * 8)}                         # loss, squared norm, please stop
     if layout.dp > 1:
@@ -877,18 +881,19 @@ def messages(shape: Shape, layout: Layout, program: Program, stage: int) -> dict
             found["dp", "all_gather"] = None, (rank.count + twice) * gathers * program.item
         found["dp", "all_reduce"] = None, counted + rank.count * program.gradient * (not zero)
     if layout.tp > 1:
-        gathers, sums = (layers * sum(x) + last for x in zip(*layer_collectives(layout, program).values(), strict=True))
-        gathers, sums = ((m * (x + first), m * (x * product + first * hidden)) for x in (gathers, sums))
+        passes = layer_collectives(layout, program).values()
+        inner = (layers * sum(x) + is_last for x in zip(*passes, strict=True))                  # of layers and the head
+        gathers, sums = ((m * (x + is_first), m * (x * product + is_first * hidden)) for x in inner)
         # of the loss: max, sum of exponentials, the target's logit; gradients of which each rank has a part
         partial = rank.whole if layout.sequence_parallel else layers * 2 * shape.qk_norm * shape.head_dim
-        others = m * last * 3 * n * program.wide + partial * mean
+        others = m * is_last * 3 * n * program.wide + partial * mean
         if layout.sequence_parallel:
             found["tp", "all_gather"], found["tp", "reduce_scatter"] = gathers, sums
         found["tp", "all_reduce"] = None, others + (0 if layout.sequence_parallel else sums[1])
     if layout.pp > 1:
-        calls = m * (2 * layout.chunks - first - last)
+        calls = m * (2 * layout.chunks - is_first - is_last)
         found["pp", "send"] = found["pp", "recv"] = calls, calls * hidden // hidden_share(layout, program)
-        found["ends", "all_reduce"] = 1, table * mean * (shape.tie_embeddings and (first or last))  # a tied weight's
+        found["ends", "all_reduce"] = 1, table * mean * (shape.tie_embeddings and (is_first or is_last))
     return {key: counted for key, counted in found.items() if counted[1] and layout.ranks > 1}
 
 
@@ -934,49 +939,49 @@ def gradient_messages(layers: int, size: float, layout: Layout, program: Program
 def step_time(shape: Shape, gpu: "GPU", layout: Layout, program: Program, speed: float = 1.0) -> dict:
     """Seconds of a step: {"compute", "tp", "pp", "dp", "bubble", "update"}, messages as far as nothing hides them.
     speed: of the linear layers' products, relative to bf16's."""
-    b, T, C, F, V, t = layout.micro_batch_size, shape.seq_len, shape.n_embd, shape.n_ff, shape.vocab_size, layout.tp
-    n, m, core_speed = b * T, layout.micro_batches, min(speed, 1)
+    b, T, h, n_ff, t = layout.micro_batch_size, shape.seq_len, shape.n_embd, shape.n_ff, layout.tp
+    n, m, V, core_speed = b * T, layout.micro_batches, shape.vocab_size / t, min(speed, 1)
 
     def product(rows, columns, inner, speed=speed):
         # 2 m n k / (c peak) + bytes / HBM
         size = program.item * (rows * columns + columns * inner + rows * inner)
         return 2 * rows * columns * inner / (gpu.matmul * gpu.peak * speed) + size / gpu.bandwidth
 
-    linear = (product(n, (shape.q + 2 * shape.kv) / t, C) + product(n, C, shape.q / t)
-              + product(n, shape.ups * F / t, C) + product(n, C, F / t))
+    linear = (product(n, (shape.q + 2 * shape.kv) / t, h) + product(n, h, shape.q / t)
+              + product(n, shape.ups * n_ff / t, h) + product(n, h, n_ff / t))
     if program.flash:
         # of 4 n T q causality hides half; backward computes q k^T again: 5 products for 2
         core, core_backward, scores = 2 * n * T * shape.q / t / (FLASH * gpu.peak * core_speed), 2.5, 0.0
     else:
-        heads, D, core_backward = b * shape.n_head / t, shape.head_dim, 2
-        core = heads * (product(T, T, D, core_speed) + product(T, D, T, core_speed))
+        heads, core_backward = b * shape.n_head / t, 2
+        core = heads * (product(T, T, shape.head_dim, core_speed) + product(T, shape.head_dim, T, core_speed))
         scores = heads * (2 * program.item + program.dropout) * T * T / gpu.bandwidth
     kept = layer_bytes(shape, layout, program, "none") / gpu.bandwidth
     again = {"none": 0, "selective": core + 2 * scores, "full": linear + core + 2 * kept}[layout.recompute]
-    head = product(n, V / t, C) + 6 * n * V / t / gpu.bandwidth
+    head = product(n, V, h) + 6 * n * V / gpu.bandwidth
     # tp's messages of a layer, by pass
-    ring = ring_seconds(gpu, t, n * C * program.item)
+    ring = ring_seconds(gpu, t, n * h * program.item)
     tp_forward, tp_backward, tp_again = (sum(x) * ring for x in layer_collectives(layout, program).values())
     if program.overlap_tp:
         tp_backward = tp_forward / 2
 
     # F, B, W of a micro-batch in the slowest stage: compute, tp's messages, messages to other stages
-    layers = depth(shape.n_layer, layout.pp, layout.chunks)
-    work = [layers[r] * (3 * linear + (1 + core_backward) * core + 5 * kept + again) + 3 * head * (r == layout.pp - 1)
+    every = depth(shape.n_layer, layout.pp, layout.chunks)
+    work = [every[r] * (3 * linear + (1 + core_backward) * core + 5 * kept + again) + 3 * head * (r == layout.pp - 1)
             for r in range(layout.pp)]
     slowest = work.index(max(work))
-    L, ends = layers[slowest], head * (slowest == layout.pp - 1)
-    forward, weight = L * (linear + core + 2 * kept) + ends, L * linear + ends
+    layers, ends = every[slowest], head * (slowest == layout.pp - 1)
+    forward, weight = layers * (linear + core + 2 * kept) + ends, layers * linear + ends
     compute = forward, work[slowest] - forward - weight, weight
-    tp = L * tp_forward, L * (tp_backward + tp_again), 0.0
+    tp = layers * tp_forward, layers * (tp_backward + tp_again), 0.0
     between = layout.ranks > gpu.node
     rate, delay = (LINE * gpu.network, NETWORK_HOP) if between else (gpu.link, NVLINK_HOP)
-    pp = (layout.pp > 1) * layout.chunks * (n * C * program.residual / hidden_share(layout, program) / rate + delay)
+    pp = (layout.pp > 1) * layout.chunks * (n * h * program.residual / hidden_share(layout, program) / rate + delay)
     forward, backward, weight = (sum(x) for x in zip(compute, tp, (pp, pp, 0.0), strict=True))
 
     # gradients are summed during backward; parameters are gathered before the pass that needs them, or after the update
     psi = rank_params(shape, layout, slowest).count
-    number = gradient_messages(L, psi * program.gradient, layout, program)
+    number = gradient_messages(layers, psi * program.gradient, layout, program)
     scatter, gather = (ring_seconds(gpu, layout.dp, psi * size, t, number) for size in (program.gradient, program.item))
 
     def exposed(message, compute):
@@ -1397,12 +1402,12 @@ def report(runs, results):
         if fit := results[key]:
             rows[key] = fit["a"], Optimum(fit["k_N"] * target ** fit["a"], fit["k_D"] * target ** fit["b"])
             print(f"\n{LABELS[key]:<12} {'C':>10} {'N_opt':>10} {'D_opt':>10} {'D/N':>8} {'loss':>8}")
-            for point in {point["N"]: point for point in fit["points"]}.values():    # where a size is best for the last time
+            for point in {x["N"]: x for x in fit["points"]}.values():       # where a size is best for the last time
                 C, N, D, loss = point.values()
                 print(f"{'':<12} {C:>10.3g} {N:>10.3g} {D:>10.3g} {D / N:>8.3g} {loss:>8.4f}")
         if key == "isoflop" and fit:
-            few = ": fewer than 4, an exponent from so few is hardly known" * (len(fit["points"]) < 4)
-            print(f"{'':<12} {len(fit['points'])} vertices of {fit['budgets']} budgets{few}")
+            warning = ": fewer than 4, an exponent from so few is hardly known" * (len(fit["points"]) < 4)
+            print(f"{'':<12} {len(fit['points'])} vertices of {fit['budgets']} budgets{warning}")
     print(f"\nN_opt ~ C^a        a   95 % of resamples    and for C = {target:.0e} FLOPs")
     ends = {key: (results[key]["intervals"] or {}).get("a") for key in rows}
     for key, (a, best) in rows.items():
@@ -1413,12 +1418,13 @@ def report(runs, results):
             print(f"    approaches {LABELS[one]} and {LABELS[other]} disagree: their intervals do not overlap")
     if found := results.get("holdout"):
         print(f"\nholdout    fitted up to C = {found['fitted_to']:.3g} FLOPs; it looks ahead "
-              f"{found['rows'][-1]['ahead']:.3g} times the compute\n{'':<13} {'C':>10} {'ahead':>6} {'predicted':>10} | "
-              f"{'measured':>9} | {'error':>7}   95 % of resamples")
+              f"{found['rows'][-1]['ahead']:.3g} times the compute\n{'':<13} {'C':>10} {'ahead':>6} {'predicted':>10} "
+              f"| {'measured':>9} | {'error':>7}   95 % of resamples")
         for row, (name, form) in itertools.product(found["rows"], (("loss", ".4f"), ("N_opt", ".3g"))):
             x = row[name]
-            print(f"{name:<13} {row['C']:>10.3g} {row['ahead']:>6.3g} {x['predicted']:>10{form}} | {x['measured']:>9{form}}"
-                  f" | {x['predicted'] / x['measured'] - 1:>+7.1%}   {between(x['interval'], form)}")
+            print(f"{name:<13} {row['C']:>10.3g} {row['ahead']:>6.3g} {x['predicted']:>10{form}} "
+                  f"| {x['measured']:>9{form}} | {x['predicted'] / x['measured'] - 1:>+7.1%}   "
+                  f"{between(x['interval'], form)}")
         print(BACKTEST)
 
 
@@ -1432,14 +1438,15 @@ def plot_runs(folder: Path, runs, results) -> Path:
     axes = drawing.subplots()
     for i, g in enumerate(groups):
         color = colormaps["viridis"](0.9 * (1 - i / max(1, len(groups) - 1)))
-        n, product = np.geomspace(g[:, 0].min() / 1.1, g[:, 0].max() * 1.1, 100), np.exp(np.log(g[:, 0] * g[:, 1]).mean())
+        n, product = np.geomspace(g[:, 0].min() / 1.1, g[:, 0].max() * 1.1, 100), math.exp(
+            np.log(g[:, 0] * g[:, 1]).mean())
         axes.scatter(g[:, 0], g[:, 2], s=22, color=color, zorder=3, label=f"C = {flops_of(g).mean():.1e} FLOPs")
         axes.plot(n, chinchilla_loss(n, product / n, law), "--", color=color, linewidth=0.9)
         if vertex := parabola(g):
             axes.plot(n, vertex.loss + vertex.curvature * np.log(n / vertex.N) ** 2, color=color, linewidth=1.6)
             axes.plot(vertex.N, vertex.loss, "*", color=color, markersize=15, markeredgecolor="white", zorder=4)
-    axes.set(xscale="log", xlabel="parameters N", ylabel="loss, nats per token", title="IsoFLOP curves: parabolas, their "
-             f"vertices, and (dashed) L = {law['E']:.3g} + {law['A']:.4g} / N^{law['alpha']:.3g} + {law['B']:.4g} / "
+    axes.set(xscale="log", xlabel="parameters N", ylabel="loss, nats per token", title="parabolas, vertices; dashed: "
+             f"L = {law['E']:.3g} + {law['A']:.4g} / N^{law['alpha']:.3g} + {law['B']:.4g} / "
              f"D^{law['beta']:.3g}")
     axes.legend(frameon=False)
     drawing.savefig(folder / "isoflop.png")
@@ -1533,7 +1540,7 @@ def settle(asked, gpu: GPU, options: dict):
         shape = shape_of(config | ({"seq_len": T} if asked.seq_len else {}))
     elif asked.params:
         shape = shape_for(asked.params, T)
-    if asked.dollars:                                       # of GPU-days, of which n or days is known, or both are solved
+    if asked.dollars:                                                   # so many GPU-days: n x days
         if not gpu.price:
             raise BadInput(f"dollars needs --price: none is known for {asked.gpu}")
         gpu_days = asked.dollars / gpu.price / 24
@@ -1638,8 +1645,8 @@ def describe(result: dict) -> str:
     """The plan as text: the bill of the best layout, then the layouts as a table."""
     rows = result["layouts"]
     lines = [describe_bill(rows[0]), "", f"solved for {result['solved_for']}; the best layouts, the first is the above",
-             "", f"{'#':>3} {'dp':>4}{'tp':>3}{'pp':>4}{'zero':>5} {'recompute':<9}{'micro':>6} {'schedule':<14}{'GB':>7}"
-             f"{'s per step':>11}{'MFU':>6}{'tokens/s':>11}{'days':>8}{'MWh':>8}{'t CO2':>8}{'$':>10}"]
+             "", f"{'#':>3} {'dp':>4}{'tp':>3}{'pp':>4}{'zero':>5} {'recompute':<9}{'micro':>6} {'schedule':<14}"
+             f"{'GB':>7}{'s per step':>11}{'MFU':>6}{'tokens/s':>11}{'days':>8}{'MWh':>8}{'t CO2':>8}{'$':>10}"]
 
     def three(x):
         return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
@@ -1690,44 +1697,42 @@ def main(argv=None) -> int:
 def demo(path=None):
     """The five questions in a few rows each, measured or published | predicted | error, asserted. CPU, seconds. path: a
     table of runs to begin with, in the place of this repository's."""
-    def row(what, measured, predicted, bound=0.0):
-        """bound: of the relative error; None: shown."""
-        error = predicted / measured - 1
-        print(f"{what:<82} {measured:>11,.5g} | {predicted:>11,.5g} | {error:>+7.1%}" + "  shown" * (bound is None))
-        assert bound is None or abs(error) <= bound, what
-
     def title(text, left="measured"):
         print(f"\n{text:<82} {left:>11} | {'predicted':>11} |   error")
 
-    def ratio(best):
-        return best.D / best.N
+    def row(what, measured, predicted, bound=0.0):
+        """bound: of the relative error; None: no bound, for other people's runs."""
+        print(f"{what:<82} {measured:>11,.5g} | {predicted:>11,.5g} | {predicted / measured - 1:>+7.1%}")
+        assert bound is None or abs(predicted / measured - 1) <= bound, what
 
-    own = Path(__file__).parent / "tests" / "sweep_runs.csv"
-    if path or own.exists():
-        runs, bound = read_runs(path or own), None if path else 1                # other people's runs are not asserted
-        law, isoflop, ahead = fit_parametric(runs), fit_isoflop(runs), holdout(runs, 1)
-        title(f"(1) how good will it be? {len(runs)} runs of {Path(path or own).name}: loss")
+    file = Path(path or Path(__file__).with_name("tests") / "sweep_runs.csv")
+    if path or file.exists():
+        runs, own = read_runs(file), not path
+        law, isoflop, found = fit_parametric(runs, times=0), fit_isoflop(runs, times=0), holdout(runs, 1, times=0)
+        title(f"(1) how good will it be? {len(runs)} runs of {file.name}: loss")
         for group in budgets(runs):
             N, D, loss = group[group[:, 2].argmin(), :3]
-            row(f"best run for {flops_of(group)[0]:.3g} FLOPs: {N:,.3g} parameters, {D:.3g} tokens | the law", loss,
-                chinchilla_loss(N, D, law), bound and 0.03)
-        first = ahead["rows"][0]
-        row(f"{first['C']:.3g} FLOPs from the budgets up to {ahead['fitted_to']:.3g}: loss", first["loss"]["measured"],
-            first["loss"]["predicted"], bound and 0.08)
-        row("   best size", first["N_opt"]["measured"], first["N_opt"]["predicted"], bound and 0.3)
-        title("(2) how large, for a budget? the vertex of its runs' parabola | the law")
-        for p in isoflop["points"]:
-            row(f"best size for {p['C']:.3g} FLOPs: {p['D'] / p['N']:.3g} tokens per parameter", p["N"],
-                compute_optimal(p["C"], law).N, bound and 0.5)
+            row(f"C = {flops_of(group)[0]:.3g} FLOPs, the best run: {N:,.3g} parameters, {D:.3g} tokens | the law",
+                loss, chinchilla_loss(N, D, law), 0.04 if own else None)
+        ahead = found["rows"][0]
+        row(f"C = {ahead['C']:.3g}, from the runs up to {found['fitted_to']:.3g} FLOPs: the best loss",
+            ahead["loss"]["measured"], ahead["loss"]["predicted"], 0.1 if own else None)
+        title("(2) how large, for a budget? the vertex of its runs' parabola | N_opt = k_N C^a")
+        for C, N, D, _ in map(dict.values, isoflop["points"]):
+            row(f"C = {C:.3g} FLOPs: {D / N:.3g} tokens per parameter", N, isoflop["k_N"] * C ** isoflop["a"],
+                0.1 if own else None)
+        row(f"C = {ahead['C']:.3g}, from the runs up to {found['fitted_to']:.3g} FLOPs", ahead["N_opt"]["measured"],
+            ahead["N_opt"]["predicted"], 0.2 if own else None)
     else:
-        print("(1), (2): no tests/sweep_runs.csv here, this repository's own runs; python scaling.py RUNS.csv fits others")
+        print(f"(1), (2) need {file.parent.name}/{file.name}, our own runs; python scaling.py RUNS.csv fits yours")
     title("(2) tokens per parameter: the best of 100,001 sizes | the closed form", "searched")
     for C, law, x in ((1e18, BESIROGLU, 26), (5.76e23, BESIROGLU, 18), (1e26, BESIROGLU, 16), (5.76e23, HOFFMANN, 59)):
-        sizes = compute_optimal(C, law).N * np.exp(np.linspace(-3, 3, 100_001))
+        best = compute_optimal(C, law)
+        sizes = best.N * np.exp(np.linspace(-3, 3, 100_001))
         N = sizes[np.argmin(chinchilla_loss(sizes, C / (6 * sizes), law))]
-        row(f"{C:.3g} FLOPs, {'Besiroglu' if law is BESIROGLU else 'Hoffmann'}'s constants", C / (6 * N * N),
-            ratio(compute_optimal(C, law)), 1e-4)
-        assert round(ratio(compute_optimal(C, law))) == x
+        row(f"C = {C:.3g} FLOPs, {'Besiroglu' if law is BESIROGLU else 'Hoffmann'}'s constants", C / (6 * N * N),
+            best.D / best.N, 1e-4)
+        assert round(best.D / best.N) == x
 
     print(f"\n(3) what did known models leave on the table?\n{'':<15} {'N':>9} {'D':>9} {'FLOPs':>9} {'D/N':>7} "
           f"{'best D/N':>8} {'N/N_opt':>8} {'loss':>7} {'left':>7}  compute that would do, predicted")
@@ -1736,7 +1741,7 @@ def demo(path=None):
         print(f"{name:<15} {N:>9.3g} {D:>9.3g} {r['C']:>9.3g} {r['ratio']:>7.1f} {r['best_ratio']:>8.1f} "
               f"{r['N_over_N_opt']:>8.2f} {r['loss']:>7.4f} {r['left']:>7.4f}  {r['enough']:>6.1%}")
         assert abs(tokens_for_loss(N, r["loss"]) / D - 1) < 1e-6 and r["left"] > 0
-    r = assess(175e9, 300e9)
+    r = assess(*MODELS["GPT-3 175B"])                                                         # the first page's numbers
     assert (round(r["C"] / 1e21), round(r["ratio"], 1), round(r["enough"], 2)) == (315, 1.7, 0.61)
     assert (round(r["N_opt"] / 1e9), round(r["D_opt"] / 1e10)) == (53, 99)
 
@@ -1750,21 +1755,19 @@ def demo(path=None):
         config = net.ModelConfig(vocab_size=512, seq_len=64, n_layer=2, n_head=4, n_kv_head=4, head_dim=16, n_embd=64,
                                  n_ff=192)
         tokens, network, kept = torch.zeros(2, 64, dtype=torch.long), net.build(config), {}
-        outside = {x.untyped_storage().data_ptr() for x in (tokens, *network.parameters())}
         with torch.autograd.graph.saved_tensors_hooks(
                 lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x) is None or x, lambda x: x):
             network(tokens, tokens)
+        for x in (tokens, *network.parameters()):
+            kept.pop(x.untyped_storage().data_ptr(), None)
         row("parameters", sum(p.numel() for p in network.parameters()), shape_of(config).num_params)
-        row("bytes kept from forward to backward", sum(x.untyped_storage().nbytes() for place, x in kept.items()
-                                                       if place not in outside),
+        row("bytes kept from forward to backward", sum(x.untyped_storage().nbytes() for x in kept.values()),
             memory(shape_of(config), Layout(micro_batch_size=2), Program(4, fused_norm=False), 0)["activations"])
-    title("(4) the same formulas, other people's clusters", "published")
+    title("(4) the same formulas, published clusters", "published")
     a100, h100 = GPUS["a100"], GPUS["h100"]
-    megatron, llama = Shape(51200, 2048, 0, 0, 0, 0, 0, 0, "layernorm", "learned", "gelu", True, True), Shape(
-        128256, 8192, 126, 128, 8, 128, 16384, 53248)
-    gpt22, gpt76, gpt1000 = (replace(megatron, n_layer=L, n_embd=C, n_ff=4 * C, n_head=H, n_kv_head=H, head_dim=C // H)
+    gpt22, gpt76, gpt1000 = (Shape(51200, 2048, L, H, H, C // H, C, 4 * C, "layernorm", "learned", "gelu", True, True)
                              for L, C, H in ((48, 6144, 64), (60, 10240, 80), (128, 25600, 160)))
-    # Korthikanti 2022, table 5: equation 4; seconds of an iteration. ZeRO, table 1. Megatron, table 1. Llama 3, table 4
+    # Korthikanti 2022, equation 4 and table 5; ZeRO, table 1; Megatron, table 1; Llama 3, table 4
     layout = Layout(1, 8, micro_batch_size=4, recompute="selective")
     row("22 B, tp 8, selective: bytes that a layer keeps", 2.139e8,
         layer_bytes(gpt22, layout, MEGATRON_2022, "selective"), 1e-3)
@@ -1772,29 +1775,28 @@ def demo(path=None):
     states = list(memory(gpt22, Layout(64, zero=1), MEGATRON_2021, 0).values())[:3]
     row("7.5 B, ZeRO stage 1, dp 64: GB of parameters, gradients, states", 31.4,
         sum(states) / gpt22.num_params * 7.5, 0.025)
-    for what, shape, n, tp, pp, batch, tflops in (("76 B", gpt76, 1024, 8, 4, 1792, 140),
-                                                  ("1,008 B", gpt1000, 3072, 8, 64, 3072, 163)):
-        best = plan(shape, a100, n, tp=tp, pp=pp, zero=0, recompute="full", program=MEGATRON_2021,
-                    sequence_parallel=False, global_batch_size=batch, top=1)[0]
-        row(f"{what}, {n:,} A100, tp {tp}, pp {pp}: TFLOP/s per GPU, with what runs again (fitted)", tflops,
-            best["hardware_tflops"], 0.15)
+    for shape, n, pp, batch, tflops in ((gpt76, 1024, 4, 1792, 140), (gpt1000, 3072, 64, 3072, 163)):
+        best = plan(shape, a100, n, tp=8, pp=pp, zero=0, recompute="full", program=MEGATRON_2021, top=1,
+                    sequence_parallel=False, global_batch_size=batch)[0]
+        row(f"{shape.num_params / 1e9:,.0f} B, {n:,} A100, tp 8, pp {pp}: TFLOP/s per GPU, with what runs again",
+            tflops, best["hardware_tflops"], 0.15)
+    llama = Shape(128256, 8192, 126, 128, 8, 128, 16384, 53248)
     row("405 B, 16,384 H100, tp 8, pp 16, dp 128: TFLOP/s per GPU", 400, max(estimate(
         llama, h100, Layout(128, 8, 16, "interleaved", v, 1, 16, 1), LLAMA_3)["tflops"] for v in range(2, 8)), 0.15)
 
-    # LLaMA, table 15
-    title("(5) what does it cost?", "published")
+    title("(5) what does it cost?", "published")                                                     # LLaMA, table 15
     row("LLaMA 65B, 1,022,362 A100-hours: MWh", 449, cost(a100, 1, 1_022_362 * 3600)["energy_mwh"], 0.003)
-    print("\n7 B on 64 H100s, 1024 sequences of 4096 tokens: the best layout of train.py, and the next two")
-    seven, tokens = Shape(32000, 4096, 32, 32, 32, 128, 4096, 11008), 1.4e11
-    found, flops = plan(seven, "h100", 64, global_batch_size=1024, tokens=tokens, top=3), tokens * seven.flops_per_token()
-    print(describe_bill(found[0]))
-    for x in found[1:]:
-        place = x["layout"]
-        print(f"next       dp {place['dp']}, tp {place['tp']}, pp {place['pp']}, zero {place['zero']}, recompute "
-              f"{place['recompute']}: {x['memory_bytes']['total'] / 1e9:.1f} GB, MFU {x['mfu']:.1%}, {x['days']:.2f} days")
+    print("\n7 B, 140 B tokens on 64 H100s, 1024 sequences of 4096 tokens: train.py's best layout, and the next two")
+    seven = Shape(32000, 4096, 32, 32, 32, 128, 4096, 11008)
+    first, *others = plan(seven, "h100", 64, global_batch_size=1024, tokens=1.4e11, top=3)
+    print(describe_bill(first))
+    for other in others:
+        words = ", ".join(f"{name} {other['layout'][name]}" for name in ("dp", "tp", "pp", "zero", "recompute"))
+        print(f"next       {words}: {other['memory_bytes']['total'] / 1e9:.1f} GB, MFU {other['mfu']:.1%}, "
+              f"{other['days']:.2f} days")
     bytes_per_parameter = sum(list(memory(seven, Layout(), Program(), 0).values())[:3]) / seven.num_params
-    assert round(flops / 1e21, 1) == 6.5 and round(flops / 64 / h100.peak / 3600) == 28       # the first page's numbers
-    assert 0.5 < found[0]["mfu"] < 0.6 and bytes_per_parameter * 7 == 126 and round(64 * h100.peak / 1e15) == 63
+    assert round(first["flops"] / 1e21, 1) == 6.5 and round(first["flops"] / 64 / h100.peak / 3600) == 28
+    assert 0.5 < first["mfu"] < 0.6 and bytes_per_parameter * 7 == 126 and round(64 * h100.peak / 1e15) == 63
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ def test_a_default_sweep_surrounds_the_optimum_of_each_budget():
         assert net.num_params(train.parse_config(flags).model) == p["N"]
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_was(capsys, tmp_path, corpus):
     """All but one run are there; that one is trained for real; then nothing is left to do."""
     budgets, sizes = (3e8, 1e9, 3e9, 1e10), ((1, 4), (1, 8), (1, 16), (2, 16))
