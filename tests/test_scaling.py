@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import functools
 import gc
 import importlib.util
 import inspect
@@ -17,12 +18,13 @@ import published
 import pytest
 import torch
 import torch.distributed as dist
-from published import KAPLAN, KAPLAN_JOINT, MUENNIGHOFF, SARDANA, isoflop_runs, kaplan_loss
+from published import KAPLAN, KAPLAN_JOINT, MUENNIGHOFF, PF_DAY, SARDANA, isoflop_runs, kaplan_loss
 from test_model import SETTINGS, random_tokens
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import flash_attn
 import model as net
 import parallel
 import scaling
@@ -117,6 +119,32 @@ def test_the_table_of_models():
     for r in (gpt3, llama):
         best = compute_optimal(r["enough"] * r["C"])
         assert chinchilla_loss(*best) == pytest.approx(r["loss"]) and 0 < r["left"] < 0.06
+
+
+def test_published_laws():
+    """What papers print of their laws, from their constants."""
+    # Hoffmann 2022, table 3 (approach 1), table A3 (2, 3); in A3, 175 B of approach 3 is misprinted: 1.26e24 for e25
+    for a, rows in ((0.50, ((4e8, 1.92e19, 8e9), (67e9, 5.76e23, 1.5e12), (280e9, 9.9e24, 5.9e12))),
+                    (0.49, ((1e10, 1.32e22, 2.195e11), (280e9, 1.18e25, 7.1e12), (1e13, 1.75e28, 2.92e14)))):
+        N, C, D = np.array(rows).T
+        assert np.polyfit(np.log(C), np.log(N), 1)[0] == pytest.approx(a, rel=0.015)
+        best = compute_optimal(C[1])
+        assert best.D / best.N == pytest.approx(D[1] / N[1], rel=0.35)
+    assert scaling.exponents(HOFFMANN)[0] == pytest.approx(0.46, rel=0.01)
+    for N, C in ((4e8, 2.21e19), (175e9, 1.26e25), (1e13, 8.55e28)):
+        assert 6 * N * scaling.optimal_tokens(N, SARDANA) == pytest.approx(C, rel=0.081)
+    assert scaling.exponents(BESIROGLU)[0] == pytest.approx(0.513, rel=0.001)
+    # Kaplan, one PF-day
+    best, batch = published.kaplan_optimal(PF_DAY), published.critical_batch(kaplan_loss(C_min=PF_DAY))
+    assert batch == pytest.approx(best["B_crit"], rel=0.03)
+    assert 6 * best["N"] * best["B_crit"] * best["S_min"] == pytest.approx(PF_DAY, rel=0.03)
+    assert kaplan_loss(1.5e9, 22e9) == pytest.approx(kaplan_loss(1.5e9), rel=0.005)
+    assert math.prod(x - 1 for x in published.batch_cost(2e6, 1e6)) == 1
+    # Brown 2020 (arXiv:2005.14165), table D.1, and section 2.1
+    gpt3 = dataclasses.replace(published.gpt(96, 12288, 96), vocab_size=50257)
+    assert gpt3.num_params == pytest.approx(175e9, rel=0.003)
+    assert gpt3.flops_per_token() == pytest.approx(6 * gpt3.num_params, rel=0.03)               # attention is missing
+    assert 6 * 125e6 * 300e9 == pytest.approx(2.25e20, rel=0.002)
 
 
 # ---- beyond ----------------------------------------------------------------------------------------------------------
@@ -265,6 +293,48 @@ def test_ruined_runs_hardly_count():
         assert ruined[name] == pytest.approx(clean[name], rel=0.1)
 
 
+def planted():
+    """Besiroglu's law at 9 budgets, 0.5 % of noise, every 30th run ruined."""
+    rng = np.random.default_rng(1)
+    exact = np.array([(N, C / (6 * N), chinchilla_loss(N, C / (6 * N))) for C in np.geomspace(1e18, 1e22, 9)
+                      for N in np.geomspace(3e7, 3e10, 24) if 1 / 8 < N / compute_optimal(C).N < 8])
+    runs = exact * np.exp([0, 0, 0.005] * rng.standard_normal((len(exact), 1)))
+    runs[::30, 2] *= 1.1
+    return runs
+
+
+def test_a_planted_law_is_found_by_all_three():
+    runs, true = planted(), BESIROGLU | {"a": scaling.exponents(BESIROGLU)[0]}
+    for fit, names, bound in ((fit_parametric(runs), BESIROGLU, 0.3), (fit_isoflop(runs), "a", 0.1),
+                              (fit_envelope(runs), "a", 0.1)):
+        for name in names:
+            low, high = fit["intervals"][name]
+            assert low <= true[name] <= high and fit[name] == pytest.approx(true[name], rel=bound)
+
+
+def test_the_usual_optimizer_stops_early():
+    """L-BFGS from a point of Hoffmann's grid, on the mean Huber loss, with default tolerances."""
+    runs = planted()
+    x, y, z = torch.tensor(np.log(runs)).T
+    theta = torch.tensor([0.5, 5.0, 5.0, 0.5, 0.5], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([theta], max_iter=1000, line_search_fn="strong_wolfe")
+
+    def huber(reduction="mean"):
+        e, a, b, alpha, beta = theta
+        optimizer.zero_grad()
+        terms = torch.stack((e.expand(len(x)), a - alpha * x, b - beta * y))
+        loss = torch.nn.functional.huber_loss(terms.logsumexp(0), z, delta=1e-3, reduction=reduction)
+        loss.backward()
+        return loss
+
+    optimizer.step(huber)
+    law = dict(zip(BESIROGLU, [*theta[:3].exp().tolist(), *theta[3:].tolist()], strict=True))
+    fit = fit_parametric(runs, times=0)
+    assert huber("sum").item() > 2 * fit["objective"]
+    ratios = [best.D / best.N for best in (compute_optimal(5.76e23, law), compute_optimal(5.76e23, fit))]
+    assert ratios == pytest.approx([64, 18.3], rel=0.01)
+
+
 def test_isoflop_bias_is_the_formula():
     C = np.geomspace(1e18, 1e22, 5)
     for law, w in ((LOPSIDED, 2), (HOFFMANN, 8), (BESIROGLU, 4)):
@@ -278,6 +348,13 @@ def test_isoflop_bias_is_the_formula():
         assert fit["a"] == pytest.approx(scaling.exponents(law)[0], abs=1e-5)
         assert fit["a"] + fit["b"] == pytest.approx(1)
         assert fit["k_N"] * 1e20 ** fit["a"] == pytest.approx(compute_optimal(1e20, law).N * math.exp(shift), rel=0.01)
+    # the wider and the more lopsided, the worse; sizes that drift as C grows spoil a too
+    law = HOFFMANN | {"alpha": 0.5, "beta": 0.25}
+    fit = fit_isoflop(isoflop_runs(C, law, sizes=101), times=0)
+    assert fit["points"][0]["N"] / compute_optimal(C[0], law).N == pytest.approx(math.exp(0.025 * math.log(8) ** 2),
+                                                                                 rel=0.002)
+    drifted = fit_isoflop(isoflop_runs(C, law, off=lambda C: (C / 1e20) ** 0.35), times=0)["a"]
+    assert 0.05 < drifted / scaling.exponents(law)[0] - 1 < 0.1
     even = LOPSIDED | {"alpha": 0.35, "beta": 0.35}
     middle = fit_isoflop(isoflop_runs(C, even), times=0)["points"][2]
     assert middle["N"] == pytest.approx(compute_optimal(C[2], even).N, rel=1e-3)
@@ -752,6 +829,24 @@ def test_activations_are_counted_to_the_byte(config, recompute, document_mask, d
     program = Program(dtype.itemsize, dtype.itemsize, dtype.itemsize, fused_norm=False, document_mask=document_mask)
     layout = Layout(micro_batch_size=2, recompute=recompute)
     assert sum(size for size, _ in kept.values()) == scaling.memory(shape, layout, program, 0)["activations"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_what_reference_attention_keeps(name):
+    """flash=False is train.py's --attention reference: the softmax and its masked copy. It also keeps the mask itself,
+    a byte per pair, and of grouped heads the repeated keys and values."""
+    config = SETTINGS[name]
+    model = net.build(config, attention=functools.partial(flash_attn.flash_attention, backend="reference"))
+    tokens, targets = random_tokens(config, 2, 20)
+    outside, kept = {t.untyped_storage().data_ptr() for t in (tokens, targets, *model.parameters())}, {}
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+        model(tokens, targets)
+    size = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in outside)
+    shape = dataclasses.replace(scaling.shape_of(config), seq_len=20)
+    repeated = 2 * 2 * 20 * 4 * (shape.q - shape.kv)
+    predicted = scaling.memory(shape, Layout(micro_batch_size=2), Program(4, fused_norm=False, flash=False), 0)
+    assert size == predicted["activations"] + config.n_layer * (20 * 20 + repeated)
 
 
 def test_what_is_kept_too_long_is_seen(monkeypatch):
