@@ -1127,6 +1127,23 @@ def describe_bill(bill: dict) -> str:
 # ---- (5) all layouts, ranked -----------------------------------------------------------------------------------------
 
 FIELDS = tuple(f.name for f in dataclasses.fields(Layout) if f.name != "micro_batches")
+SMALLEST = dict(recompute="full", micro_batch_size=1, schedule="1f1b")
+DATA = "data/mycorpus"                        # in the commands: where the reader's prepared text belongs
+
+
+@functools.cache
+def shape_for(params: float, seq_len: int = 4096) -> Shape:
+    """A Llama of about so many parameters: heads of 128 (small ones: 64), about width / 128 layers, an MLP of about 8/3
+    of the width that makes up what is missing."""
+    V, shapes = 32000 if params >= 3e8 else 8192 if params >= 2e7 else 2048, []
+    for heads in (*range(1, 8), *range(8, 32, 4), *range(32, 513, 8)):
+        h = heads * (128 if heads >= 8 else 64)
+        layers = max(2, 2 * round((params - 2 * V * h) / (12 * h * h) / 2))
+        n_ff = max(1, round(((params - 2 * V * h) / layers - 4 * h * h) / (3 * h) / 128)) * 128
+        shape = Shape(V, seq_len, layers, heads, heads, h // heads, h, n_ff)
+        off = (shape.num_params / params, 1), (h / layers / 128, 0.1), (n_ff / h * 3 / 8, 0.5)
+        shapes.append((sum(weight * abs(math.log(x)) for x, weight in off), shape))
+    return min(shapes, key=lambda x: x[0])[1]
 
 
 def layouts(shape: Shape, gpu: GPU, n_gpus: int, batch: int, **fixed):
@@ -1138,12 +1155,12 @@ def layouts(shape: Shape, gpu: GPU, n_gpus: int, batch: int, **fixed):
     divisors = [n for n in range(1, n_gpus + 1) if n_gpus % n == 0]
     for tp, pp in itertools.product(choices("tp", *(n for n in divisors if n <= gpu.node)), choices("pp", *divisors)):
         dp = n_gpus // (tp * pp)
+        if dp * tp * pp != n_gpus or dp not in choices("dp", dp):
+            continue
         schedules = [("1f1b", 1), *([("zb", 1), ("gpipe", 1)] * (pp > 1)),
                      *(("interleaved", v) for v in choices("chunks", *range(2, 9)) if v > 1 < pp)]
         schedules = [(name, v) for name, v in schedules if name in choices("schedule", "1f1b", "zb", "interleaved")
                      and v in choices("chunks", v)]
-        if dp * tp * pp != n_gpus or dp not in choices("dp", dp):
-            continue
         for b, (schedule, v), zero, recompute, sp in itertools.product(
                 choices("micro_batch_size", 1, 2, 4, 8, 16, 32), schedules,
                 choices("zero", *range(4 if dp > 1 else 1)), choices("recompute", "none", "selective", "full"),
@@ -1185,50 +1202,46 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
     each = n_gpus * (fixed.get("micro_batch_size") or 1)
     usual = max(1, round((2**22 if shape.num_params >= 1e9 else 2**19) / shape.seq_len / each)) * each
     batch, speed = global_batch_size or usual, gpu.peak_flops(precision) / gpu.peak
-    program = program or Program(item=PRECISIONS[precision])
-    possible = list(layouts(shape, gpu, n_gpus, batch, **fixed))
+    program, tokens = program or Program(item=PRECISIONS[precision]), tokens or optimal_tokens(shape.num_params)
+    possible, best = list(layouts(shape, gpu, n_gpus, batch, **fixed)), {}
     if not possible:
-        flags = {"schedule": "pp_schedule", "chunks": "pp_chunks"}
-        given = "".join(f", --{flags.get(name, name).replace('_', '-')} {x}" for name, x in fixed.items()
-                        if x is not None)
+        given = "".join(f", {flag_of(name)} {x}" for name, x in fixed.items() if x is not None)
         raise BadInput(f"global_batch_size {batch} on {n_gpus} GPUs must be split evenly by some dp x tp x pp that "
                        f"train.py takes for {shape.n_head} heads ({shape.n_kv_head} of keys) and {shape.n_layer} "
                        f"layers{given}; none does")
-    fitting, best = [layout for layout in possible if fits(shape, gpu, layout, program)], {}
+    fitting = [layout for layout in possible if fits(shape, gpu, layout, program)]
     if not fitting:
         raise BadInput(why_not(shape, gpu, possible, program, speed))
     for e in sorted((estimate(shape, gpu, layout, program, speed) for layout in fitting), key=lambda e: e["step"]):
         best.setdefault((e["layout"].tp, e["layout"].pp, e["layout"].zero), e["layout"])
-    tokens = tokens or optimal_tokens(shape.num_params)
     steps = math.ceil(tokens / batch / shape.seq_len)
     return [bill(shape, layout, program, tokens=tokens, gpu=gpu, precision=precision, pue=pue, grid=grid)
             | {"command": command(shape, layout, precision, gpu, steps, config_name)}
             for layout in list(best.values())[:top]]
 
 
+def flag_of(field: str) -> str:
+    return "--" + {"schedule": "pp_schedule", "chunks": "pp_chunks"}.get(field, field).replace("_", "-")
+
+
 def why_not(shape: Shape, gpu: GPU, possible: list, program: Program, speed: float) -> str:
     """One line: the layout that needs least, what is biggest there, and what would do: of single changes the fastest.
     """
     least = min(possible, key=lambda layout: sum(fullest(shape, layout, program).values()))
-    parts, tried = fullest(shape, least, program), []
-    for name, x in (*(("zero", z) for z in (1, 2, 3)), ("recompute", "selective"), ("recompute", "full"),
-                    *((name, 2**i) for name in ("tp", "pp") for i in range(1, 8)), ("micro_batch_size", 1)):
-        given = {field: getattr(least, field) for field in FIELDS if field != "dp"} | {name: x}
-        tried += [(sum(step_time(shape, gpu, layout, program, speed).values()), f"--{name.replace('_', '-')} {x}")
-                  for layout in layouts(shape, gpu, least.ranks, least.batch, **given)
-                  if fits(shape, gpu, layout, program)]
-    for n in () if tried else (2**i * least.ranks for i in range(1, 12)):
-        if any(fits(shape, gpu, layout, program) for layout in layouts(shape, gpu, n, n, zero=3, **SMALLEST)):
-            tried = [(0.0, f"{n} GPUs with --zero 3 --recompute full")]
-            break
+    parts, tried, powers = fullest(shape, least, program), [], [2**i for i in range(1, 12)]
+    for name, values in (("zero", (1, 2, 3)), ("recompute", ("selective", "full")), ("tp", powers[:7]),
+                         ("pp", powers[:7]), ("micro_batch_size", (1,))):
+        for x in values:
+            given = {field: getattr(least, field) for field in FIELDS if field != "dp"} | {name: x}
+            tried += [(sum(step_time(shape, gpu, layout, program, speed).values()), f"{flag_of(name)} {x}") for layout
+                      in layouts(shape, gpu, least.ranks, least.batch, **given) if fits(shape, gpu, layout, program)]
+    more = (f"{n} GPUs with --zero 3 --recompute full" for n in (least.ranks * i for i in powers) if any(
+        fits(shape, gpu, layout, program) for layout in layouts(shape, gpu, n, n, zero=3, **SMALLEST)))
     biggest = max(parts, key=parts.get)
     return (f"does not fit: the smallest layout (dp {least.dp}, tp {least.tp}, pp {least.pp}, zero {least.zero}, "
             f"recompute {least.recompute}, micro-batch {least.micro_batch_size}) needs {sum(parts.values()) / 1e9:.1f} "
             f"of {USABLE * gpu.memory / 1e9:.1f} GB per GPU; biggest: {biggest}, {parts[biggest] / 1e9:.1f} GB; the "
-            f"cheapest change: {min(tried)[1] if tried else 'none found'}")
-
-
-SMALLEST = dict(recompute="full", micro_batch_size=1, schedule="1f1b")
+            f"cheapest change: {min(tried)[1] if tried else next(more, 'none found')}")
 
 
 def largest_shape(gpu: GPU, n_gpus: int, seq_len: int = 4096, program: Program = Program()) -> Shape:
@@ -1241,42 +1254,21 @@ def largest_shape(gpu: GPU, n_gpus: int, seq_len: int = 4096, program: Program =
     return shape_for(largest_that(fitting, 1e6, 1e14, 1.01), seq_len)
 
 
-@functools.cache
-def shape_for(params: float, seq_len: int = 4096) -> Shape:
-    """A Llama of about so many parameters: heads of 128 (small ones: 64), about C / 128 layers, an MLP of about 8/3 C
-    that makes up what is missing."""
-    V, shapes = 32000 if params >= 3e8 else 8192 if params >= 2e7 else 2048, []
-    for heads in (*range(1, 8), *range(8, 32, 4), *range(32, 513, 8)):
-        C = heads * (128 if heads >= 8 else 64)
-        layers = max(2, 2 * round((params - 2 * V * C) / (12 * C * C) / 2))
-        n_ff = max(1, round(((params - 2 * V * C) / layers - 4 * C * C) / (3 * C) / 128)) * 128
-        shape = Shape(V, seq_len, layers, heads, heads, C // heads, C, n_ff)
-        off = (shape.num_params / params, 1), (C / layers / 128, 0.1), (n_ff / C * 3 / 8, 0.5)
-        shapes.append((sum(weight * abs(math.log(x)) for x, weight in off), shape))
-    return min(shapes, key=lambda x: x[0])[1]
-
-
 def command(shape: Shape, layout: Layout, precision: str, gpu: GPU, steps=None, config=None) -> str:
-    """The torchrun line. config: train.py's name of the model; without, the line holds all of its shape. --data is
-    where the reader's prepared text belongs."""
+    """The torchrun line. config: train.py's name of the model; without, the line holds all of its shape."""
     nodes = math.ceil(layout.ranks / gpu.node)
     launch = f"torchrun --nproc-per-node {min(layout.ranks, gpu.node)}"
     launch += f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500" if nodes > 1 else ""
     flags = {"config": config or ("large" if shape.num_params < 3e9 else "7b")}
     flags |= {"seq_len": shape.seq_len} if config else dataclasses.asdict(shape)
-    flags |= {"steps": steps, "global_batch_size": layout.batch, "micro_batch_size": layout.micro_batch_size,
-              "dp": layout.dp, "tp": layout.tp, "pp": layout.pp, "zero": layout.zero, "recompute": layout.recompute,
-              "precision": precision}
-    flags |= {"pp_schedule": layout.schedule} if layout.pp > 1 else {}
-    flags |= {"pp_chunks": layout.chunks} if layout.chunks > 1 else {}
-    flags |= {} if layout.sequence_parallel else {"sequence_parallel": False}
-    flags["data"] = DATA
-    words = (f"--{'no-' if x is False else ''}{name.replace('_', '-')}" + ("" if isinstance(x, bool) else f" {x}")
+    flags |= {"steps": steps, "global_batch_size": layout.batch, "micro_batch_size": layout.micro_batch_size}
+    flags |= {name: getattr(layout, name) for name in ("dp", "tp", "pp", "zero", "recompute")}
+    flags |= {"precision": precision, "pp_schedule": layout.schedule} if layout.pp > 1 else {"precision": precision}
+    flags |= {"pp_chunks": layout.chunks if layout.chunks > 1 else None,
+              "sequence_parallel": None if layout.sequence_parallel else False, "data": DATA}
+    words = (f"--no-{flag_of(name)[2:]}" if x is False else flag_of(name) if x is True else f"{flag_of(name)} {x}"
              for name, x in flags.items() if x is not None)
     return f"{launch} train.py {' '.join(words)}"
-
-
-DATA = "data/mycorpus"                        # data.py prepares such a folder
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

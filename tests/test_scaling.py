@@ -449,6 +449,16 @@ def test_budgets_are_found_by_gaps(ratio, spread):
                                                  for k in range(6)]
 
 
+def test_budgets_at_uneven_distances_are_found():
+    """A lone, far budget does not make one of the others; nor does a stated column whose budgets lie close together."""
+    stated = (1e18, 1.1e18, 3e18, 6e18, 1e19, 1e23)
+    for budgets in (stated, stated[1:]):
+        runs = [(N, C / (6 * N) * (1 + 0.04 * k), 3.0, C) for C in budgets
+                for k, N in enumerate(np.geomspace(1e7, 1e9, 6))]
+        for x in (np.array(runs), np.array(runs)[:, :3])[:1 if len(budgets) == 6 else 2]:
+            assert [len(group) for group in scaling.budgets(x)] == [6] * len(budgets)
+
+
 def test_scattered_runs_have_no_budgets():
     rng = np.random.default_rng(0)
     runs = np.stack((10 ** rng.uniform(7, 9, 60), 10 ** rng.uniform(9, 11, 60), np.full(60, 3.0)), 1)
