@@ -1316,14 +1316,15 @@ def read_runs(path) -> np.ndarray:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             lines = {i: line for i, line in enumerate(file, 1) if line.strip() and not line.startswith("#")}
-        first = next(iter(lines.values()), "")
-        head, *rows = csv.reader(lines.values(), delimiter=max(",;\t", key=first.count)) if lines else [[]]
+        numbers, first = list(lines), next(iter(lines.values()), "")
+        reader = csv.reader(lines.values(), delimiter=max(",;\t", key=first.count))
+        rows = [(f"line {numbers[reader.line_num - 1]}", [cell.strip() for cell in row]) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = getattr(error, "strerror", None) or error
         raise BadInput(f"{path}: must be a CSV file that can be read: {why}") from None
-    if not rows:
+    if len(rows) < 2:
         raise BadInput(f"{path}: must have a line of column names and a line per run, it has {len(lines)} lines")
-    head, labels = [name.strip() for name in head], [f"line {i}" for i in lines][1:]
+    (_, head), *rows = rows
     plain = ["".join(filter(str.isalnum, name.lower())) for name in head]
     place = {name: plain.index(there[0]) for name, known in COLUMNS.items()
              if (there := [k for k in known.split() if k in plain])}
@@ -1334,18 +1335,17 @@ def read_runs(path) -> np.ndarray:
         raise BadInput(f"{path}: no column for {' and '.join(wanted)} ({some}, ...); there are {', '.join(head)}")
     values = {}
     for name, i in place.items():
-        for label, row in zip(labels, rows, strict=True):
-            cell = row[i].strip() if i < len(row) else ""
+        for label, row in rows:
             try:
-                values.setdefault(name, []).append(float(cell))
+                values.setdefault(name, []).append(float("".join(row[i:i + 1])))
             except ValueError:
-                raise BadInput(f"{path}: {head[i]} must be a number, {label} has {cell!r}") from None
+                raise BadInput(f"{path}: {head[i]} must be a number, {label} has {''.join(row[i:i + 1])!r}") from None
     if missing:
         with np.errstate(all="ignore"):
             C = np.array(values.pop("C"))
             values[missing[0]] = C / (6 * np.array(values["D" if missing == ["N"] else "N"]))
     try:
-        return table(values, labels)
+        return table(values, [label for label, _ in rows])
     except BadInput as error:
         raise BadInput(f"{path}: {error}") from None
 

@@ -621,6 +621,7 @@ def test_comments_and_empty_lines(tmp_path):
     ("N,D,loss\n1,2,3\n2,3,4\n", [], "needs at least 6 runs of different \\(N, D\\) for a law of 5 constants, got 2"),
     ("N,D,loss\n" + 200_000 * "1" + ",2,3\n", [], "must be a CSV file that can be read: field larger"),
     ("# mine\n\nN,D,loss\n1,2,3\n\n# more\n1,x,3\n", [], "D must be a number, line 7 has 'x'"),
+    ('name,N,D,loss\n"a\nb",1,2,3\nc,x,2,3\n', [], "N must be a number, line 4 has 'x'"),
     ("# mine\nN,D,loss,budget\n1,2,3,\n", [], "budget must be a number, line 3 has ''"),
     ("# mine\nN,D,loss,budget\n1,2,3,0\n", [], "C must be finite and above 0: line 3 has 0"),
     ("N,D,loss\n1,2,3\n", ["--holdout", "0"], "--holdout must be a whole number from 1"),
