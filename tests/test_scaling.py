@@ -791,9 +791,10 @@ def test_a_run_of_train_is_what_the_planner_says(run_ranks, ranks, flags):
                 book[axis] = book.get(axis, 0) + size
         said = by_axis_name(said, calls, key=lambda x: x[0])
         assert said.keys() == calls.keys()
-        if not c.zero:                                   # with it the shards of two ranks differ, and are padded
-            for key, (number, payload) in said.items():
-                assert calls[key] == (calls[key][0] if number is None else number, payload), key
+        for key, (number, payload) in said.items():      # with ZeRO the shards of two ranks differ, and are padded
+            exact = not c.zero or key == ("dp", "all_reduce") and c.tp == 1
+            assert calls[key][0] == number or number is None, key
+            assert calls[key][1] == (payload if exact else pytest.approx(payload, rel=0.05)), key
     assert sent == pytest.approx(predicted_sent, rel=1e-3 if c.zero else 1e-12)
     # the operations in the order in which they ran
     stages = [ops for _, _, _, ops, (_, d, t), _ in sorted(answers, key=lambda x: x[4]) if d == t == 0]
