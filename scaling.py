@@ -67,8 +67,8 @@ CO2, dollars. `plan` writes the bill of every layout and ranks them. train.py pr
     m, p, v, t         micro_batches, pp, chunks, tp     micro-batches per step, ranks of a pipeline, stages per rank
     F, B, W            a micro-batch forward; backward, the inputs' and the weights' gradients
 
-Map: the questions in their order, then the command line and the demo. Not here: context and expert parallelism,
-failures, reading data. Published rows, and the planner's answer to each, are tests.
+Map: the questions in their order, where the lecture ends; then the command line and the demo. Not here: context and
+expert parallelism, failures, reading data. Published rows, and the planner's answer to each, are tests.
 
 Sources: Hoffmann 2022 (arXiv:2203.15556), fitted again: Besiroglu 2024 (2404.10102); Kaplan 2020 (2001.08361); Pearce
 2024 (2406.12907); Muennighoff 2023 (2305.16264); Sardana 2024 (2401.00448). Narayanan 2021 (2104.04473); Korthikanti

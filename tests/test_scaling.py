@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import published
@@ -754,9 +755,10 @@ RUNS = [
     (4, TINY + " --pp 4"), (2, TINY + " --pp 2 --pp-schedule zb"), (4, TINY + " --pp 4 --pp-schedule zb"),
     (2, TINY + " --pp 2 --pp-schedule gpipe"),
     (2, TINY + " --pp 2 --pp-schedule interleaved"), (4, TINY + " --pp 2 --tp 2"), (4, TINY + " --tp 2 --zero 1"),
-    (2, TINY + " --tp 2 --precision bf16 --recompute selective"), (4, TINY + " --tp 2 --zero 3 --precision bf16")]
+    (2, SMALL + " --pp 2"), (2, TINY + " --tp 2 --precision bf16 --recompute selective"),
+    (4, TINY + " --tp 2 --zero 3 --precision bf16")]
 MORE = [
-    (2, SMALL + " --zero 1"), (2, SMALL + " --pp 2"), (2, TINY + " --tp 2 --precision bf16"),
+    (2, SMALL + " --zero 1"), (2, TINY + " --tp 2 --precision bf16"),
     (2, SMALL + " --tp 2 --recompute selective"), (2, TINY + " --tp 2 --precision bf16 --recompute full"),
     (4, TINY + " --tp 2 --zero 2 --precision bf16"), (4, TINY + " --tp 2 --zero 1 --precision bf16")]
 
@@ -1085,6 +1087,19 @@ def test_messages_take_what_rings_take():
     assert scaling.ring_seconds(gpu, 8, 40e9, 8) == pytest.approx(7 / 8, rel=1e-3)            # 8 nodes, a rank in each
     assert scaling.ring_seconds(gpu, 64, 320e9) == pytest.approx(63 / 64, rel=2e-3)         # 8 nodes, 8 ranks in each
     assert scaling.ring_seconds(gpu, 16, 0, 1, 2) == pytest.approx(2 * (14 * 3.4e-6 + 14e-6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [False, True])
+def test_the_demo_of_a_file_alone_and_of_other_runs(tmp_path, given):
+    """Copied without its repository it says what is missing in a line; other runs are fitted, and not asserted."""
+    alone = tmp_path / "scaling.py"
+    alone.write_text(Path(scaling.__file__).read_text())
+    path = write(tmp_path / "mine.csv", noisy_grid(), ("N", "D", "loss"))
+    done = subprocess.run([sys.executable, str(alone), *[path] * given], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "(5) what does it cost?" in done.stdout
+    assert ("(1), (2) need tests/sweep_runs.csv" in done.stdout) == (not given)
+    assert ("runs of mine.csv: loss" in done.stdout) == given
 
 
 # ---- machines and bills ----------------------------------------------------------------------------------------------
