@@ -862,9 +862,12 @@ def hidden_share(layout: Layout, program: Program) -> int:
 
 
 def messages(shape: Shape, layout: Layout, program: Program, stage: int) -> dict:
-    """What a rank at place `stage` says in a step: {(axis, collective): (calls, bytes)}. bytes: the payload, all ranks'
-    parts together. calls is None where buckets or chunks of the loss decide. With ZeRO, shards of ranks differ: bytes
-    are their mean, without padding."""
+    """What a rank at place `stage` says in a step: {(axis, collective): (calls, bytes)}.
+
+    axis     dp, tp, pp; "world": all ranks; "ends": first and last stage, which share a tied weight
+    calls    None where buckets or chunks of the loss decide
+    bytes    the payload, all ranks' parts together. With ZeRO, shards of ranks differ: their mean, without padding
+    """
     rank, layers = rank_params(shape, layout, stage), depth(shape.n_layer, layout.pp, layout.chunks)[stage]
     m, is_first, is_last, zero = layout.micro_batches, stage == 0, stage == layout.pp - 1, layout.zero
     n, h, table = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size // layout.tp * shape.n_embd
@@ -1509,6 +1512,7 @@ def ask(argv):
     return asked
 
 
+@functools.cache
 def read_config(name: str) -> dict:
     """The named config as train.py parses it, in a process of its own."""
     code = ("import dataclasses, json, sys, train\n"
@@ -1662,7 +1666,7 @@ FLAGS = {*ASKED, *WHOLE, "gpu", "config", "precision", "plot", "holdout"}
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if not argv or Path(argv[0]).suffix == ".csv":
+        if not argv or len(argv) == 1 and argv[0].endswith(".csv"):
             demo(*argv)
         elif argv[0] in ("-h", "--help"):
             print(__doc__)

@@ -1251,7 +1251,7 @@ def test_whoever_has_read_enough_is_no_error():
 
 
 def test_a_config_of_train():
-    assert scaling.read_config("medium") == dataclasses.asdict(train.parse_config(["--config", "medium"]))
+    assert scaling.read_config("small") == dataclasses.asdict(train.parse_config(["--config", "small"]))
 
 
 def test_the_text(capsys):
