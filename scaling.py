@@ -1577,6 +1577,8 @@ def settle(asked, gpu: GPU, options: dict):
             shape = of_flops(flops)
             took = needed(shape) / tokens_per_day(shape, n)
             tried[abs(math.log(took / days))], flops = shape, flops * days / took
+            if min(tried) < 0.02:
+                break
         shape = tried[min(tried)]
         tokens = tokens or days * tokens_per_day(shape, n)
     elif shape is None:

@@ -752,13 +752,12 @@ RUNS = [
     (1, TINY), (1, SMALL), (1, TINY + " --recompute selective"), (1, SMALL + " --recompute full"),
     (1, TINY + " --qk-norm --n-kv-head 2 --bias"), (2, TINY + " --tp 2"), (2, TINY + " --tp 2 --no-sequence-parallel"),
     (2, TINY + " --tp 2 --recompute full"), (2, SMALL + " --dp 2"), (2, TINY + " --zero 2"), (2, SMALL + " --zero 3"),
-    (4, TINY + " --pp 4"), (2, TINY + " --pp 2 --pp-schedule zb"), (4, TINY + " --pp 4 --pp-schedule zb"),
-    (2, TINY + " --pp 2 --pp-schedule gpipe"),
+    (4, TINY + " --pp 4 --pp-schedule zb"), (2, TINY + " --pp 2 --pp-schedule gpipe"),
     (2, TINY + " --pp 2 --pp-schedule interleaved"), (4, TINY + " --pp 2 --tp 2"), (4, TINY + " --tp 2 --zero 1"),
     (2, SMALL + " --pp 2"), (2, TINY + " --tp 2 --precision bf16 --recompute selective"),
     (4, TINY + " --tp 2 --zero 3 --precision bf16")]
 MORE = [
-    (2, SMALL + " --zero 1"), (2, TINY + " --tp 2 --precision bf16"),
+    (4, TINY + " --pp 4"), (2, TINY + " --pp 2 --pp-schedule zb"), (2, SMALL + " --zero 1"), (2, TINY + " --tp 2 --precision bf16"),
     (2, SMALL + " --tp 2 --recompute selective"), (2, TINY + " --tp 2 --precision bf16 --recompute full"),
     (4, TINY + " --tp 2 --zero 2 --precision bf16"), (4, TINY + " --tp 2 --zero 1 --precision bf16")]
 
