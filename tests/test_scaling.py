@@ -757,7 +757,8 @@ RUNS = [
     (2, SMALL + " --pp 2"), (2, TINY + " --tp 2 --precision bf16 --recompute selective"),
     (4, TINY + " --tp 2 --zero 3 --precision bf16")]
 MORE = [
-    (4, TINY + " --pp 4"), (2, TINY + " --pp 2 --pp-schedule zb"), (2, SMALL + " --zero 1"), (2, TINY + " --tp 2 --precision bf16"),
+    (4, TINY + " --pp 4"), (2, TINY + " --pp 2 --pp-schedule zb"), (2, SMALL + " --zero 1"),
+    (2, TINY + " --tp 2 --precision bf16"),
     (2, SMALL + " --tp 2 --recompute selective"), (2, TINY + " --tp 2 --precision bf16 --recompute full"),
     (4, TINY + " --tp 2 --zero 2 --precision bf16"), (4, TINY + " --tp 2 --zero 1 --precision bf16")]
 
