@@ -1,5 +1,6 @@
 import csv
 import dataclasses
+import functools
 import gc
 import importlib.util
 import inspect
@@ -11,16 +12,20 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
+import published
 import pytest
 import torch
 import torch.distributed as dist
-from test_model import SETTINGS
+from published import KAPLAN, KAPLAN_JOINT, MUENNIGHOFF, PF_DAY, SARDANA, isoflop_runs, kaplan_loss
+from test_model import SETTINGS, random_tokens
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import flash_attn
 import model as net
 import parallel
 import scaling
@@ -30,20 +35,14 @@ from scaling import (
     BESIROGLU,
     GPUS,
     HOFFMANN,
-    KAPLAN,
-    KAPLAN_JOINT,
-    MUENNIGHOFF,
-    SARDANA,
     Layout,
+    Program,
     Shape,
-    Software,
     chinchilla_loss,
     compute_optimal,
     fit_envelope,
     fit_isoflop,
     fit_parametric,
-    isoflop_runs,
-    kaplan_loss,
 )
 
 LOPSIDED = {"E": 1.2, "A": 60.0, "B": 3000.0, "alpha": 0.25, "beta": 0.45}
@@ -78,10 +77,10 @@ def test_kaplans_laws():
     # Kaplan 2020, section 4.2: D > 5e3 N^0.74 keeps overfitting below noise; ten times less does not
     low, high = (kaplan_loss(1e9, 5e3 * 1e9**0.74 * k) / kaplan_loss(1e9, 1e40) - 1 for k in (1, 0.1))
     assert low < 0.03 < 0.1 < high
-    assert scaling.critical_batch(3.0) == pytest.approx(1.123e6, rel=1e-3)
-    optimal = [scaling.kaplan_optimal(c) for c in (8.64e19, 8.64e22)]
+    assert published.critical_batch(3.0) == pytest.approx(1.123e6, rel=1e-3)
+    optimal = [published.kaplan_optimal(c) for c in (8.64e19, 8.64e22)]
     assert optimal[0]["N"] == pytest.approx(1.3e9) and optimal[1]["N"] == pytest.approx(1.3e9 * 1000**0.73)
-    steps, examples = scaling.batch_cost(3e6, 1e6)
+    steps, examples = published.batch_cost(3e6, 1e6)
     assert (steps, examples) == (pytest.approx(4 / 3), 4)
 
 
@@ -123,6 +122,32 @@ def test_the_table_of_models():
         assert chinchilla_loss(*best) == pytest.approx(r["loss"]) and 0 < r["left"] < 0.06
 
 
+def test_published_laws():
+    """What papers print of their laws, from their constants."""
+    # Hoffmann 2022, table 3 (approach 1), table A3 (2, 3); in A3, 175 B of approach 3 is misprinted: 1.26e24 for e25
+    for a, rows in ((0.50, ((4e8, 1.92e19, 8e9), (67e9, 5.76e23, 1.5e12), (280e9, 9.9e24, 5.9e12))),
+                    (0.49, ((1e10, 1.32e22, 2.195e11), (280e9, 1.18e25, 7.1e12), (1e13, 1.75e28, 2.92e14)))):
+        N, C, D = np.array(rows).T
+        assert np.polyfit(np.log(C), np.log(N), 1)[0] == pytest.approx(a, rel=0.015)
+        best = compute_optimal(C[1])
+        assert best.D / best.N == pytest.approx(D[1] / N[1], rel=0.35)
+    assert scaling.exponents(HOFFMANN)[0] == pytest.approx(0.46, rel=0.01)
+    for N, C in ((4e8, 2.21e19), (175e9, 1.26e25), (1e13, 8.55e28)):
+        assert 6 * N * scaling.optimal_tokens(N, SARDANA) == pytest.approx(C, rel=0.081)
+    assert scaling.exponents(BESIROGLU)[0] == pytest.approx(0.513, rel=0.001)
+    # Kaplan, one PF-day
+    best, batch = published.kaplan_optimal(PF_DAY), published.critical_batch(kaplan_loss(C_min=PF_DAY))
+    assert batch == pytest.approx(best["B_crit"], rel=0.03)
+    assert 6 * best["N"] * best["B_crit"] * best["S_min"] == pytest.approx(PF_DAY, rel=0.03)
+    assert kaplan_loss(1.5e9, 22e9) == pytest.approx(kaplan_loss(1.5e9), rel=0.005)
+    assert math.prod(x - 1 for x in published.batch_cost(2e6, 1e6)) == 1
+    # Brown 2020 (arXiv:2005.14165), table D.1, and section 2.1
+    gpt3 = dataclasses.replace(published.gpt(96, 12288, 96), vocab_size=50257)
+    assert gpt3.num_params == pytest.approx(175e9, rel=0.003)
+    assert gpt3.flops_per_token() == pytest.approx(6 * gpt3.num_params, rel=0.03)               # attention is missing
+    assert 6 * 125e6 * 300e9 == pytest.approx(2.25e20, rel=0.002)
+
+
 # ---- beyond ----------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("law", [BESIROGLU, LOPSIDED])
@@ -131,18 +156,18 @@ def test_overtraining_costs_the_same_share_at_every_budget(law):
         best = compute_optimal(C, law)
         loss = chinchilla_loss(*best, law)
         for k in (0.5, 0.8, 1, 2):
-            tokens, compute = scaling.overtraining(k, law)
+            tokens, compute = published.overtraining(k, law)
             assert tokens == pytest.approx(scaling.tokens_for_loss(k * best.N, loss, law) / best.D, rel=1e-6)
             assert compute == pytest.approx(k * tokens) and compute >= 1
     smallest = (1 + law["alpha"] / law["beta"]) ** (-1 / law["alpha"])
-    assert scaling.overtraining(0.99 * smallest, law) == (math.inf, math.inf) and tokens < 1
+    assert published.overtraining(0.99 * smallest, law) == (math.inf, math.inf) and tokens < 1
 
 
 def test_repeated_data():
     law, U = MUENNIGHOFF, 1e10
     for epochs, worth in ((1, 1.0), (4, 3.726), (16, 10.582), (1e9, 16.388)):                   # Muennighoff 2023, eq 5
-        assert scaling.effective(epochs * U, U, law["R_D"]) == pytest.approx(worth * U, rel=1e-4)
-    loss = lambda N, D, U=U: scaling.data_constrained_loss(N, D, U)
+        assert published.effective(epochs * U, U, law["R_D"]) == pytest.approx(worth * U, rel=1e-4)
+    loss = lambda N, D, U=U: published.data_constrained_loss(N, D, U)
     assert loss(1e8, U) == pytest.approx(chinchilla_loss(1e8, U, law))                        # small, one epoch
     assert loss(1e8, 1e10, 1e12) == loss(1e8, 1e10, 1e10)                              # what is not read is nothing
     assert loss(1e8, 2 * U) < loss(1e8, U) and loss(1e8, 2 * U) > loss(1e8, 2 * U, 2 * U)
@@ -269,6 +294,48 @@ def test_ruined_runs_hardly_count():
         assert ruined[name] == pytest.approx(clean[name], rel=0.1)
 
 
+def planted():
+    """Besiroglu's law at 9 budgets, 0.5 % of noise, every 30th run ruined."""
+    rng = np.random.default_rng(1)
+    exact = np.array([(N, C / (6 * N), chinchilla_loss(N, C / (6 * N))) for C in np.geomspace(1e18, 1e22, 9)
+                      for N in np.geomspace(3e7, 3e10, 24) if 1 / 8 < N / compute_optimal(C).N < 8])
+    runs = exact * np.exp([0, 0, 0.005] * rng.standard_normal((len(exact), 1)))
+    runs[::30, 2] *= 1.1
+    return runs
+
+
+def test_a_planted_law_is_found_by_all_three():
+    runs, true = planted(), BESIROGLU | {"a": scaling.exponents(BESIROGLU)[0]}
+    for fit, names, bound in ((fit_parametric(runs), BESIROGLU, 0.3), (fit_isoflop(runs), "a", 0.1),
+                              (fit_envelope(runs), "a", 0.1)):
+        for name in names:
+            low, high = fit["intervals"][name]
+            assert low <= true[name] <= high and fit[name] == pytest.approx(true[name], rel=bound)
+
+
+def test_the_usual_optimizer_stops_early():
+    """L-BFGS from a point of Hoffmann's grid, on the mean Huber loss, with default tolerances."""
+    runs = planted()
+    x, y, z = torch.tensor(np.log(runs)).T
+    theta = torch.tensor([0.5, 5.0, 5.0, 0.5, 0.5], dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([theta], max_iter=1000, line_search_fn="strong_wolfe")
+
+    def huber(reduction="mean"):
+        e, a, b, alpha, beta = theta
+        optimizer.zero_grad()
+        terms = torch.stack((e.expand(len(x)), a - alpha * x, b - beta * y))
+        loss = torch.nn.functional.huber_loss(terms.logsumexp(0), z, delta=1e-3, reduction=reduction)
+        loss.backward()
+        return loss
+
+    optimizer.step(huber)
+    law = dict(zip(BESIROGLU, [*theta[:3].exp().tolist(), *theta[3:].tolist()], strict=True))
+    fit = fit_parametric(runs, times=0)
+    assert huber("sum").item() > 2 * fit["objective"]
+    ratios = [best.D / best.N for best in (compute_optimal(5.76e23, law), compute_optimal(5.76e23, fit))]
+    assert ratios == pytest.approx([64, 18.3], rel=0.01)
+
+
 def test_isoflop_bias_is_the_formula():
     C = np.geomspace(1e18, 1e22, 5)
     for law, w in ((LOPSIDED, 2), (HOFFMANN, 8), (BESIROGLU, 4)):
@@ -282,6 +349,13 @@ def test_isoflop_bias_is_the_formula():
         assert fit["a"] == pytest.approx(scaling.exponents(law)[0], abs=1e-5)
         assert fit["a"] + fit["b"] == pytest.approx(1)
         assert fit["k_N"] * 1e20 ** fit["a"] == pytest.approx(compute_optimal(1e20, law).N * math.exp(shift), rel=0.01)
+    # the wider and the more lopsided, the worse; sizes that drift as C grows spoil a too
+    law = HOFFMANN | {"alpha": 0.5, "beta": 0.25}
+    fit = fit_isoflop(isoflop_runs(C, law, sizes=101), times=0)
+    assert fit["points"][0]["N"] / compute_optimal(C[0], law).N == pytest.approx(math.exp(0.025 * math.log(8) ** 2),
+                                                                                 rel=0.002)
+    drifted = fit_isoflop(isoflop_runs(C, law, off=lambda C: (C / 1e20) ** 0.35), times=0)["a"]
+    assert 0.05 < drifted / scaling.exponents(law)[0] - 1 < 0.1
     even = LOPSIDED | {"alpha": 0.35, "beta": 0.35}
     middle = fit_isoflop(isoflop_runs(C, even), times=0)["points"][2]
     assert middle["N"] == pytest.approx(compute_optimal(C[2], even).N, rel=1e-3)
@@ -321,10 +395,129 @@ def noisy_grid():
             for c in C for N in np.geomspace(3e7, 3e10, 16) if 1 / 8 < N / compute_optimal(c).N < 8]
 
 
+def with_budgets(low=-0.07, high=0.35, law=LOPSIDED, budgets=(1e18, 2e18, 4e18, 8e18, 1.6e19, 3.2e19)):
+    """Runs whose 6 N D is 1 + low of the budget in the largest models of a budget, 1 + high in the smallest."""
+    rows = []
+    for C in budgets:
+        sizes = [N for N in 1.5 ** np.arange(30, 70) if 1 / 6 < N / compute_optimal(C, law).N < 6]
+        for share, N in zip(np.linspace(1 + high, 1 + low, len(sizes)), sizes, strict=True):
+            D = C * share / (6 * N)
+            rows.append((N, D, chinchilla_loss(N, D, law), C))
+    return rows
+
+
+def test_a_budget_column_is_read_where_6_N_D_drifts():
+    runs = np.array(with_budgets())
+    stated, found = (fit_isoflop(x, times=50) for x in (runs, runs[:, :3]))
+    assert stated["budgets"] == found["budgets"] == len(stated["points"]) == len(found["points"]) == 6
+    assert [p["C"] for p in stated["points"]] == pytest.approx([1e18 * 2**i for i in range(6)])
+    assert found["a"] == pytest.approx(stated["a"], abs=0.03)
+    for fit in (stated, found):
+        assert fit["a"] == pytest.approx(scaling.exponents(LOPSIDED)[0], abs=0.03)
+        for p in fit["points"]:                                    # D is what the runs of that size had
+            assert 0.93 - 1e-6 < 6 * p["N"] * p["D"] / p["C"] < 1.35 + 1e-6
+    assert fit_envelope(runs, times=0)["a"] == pytest.approx(scaling.exponents(LOPSIDED)[0], abs=0.1)
+    # the old way, a group within 10 % of its first run, takes such a sweep apart
+    assert len(np.unique(np.round(np.log(6 * runs[:, 0] * runs[:, 1]) / 0.1))) > 20
+
+
+def test_columns_of_budgets(capsys, tmp_path):
+    rows = with_budgets()
+    for head in ("budget", "FLOPs", "C", "flops_budget", "training flop"):
+        path = write(tmp_path / "runs.csv", rows, ("N", "D", "loss", head))
+        runs = scaling.read_runs(path)
+        assert runs.shape == (len(rows), 4) and runs[:, 3].tolist() == [row[3] for row in rows]
+    code, out, err = call(capsys, "fit", path)
+    assert code == 0 and "C by its column, 6 N D is 0.93 to 1.35 of it" in out
+    assert "6 vertices of 6 budgets" in out and "fewer than 4" not in out
+    path = write(tmp_path / "runs.csv", [row for row in rows if row[3] < 5e18], ("N", "D", "loss", "C"))
+    code, out, err = call(capsys, "fit", path)
+    assert "3 vertices of 3 budgets: fewer than 4, an exponent from so few is hardly known" in out
+
+
+@pytest.mark.parametrize("ratio, spread", [(2, 0.0), (3, 0.0), (10, 0.09), (1.5, 0.02), (2, 0.15), (30, 0.3)])
+def test_budgets_are_found_by_gaps(ratio, spread):
+    rng, runs, of = np.random.default_rng(0), [], []
+    for i in range(6):
+        for N in np.geomspace(1e7, 1e9, 7):
+            # a smooth drift, and a little noise
+            C = 1e18 * ratio**i * math.exp(spread * (math.log(N / 1e8) / math.log(100) + 0.05 * rng.normal()))
+            runs.append((N, C / (6 * N), 3.0))
+            of.append(i)
+    order = rng.permutation(len(runs))
+    groups = scaling.budgets(np.array(runs)[order])
+    assert [sorted(g[:, 0]) for g in groups] == [sorted(N for (N, *_), i in zip(runs, of, strict=True) if i == k)
+                                                 for k in range(6)]
+
+
+def test_budgets_at_uneven_distances_are_found():
+    """A lone, far budget does not make one of the others; nor does a stated column whose budgets lie close together."""
+    stated = (1e18, 1.1e18, 3e18, 6e18, 1e19, 1e23)
+    for budgets in (stated, stated[1:]):
+        runs = [(N, C / (6 * N) * (1 + 0.04 * k), 3.0, C) for C in budgets
+                for k, N in enumerate(np.geomspace(1e7, 1e9, 6))]
+        for x in (np.array(runs), np.array(runs)[:, :3])[:1 if len(budgets) == 6 else 2]:
+            assert [len(group) for group in scaling.budgets(x)] == [6] * len(budgets)
+
+
+def test_scattered_runs_have_no_budgets():
+    rng = np.random.default_rng(0)
+    runs = np.stack((10 ** rng.uniform(7, 9, 60), 10 ** rng.uniform(9, 11, 60), np.full(60, 3.0)), 1)
+    assert all(len(group) < 3 or len(group) < 10 for group in scaling.budgets(runs))
+    assert sum(map(len, scaling.budgets(runs))) < 20
+
+
+def test_holdout_looks_ahead(capsys, tmp_path):
+    C = np.geomspace(1e18, 1e21, 7)
+    runs = isoflop_runs(C, LOPSIDED, spread=4, sizes=9)
+    found = scaling.holdout(runs, 2, times=0)
+    assert found["fitted_to"] == pytest.approx(C[4]) and [row["C"] for row in found["rows"]] == pytest.approx(C[5:])
+    assert [row["ahead"] for row in found["rows"]] == pytest.approx([C[5] / C[4], C[6] / C[4]])
+    for row in found["rows"]:
+        assert row["N_opt"]["predicted"] == pytest.approx(row["N_opt"]["measured"], rel=1e-3)
+        assert row["loss"]["predicted"] == pytest.approx(row["loss"]["measured"], rel=5e-3)
+        assert row["loss"]["interval"] is row["N_opt"]["interval"] is None
+    # what is held out is not seen: a change there changes no prediction
+    changed = [(N, D, loss * (1.5 if 6 * N * D > 2 * C[4] else 1)) for N, D, loss in runs]
+    other = scaling.holdout(changed, 2, times=0)
+    for one, two in zip(found["rows"], other["rows"], strict=True):
+        assert one["loss"]["predicted"] == pytest.approx(two["loss"]["predicted"], rel=1e-12)
+        assert one["loss"]["measured"] * 1.5 == pytest.approx(two["loss"]["measured"])
+    noise = np.exp(0.002 * np.random.default_rng(0).standard_normal(len(runs)))
+    path = write(tmp_path / "runs.csv", [(N, D, loss * x) for (N, D, loss), x in zip(runs, noise, strict=True)],
+                 ("N", "D", "loss"))
+    code, out, err = call(capsys, "fit", path, "--holdout", "2", "--json")
+    assert code == 0
+    for row in json.loads(out)["holdout"]["rows"]:
+        for x in row.values():
+            if isinstance(x, dict):
+                low, high = x["interval"]
+                assert low < x["predicted"] < high and high / low < 1.5
+        low, high = row["loss"]["interval"]
+        assert low < row["loss"]["measured"] * 1.005 and row["loss"]["measured"] * 0.995 < high
+    code, out, err = call(capsys, "fit", path, "--holdout", "2")
+    assert code == 0 and "it looks ahead 10 times the compute" in out and scaling.BACKTEST in out
+    code, out, err = call(capsys, "fit", path, "--holdout", "6")
+    assert code == 2 and err == "scaling.py: --holdout must leave 2 budgets or more to fit, got 6 of 7\n"
+
+
+def test_approaches_that_disagree_say_so(capsys, tmp_path):
+    """Sizes that drift off the optimum spoil approach 2's exponent, not approach 3's."""
+    runs = isoflop_runs(np.geomspace(1e18, 1e22, 6), LOPSIDED, spread=12, off=lambda C: (C / 1e20) ** 0.35)
+    noise = np.exp(1e-5 * np.random.default_rng(0).standard_normal(len(runs)))
+    path = write(tmp_path / "runs.csv", [(N, D, L * x) for (N, D, L), x in zip(runs, noise, strict=True)],
+                 ("N", "D", "loss"))
+    code, out, err = call(capsys, "fit", path)
+    assert code == 0 and "3 parametric and 2 IsoFLOP disagree: their intervals do not overlap" in out
+    path = write(tmp_path / "runs.csv", noisy_grid(), ("N", "D", "loss"))
+    code, out, err = call(capsys, "fit", path)
+    assert code == 0 and "disagree" not in out
+
+
 def test_kaplans_exponent_from_chinchillas_law():
     """Pearce 2024: count no embeddings in small models, and N_opt ~ C^0.73 comes from a law of 0.51."""
     C = np.geomspace(2e12, 3e20, 6)
-    view = dict(spread=1.5, sizes=5, embedding=scaling.embedding_of)
+    view = dict(spread=1.5, sizes=5, embedding=published.embedding_of)
     assert fit_isoflop(isoflop_runs(C, **view), times=0)["a"] == pytest.approx(0.75, abs=0.04)
     assert fit_isoflop(isoflop_runs(C, HOFFMANN, **view), times=0)["a"] == pytest.approx(0.75, abs=0.04)
     assert fit_isoflop(isoflop_runs(C * 1e8, **view), times=0)["a"] == pytest.approx(0.513, abs=0.01)
@@ -382,9 +575,8 @@ def test_fit_command(capsys, tmp_path, grid):
         assert low < 0.5126 < high
     pytest.importorskip("matplotlib")
     code, out, err = call(capsys, "fit", path, "--plot", tmp_path / "plots")
-    assert code == 0 and err == "" and "3 parametric" in out and "tokens a parameter" in out
-    for name in ("isoflop.png", "envelope.png"):
-        assert (tmp_path / "plots" / name).read_bytes()[:4] == b"\x89PNG" and name in out
+    assert code == 0 and err == "" and "3 parametric" in out and "tokens per parameter" in out
+    assert (tmp_path / "plots" / "isoflop.png").read_bytes()[:4] == b"\x89PNG" and "isoflop.png" in out
     code, out, err = call(capsys, "fit", path, "--plot", path)
     assert code == 2 and err.startswith("scaling.py: --plot must be a folder that can be written, got ")
 
@@ -400,7 +592,7 @@ def test_without_matplotlib_one_line_says_so(capsys, tmp_path, grid, monkeypatch
     (("params", "tokens", "loss"), "N D loss", ","), (("Model Size", "Training Tokens", "final_loss"), "N D loss", ";"),
     (("model_size", "Training FLOP", "val-loss"), "N C loss", "\t"),
     (("compute", "training_tokens", "Loss"), "C D loss", ","),
-    (("run", "N", "D", "C", "validation_loss"), "zero N D zero loss", ","),
+    (("run", "N", "D", "grad", "validation_loss"), "zero N D zero loss", ","),
     (("\ufeffparameters", "D", "train_loss", "val_loss"), "N D zero loss", ",")])
 def test_columns_by_many_names(tmp_path, grid, head, columns, delimiter):
     N, D, loss = np.array(grid[:20]).T
@@ -417,18 +609,23 @@ def test_comments_and_empty_lines(tmp_path):
 
 @pytest.mark.parametrize("text, flags, message", [
     (None, [], "must be a CSV file that can be read: No such file or directory"),
-    ("", [], "must have a line of column names and a line a run, it has 0 lines"),
+    ("", [], "must have a line of column names and a line per run, it has 0 lines"),
     ("N,D,loss\n", [], "it has 1 lines"),
     ("size_of_it,D,loss\n1,2,3\n", [],
      r"no column for N \(n, params, parameters, ...\); there are size_of_it, D, loss"),
     ("a,b,c\n1,2,3\n", [], "no column for N and D and loss .* there are a, b, c"),
     ("flops,loss\n1,2\n", [], "no column for N and D "),
-    ("N,D,loss\n1,2,3\n1,x,3\n", [], "D must be a number, row 2 has 'x'"),
-    ("N,D,loss\n1,2\n", [], "loss must be a number, row 1 has ''"),
-    ("N,D,loss\n1,2,3\n1,2,nan\n1,2,inf\n", [], "loss must be finite and above 0: row 2 has nan, row 3 has inf"),
-    ("N,C,loss\n0,2,3\n", [], "N must be finite and above 0: row 1 has 0"),
+    ("N,D,loss\n1,2,3\n1,x,3\n", [], "D must be a number, line 3 has 'x'"),
+    ("N,D,loss\n1,2\n", [], "loss must be a number, line 2 has ''"),
+    ("N,D,loss\n1,2,3\n1,2,nan\n1,2,inf\n", [], "loss must be finite and above 0: line 3 has nan, line 4 has inf"),
+    ("N,C,loss\n0,2,3\n", [], "N must be finite and above 0: line 2 has 0"),
     ("N,D,loss\n1,2,3\n2,3,4\n", [], "needs at least 6 runs of different \\(N, D\\) for a law of 5 constants, got 2"),
     ("N,D,loss\n" + 200_000 * "1" + ",2,3\n", [], "must be a CSV file that can be read: field larger"),
+    ("# mine\n\nN,D,loss\n1,2,3\n\n# more\n1,x,3\n", [], "D must be a number, line 7 has 'x'"),
+    ('name,N,D,loss\n"a\nb",1,2,3\nc,x,2,3\n', [], "N must be a number, line 4 has 'x'"),
+    ("# mine\nN,D,loss,budget\n1,2,3,\n", [], "budget must be a number, line 3 has ''"),
+    ("# mine\nN,D,loss,budget\n1,2,3,0\n", [], "C must be finite and above 0: line 3 has 0"),
+    ("N,D,loss\n1,2,3\n", ["--holdout", "0"], "--holdout must be a whole number from 1"),
     ("N,D,loss\n1,2,3\n", ["--jsn"], "--jsn is no argument; the nearest is --json"),
 ])
 def test_bad_input_is_one_line_and_2(capsys, tmp_path, text, flags, message):
@@ -440,19 +637,9 @@ def test_bad_input_is_one_line_and_2(capsys, tmp_path, text, flags, message):
     assert re.search(message, err), err
 
 
-def test_wrong_commands(capsys):
+def test_a_wrong_command(capsys):
     code, out, err = call(capsys, "fti")
-    assert (code, out) == (2, "") and err == "scaling.py: the command must be one of fit, sweep, plan, got 'fti'\n"
-    for flags, message in ((["--minutes", "-1"], "must be a number from 0.001 to 1e+06, got '-1'"),
-                           (["--budgets", "x"], "must be a number from 1e+06 to 1e+30, got 'x'"),
-                           (["--sizes", "2"], "must be like 2x48,3x64, got '2'"),
-                           (["--sizes", "2x0"], "must be like 2x48,3x64, got '2x0'"),
-                           (["--jobs", "1.5"], "must be a whole number from 1 to 1000, got '1.5'"),
-                           (["--out", "/dev/null/x"], "must be a folder that can be written, got /dev/null/x: Not a "
-                            "directory"),
-                           (["--budgets", "1e30"], "must leave one of --sizes 4 to 140 tokens a parameter, got 1e+30")):
-        code, out, err = call(capsys, "sweep", *flags)
-        assert (code, out, err) == (2, "", f"scaling.py: {flags[0]} {message}\n")
+    assert (code, out) == (2, "") and err == "scaling.py: the command must be one of fit, plan, got 'fti'\n"
 
 
 def test_what_the_runs_do_not_support_is_null_and_said(capsys, tmp_path):
@@ -463,67 +650,12 @@ def test_what_the_runs_do_not_support_is_null_and_said(capsys, tmp_path):
     assert [line.split(": ")[2] for line in err.splitlines()] == [k for k in ("isoflop", "envelope") if not found[k]]
 
 
-# ---- the sweep -------------------------------------------------------------------------------------------------------
-
-def test_a_default_sweep_surrounds_the_optimum_of_each_budget():
-    plans = scaling.sweep_runs(scaling.SIZES, scaling.BUDGETS)
-    for C in scaling.BUDGETS:
-        here = [p for p in plans if p["C"] == C]
-        assert len(here) >= 5 and all(abs(6 * p["N"] * p["D"] / C - 1) < 0.01 for p in here)
-        ratios = [p["D"] / p["N"] for p in here]
-        assert min(ratios) < 8 and max(ratios) > 60
-    assert [p["C"] for p in plans] == sorted(p["C"] for p in plans) and len({p["name"] for p in plans}) == len(plans)
-    assert max(p["D"] for p in plans) < 6.4e6                                        # about an epoch of the corpus
-    for p in plans:                                                                  # N is what train.py builds
-        c = p["config"]
-        flags = [f"--{k.replace('_', '-')}" + f"={v}" * (v is not True) for k, v in c.items()]
-        assert net.num_params(train.parse_config(flags).model) == p["N"]
-
-
-def test_a_sweep_goes_on_where_it_was(capsys, tmp_path, corpus):
-    """All but one run are there; that one is trained for real; then nothing is left to do."""
-    budgets, sizes = (3e8, 1e9, 3e9, 1e10), ((1, 4), (1, 8), (1, 16), (2, 16))
-    plans = scaling.sweep_runs(sizes, budgets, str(corpus))
-    out, left = tmp_path / "sweep", plans[0]
-    rng = np.random.default_rng(0)
-    for p in plans[1:]:
-        (out / p["name"]).mkdir(parents=True)
-        (out / p["name"] / "config.json").write_text(json.dumps(p["config"]))
-        loss = 1 + 20 / p["N"] ** 0.3 + 30 / p["D"] ** 0.3 + 0.001 * rng.standard_normal()
-        lines = {"step": 1, "loss": 9.0}, {"step": p["config"]["steps"], "val_loss": loss}
-        (out / p["name"] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    argv = ("sweep", "--out", out, "--data", corpus, "--budgets", ",".join(map(str, budgets)), "--sizes",
-            "1x4,1x8,1x16,2x16", "--jobs", 1)
-    code, text, err = call(capsys, *argv)
-    assert code == 0, err
-    assert f"{len(plans) - 1} of {len(plans)} runs were finished before" in text
-    assert f"{len(plans):>3}/{len(plans)}  C 3e+08" in text
-    with open(out / "runs.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(plans) and float(rows[0]["N"]) == left["N"] and 3 < float(rows[0]["loss"]) < 7
-    config = json.loads((out / left["name"] / "config.json").read_text())
-    assert {k: config[k] for k in left["config"]} == left["config"] and config["micro_batch_size"] > 0
-    code, text, err = call(capsys, *argv)
-    assert code == 0 and f"{len(plans)} of {len(plans)} runs were finished before" in text and "3 parametric" in text
-    # a run of other settings in its place is not taken for it
-    (out / left["name"] / "config.json").write_text(json.dumps(config | {"lr": 9.0}))
-    code, text, err = call(capsys, *argv)
-    assert code == 2 and "--out must be a sweep of the same settings: lr is 9.0" in err
-
-
-def test_a_sweep_that_cannot_train_says_why(capsys, tmp_path, monkeypatch):
-    failing = tmp_path / "python"
-    failing.write_text(f"#!/bin/sh\necho >> {tmp_path}/begun\necho 'train.py: --data must be there' >&2\nexit 2\n")
-    failing.chmod(0o755)
-    monkeypatch.setattr("sys.executable", str(failing))
-    code, out, err = call(capsys, "sweep", "--out", tmp_path / "sweep", "--jobs", 4)
-    assert (tmp_path / "begun").read_text() == "\n"                                 # the first prepares for the others
-    assert code == 2 and err.count("\n") == 1 and "ended with exit code 2: train.py: --data must be there" in err
-
-
 # ---- this project's own runs -----------------------------------------------------------------------------------------
 
-CPU = Software(item=4, fused_norm=False)                                            # what train.py is there, in float32
+CPU = Program(item=4, fused_norm=False)                                            # what train.py is there, in float32
+
+
+COLLECTIVES = {"all_to_all": "reduce_scatter"}              # ZeRO's sum: each rank is sent the parts of its shard
 
 
 class Live(TorchDispatchMode):
@@ -597,8 +729,11 @@ def executed(rank, n, argv):
             "states": sum(x.nbytes for state in optimizer.state.values() for x in state.values() if x.ndim)}
     if syncs:
         held["gradients"] = memory.peak["gradients"]
-    sent = {axis: ledger.total("wire", axis=axis) for axis in {call.axis for call in ledger.calls}}
-    return held, kept[0], sent, ops, mesh.place(rank), dict(memory.peak) if syncs else {}
+    wire, calls = {axis: ledger.total("wire", axis=axis) for axis in {call.axis for call in ledger.calls}}, {}
+    for call in ledger.calls:
+        number, payload = calls.get(key := (call.axis, COLLECTIVES.get(call.collective, call.collective)), (0, 0))
+        calls[key] = number + 1, payload + call.bytes
+    return held, kept[0], (wire, calls), ops, mesh.place(rank), dict(memory.peak) if syncs else {}
 
 
 def layout_of(c: train.Config, n: int) -> Layout:
@@ -617,44 +752,115 @@ RUNS = [
     (1, TINY), (1, SMALL), (1, TINY + " --recompute selective"), (1, SMALL + " --recompute full"),
     (1, TINY + " --qk-norm --n-kv-head 2 --bias"), (2, TINY + " --tp 2"), (2, TINY + " --tp 2 --no-sequence-parallel"),
     (2, TINY + " --tp 2 --recompute full"), (2, SMALL + " --dp 2"), (2, TINY + " --zero 2"), (2, SMALL + " --zero 3"),
-    (4, TINY + " --pp 4"), (2, TINY + " --pp 2 --pp-schedule zb"), (4, TINY + " --pp 4 --pp-schedule zb"),
-    (2, TINY + " --pp 2 --pp-schedule gpipe"),
+    (4, TINY + " --pp 4 --pp-schedule zb"), (2, TINY + " --pp 2 --pp-schedule gpipe"),
     (2, TINY + " --pp 2 --pp-schedule interleaved"), (4, TINY + " --pp 2 --tp 2"), (4, TINY + " --tp 2 --zero 1"),
-    (2, TINY + " --tp 2 --precision bf16 --recompute selective"), (4, TINY + " --tp 2 --zero 3 --precision bf16")]
+    (2, SMALL + " --pp 2"), (2, TINY + " --tp 2 --precision bf16 --recompute selective"),
+    (4, TINY + " --tp 2 --zero 3 --precision bf16")]
 MORE = [
-    (2, SMALL + " --zero 1"), (2, SMALL + " --pp 2"), (2, TINY + " --tp 2 --precision bf16"),
+    (4, TINY + " --pp 4"), (2, TINY + " --pp 2 --pp-schedule zb"), (2, SMALL + " --zero 1"),
+    (2, TINY + " --tp 2 --precision bf16"),
     (2, SMALL + " --tp 2 --recompute selective"), (2, TINY + " --tp 2 --precision bf16 --recompute full"),
     (4, TINY + " --tp 2 --zero 2 --precision bf16"), (4, TINY + " --tp 2 --zero 1 --precision bf16")]
 
 
+def by_axis_name(found: dict, ledger: dict, key=lambda axis: axis) -> dict:
+    """In a ledger a group that is all of the world goes by the axis' name: "world" is added to it."""
+    axes, whole = {key(x) for x in ledger}, {}
+    for x, size in found.items():
+        name = key(x) if key(x) in axes else next(axis for axis in ("dp", "tp") if axis in axes)
+        x = name if x == key(x) else (name, *x[1:])
+        whole[x] = tuple(None if None in pair else sum(pair) for pair in zip(whole[x], size, strict=True)) if (
+            x in whole and isinstance(size, tuple)) else whole.get(x, 0) + size if x in whole else size
+    return whole
+
+
 @pytest.mark.parametrize("ranks, flags", [*RUNS, *(pytest.param(*run, marks=pytest.mark.slow) for run in MORE)])
 def test_a_run_of_train_is_what_the_planner_says(run_ranks, ranks, flags):
-    """Memory of every rank, bytes on the wire, the bubble."""
+    """Memory and messages of every rank, bytes on the wire, the bubble."""
     argv = flags.split()
     answers = [executed(0, 1, argv)] if ranks == 1 else run_ranks(executed, ranks, argv)
     c = train.parse_config(argv)
-    model, at, sent, said = scaling.shape_of(c.model), layout_of(c, ranks), {}, {}
-    by = Software(item=2 if c.precision == "bf16" else 4, fused_norm=False)               # train.py's, on a CPU
-    for held, kept, wire, _, (r, _, _), peak in answers:
-        predicted = scaling.memory(model, at, by, r)
+    shape, layout, sent, predicted_sent = scaling.shape_of(c.model), layout_of(c, ranks), {}, {}
+    program = Program(item=2 if c.precision == "bf16" else 4, fused_norm=False)           # train.py's, on a CPU
+    for held, kept, (wire, calls), _, (r, _, _), peak in answers:
+        predicted, said = scaling.memory(shape, layout, program, r), scaling.messages(shape, layout, program, r)
         for part, size in (held | {"activations": kept}).items():
             assert size == pytest.approx(predicted[part], rel=0.01), part
         if peak:
             assert peak["buckets"] + peak["gathered"] == pytest.approx(predicted["buffers"], rel=0.02)
-        # a group that is all of the world goes by the axis' name
-        for book, line in ((sent, wire), (said, scaling.wire(model, at, by, r))):
-            for axis, size in line.items():
-                axis = axis if axis in wire else next(x for x in ("dp", "tp") if x in wire)
+        for book, line in ((sent, wire), (predicted_sent, scaling.bytes_sent(said, layout))):
+            for axis, size in by_axis_name(line, wire).items():
                 book[axis] = book.get(axis, 0) + size
-    assert sent == pytest.approx(said, rel=1e-3 if c.zero else 1e-12)                    # buckets are padded
+        said = by_axis_name(said, calls, key=lambda x: x[0])
+        assert said.keys() == calls.keys()
+        for key, (number, payload) in said.items():      # with ZeRO the shards of two ranks differ, and are padded
+            exact = not c.zero or key == ("dp", "all_reduce") and c.tp == 1
+            assert calls[key][0] == number or number is None, key
+            assert calls[key][1] == (payload if exact else pytest.approx(payload, rel=0.05)), key
+    assert sent == pytest.approx(predicted_sent, rel=1e-3 if c.zero else 1e-12)
     # the operations in the order in which they ran
     stages = [ops for _, _, _, ops, (_, d, t), _ in sorted(answers, key=lambda x: x[4]) if d == t == 0]
-    forward, backward, weight = (x / at.chunks for x in (3.0, 2.0, 1.0))
+    forward, backward, weight = (x / layout.chunks for x in (3.0, 2.0, 1.0))
     timeline = parallel.simulate(stages, forward, backward, weight)
-    waits = scaling.bubble(at, *(x * at.chunks for x in (forward, backward, weight)))
+    waits = scaling.bubble(layout, *(x * layout.chunks for x in (forward, backward, weight)))
     assert timeline.duration * timeline.bubble == pytest.approx(waits, abs=1e-9)
-    if at.schedule != "zb":                                                              # where W waits with a part
-        assert [x / at.chunks for x in timeline.stored] == [scaling.stored(at, r) for r in range(at.pp)]
+    if layout.schedule != "zb":                                                          # where W waits with a part
+        assert [x / layout.chunks for x in timeline.stored] == [scaling.stored(layout, r) for r in range(layout.pp)]
+
+
+@pytest.mark.parametrize("config", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_activations_are_counted_to_the_byte(config, recompute, document_mask, dtype):
+    """Of one process: what autograd keeps of model.GPT, as saved_tensors_hooks see it."""
+    documents = torch.arange(20).div(8, rounding_mode="floor").expand(2, -1) if document_mask else None
+    model = net.build(config, recompute=recompute, dtype=dtype)
+    tokens, targets = random_tokens(config, 2, 20)
+    outside = {t.untyped_storage().data_ptr() for t in (tokens, targets, *model.parameters())}
+    kept = {}
+
+    def keep(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in outside:
+            kept[storage.data_ptr()] = storage.nbytes(), t              # the tensor too: its address stays taken
+        return t
+
+    def keep_inputs(module, args):         # what full recomputation starts from is in its closure, unseen by hooks
+        for t in tensors(args):
+            keep(t)
+
+    if recompute == "full":
+        for block in model.model.layers.values():
+            block.register_forward_pre_hook(keep_inputs)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        model(tokens, targets, documents=documents)
+    if document_mask:
+        (mask,) = documents.masks.values()
+        keep(mask)
+        kept.pop(documents.data_ptr(), None)
+    shape = dataclasses.replace(scaling.shape_of(config), seq_len=20)
+    program = Program(dtype.itemsize, dtype.itemsize, dtype.itemsize, fused_norm=False, document_mask=document_mask)
+    layout = Layout(micro_batch_size=2, recompute=recompute)
+    assert sum(size for size, _ in kept.values()) == scaling.memory(shape, layout, program, 0)["activations"]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_what_reference_attention_keeps(name):
+    """flash=False is train.py's --attention reference: the softmax and its masked copy. It also keeps the mask itself,
+    a byte per pair, and of grouped heads the repeated keys and values."""
+    config = SETTINGS[name]
+    model = net.build(config, attention=functools.partial(flash_attn.flash_attention, backend="reference"))
+    tokens, targets = random_tokens(config, 2, 20)
+    outside, kept = {t.untyped_storage().data_ptr() for t in (tokens, targets, *model.parameters())}, {}
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+        model(tokens, targets)
+    size = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in outside)
+    shape = dataclasses.replace(scaling.shape_of(config), seq_len=20)
+    repeated = 2 * 2 * 20 * 4 * (shape.q - shape.kv)
+    predicted = scaling.memory(shape, Layout(micro_batch_size=2), Program(4, fused_norm=False, flash=False), 0)
+    assert size == predicted["activations"] + config.n_layer * (20 * 20 + repeated)
 
 
 def test_what_is_kept_too_long_is_seen(monkeypatch):
@@ -682,19 +888,19 @@ def test_bubbles_are_the_simulators():
     (Shape(50304, 1024, 12, 12, 12, 64, 768, 3072, "layernorm", "learned", "gelu", True, True), "l4", 8, {"pp": 4})])
 def test_train_takes_the_printed_commands(shape, gpu, n, options):
     found = scaling.plan(shape, gpu, n, **options)
-    assert [e["step"] for e in found] == sorted(e["step"] for e in found)
+    assert [e["tokens_per_s"] for e in found] == sorted((e["tokens_per_s"] for e in found), reverse=True)
     for e in found[:6]:
         words = e["command"].split()
-        argv, at = words[words.index("train.py") + 1:], e["layout"]
-        assert words[0] == "torchrun" and at.gpus == n
+        argv, layout = words[words.index("train.py") + 1:], Layout(**e["layout"])
+        assert words[0] == "torchrun" and layout.ranks == n and words[-2:] == ["--data", "data/mycorpus"]
         try:
             c = train.parse_config([*argv, "--dry-run"])
             world = train.join(c)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-        assert scaling.shape_of(c.model) == shape and world.size == n and layout_of(c, n) == at
-        assert sum(e["memory"].values()) <= scaling.USABLE * GPUS[gpu].memory
+        assert scaling.shape_of(c.model) == shape and world.size == n and layout_of(c, n) == layout
+        assert e["memory_bytes"]["total"] <= scaling.USABLE * GPUS[gpu].memory
 
 
 def test_layouts_are_those_that_train_takes():
@@ -727,81 +933,259 @@ def test_layouts_are_those_that_train_takes():
 
 def test_layers_are_korthikantis_formulas():
     s, b, h, a, t = 2048, 4, 6144, 64, 8                                        # arXiv:2205.05198, table 2
-    model, by = scaling.gpt(48, h, a), scaling.MEGATRON_2022
+    shape, program = published.gpt(48, h, a), scaling.MEGATRON_2022
     scores = 5 * a * s / h
     for recompute, tp, sp, formula in (
             ("none", 1, False, 34 + scores), ("none", t, False, 10 + 24 / t + scores / t),
             ("none", t, True, 34 / t + scores / t), ("selective", t, False, 10 + 24 / t),
             ("selective", t, True, 34 / t), ("full", 1, False, 2)):
-        at = Layout(1, tp, micro_batch_size=b, recompute=recompute, sequence_parallel=sp)
-        assert scaling.layer_bytes(model, at, by, recompute) == pytest.approx(s * b * h * formula, rel=1e-12)
+        layout = Layout(1, tp, micro_batch_size=b, recompute=recompute, sequence_parallel=sp)
+        assert scaling.layer_bytes(shape, layout, program, recompute) == pytest.approx(s * b * h * formula, rel=1e-12)
     # the first stage: equation 5, and interleaving's factor, section 4.2.3
-    at = Layout(1, t, 4, micro_batch_size=b, micro_batches=8)
-    assert scaling.stored(at, 0) == 4
-    assert scaling.stored(dataclasses.replace(at, schedule="interleaved", chunks=3), 0) == 4 * (1 + 3 / 12)
+    layout = Layout(1, t, 4, micro_batch_size=b, micro_batches=8)
+    assert scaling.stored(layout, 0) == 4
+    assert scaling.stored(dataclasses.replace(layout, schedule="interleaved", chunks=3), 0) == 4 * (1 + 3 / 12)
     # flash attention keeps a row's log sum exp: O(T)
-    short, long = (scaling.layer_bytes(Shape(1000, T, 1, 8, 8, 64, 512, 2048), Layout(), Software(), "none") / T
+    short, long = (scaling.layer_bytes(Shape(1000, T, 1, 8, 8, 64, 512, 2048), Layout(), Program(), "none") / T
                    for T in (1024, 65536))
     assert short == long
 
 
 def test_flops_are_the_papers():
     L, h, V, s = 96, 12288, 51200, 2048
-    model = scaling.gpt(L, h, 96)
-    # Narayanan 2021, equation 3, and Korthikanti 2022, equation 7, a token
-    for again, a, v in (("full", 96, 16), ("none", 72, 12)):
+    shape = published.gpt(L, h, 96)
+    # Narayanan 2021, equation 3, and Korthikanti 2022, equation 7, per token
+    for recompute, a, v in (("full", 96, 16), ("none", 72, 12)):
         formula = a * L * h * h * (1 + s / (6 * h) + V / (v * L * h))
-        assert model.flops_per_token(again) == pytest.approx(formula, rel=1e-12)
+        assert shape.flops_per_token(recompute) == pytest.approx(formula, rel=1e-12)
 
 
-def test_published_rows_and_their_bounds(capsys):
-    scaling.demo()
-    assert "shown" in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def predictions():
+    return published.predictions(GPUS["a100"], GPUS["h100"])
+
+
+FITTED = "Megatron 2021, table 1", "Llama 3, table 4: 405 B, dp 64"
+SHOWN = "ZeRO-3", "MT-NLG", "torchtitan", "MegaScale"       # other programs: no bound
+
+
+def test_published_rows_and_their_bounds(predictions):
+    by_a100 = dataclasses.replace(GPUS["h100"], matmul=0.803 * GPUS["a100"].matmul / 0.811)   # of the largest measured
+    fitted, others = [], [abs(published.llama_3(64, by_a100) / 430 - 1)]
+    for name, (predicted, figure) in predictions.items():
+        error = abs(predicted / figure - 1)
+        if name.startswith(FITTED):
+            fitted.append(error)
+        elif not any(x in name for x in SHOWN):
+            others += [error] * ("days" not in name)
+            assert error < (0.10 if "days" in name else 0.15), name
+    assert len(fitted) == 7 and len(others) == 9
+    for errors in (fitted, others):
+        assert max(errors) < 0.15 and sum(errors) / len(errors) < 0.08
+
+
+def test_no_published_row_is_predicted_worse_than_it_was(predictions):
+    assert predictions.keys() == published.RECORDED.keys()
+    for name, (predicted, figure) in predictions.items():
+        assert abs(predicted / figure - 1) < abs(published.RECORDED[name] / figure - 1) + 1e-4, name
+
+
+def test_c_is_what_calibration_finds():
+    a100, h100 = GPUS["a100"], GPUS["h100"]
+    c = published.calibrate(published.table_1_rates, a100, [x[-1] for x in published.TABLE_1])
+    assert c == pytest.approx(a100.matmul, rel=0.005)
+    assert published.calibrate(lambda gpu: [published.llama_3(64, gpu)], h100, [430]) == pytest.approx(h100.matmul,
+                                                                                                      rel=0.005)
+    assert (round(c / 0.811, 2), round(h100.matmul / 0.803, 2)) == (0.88, 0.79)               # of the largest measured
+
+
+def test_the_papers_layouts_are_among_the_best_of_their_clusters():
+    """Ranked without ZeRO and with full recomputation, as the paper ran them. All but one: the planner would rather
+    have 18.4 B in a pipeline than split over tp 8."""
+    a100, h100 = GPUS["a100"], GPUS["h100"]
+    late = [published.rank(published.table_1(x, a100), *x[3:5])[1] for x in published.TABLE_1]
+    assert sorted(late)[3] < 0.01 and [i for i, x in enumerate(late) if x > 0.06] == [2]
+    for every, tp, pp in (
+            (scaling.plan(published.gpt(96, 12288, 96), a100, 1024, zero=1, recompute="selective",
+                          program=scaling.MEGATRON_2022, global_batch_size=768), 8, 8),                    # MegaScale
+            (scaling.plan(published.LLAMA_405B, h100, 8192, zero=1, program=scaling.LLAMA_3,
+                          global_batch_size=2048), 8, 16)):
+        assert published.rank(every, tp, pp)[1] < 0.06
 
 
 def test_one_constant_fitted_on_some_rows_predicts_the_others():
-    a100, table, more = GPUS["a100"], scaling.TABLE_1, scaling.KORTHIKANTI
+    a100, table, more = GPUS["a100"], published.TABLE_1, published.KORTHIKANTI
+    rates = published.table_1_rates
 
-    def rates(rows, on):
-        return scaling.table_1_rates(on, rows)
+    def speeds(gpu):
+        return [1 / e["step"] for x in more for e in published.korthikanti(x, gpu)]
 
-    def speeds(on):
-        return [1 / e["step"] for x in more for e in scaling.korthikanti(x, on)]
-
-    published = [1 / x for row in more for x in row[7:9]]
-    for few in (table[:3], table[3:], table[::2]):
-        c = scaling.calibrate(lambda on, few=few: rates(few, on), a100, [x[-1] for x in few])
-        on = dataclasses.replace(a100, matmul=c)
-        errors = [abs(x / y[-1] - 1) for x, y in zip(rates(table, on), table, strict=True)]
-        errors += [abs(x / y - 1) for x, y in zip(speeds(on), published, strict=True)]
+    seen = [1 / x for row in more for x in row[7:9]]
+    for some in (table[:3], table[3:], table[::2]):
+        c = published.calibrate(lambda gpu, some=some: rates(gpu, some), a100, [x[-1] for x in some])
+        gpu = dataclasses.replace(a100, matmul=c)
+        errors = [abs(x / y[-1] - 1) for x, y in zip(rates(gpu), table, strict=True)]
+        errors += [abs(x / y - 1) for x, y in zip(speeds(gpu), seen, strict=True)]
         assert max(errors) < 0.15 and sum(errors) / len(errors) < 0.08
     # fitted on the other paper alone
-    on = dataclasses.replace(a100, matmul=scaling.calibrate(speeds, a100, published))
-    errors = [abs(x / y[-1] - 1) for x, y in zip(rates(table, on), table, strict=True)]
+    gpu = dataclasses.replace(a100, matmul=published.calibrate(speeds, a100, seen))
+    errors = [abs(x / y[-1] - 1) for x, y in zip(rates(gpu), table, strict=True)]
     assert max(errors) < 0.15 and sum(errors) / len(errors) < 0.08
 
 
+@pytest.mark.parametrize("row", published.KORTHIKANTI, ids=["22 B", "530 B"])
+def test_memory_and_utilisation_are_korthikantis(row):
+    shape, layout = published.gpt(*row[:3]), Layout(1, 8, row[3], micro_batch_size=row[5], sequence_parallel=False)
+    alone = scaling.layer_bytes(shape, layout, scaling.MEGATRON_2022, "none")
+    layer = scaling.layer_bytes(shape, dataclasses.replace(layout, sequence_parallel=True), scaling.MEGATRON_2022,
+                                "selective")
+    assert (float(f"{alone:.4g}"), float(f"{layer:.4g}"), round(layer * row[0] / 1e9, 2)) == row[11:14]
+    # equation 8 counts all of attention's core twice, where its forward, a third, runs again
+    flops = shape.flops_per_token()
+    for f, share in ((flops, row[9]), (flops + 12 * shape.n_layer * shape.q * 2048, row[10])):
+        found = row[4] * 2048 * f / row[8] / 8 / row[3] / GPUS["a100"].peak
+        assert found * 100 == pytest.approx(share, rel=0.005)
+
+
+def test_model_states_are_zeros_table():
+    shape = published.gpt(36, 4096, 32)
+    for params, zero_stage, entries in published.ZERO:
+        for dp, gb in entries.items():
+            parts = list(scaling.memory(shape, Layout(dp, zero=zero_stage), scaling.MEGATRON_2021, 0).values())[:3]
+            assert sum(parts) / shape.num_params * params / 1e9 == pytest.approx(gb, rel=0.025)    # the table truncates
+
+
+def test_bills_are_the_papers():
+    a100, h100 = GPUS["a100"], GPUS["h100"]
+    for name, hours, mwh, tonnes in published.BILLS:
+        bill = scaling.cost(a100, 1, hours * 3600)
+        assert mwh is None or math.floor(bill["energy_mwh"]) == mwh, name
+        assert round(bill["tco2"], 0 if mwh else 2) == tonnes, name
+    # DeepSeek-V3 (arXiv:2412.19437), table 1: 2,664,000 H800-hours at $2; 180,000 hours on 2048 for 1 T tokens
+    assert scaling.cost(dataclasses.replace(h100, price=2.0), 1, 2_664_000 * 3600)["dollars"] == 5_328_000
+    assert round(180_000 / 2048 / 24, 1) == 3.7
+
+
 def test_gradients_leave_in_as_many_messages_as_buckets(monkeypatch):
-    model, calls, plain = scaling.shape_for(1e9), [], scaling.half
-    monkeypatch.setattr(scaling, "half", lambda *args: calls.append(args) or plain(*args))
-    psi = 4 * model.num_params
+    shape, calls, plain = scaling.shape_for(1e9), [], scaling.ring_seconds
+    monkeypatch.setattr(scaling, "ring_seconds", lambda *args: calls.append(args) or plain(*args))
+    psi = 4 * shape.num_params
     assert [1e6 * inspect.signature(x).parameters["bucket_mb"].default for x in (
         parallel.DataParallel, zero.ShardedOptimizer)] == [25e6, 10e6]                              # as they are built
-    for stage, messages in enumerate((psi / 25e6, psi / 10e6, psi / 10e6, model.n_layer)):
-        scaling.step_time(model, GPUS["h100"], Layout(64, zero=stage), Software())
+    for stage, messages in enumerate((psi / 25e6, psi / 10e6, psi / 10e6, shape.n_layer)):
+        scaling.step_time(shape, GPUS["h100"], Layout(64, zero=stage), Program())
         scatter, gather = calls[-2:]
-        assert scatter[3] == 2 * gather[3] == psi and scatter[4] == gather[4] == pytest.approx(messages)
-    scaling.step_time(model, GPUS["h100"], Layout(64), scaling.MEGATRON_2021)                    # one buffer
+        assert scatter[2] == 2 * gather[2] == psi and scatter[4] == gather[4] == pytest.approx(messages)
+    scaling.step_time(shape, GPUS["h100"], Layout(64), scaling.MEGATRON_2021)                    # one buffer
     assert calls[-1][4] == 1
 
 
 def test_messages_take_what_rings_take():
-    on = GPUS["h100"]
-    assert scaling.half(on, 1, 1, 1e9) == 0
-    assert scaling.half(on, 8, 1, 368e9) == pytest.approx(7 / 8, rel=1e-4)                              # inside a node
-    assert scaling.half(on, 8, 8, 40e9) == pytest.approx(7 / 8, rel=1e-3)                     # 8 nodes, a rank in each
-    assert scaling.half(on, 64, 1, 320e9) == pytest.approx(63 / 64, rel=2e-3)               # 8 nodes, 8 ranks in each
-    assert scaling.half(on, 16, 1, 0, 2) == pytest.approx(2 * (14 * 3.4e-6 + 14e-6))
+    gpu = GPUS["h100"]
+    assert scaling.ring_seconds(gpu, 1, 1e9) == 0
+    assert scaling.ring_seconds(gpu, 8, 368e9) == pytest.approx(7 / 8, rel=1e-4)                        # inside a node
+    assert scaling.ring_seconds(gpu, 8, 40e9, 8) == pytest.approx(7 / 8, rel=1e-3)            # 8 nodes, a rank in each
+    assert scaling.ring_seconds(gpu, 64, 320e9) == pytest.approx(63 / 64, rel=2e-3)         # 8 nodes, 8 ranks in each
+    assert scaling.ring_seconds(gpu, 16, 0, 1, 2) == pytest.approx(2 * (14 * 3.4e-6 + 14e-6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [False, True])
+def test_the_demo_of_a_file_alone_and_of_other_runs(tmp_path, given):
+    """Copied without its repository it says what is missing in a line; other runs are fitted, and not asserted."""
+    alone = tmp_path / "scaling.py"
+    alone.write_text(Path(scaling.__file__).read_text())
+    path = write(tmp_path / "mine.csv", noisy_grid(), ("N", "D", "loss"))
+    done = subprocess.run([sys.executable, str(alone), *[path] * given], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "(5) what does it cost?" in done.stdout
+    assert ("(1), (2) need tests/sweep_runs.csv" in done.stdout) == (not given)
+    assert ("runs of mine.csv: loss" in done.stdout) == given
+
+
+# ---- machines and bills ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, key", [
+    ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100-pcie"), ("NVIDIA H100 NVL", "h100-nvl"),
+    ("NVIDIA H200", "h200"), ("NVIDIA H200 NVL", None), ("NVIDIA GH200 480GB", None), ("NVIDIA H20", "h20"),
+    ("NVIDIA H800", None), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA A100-SXM4-40GB", "a100-40gb"),
+    ("NVIDIA A100 80GB PCIe", "a100-pcie"), ("NVIDIA A100-PCIE-40GB", "a100-pcie-40gb"), ("NVIDIA A100-SXM-64GB", None),
+    ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", None), ("NVIDIA A800-SXM4-80GB", None), ("NVIDIA A10G", None),
+    ("NVIDIA A10", None), ("NVIDIA RTX A6000", "rtx-a6000"), ("NVIDIA RTX 6000 Ada Generation", None),
+    ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA GeForce RTX 4090 D", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 3090", "rtx3090"),
+    ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA L40", "l40"), ("NVIDIA L40S", "l40s"), ("NVIDIA L4", "l4"),
+    ("NVIDIA L20", None), ("Tesla V100-SXM2-32GB", "v100"), ("Tesla V100-SXM2-16GB", "v100-16gb"),
+    ("Tesla V100-PCIE-32GB", None), ("Tesla T4", "t4"), ("NVIDIA B200", "b200"), ("NVIDIA GB200", "gb200"),
+    ("NVIDIA GB300", None), ("AMD Instinct MI300X", "mi300x"), ("AMD Instinct MI300A", None),
+    ("AMD Instinct MI325X OAM", "mi325x"), ("AMD Radeon RX 7900 XTX", None), ("NVIDIA", None), ("", None)])
+def test_a_device_is_known_by_whole_words_or_not_at_all(name, key):
+    assert scaling.known_gpu(name) == key
+    if key:
+        assert scaling.find_gpu(name) is GPUS[key] and GPUS[key].name == key
+    else:
+        with pytest.raises(scaling.BadInput, match="gpu must be one of"):
+            scaling.find_gpu(name)
+
+
+def test_each_precision_has_a_peak_of_its_own():
+    h100, a100, v100 = (GPUS[name] for name in ("h100", "a100", "v100"))
+    assert [h100.peak_flops(p) / 1e12 for p in ("bf16", "fp16", "fp8", "tf32")] == [989, 989, 1979, 494.5]
+    assert a100.peak_flops("fp32") / 1e12 == 19.5 and v100.peak_flops("fp32") == 125e12 / 8
+    assert a100.peak_flops("fp8") == a100.peak                                # none there: its products are bf16's
+
+
+def test_a_bill_is_the_sum_of_its_formulas():
+    shape, layout = scaling.shape_for(7e9), Layout(8, 4, 2, "1f1b", 1, 1, 16, 2, "selective")
+    bill = scaling.bill(shape, layout, Program(), tokens=1e11, gpu="h100")
+    assert json.loads(json.dumps(bill)) == bill
+    assert Layout(**bill["layout"]) == layout and bill["parameters"] == net.num_params(net.ModelConfig(
+        **{f.name: getattr(shape, f.name) for f in dataclasses.fields(shape)}))
+    assert bill["flops"] == 1e11 * bill["flops_per_token"] and bill["tokens_per_step"] == 8 * 16 * 4096
+    parts = scaling.fullest(shape, layout, Program())
+    assert bill["memory_bytes"] == pytest.approx(parts | {"total": sum(parts.values())})
+    e = scaling.estimate(shape, GPUS["h100"], layout)
+    assert bill["seconds_per_step"] == e["seconds"] and bill["mfu"] == e["mfu"] == pytest.approx(
+        bill["tokens_per_s"] * bill["flops_per_token"] / 64 / 989e12)
+    assert bill["days"] * 86400 == bill["seconds"] == pytest.approx(1e11 / bill["tokens_per_s"])
+    assert bill["dollars"] == pytest.approx(64 * 24 * bill["days"] * 2.69)
+    law = bill["law"]
+    assert law["best_tokens"] == scaling.optimal_tokens(shape.num_params) and not law["extrapolated"]
+    assert 6 * law["N_opt"] * law["D_opt"] == pytest.approx(6 * shape.num_params * 1e11)
+    assert law["left"] == pytest.approx(law["loss"] - chinchilla_loss(law["N_opt"], law["D_opt"])) and law["left"] > 0
+    timeline = parallel.simulate(parallel.one_f_one_b(2, 16))
+    assert bill["bubble"] == pytest.approx(timeline.bubble)
+    # the rank that sends most: the first stage adds the embedding's messages; stage 1 sums gradients once per step
+    sent = [scaling.bytes_sent(scaling.messages(shape, layout, Program(), r), layout) for r in (0, 1)]
+    assert bill["bytes_sent"] == pytest.approx({axis: max(x[axis] for x in sent) for axis in sent[0]}, abs=1)
+    assert bill["bytes_sent_at_zero_1"] < 0.2 * bill["bytes_sent"]["dp"]
+
+
+def test_a_bill_without_a_gpu():
+    shape = scaling.shape_for(1e6, 256)
+    bill = scaling.bill(shape, Layout(), Program(4, fused_norm=False), tokens=2e7)
+    assert "seconds" not in bill and bill["bytes_sent"] == {} and bill["bubble"] == 0 and bill["law"]["extrapolated"]
+    timed = scaling.bill(shape, Layout(pp=2, micro_batches=3), Program(4), tokens=2e7, rank_flops=1e10)
+    assert timed["seconds"] == pytest.approx(timed["flops"] / 2e10 / (1 - 1 / 4)) == timed["days"] * 86400
+    text = scaling.describe_bill(timed)
+    assert [line[:11].strip() for line in text.splitlines()] == ["run", "law", "", "", "memory", "mesh", "pipeline",
+                                                                 "messages", "time"]
+    assert "a guess: the law was fitted to models of 44 M parameters and more" in text and "MB per rank" in text
+    assert "on 2 ranks at 10 GFLOP/s each" in text and "pp 2 x dp 1 x tp 1: 0 (0 0 0), 1 (1 0 0)" in text
+    text = scaling.describe_bill(bill)
+    assert [line[:11].strip() for line in text.splitlines()] == ["run", "law", "", "", "memory"]
+    bill = scaling.bill(shape, Layout(4, micro_batches=8, zero=2), Program(4), tokens=2e7, gpu="t4", precision="fp16")
+    text = scaling.describe_bill(bill)
+    assert re.search(r"\nzero 2     sends dp .* MB with every one of 8 micro-batches; stage 1 would send ", text)
+    assert re.search(r"\ncost       .* GPU-hours, .* \(no price known", text)
+
+
+@pytest.mark.parametrize("program, each", [
+    (Program(4), (4, 4, 8)), (Program(), (2, 4, 12)), (Program(master_weights=False), (2, 4, 8)),
+    (Program(8, 8, 8), (8, 8, 16))])
+def test_bytes_of_a_parameter(program, each):
+    shape = scaling.shape_for(1e8)
+    parts = [scaling.memory(shape, Layout(), program, 0)[name] for name in ("parameters", "gradients", "states")]
+    assert parts == [size * shape.num_params for size in each]
 
 
 # ---- plan on the command line ----------------------------------------------------------------------------------------
@@ -835,7 +1219,7 @@ def test_each_unknown_is_solved_for(capsys):
 def test_the_largest_model_that_fits(capsys):
     found = answer(capsys, "--gpu h100 --n-gpus 8")
     assert found["solved_for"] == "the largest model that fits"
-    assert sum(found["layouts"][0]["memory_bytes"].values()) <= 0.95 * 80e9
+    assert found["layouts"][0]["memory_bytes"]["total"] <= 0.95 * 80e9
     with pytest.raises(scaling.BadInput, match="does not fit"):
         scaling.plan(scaling.shape_for(1.1 * found["parameters"]), "h100", 8)
 
@@ -850,7 +1234,7 @@ def test_mfu_is_of_the_precisions_peak():
 
 
 def test_a_micro_batch_that_is_asked_for_divides_the_default_batch():
-    assert scaling.plan(scaling.shape_for(1e9), "h100", 8, micro_batch_size=3)[0]["layout"].micro_batch_size == 3
+    assert scaling.plan(scaling.shape_for(1e9), "h100", 8, micro_batch_size=3)[0]["layout"]["micro_batch_size"] == 3
 
 
 def test_a_config_is_named_in_the_command(capsys):
@@ -867,15 +1251,12 @@ def test_whoever_has_read_enough_is_no_error():
 
 
 def test_a_config_of_train():
-    assert scaling.read_config("medium") == dataclasses.asdict(train.parse_config(["--config", "medium"]))
+    assert scaling.read_config("small") == dataclasses.asdict(train.parse_config(["--config", "small"]))
 
 
-def test_the_text_and_the_figure(capsys, tmp_path):
-    pytest.importorskip("matplotlib")
-    line = f"plan --params 7e9 --gpu h100 --n-gpus 64 --price 2 --top 2 --plot {tmp_path}"
-    code, out, _ = call(capsys, *line.split())
-    assert code == 0 and "$2.00 a GPU-hour, as given" in out and "torchrun" in out and "zero 3" in out
-    assert (tmp_path / "memory.png").stat().st_size > 10_000
+def test_the_text(capsys):
+    code, out, _ = call(capsys, *"plan --params 7e9 --gpu h100 --n-gpus 64 --price 2 --top 2".split())
+    assert code == 0 and "at $2.00 per GPU-hour (as given)" in out and "torchrun" in out and "zero 3" in out
     assert max(map(len, out.split("first  ")[0].splitlines())) <= 120
     for line in ("--config small --gpu h100 --n-gpus 8", "--params 1e12 --tokens 2e13 --gpu b200 --n-gpus 8192 --tp 8"):
         code, out, _ = call(capsys, "plan", *line.split())                          # small and large numbers stay apart
