@@ -2,6 +2,7 @@
 
 (1) How good will it be? Train small models at several budgets of compute, and draw a law through their losses:
 
+    L(N) = (N_c / N)^alpha_N,   L(D) = (D_c / D)^alpha_D            Kaplan 2020: straight lines in logs
     L(N, D) = E + A / N^alpha + B / D^beta                          Chinchilla (Hoffmann 2022)
 
 N parameters, D tokens. E is the entropy of text, which nobody can predict; A / N^alpha is what a finite model misses;
@@ -105,6 +106,38 @@ class BadInput(ValueError):
 
 
 # ---- (1) how good will it be? ----------------------------------------------------------------------------------------
+
+PF_DAY = 1e15 * 24 * 3600                                                                                   # FLOPs
+# The first laws. Kaplan 2020, table 5: N_c non-embedding parameters, D_c and B_star tokens, C_c_min PF-days
+KAPLAN = {"alpha_N": 0.076, "N_c": 8.8e13, "alpha_D": 0.095, "D_c": 5.4e13, "alpha_C_min": 0.050, "C_c_min": 3.1e8,
+          "alpha_B": 0.21, "B_star": 2.1e8}
+KAPLAN_JOINT = {"alpha_N": 0.076, "N_c": 6.4e13, "alpha_D": 0.103, "D_c": 1.8e13}      # table 2, other than table 5
+# table 6: (exponent p, value at one PF-day) of parameters, tokens per batch, steps, tokens: value (C / PF-day)^p
+KAPLAN_OPTIMUM = {"N": (0.73, 1.3e9), "B_crit": (0.24, 2.0e6), "S_min": (0.03, 5.4e3), "D": (0.27, 2e10)}
+
+
+def kaplan_loss(N=None, D=None, *, C_min=None):
+    """Kaplan 2020's loss, nats per token, of N non-embedding parameters, D tokens, or C_min FLOPs that are spent well.
+
+    one of them     L(x) = (x_c / x)^alpha_x                  a straight line in logs           (1.1, 1.2, 1.3)
+    N and D         L = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D                       (1.5), table 2
+    """
+    if (N is None, D is None, C_min is None) == (False, False, True):
+        k = KAPLAN_JOINT
+        return ((k["N_c"] / N) ** (k["alpha_N"] / k["alpha_D"]) + k["D_c"] / D) ** k["alpha_D"]
+    given = {name: x for name, x in (("N", N), ("D", D), ("C_min", C_min and C_min / PF_DAY)) if x is not None}
+    if len(given) != 1:
+        raise BadInput(f"kaplan_loss takes N, D, C_min, or N and D, got {', '.join(given) or 'none'}")
+    (name, x), = given.items()
+    return (KAPLAN[{"C_min": "C_c_min"}.get(name, f"{name}_c")] / x) ** KAPLAN[f"alpha_{name}"]
+
+
+def kaplan_optimal(C) -> dict:
+    """{"N", "B_crit", "S_min", "D"} for C FLOPs, by Kaplan's table 6: N ~ C^0.73, hardly more steps. (Small models
+    counted without their embeddings, and one learning-rate schedule for all D, led there: Pearce 2024, Porian 2024.)
+    """
+    return {name: x * (C / PF_DAY) ** p for name, (p, x) in KAPLAN_OPTIMUM.items()}
+
 
 # L = E + A / N^alpha + B / D^beta.  Hoffmann 2022, approach 3, the digits of its TeX source; all others rounded there
 HOFFMANN = {"E": 1.693371, "A": 406.4003, "B": 410.7222, "alpha": 0.33917084, "beta": 0.2849083}
@@ -1102,11 +1135,11 @@ def describe_bill(bill: dict) -> str:
     lines = [("run", f"{bill['parameters']:,} parameters ({bill['embedding_parameters']:,} in the embedding), "
                      f"{short(bill['tokens'])} tokens, {bill['flops']:.3g} FLOPs"),
              ("law", f"{bill['tokens_per_parameter']:.3g} tokens per parameter; best for this size: "
-                     f"{law['best_tokens'] / bill['parameters']:.3g}, that is {short(law['best_tokens'])} tokens"),
-             ("", f"loss {law['loss']:.3f} predicted, {law['left']:.3f} nats above the best of these 6 N D FLOPs: "
-                  f"{short(law['N_opt'])} parameters, {short(law['D_opt'])} tokens")]
-    if law["extrapolated"]:
-        lines.append(("", f"a guess: the law was fitted to models of {short(FITTED_FROM)} parameters and more"))
+                     f"{law['best_tokens'] / bill['parameters']:.3g}, that is {short(law['best_tokens'])} tokens")]
+    lines.append(("", f"so small a model is a guess: the law was fitted to {short(FITTED_FROM)} parameters and more")
+                 if law["extrapolated"] else
+                 ("", f"loss {law['loss']:.3f} predicted, {law['left']:.3f} nats above the best of these 6 N D FLOPs: "
+                      f"{short(law['N_opt'])} parameters, {short(law['D_opt'])} tokens"))
     lines.append(("memory", f"{amounts(bill['memory_bytes'])} per rank, predicted"))
     if ranks > 1:
         places = itertools.product(*(range(layout[axis]) for axis in ("pp", "dp", "tp")))
@@ -1619,7 +1652,7 @@ def command_plan(argv):
     gpu = replace(gpu, **{name: x for name, x in given.items() if x})
     options = {name: getattr(asked, name) for name in ("global_batch_size", "dp", "tp", "pp", "micro_batch_size",
                                                        "zero", "recompute", "sequence_parallel")}
-    options |= {"precision": asked.precision or ("bf16" if gpu.bf16 else "fp16"), "schedule": asked.pp_schedule,
+    options |= {"precision": resolve_precision(asked.precision or "auto", gpu), "schedule": asked.pp_schedule,
                 "chunks": asked.pp_chunks}
     found, shape, tokens, n = settle(asked, gpu, options)
     rows = plan(shape, gpu, n, top=asked.top or 5, tokens=tokens, config_name=asked.config, pue=asked.pue or PUE,

@@ -758,12 +758,15 @@ def gpu_of(c: Config, device) -> str | None:
     return c.gpu or (scaling.known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None)
 
 
+def layout_of(c: Config, dp: int) -> scaling.Layout:
+    return scaling.Layout(dp, c.tp, c.pp, c.pp_schedule if c.pp > 1 else "1f1b", c.stages // c.pp, c.micro_batch_size,
+                          c.grad_accum_steps(dp), c.zero, c.recompute, c.sequence_parallel)
+
+
 def make_bill(c: Config, world: parallel.World, rank_flops: float | None = None) -> dict:
     """What scaling.py says of this very run: memory, messages, time, cost, and what the law makes of its size. After
     resolve(). rank_flops: FLOP/s that a rank was measured to reach, where the GPU is not known."""
-    mesh, on_gpu = world.mesh, c.gpu is not None or world.device.type != "cpu"
-    layout = scaling.Layout(mesh.dp, c.tp, c.pp, c.pp_schedule if c.pp > 1 else "1f1b", c.stages // c.pp,
-                            c.micro_batch_size, c.grad_accum_steps(mesh.dp), c.zero, c.recompute, c.sequence_parallel)
+    layout, on_gpu = layout_of(c, world.mesh.dp), c.gpu is not None or world.device.type != "cpu"
     program = scaling.Program(item=c.dtype.itemsize, fused_norm=on_gpu, flash=c.attention != "reference",
                               document_mask=c.document_mask and c.attention == "sdpa", master_weights=c.master_weights)
     return scaling.bill(scaling.shape_of(c.model), layout, program, tokens=c.steps * c.tokens_per_step,

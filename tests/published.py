@@ -10,10 +10,10 @@ import numpy as np
 
 from scaling import (
     BESIROGLU,
+    KAPLAN,
     LLAMA_3,
     MEGATRON_2021,
     MEGATRON_2022,
-    BadInput,
     Layout,
     Shape,
     chinchilla_loss,
@@ -48,39 +48,14 @@ def data_constrained_loss(N, D, unique, law=MUENNIGHOFF):
     return chinchilla_loss(effective(N, fit, law["R_N"]), effective(D, U, law["R_D"]), law)
 
 
-# The law before Chinchilla. Kaplan 2020, table 5: N_c non-embedding parameters, D_c, B_star tokens, C_c_min PF-days
-PF_DAY = 1e15 * 24 * 3600                                                                                   # FLOPs
-KAPLAN = {"alpha_N": 0.076, "N_c": 8.8e13, "alpha_D": 0.095, "D_c": 5.4e13, "alpha_C_min": 0.050, "C_c_min": 3.1e8,
-          "alpha_B": 0.21, "B_star": 2.1e8}
-# table 2: the joint fit of L(N, D), other than table 5 on purpose; table 3: that of L(N, S_min)
-KAPLAN_JOINT = {"alpha_N": 0.076, "N_c": 6.4e13, "alpha_D": 0.103, "D_c": 1.8e13}
+# Kaplan 2020, table 3: the joint fit of L(N, S_min)
 KAPLAN_STEPS = {"alpha_N": 0.077, "N_c": 6.5e13, "alpha_S": 0.76, "S_c": 2.1e3}
-# table 6: (exponent p, value at one PF-day) of parameters, tokens per batch, steps, tokens: value (C_min / PF-day)^p
-KAPLAN_OPTIMUM = {"N": (0.73, 1.3e9), "B_crit": (0.24, 2.0e6), "S_min": (0.03, 5.4e3), "D": (0.27, 2e10)}
 
 
-def kaplan_loss(N=None, D=None, *, C_min=None, S_min=None):
-    """Kaplan 2020's loss, nats per token, of N non-embedding parameters, D tokens, C_min FLOPs well spent, S_min steps.
-
-    N | D | C_min alone     L(x) = (x_c / x)^alpha_x                                            (1.1, 1.2, 1.3)
-    N, D                    ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D                   (1.5), table 2
-    N, S_min                (N_c / N)^alpha_N + (S_c / S_min)^alpha_S                           (1.6), table 3
-    """
-    k, j, t = KAPLAN, KAPLAN_JOINT, KAPLAN_STEPS
-    laws = {("N",): lambda: (k["N_c"] / N) ** k["alpha_N"], ("D",): lambda: (k["D_c"] / D) ** k["alpha_D"],
-            ("C_min",): lambda: (k["C_c_min"] * PF_DAY / C_min) ** k["alpha_C_min"],
-            ("N", "D"): lambda: ((j["N_c"] / N) ** (j["alpha_N"] / j["alpha_D"]) + j["D_c"] / D) ** j["alpha_D"],
-            ("N", "S_min"): lambda: (t["N_c"] / N) ** t["alpha_N"] + (t["S_c"] / S_min) ** t["alpha_S"]}
-    given = tuple(name for name, x in (("N", N), ("D", D), ("C_min", C_min), ("S_min", S_min)) if x is not None)
-    if given not in laws:
-        raise BadInput(f"kaplan_loss takes N, D, C_min, N and D, or N and S_min, got {given}")
-    return laws[given]()
-
-
-def kaplan_optimal(C) -> dict:
-    """{"N", "B_crit", "S_min", "D"} for C FLOPs, by Kaplan's table 6: N ~ C^0.73, hardly more steps. (Small models
-    counted without their embeddings, and one learning-rate schedule for all D, led there: Pearce 2024, Porian 2024)"""
-    return {name: x * (C / PF_DAY) ** p for name, (p, x) in KAPLAN_OPTIMUM.items()}
+def kaplan_loss_of_steps(N, S_min):
+    """L(N, S_min) = (N_c / N)^alpha_N + (S_c / S_min)^alpha_S, of S_min steps with a large batch. (Kaplan 2020, 1.6)"""
+    k = KAPLAN_STEPS
+    return (k["N_c"] / N) ** k["alpha_N"] + (k["S_c"] / S_min) ** k["alpha_S"]
 
 
 def critical_batch(loss):

@@ -82,11 +82,9 @@ def predicted_calls(c, model, mesh) -> dict:
     """scaling.messages of this rank: {(axis, collective): (calls, bytes)}, by the names that the ledger uses. A group
     of all ranks goes by its axis' name; ZeRO's shards are padded."""
     m, size_of = c.grad_accum_steps(mesh.dp), 2 if c.precision == "bf16" else model.hidden_dtype.itemsize
-    layout = scaling.Layout(mesh.dp, c.tp, c.pp, c.pp_schedule if c.pp > 1 else "1f1b", c.stages // c.pp,
-                            c.micro_batch_size, m, c.zero, c.recompute, c.sequence_parallel)
     wide = model.hidden_dtype.itemsize
     program = scaling.Program(item=size_of, residual=wide, gradient=wide)
-    formula = scaling.messages(scaling.shape_of(c.model), layout, program, mesh.pp_rank)
+    formula = scaling.messages(scaling.shape_of(c.model), train.layout_of(c, mesh.dp), program, mesh.pp_rank)
     if c.zero and mesh.dp > 1:
         formula |= {("dp", name): x for name, x in sharded_gradients(model.sync, c.zero, m, size_of).items()}
         formula["dp", "all_reduce"] = None, formula["dp", "all_reduce"][1] + 8                   # the number of targets

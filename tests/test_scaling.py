@@ -19,7 +19,7 @@ import published
 import pytest
 import torch
 import torch.distributed as dist
-from published import KAPLAN, KAPLAN_JOINT, MUENNIGHOFF, PF_DAY, SARDANA, isoflop_runs, kaplan_loss
+from published import MUENNIGHOFF, SARDANA, isoflop_runs
 from test_model import SETTINGS, random_tokens
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +35,9 @@ from scaling import (
     BESIROGLU,
     GPUS,
     HOFFMANN,
+    KAPLAN,
+    KAPLAN_JOINT,
+    PF_DAY,
     Layout,
     Program,
     Shape,
@@ -43,6 +46,7 @@ from scaling import (
     fit_envelope,
     fit_isoflop,
     fit_parametric,
+    kaplan_loss,
 )
 
 LOPSIDED = {"E": 1.2, "A": 60.0, "B": 3000.0, "alpha": 0.25, "beta": 0.45}
@@ -70,23 +74,24 @@ def test_shapes_are_the_models(config):
 def test_kaplans_laws():
     assert kaplan_loss(KAPLAN["N_c"]) == kaplan_loss(D=KAPLAN["D_c"]) == 1
     assert kaplan_loss(C_min=3.1e8 * 8.64e19) == 1
-    assert kaplan_loss(1e9, S_min=1e30) == pytest.approx((6.5e13 / 1e9) ** 0.077)                 # its table 3
-    assert kaplan_loss(1e9, S_min=2.1e3) == pytest.approx(1 + (6.5e13 / 1e9) ** 0.077)
+    assert published.kaplan_loss_of_steps(1e9, 1e30) == pytest.approx((6.5e13 / 1e9) ** 0.077)       # its table 3
+    assert published.kaplan_loss_of_steps(1e9, 2.1e3) == pytest.approx(1 + (6.5e13 / 1e9) ** 0.077)
     assert kaplan_loss(1e9, 1e40) == pytest.approx((KAPLAN_JOINT["N_c"] / 1e9) ** 0.076)
     assert kaplan_loss(1e40, 1e9) == pytest.approx((KAPLAN_JOINT["D_c"] / 1e9) ** 0.103)
     # Kaplan 2020, section 4.2: D > 5e3 N^0.74 keeps overfitting below noise; ten times less does not
     low, high = (kaplan_loss(1e9, 5e3 * 1e9**0.74 * k) / kaplan_loss(1e9, 1e40) - 1 for k in (1, 0.1))
     assert low < 0.03 < 0.1 < high
     assert published.critical_batch(3.0) == pytest.approx(1.123e6, rel=1e-3)
-    optimal = [published.kaplan_optimal(c) for c in (8.64e19, 8.64e22)]
+    optimal = [scaling.kaplan_optimal(c) for c in (8.64e19, 8.64e22)]
     assert optimal[0]["N"] == pytest.approx(1.3e9) and optimal[1]["N"] == pytest.approx(1.3e9 * 1000**0.73)
     steps, examples = published.batch_cost(3e6, 1e6)
     assert (steps, examples) == (pytest.approx(4 / 3), 4)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"D": 1, "S_min": 1}, {"N": 1, "C_min": 1}, {"N": 1, "D": 1, "S_min": 1}])
-def test_kaplan_loss_takes_what_it_has_laws_for(arguments):
-    with pytest.raises(scaling.BadInput, match="kaplan_loss takes N, D, C_min, N and D, or N and S_min, got"):
+@pytest.mark.parametrize("arguments, got", [({}, "none"), ({"D": 1, "C_min": 1}, "D, C_min"),
+                                            ({"N": 1, "D": 1, "C_min": 1}, "N, D, C_min")])
+def test_kaplan_loss_takes_what_it_has_laws_for(arguments, got):
+    with pytest.raises(scaling.BadInput, match=f"kaplan_loss takes N, D, C_min, or N and D, got {got}"):
         kaplan_loss(**arguments)
 
 
@@ -136,7 +141,7 @@ def test_published_laws():
         assert 6 * N * scaling.optimal_tokens(N, SARDANA) == pytest.approx(C, rel=0.081)
     assert scaling.exponents(BESIROGLU)[0] == pytest.approx(0.513, rel=0.001)
     # Kaplan, one PF-day
-    best, batch = published.kaplan_optimal(PF_DAY), published.critical_batch(kaplan_loss(C_min=PF_DAY))
+    best, batch = scaling.kaplan_optimal(PF_DAY), published.critical_batch(kaplan_loss(C_min=PF_DAY))
     assert batch == pytest.approx(best["B_crit"], rel=0.03)
     assert 6 * best["N"] * best["B_crit"] * best["S_min"] == pytest.approx(PF_DAY, rel=0.03)
     assert kaplan_loss(1.5e9, 22e9) == pytest.approx(kaplan_loss(1.5e9), rel=0.005)
@@ -737,9 +742,7 @@ def executed(rank, n, argv):
 
 
 def layout_of(c: train.Config, n: int) -> Layout:
-    dp = n // (c.tp * c.pp)
-    return Layout(dp, c.tp, c.pp, c.pp_schedule if c.pp > 1 else "1f1b", c.stages // c.pp, c.micro_batch_size,
-                  c.global_batch_size // (dp * c.micro_batch_size), c.zero, c.recompute, c.sequence_parallel)
+    return train.layout_of(c, n // (c.tp * c.pp))
 
 
 TINY = """--config tiny --seq-len 64 --vocab-size 512 --global-batch-size 4 --micro-batch-size 1
@@ -826,19 +829,15 @@ def test_activations_are_counted_to_the_byte(config, recompute, document_mask, d
             kept[storage.data_ptr()] = storage.nbytes(), t              # the tensor too: its address stays taken
         return t
 
-    def keep_inputs(module, args):         # what full recomputation starts from is in its closure, unseen by hooks
+    def keep_inputs(module, args):         # what recomputation starts from is in its closure, unseen by hooks
         for t in tensors(args):
-            keep(t)
+            if recompute == "full" or t.ndim == 4:                                                        # the mask
+                keep(t)
 
-    if recompute == "full":
-        for block in model.model.layers.values():
-            block.register_forward_pre_hook(keep_inputs)
+    for block in model.model.layers.values():
+        block.register_forward_pre_hook(keep_inputs)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         model(tokens, targets, documents=documents)
-    if document_mask:
-        (mask,) = documents.masks.values()
-        keep(mask)
-        kept.pop(documents.data_ptr(), None)
     shape = dataclasses.replace(scaling.shape_of(config), seq_len=20)
     program = Program(dtype.itemsize, dtype.itemsize, dtype.itemsize, fused_norm=False, document_mask=document_mask)
     layout = Layout(micro_batch_size=2, recompute=recompute)
@@ -896,6 +895,8 @@ def test_train_takes_the_printed_commands(shape, gpu, n, options):
         try:
             c = train.parse_config([*argv, "--dry-run"])
             world = train.join(c)
+            c = train.resolve(c, world)
+            train.meta_stage(c, torch.device("meta"), world.mesh, c.stages - 1)
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -919,7 +920,12 @@ def test_layouts_are_those_that_train_takes():
             words = line.split("train.py ")[1].split()
             words[words.index("--global-batch-size") + 1] = "12"
             try:
-                train.join(train.parse_config([*words, "--dry-run"]))
+                c = train.parse_config([*words, "--dry-run"])
+                world = train.join(c)
+                c = train.resolve(c, world)
+                with train.bad_input():
+                    for stage in range(c.stages):
+                        train.meta_stage(c, torch.device("meta"), world.mesh, stage)
                 taken.add(at)
             except train.BadInput:
                 pass
@@ -1167,9 +1173,10 @@ def test_a_bill_without_a_gpu():
     timed = scaling.bill(shape, Layout(pp=2, micro_batches=3), Program(4), tokens=2e7, rank_flops=1e10)
     assert timed["seconds"] == pytest.approx(timed["flops"] / 2e10 / (1 - 1 / 4)) == timed["days"] * 86400
     text = scaling.describe_bill(timed)
-    assert [line[:11].strip() for line in text.splitlines()] == ["run", "law", "", "", "memory", "mesh", "pipeline",
+    assert "nats above" not in text                                                     # a loss that nobody can know
+    assert [line[:11].strip() for line in text.splitlines()] == ["run", "law", "", "memory", "mesh", "pipeline",
                                                                  "messages", "time"]
-    assert "a guess: the law was fitted to models of 44 M parameters and more" in text and "MB per rank" in text
+    assert "a guess: the law was fitted to 44 M parameters and more" in text and "MB per rank" in text
     assert "on 2 ranks at 10 GFLOP/s each" in text and "pp 2 x dp 1 x tp 1: 0 (0 0 0), 1 (1 0 0)" in text
     text = scaling.describe_bill(bill)
     assert [line[:11].strip() for line in text.splitlines()] == ["run", "law", "", "", "memory"]
