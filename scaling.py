@@ -1136,7 +1136,7 @@ def describe_bill(bill: dict) -> str:
                      f"{short(bill['tokens'])} tokens, {bill['flops']:.3g} FLOPs"),
              ("law", f"{bill['tokens_per_parameter']:.3g} tokens per parameter; best for this size: "
                      f"{law['best_tokens'] / bill['parameters']:.3g}, that is {short(law['best_tokens'])} tokens")]
-    lines.append(("", f"so small a model is a guess: the law was fitted to {short(FITTED_FROM)} parameters and more")
+    lines.append(("", f"a guess for so small a model: the law was fitted to {short(FITTED_FROM)} parameters and more")
                  if law["extrapolated"] else
                  ("", f"loss {law['loss']:.3f} predicted, {law['left']:.3f} nats above the best of these 6 N D FLOPs: "
                       f"{short(law['N_opt'])} parameters, {short(law['D_opt'])} tokens"))

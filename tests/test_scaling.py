@@ -1176,10 +1176,11 @@ def test_a_bill_without_a_gpu():
     assert "nats above" not in text                                                     # a loss that nobody can know
     assert [line[:11].strip() for line in text.splitlines()] == ["run", "law", "", "memory", "mesh", "pipeline",
                                                                  "messages", "time"]
-    assert "a guess: the law was fitted to 44 M parameters and more" in text and "MB per rank" in text
+    assert "a guess for so small a model: the law was fitted to 44 M parameters and more" in text
+    assert "MB per rank" in text
     assert "on 2 ranks at 10 GFLOP/s each" in text and "pp 2 x dp 1 x tp 1: 0 (0 0 0), 1 (1 0 0)" in text
     text = scaling.describe_bill(bill)
-    assert [line[:11].strip() for line in text.splitlines()] == ["run", "law", "", "", "memory"]
+    assert [line[:11].strip() for line in text.splitlines()] == ["run", "law", "", "memory"]
     bill = scaling.bill(shape, Layout(4, micro_batches=8, zero=2), Program(4), tokens=2e7, gpu="t4", precision="fp16")
     text = scaling.describe_bill(bill)
     assert re.search(r"\nzero 2     sends dp .* MB with every one of 8 micro-batches; stage 1 would send ", text)
