@@ -28,7 +28,8 @@ and SIGTERM, which save first, and after kill -9, from the last checkpoint.
 
 Exit codes: 0 done, or stopped and saved; 2 bad input; 3 diverged; 1 anything else.
 Source: AdamW (Loshchilov 2019, arXiv:1711.05101).
-Map: textbook loop - configs - build - step - evaluate - the run - the bill - sampling - command line - ranks, main.
+Map: textbook loop - configs - build - step - evaluate - the run: here a first reading ends. Then what asks for a run
+and what uses it: the bill - sampling - command line - ranks, main.
 """
 
 import argparse

@@ -471,7 +471,7 @@ def test_a_group_for_each_direction_never_deadlocks_and_one_for_both_would():
 def test_a_wrong_schedule_is_named(schedule, message):
     with pytest.raises(ValueError, match=message):
         parallel.simulate(schedule)
-    with pytest.raises(ValueError, match="multiple of pp 3, got 4"):
+    with pytest.raises(ValueError, match="multiple of pp = 3 micro-batches per step, got 4"):
         parallel.interleaved(3, 4)
 
 
@@ -909,9 +909,9 @@ def test_what_does_not_divide_is_named(run_ranks):
                 "plan must meet a module with each pattern,  meets none",
                 "0: its style must be one of column, row, vocab, head, partial, positions, got 'col'",
                 "0: style row needs a module with a matrix, got ReLU",
-                "dp x tp x pp must be the number of ranks: rest x 3 x 1 does not make 4",
-                "dp x tp x pp must be the number of ranks: 2 x 1 x 1 does not make 4",
-                "dp x tp x pp must be the number of ranks: 1 x 1 x 0 does not make 4"), strict=True):
+                "dp x tp x pp must be the number of ranks: 1 x 3 x 1 is 3, there are 4",
+                "dp x tp x pp must be the number of ranks: 2 x 1 x 1 is 2, there are 4",
+                "dp x tp x pp must be the number of ranks: 1 x 1 x 0 is 0, there are 4"), strict=True):
             assert expected in line
 
 
