@@ -653,8 +653,8 @@ class Run:
         later loss to tell), nor the end of a run whose replicas differ."""
         if self.step == self.saved:
             return
-        sumsq = parallel.squared_norm(p.detach() for p in self.model.parameters()).to(self.world.device)
-        if not math.isfinite(self.world.sum(sumsq).item()):
+        not_finite = sum((~p.detach().isfinite()).any().double() for p in self.model.parameters())
+        if self.world.sum(not_finite).item():
             raise FloatingPointError("a weight is not finite")
         if self.step == self.c.steps:
             parallel.check_replicas(self.model.parameters(), self.world.host)

@@ -1370,21 +1370,20 @@ def test_torchrun_starts_all_again_from_the_checkpoint(faulty):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--tp 3 --dry-run", "seq_len must be a multiple of tp with --sequence-parallel, got 32 and 3"),
+    ("--tp 3 --dry-run", "--seq-len must be a multiple of tp with --sequence-parallel, got 32 and 3"),
     ("--tp 8 --dry-run", "model.layers.0.self_attn.q_proj: tp must divide its 4 heads, got 8"),
     ("--tp 4 --n-ff 66 --dry-run", "model.layers.0.mlp.gate_proj: tp must divide its size 66, got 4"),
-    ("--pp 8 --dry-run", "pp must leave each stage a layer: pp x chunks is 8, n_layer 4"),
+    ("--pp 8 --dry-run", "--pp must leave each stage a layer: pp x chunks is 8, n_layer 4"),
     ("--pp 2 --pp-schedule interleaved --pp-chunks 3 --dry-run",
-     "pp must leave each stage a layer: pp x chunks is 6, n_layer 4"),
-    ("--pp 2 --pp-schedule zb --recompute full", "recompute must be none with --pp-schedule zb, config"),
-    ("--tp 2 --compile on", "compile must be off with --tp, got on"), ("--dp 2", "2 x 1 x 1 is 2, there is 1; start"),
+     "--pp must leave each stage a layer: pp x chunks is 6, n_layer 4"),
+    ("--pp 2 --pp-schedule zb --recompute full", "--recompute must be none with --pp-schedule zb, config"),
+    ("--tp 2 --compile on", "--compile must be off with --tp, got on"), ("--dp 2", "2 x 1 x 1 is 2, there is 1; start"),
     ("--tp 2", "dp x tp x pp must be the number of ranks: 1 x 2 x 1 is 2, there is 1; start them with --nproc 2"),
-    ("--max-restarts 1", "max_restarts goes with --nproc"), ("--timeout 0", "timeout must be at least 1 second")])
+    ("--max-restarts 1", "--max-restarts goes with --nproc, got 1 without it"), ("--timeout 0", "--timeout must be at least 1, got 0")])
 def test_bad_layouts_are_one_line(flags, message, capsys):
     assert train.main([*TINY, *flags.split()]) == 2
     said = capsys.readouterr().err
-    assert message in said.replace("--", "").replace("-", "_") or message in said, said
-    assert said.count("\n") == 1
+    assert message in said and said.count("\n") == 1, said
 
 
 @pytest.mark.parametrize("flags, message", [
