@@ -1379,7 +1379,8 @@ def test_torchrun_starts_all_again_from_the_checkpoint(faulty):
     ("--pp 2 --pp-schedule zb --recompute full", "--recompute must be none with --pp-schedule zb, config"),
     ("--tp 2 --compile on", "--compile must be off with --tp, got on"), ("--dp 2", "2 x 1 x 1 is 2, there is 1; start"),
     ("--tp 2", "dp x tp x pp must be the number of ranks: 1 x 2 x 1 is 2, there is 1; start them with --nproc 2"),
-    ("--max-restarts 1", "--max-restarts goes with --nproc, got 1 without it"), ("--timeout 0", "--timeout must be at least 1, got 0")])
+    ("--max-restarts 1", "--max-restarts goes with --nproc, got 1 without it"),
+    ("--timeout 0", "--timeout must be at least 1, got 0")])
 def test_bad_layouts_are_one_line(flags, message, capsys):
     assert train.main([*TINY, *flags.split()]) == 2
     said = capsys.readouterr().err
