@@ -314,11 +314,12 @@ def meta_stage(c: Config, device, mesh, stage: int, low_dtype=None) -> net.GPT:
     backend = c.attention if device.type == "meta" else flash_attn.resolve_backend(c.attention, device)
     attention, prepare = functools.partial(flash_attn.flash_attention, backend=backend), None
     if backend == "sdpa":                                  # the model's own, whose layers share one document mask
-        attention, prepare = net.sdpa_attention, net.document_mask
+        attention = net.sdpa_attention
     if low_dtype:
         # low inputs whatever the rotation made of them, also where "selective" runs the core again in backward
         attention = compute_policy(c, device, low_dtype).as_operation(attention)
-        prepare = prepare and (lambda documents, _: net.document_mask(documents, low_dtype))
+        if backend == "sdpa":
+            prepare = lambda documents, _: net.document_mask(documents, low_dtype)
     with torch.device("meta"):
         gpt = net.GPT(c.model, attention, recompute=c.recompute, prepare=prepare)
     if mesh is not None and mesh.tp > 1:

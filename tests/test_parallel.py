@@ -1271,6 +1271,25 @@ def test_a_save_that_fails_after_ctrl_c_is_said(corpus, tmp_path):
     assert said.count("\n") == 1 and "Traceback" in (out / "rank-0.err").read_text()
 
 
+def test_the_rank_that_is_blamed_is_the_one_that_failed_first(tmp_path):
+    """Not one that lost the others, nor one that the agent ended."""
+    c = train.parse_config(["--out", str(tmp_path)])
+    lost = "train.py: rank 0 lost the other ranks at step 3: Connection closed"
+    own = "train.py: rank 1 failed with X at step 3: y"
+    (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n{"step": 3}\n')
+    for codes, said, asked, answer in (
+            ({0: 1, 1: -9}, {0: lost, 1: ""}, False, (1, "train.py: rank 1 was killed by signal 9, at step 3")),
+            ({0: -15, 1: 1}, {0: "", 1: f"Traceback\n{own}"}, False, (1, f"{own}; see {tmp_path}/rank-1.err")),
+            ({0: 0, 1: 7}, {0: "", 1: ""}, False, (1, "train.py: rank 1 ended with exit code 7, at step 3")),
+            ({0: 2, 1: 2}, {0: "a warning\ntrain.py: --tp is wrong", 1: ""}, False, (2, "train.py: --tp is wrong")),
+            ({0: 3, 1: 3}, {0: "", 1: ""}, False, (3, "")),
+            ({0: 1, 1: 1}, {0: "train.py: interrupted", 1: "Traceback"}, True,
+             (1, "train.py: stopped before the run had begun")),
+            ({0: 1, 1: 0}, {0: own}, True, (1, f"{own}; see {tmp_path}/rank-0.err"))):
+        assert train.blame(c, codes, said, asked) == answer
+    assert (tmp_path / "rank-1.err").read_text() == f"Traceback\n{own}\n"
+
+
 def failing(script):
     """train.py, but rank 1 raises, or LEAVES, in the eighth step of its first start; a DEAF rank 0 does not hear it."""
     original = train.train_step

@@ -674,6 +674,18 @@ def test_dry_run_of_gpus_that_are_not_here(monkeypatch, capsys):
         name: b[name] for name in ("seconds", "memory_bytes", "dollars", "bytes_sent")}
 
 
+def test_the_bill_counts_the_mask_of_documents_and_of_precision():
+    """One additive mask for all layers, (T, T) per window: where torch's own attention reads it, and nowhere else."""
+    def activations(*flags):
+        c = train.parse_config([*MINI, *flags])
+        world = train.join(c)
+        return train.make_bill(train.resolve(c, world), world)["memory_bytes"]["activations"]
+
+    plain = activations("--no-document-mask", "--attention", "sdpa")
+    assert activations("--attention", "sdpa") - plain == 4 * 32 * 32 * 4                           # micro-batch x T x T
+    assert activations("--attention", "torch") == plain
+
+
 def test_a_gpu_that_the_table_does_not_have_gets_its_name_and_no_mfu(monkeypatch):
     c, device = dataclasses.replace(train.parse_config([]), precision="bf16"), torch.device("cuda")
     for name, peak in (("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA Unheard-Of 9000", None)):
