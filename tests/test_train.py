@@ -493,6 +493,22 @@ def test_a_document_mask_lives_as_long_as_its_micro_batch(corpus, recompute, mon
     assert counts == [0] * 8
 
 
+def test_layers_share_one_mask_in_low_precision_too(corpus, monkeypatch):
+    """Made in bf16: a mask in float32 would be cast anew by every layer."""
+    seen, plain = [], net.sdpa_attention
+
+    def watched(q, k, v, *, causal, documents):
+        seen.append((documents.data_ptr(), documents.dtype, q.dtype))
+        return plain(q, k, v, causal=causal, documents=documents)
+
+    monkeypatch.setattr(net, "sdpa_attention", watched)
+    c = train.parse_config([*MINI, "--data", str(corpus), "--precision", "bf16", "--attention", "sdpa"])
+    gpt = train.make_stage(c, torch.device("cpu"))
+    with torch.no_grad():
+        gpt(**train.to_device(next(data.Loader(corpus, micro_batch_size=2, seq_len=32)), c, torch.device("cpu")))
+    assert len(seen) == 2 and len(set(seen)) == 1 and seen[0][1:] == (torch.bfloat16, torch.bfloat16)
+
+
 def test_learning_rate_schedules():
     c = train.parse_config(["--steps", "100", "--warmup-steps", "10", "--lr", "1.0", "--min-lr-ratio", "0.1"])
     assert [train.lr_at(s, c) for s in (0, 4, 9)] == [0.1, 0.5, 1.0] and train.lr_at(10, c) == 1.0
