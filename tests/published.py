@@ -18,7 +18,6 @@ from scaling import (
     Shape,
     chinchilla_loss,
     estimate,
-    largest_that,
     plan,
 )
 
@@ -208,10 +207,12 @@ def rank(every: list[dict], tp: int, pp: int) -> tuple[dict, float]:
 
 def calibrate(rates, gpu, published: list) -> float:
     """The c with which rates(GPU) are right on average: mean log error 0."""
-    def too_low(c):
-        return sum(math.log(x / y) for x, y in zip(rates(replace(gpu, matmul=c)), published, strict=True)) <= 0
-
-    return largest_that(too_low, 0.3, 1.0, 1.0002)
+    low, high = 0.3, 1.0
+    while high / low > 1.0002:
+        c = math.sqrt(low * high)
+        error = sum(math.log(x / y) for x, y in zip(rates(replace(gpu, matmul=c)), published, strict=True))
+        low, high = (c, high) if error <= 0 else (low, c)
+    return low
 
 
 def predictions(a100, h100) -> dict:
