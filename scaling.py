@@ -173,7 +173,8 @@ def budgets(runs) -> list[np.ndarray]:
     order = np.argsort(flops_of(runs), kind="stable")
     x, C = np.log(runs[order, 0]), np.log(flops_of(runs)[order])
     gaps = np.diff(C)
-    large = [b for a, b in itertools.pairwise([0.02, *np.sort(gaps.clip(0.02))]) if b > max(2 * a, math.log(1.2))]
+    pairs = itertools.pairwise([0.02, *np.sort(gaps.clip(0.02))])
+    large = [gap for smaller, gap in pairs if gap > max(2 * smaller, math.log(1.2))]
     least = 1e-6 if 3 * distinct(flops_of(runs)) <= len(runs) else min(large, default=math.inf)
 
     def smooth(group):
@@ -205,10 +206,10 @@ def parabola(group) -> Vertex | None:
 
 def power_law(C, N, D, loss) -> dict:
     """{"a", "b", "k_N", "k_D"}: N = k_N C^a, D = k_D C^b through points, in logs; "points"."""
-    a, k = np.polyfit(np.log(C), np.log(N), 1)
-    b, m = np.polyfit(np.log(C), np.log(D), 1)
+    a, ln_k_N = np.polyfit(np.log(C), np.log(N), 1)
+    b, ln_k_D = np.polyfit(np.log(C), np.log(D), 1)
     points = [dict(zip(("C", "N", "D", "loss"), map(float, p), strict=True)) for p in zip(C, N, D, loss, strict=True)]
-    return {"a": float(a), "b": float(b), "k_N": math.exp(k), "k_D": math.exp(m), "points": points}
+    return {"a": float(a), "b": float(b), "k_N": math.exp(ln_k_N), "k_D": math.exp(ln_k_D), "points": points}
 
 
 def intervals(fits: dict) -> dict:
@@ -299,7 +300,7 @@ def residuals(theta, x, y, z, weights, delta):
     return f, r, np.exp(terms - lse)
 
 
-def minimise(theta, x, y, z, weights, delta, iterations=1000):
+def minimise(theta, x, y, z, weights, delta, iterations):
     """S laws, each improved until nothing can be gained in float64 -> theta, f. All at once: starts, or resamples.
 
     Newton in a trust region: with H = V diag(lam) V^T, step = -V (V^T g / (|lam| + mu)); mu falls after a step that
@@ -581,7 +582,7 @@ class Program:
     flash: bool = True              # False: attention keeps two (T, T) matrices per head: softmax, and its masked copy
     dropout: bool = False           # masks of dropout are kept, a byte per number
     document_mask: bool = False     # packed documents: a (T, T) mask per sequence, shared by all layers
-    fused_norm: bool = True         # False: RMSNorm keeps x / rms beside x
+    fused_norm: bool = True         # False: RMSNorm keeps x / rms as well as x
     chunked_loss: bool = True       # the loss keeps the gradients of its input and weight; False: the logits
     # half of backward's tp messages, with sequence parallelism two thirds, travel while weights' gradients are computed
     overlap_tp: bool = False
@@ -723,7 +724,7 @@ def resolve_precision(name: str, gpu: "GPU | str") -> str:
     if name not in ("auto", *PRECISIONS):
         raise BadInput(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
     if name == "fp8" and not gpu.fp8 or name in ("bf16", "tf32") and not gpu.bf16:
-        raise BadInput(f"precision must be one that {gpu.name} has, got {name}")
+        raise BadInput(f"precision must be one that the GPU has, got {name} for {gpu.name}")
     return name if name != "auto" else "bf16" if gpu.bf16 else "fp16"
 
 
@@ -784,8 +785,9 @@ def stored(layout: Layout, stage: int) -> float:
 
 
 def waiting_bytes(shape: Shape, layout: Layout, program: Program, stage: int) -> float:
-    """Zero bubble: until a micro-batch's W, its linears' inputs and the gradients of their results wait. The last
-    linear's stay until the W after, and only where an F comes between are they there when most is."""
+    """Zero bubble computes a micro-batch's weight gradients late. Until then its linears' inputs and the gradients of
+    their results wait. The last linear's wait for the next weight gradients; where memory peaks they are there only if
+    a forward comes between."""
     if layout.schedule != "zb" or layout.pp == 1:
         return 0
     n, h, t = layout.micro_batch_size * shape.seq_len, shape.n_embd, layout.tp
@@ -798,7 +800,7 @@ def buffer_bytes(shape: Shape, layout: Layout, program: Program, stage: int) -> 
     """Gradients on their way, gathered layers, and the block that runs again."""
     psi, dp, zero = rank_params(shape, layout, stage).count, layout.dp, layout.zero
     again = layer_bytes(shape, layout, program, "none") * (layout.recompute == "full")
-    if not zero:                                                    # beside the gradients those of one micro-batch
+    if not zero:                                                    # the sums, and one micro-batch's gradients
         return again + (dp > 1 and layout.micro_batches > 1) * psi * program.gradient
     # stage 3: a layer, or a table, at a time; before: a bucket
     layer = (shape.block + shape.split_biases) / layout.tp + shape.whole
@@ -896,12 +898,12 @@ def messages(shape: Shape, layout: Layout, program: Program, stage: int) -> dict
 
 
 def bytes_sent(messages: dict, layout: Layout) -> dict:
-    """{axis: bytes that the rank sends in a step}, each collective as a ring of n ranks."""
+    """{axis: bytes that the rank sends in a step}, each collective as a ring of R ranks."""
     size, sent = {"world": layout.ranks, "dp": layout.dp, "tp": layout.tp, "ends": 2}, {}
     for (axis, collective), (_, payload) in messages.items():
-        n = size.get(axis, 1)
-        # an all-reduce is a reduce-scatter and an all-gather, each (n-1)/n
-        factor = {"all_reduce": 2 * (n - 1) / n, "send": 1, "recv": 0}.get(collective, (n - 1) / n)
+        R = size.get(axis, 1)
+        # an all-reduce is a reduce-scatter and an all-gather, each (R-1)/R
+        factor = {"all_reduce": 2 * (R - 1) / R, "send": 1, "recv": 0}.get(collective, (R - 1) / R)
         sent[axis] = sent.get(axis, 0) + factor * payload
     return sent
 
@@ -912,7 +914,7 @@ def ring_seconds(gpu: "GPU", ranks: int, bytes: float, stride: int = 1, messages
     inside = max(1, min(ranks, gpu.node // stride))
     nodes = math.ceil(ranks / inside)
     rate = gpu.link if nodes == 1 else min(gpu.link, inside * LINE * gpu.network)
-    # (n-1)/n bytes / bandwidth + hops x latency
+    # (R-1)/R bytes / bandwidth + hops x latency
     hops = (ranks - nodes) * NVLINK_HOP + (nodes - 1) * NETWORK_HOP
     return (ranks - 1) / ranks * bytes / rate + messages * hops
 
@@ -920,8 +922,9 @@ def ring_seconds(gpu: "GPU", ranks: int, bytes: float, stride: int = 1, messages
 # ---- (4) seconds -----------------------------------------------------------------------------------------------------
 
 def bubble(layout: Layout, forward: float, backward: float, weight: float) -> float:
-    """Seconds of a step in which a pipeline rank waits; F, B, W of a micro-batch in all of a rank's layers. (Narayanan
-    2021, section 2.2; zero bubble: Qi 2023, table 2 and appendix H)"""
+    """Seconds of a step in which a pipeline rank waits. forward, backward (gradients of inputs), weight (of weights):
+    seconds of a micro-batch in all of a rank's layers. (Narayanan 2021, section 2.2; zero bubble: Qi 2023, table 2 and
+    appendix H)"""
     if layout.schedule == "zb" and layout.pp > 1:
         return (layout.pp - 1) * (forward + backward) - (min(layout.micro_batches, layout.pp) - 1) * weight
     return (layout.pp - 1) / layout.chunks * (forward + backward + weight)
@@ -934,7 +937,7 @@ def step_time(shape: Shape, gpu: "GPU", layout: Layout, program: Program, speed:
     n, m, V, core_speed = b * T, layout.micro_batches, shape.vocab_size / t, min(speed, 1)
 
     def product(rows, columns, inner, speed=speed):
-        # 2 m n k / (c peak) + bytes / HBM
+        # 2 rows columns inner / (c peak) + bytes / HBM
         size = program.item * (rows * columns + columns * inner + rows * inner)
         return 2 * rows * columns * inner / (gpu.matmul * gpu.peak * speed) + size / gpu.bandwidth
 
@@ -956,7 +959,7 @@ def step_time(shape: Shape, gpu: "GPU", layout: Layout, program: Program, speed:
     if program.overlap_tp:
         tp_backward = tp_forward / 2
 
-    # F, B, W of a micro-batch in the slowest stage: compute, tp's messages, messages to other stages
+    # a micro-batch in the slowest stage, (forward, backward, weight): compute, tp's messages, messages to other stages
     every = depth(shape.n_layer, layout.pp, layout.chunks)
     work = [every[r] * (3 * linear + (1 + core_backward) * core + 5 * kept + again) + 3 * head * (r == layout.pp - 1)
             for r in range(layout.pp)]
@@ -1016,7 +1019,7 @@ def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: 
     parameters, embedding_parameters, tokens, tokens_per_parameter, tokens_per_step, flops_per_token, flops
     law             {"best_tokens": for this size; "N_opt", "D_opt": for these 6 N D; "loss", "left": nats that N_opt
                     and D_opt would save, both None where "extrapolated": the law's own runs were all larger}
-    layout          the fields of Layout; layers_per_rank; bubble: share of a step, where F, B and W take equally long
+    layout          the fields of Layout; layers_per_rank; bubble: share of a step, if forward, backward, weight take equally long
     memory_bytes    of the fullest rank, by part, and "total"
     bytes_sent      {axis: bytes per step of the rank that sends most}; bytes_sent_at_zero_1: dp's, for stages 2 and 3
     gpu given       gpu (its name), seconds_per_step (by part), tokens_per_s, mfu, tflops, hardware_tflops (per GPU),
@@ -1081,8 +1084,8 @@ def describe_bill(bill: dict) -> str:
     """A bill as aligned lines: a label, padded to 11 characters, and a sentence."""
     law, layout, ranks = bill["law"], bill["layout"], math.prod(bill["layout"][axis] for axis in ("dp", "tp", "pp"))
     lines = [("run", f"{bill['parameters']:,} parameters ({bill['embedding_parameters']:,} in the embedding), "
-                     f"{short(bill['tokens'])} tokens, {bill['flops']:.3g} FLOPs, "
-                     f"{short(bill['tokens_per_step'])} tokens per step"),
+                     f"{short(bill['tokens'])} tokens, {bill['flops']:.3g} FLOPs"),
+             ("", f"{short(bill['tokens_per_step'])} tokens per step"),
              ("law", f"{bill['tokens_per_parameter']:.3g} tokens per parameter; best for this size: "
                      f"{law['best_tokens'] / bill['parameters']:.3g}, that is {short(law['best_tokens'])} tokens")]
     lines.append(("", f"a guess for so small a model or so few tokens: the law was fitted to {short(FITTED_FROM['N'])} "
@@ -1152,10 +1155,8 @@ def layouts(shape: Shape, gpu: GPU, n_gpus: int, batch: int, **fixed):
         dp = n_gpus // (tp * pp)
         if dp * tp * pp != n_gpus or dp not in choices("dp", dp):
             continue
-        schedules = [("1f1b", 1), *([("zb", 1), ("gpipe", 1)] * (pp > 1)),
-                     *(("interleaved", v) for v in choices("chunks", *range(2, 9)) if v > 1 < pp)]
-        schedules = [(name, v) for name, v in schedules if name in choices("schedule", "1f1b", "zb", "interleaved")
-                     and v in choices("chunks", v)]
+        schedules = [(name, v) for name in choices("schedule", "1f1b", "zb", "interleaved") if pp > 1 or name == "1f1b"
+                     for v in choices("chunks", *range(1, 9)) if (v > 1) == (name == "interleaved")]
         for b, (schedule, v), zero, recompute, sp in itertools.product(
                 choices("micro_batch_size", 1, 2, 4, 8, 16, 32), schedules,
                 choices("zero", *range(4 if dp > 1 else 1)), choices("recompute", "none", "selective", "full"),

@@ -1207,10 +1207,10 @@ def test_a_bill_without_a_gpu():
     assert timed["seconds"] == pytest.approx(timed["flops"] / 2e10 / (1 - 1 / 4)) == timed["days"] * 86400
     text = scaling.describe_bill(timed)
     assert "nats above" not in text and timed["law"]["loss"] is timed["law"]["left"] is None    # nobody can know them
-    assert [line[:11].strip() for line in text.splitlines()] == ["run", "law", "", "memory", "mesh", "pipeline",
-                                                                 "messages", "time"]
+    assert [line[:11].strip() for line in text.splitlines()] == ["run", "", "law", "", "memory", "mesh",
+                                                                 "pipeline", "messages", "time"]
     assert ("a guess for so small a model or so few tokens: the law was fitted to 44 M parameters, 1 B tokens and more"
-            in text and "FLOPs, 768 tokens per step\n" in text)
+            in text and "FLOPs\n           768 tokens per step\n" in text)
     model = scaling.shape_for(1e8)
     for tokens, small in ((0.99e9, True), (1e9, False)):
         bill = scaling.bill(model, Layout(), Program(), tokens=tokens)
@@ -1220,7 +1220,7 @@ def test_a_bill_without_a_gpu():
     assert "MB per rank" in text
     assert "on 2 ranks at 10 GFLOP/s each" in text and "pp 2 x dp 1 x tp 1: 0 (0 0 0), 1 (1 0 0)" in text
     text = scaling.describe_bill(bill)
-    assert [line[:11].strip() for line in text.splitlines()] == ["run", "law", "", "memory"]
+    assert [line[:11].strip() for line in text.splitlines()] == ["run", "", "law", "", "memory"]
     bill = scaling.bill(shape, Layout(4, micro_batches=8, zero=2), Program(4), tokens=2e7, gpu="t4", precision="fp16")
     text = scaling.describe_bill(bill)
     assert re.search(r"\nzero 2     sends dp .* MB with every one of 8 micro-batches; stage 1 would send ", text)
@@ -1330,7 +1330,8 @@ def test_the_text(capsys):
     ("--gpu h100 --n-gpus 8 --tokens 1b", "--params must be given, or both --n-gpus and --days"),
     ("--gpu h100 --n-gpus 8", "--params must be given, or both --n-gpus and --days"),
     ("--gpu h100 --dollars 1000", "--dollars is no argument"),
-    ("--gpu v100 --n-gpus 8 --params 1b --precision bf16", "--precision must be one that v100 has, got bf16"),
+    ("--gpu v100 --n-gpus 8 --params 1b --precision bf16",
+     "--precision must be one that the GPU has, got bf16 for v100"),
     ("--gpu h100 --n-gpus 8 --params 7b --tokens 1t --zero 9", "--zero invalid choice"),
     ("--gpu l4 --params 1e13 --tokens 1e17 --days 1", "--days must be enough for some number of GPUs"),
     ("--gpu h100 --n-gpus 8 --params 70b", "does not fit: .*biggest: states, 69.* GB; 16 GPUs with --zero 3 "
