@@ -112,14 +112,17 @@ def kaplan_loss(N=None, D=None, *, C_min=None):
     one of them     L(x) = (x_c / x)^alpha_x                  a straight line in logs           (1.1, 1.2, 1.3)
     N and D         L = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D                       (1.5), table 2
     """
-    if (N is None, D is None, C_min is None) == (False, False, True):
-        k = KAPLAN_JOINT
-        return ((k["N_c"] / N) ** (k["alpha_N"] / k["alpha_D"]) + k["D_c"] / D) ** k["alpha_D"]
-    given = {name: x for name, x in (("N", N), ("D", D), ("C_min", C_min and C_min / PF_DAY)) if x is not None}
-    if len(given) != 1:
-        raise BadInput(f"kaplan_loss takes N, D, C_min, or N and D, got {', '.join(given) or 'none'}")
-    (name, x), = given.items()
-    return (KAPLAN[{"C_min": "C_c_min"}.get(name, f"{name}_c")] / x) ** KAPLAN[f"alpha_{name}"]
+    law, joint = KAPLAN, KAPLAN_JOINT
+    given = ", ".join(name for name, x in (("N", N), ("D", D), ("C_min", C_min)) if x is not None)
+    if given == "N":
+        return (law["N_c"] / N) ** law["alpha_N"]
+    if given == "D":
+        return (law["D_c"] / D) ** law["alpha_D"]
+    if given == "C_min":
+        return (law["C_c_min"] * PF_DAY / C_min) ** law["alpha_C_min"]
+    if given == "N, D":
+        return ((joint["N_c"] / N) ** (joint["alpha_N"] / joint["alpha_D"]) + joint["D_c"] / D) ** joint["alpha_D"]
+    raise BadInput(f"kaplan_loss takes N, D, C_min, or N and D, got {given or 'none'}")
 
 
 def kaplan_optimal(C) -> dict:
@@ -1018,8 +1021,9 @@ def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: 
 
     parameters, embedding_parameters, tokens, tokens_per_parameter, tokens_per_step, flops_per_token, flops
     law             {"best_tokens": for this size; "N_opt", "D_opt": for these 6 N D; "loss", "left": nats that N_opt
-                    and D_opt would save, both None where "extrapolated": the law's own runs were all larger}
-    layout          the fields of Layout; layers_per_rank; bubble: share of a step, if forward, backward, weight take equally long
+                    and D_opt would save; "extrapolated": fewer parameters or tokens than the law was fitted to, where
+                    "loss" and "left" are None}
+    layout          the fields of Layout; layers_per_rank; bubble: its share of a step, of three equal parts
     memory_bytes    of the fullest rank, by part, and "total"
     bytes_sent      {axis: bytes per step of the rank that sends most}; bytes_sent_at_zero_1: dp's, for stages 2 and 3
     gpu given       gpu (its name), seconds_per_step (by part), tokens_per_s, mfu, tflops, hardware_tflops (per GPU),
@@ -1414,10 +1418,7 @@ def plot_runs(folder: Path, runs, results) -> Path:
             right.plot(vertex.C, vertex.N, "*", color=color, markersize=15)
     C = np.geomspace(flops_of(runs).min(), 10 * flops_of(runs).max(), 50)
     if fit := results["isoflop"]:
-        right.plot(C, fit["k_N"] * C ** fit["a"], color="gray", label=f"2 IsoFLOP: N_opt ~ C^{fit['a']:.3f}")
-    if has_optimum(law := results["parametric"], C[-1]):
-        right.plot(C, compute_optimal(C, law).N, "--", color="gray",
-                   label=f"3 parametric: N_opt ~ C^{exponents(law)[0]:.3f}")
+        right.plot(C, fit["k_N"] * C ** fit["a"], color="gray", label=f"N_opt ~ C^{fit['a']:.3f}")
     left.set(xscale="log", xlabel="parameters N", ylabel="loss, nats per token")
     right.set(xscale="log", yscale="log", xlabel="budget C, FLOPs", ylabel="N_opt")
     left.legend(), right.legend()

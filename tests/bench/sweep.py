@@ -4,7 +4,8 @@
   python tests/bench/sweep.py --minutes 5 --jobs 2 --out out/sweep
 
 Writes --out/runs.csv (N, D, loss, budget), isoflop.png (loss against size, a curve per budget; the best size against
-compute) and envelope.png (loss against compute, a curve per size). tests/sweep_runs.csv is the runs.csv of one such sweep.
+compute) and envelope.png (loss against compute, a curve per size). tests/sweep_runs.csv is the runs.csv of one such
+sweep.
 """
 
 import argparse
@@ -27,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 import scaling  # noqa: E402
 from scaling import BadInput, Parser, number  # noqa: E402
 
-# (n_layer, n_embd), and FLOPs per budget. One layer alone cannot look up what followed a token before, and lies above the
-# curve of the others
+# (n_layer, n_embd), and FLOPs per budget. One layer alone cannot look up what followed a token before, and lies above
+# the curve of the others
 SIZES = ((2, 16), (2, 20), (2, 24), (3, 24), (2, 32), (2, 48), (3, 48), (2, 64), (3, 64), (3, 80))
 BUDGETS = (1e11, 3e11, 1e12, 3e12)
 RATIOS = (4, 140)                                   # tokens per parameter: the sizes of a budget lie around its best
@@ -103,8 +104,8 @@ def sweep(plans, out: Path, minutes: float, jobs: int) -> dict:
                 if (loss := finished(out / name, plan["config"])) is not None:
                     losses[name], now = loss, time.monotonic()
                     print(f"{len(losses):>3}/{len(plans)}  C {plan['C']:.0e}  N {plan['N']:>9,}  D {plan['D']:>9,}  "
-                          f"{plan['D'] / plan['N']:>6.1f} tokens per parameter  loss {loss:.4f}  {now - start:>4.0f} s  "
-                          f"{(now - begun) / 60:>5.1f} of {minutes:g} min", flush=True)
+                          f"{plan['D'] / plan['N']:>6.1f} tokens per parameter  loss {loss:.4f}  "
+                          f"{now - start:>4.0f} s  {(now - begun) / 60:>5.1f} of {minutes:g} min", flush=True)
             time.sleep(0.5 if late else 0.05)
     finally:
         for _, process, _ in running.values():
