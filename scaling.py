@@ -1419,9 +1419,10 @@ def plot_runs(folder: Path, runs, results) -> Path:
     C = np.geomspace(flops_of(runs).min(), 10 * flops_of(runs).max(), 50)
     if fit := results["isoflop"]:
         right.plot(C, fit["k_N"] * C ** fit["a"], color="gray", label=f"N_opt ~ C^{fit['a']:.3f}")
+        right.legend()
     left.set(xscale="log", xlabel="parameters N", ylabel="loss, nats per token")
     right.set(xscale="log", yscale="log", xlabel="budget C, FLOPs", ylabel="N_opt")
-    left.legend(), right.legend()
+    left.legend()
     drawing.savefig(folder / "isoflop.png")
     return folder / "isoflop.png"
 
