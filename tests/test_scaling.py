@@ -1128,7 +1128,7 @@ def test_the_demo_of_a_file_alone_and_of_other_runs(tmp_path, given):
     done = subprocess.run([sys.executable, str(alone), *[path] * given], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "") and "(5) what does it cost?" in done.stdout
     assert ("(1), (2) need tests/sweep_runs.csv" in done.stdout) == (not given)
-    assert ("The runs of mine.csv" in done.stdout and "| measured |" in done.stdout) == given
+    assert ("The runs of mine.csv" in done.stdout and "|  measured |" in done.stdout) == given
 
 
 def test_the_demo_goes_on_where_runs_have_no_budgets(capsys, tmp_path):
