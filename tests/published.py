@@ -18,7 +18,6 @@ from scaling import (
     Shape,
     chinchilla_loss,
     estimate,
-    largest_that,
     plan,
 )
 
@@ -128,8 +127,8 @@ BILLS = [("OPT-175B", 809472, 356, 137), ("LLaMA 7B", 82432, 36, 14), ("LLaMA 65
          ("Llama 2 7B", 184320, None, 31.22), ("Llama 2 70B", 1720320, None, 291.42)]
 # Llama 3 (arXiv:2407.21783), table 4, 405 B on H100, tp 8, pp 16, 2048 sequences of 8192 tokens: dp, TFLOP/s per GPU
 LLAMA_3_TABLE_4 = [(64, 430), (128, 400)]
-LLAMA_8B, LLAMA_405B = (Shape(128256, 8192, L, H, 8, 128, C, F) for L, H, C, F in ((32, 32, 4096, 14336),
-                                                                                 (126, 128, 16384, 53248)))
+LLAMA_8B = Shape(128256, 8192, 32, 32, 8, 128, 4096, 14336)
+LLAMA_405B = Shape(128256, 8192, 126, 128, 8, 128, 16384, 53248)
 # torchtitan, docs/performance.md (3faaa1a0d), 64 A100, FSDP2, where "selective layer" runs every second one again:
 # model, micro-batch, what runs again, MFU in %
 TORCHTITAN = [("Llama 3 8B", LLAMA_8B, 1, ("full", "none"), 56.8),
@@ -208,10 +207,12 @@ def rank(every: list[dict], tp: int, pp: int) -> tuple[dict, float]:
 
 def calibrate(rates, gpu, published: list) -> float:
     """The c with which rates(GPU) are right on average: mean log error 0."""
-    def too_low(c):
-        return sum(math.log(x / y) for x, y in zip(rates(replace(gpu, matmul=c)), published, strict=True)) <= 0
-
-    return largest_that(too_low, 0.3, 1.0, 1.0002)
+    low, high = 0.3, 1.0
+    while high / low > 1.0002:
+        c = math.sqrt(low * high)
+        error = sum(math.log(x / y) for x, y in zip(rates(replace(gpu, matmul=c)), published, strict=True))
+        low, high = (c, high) if error <= 0 else (low, c)
+    return low
 
 
 def predictions(a100, h100) -> dict:

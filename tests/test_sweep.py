@@ -87,7 +87,8 @@ def test_wrong_flags(capsys):
                            (["--jobs", "1.5"], "must be a whole number from 1 to 1000, got '1.5'"),
                            (["--out", "/dev/null/x"], "must be a folder that can be written, got /dev/null/x: Not a "
                             "directory"),
-                           (["--budgets", "1e30"], "must leave one of --sizes 4 to 140 tokens a parameter, got 1e+30")):
+                           (["--budgets", "1e30"],
+                            "must leave one of --sizes 4 to 140 tokens per parameter, got 1e+30")):
         code, out, err = call(capsys, *flags)
         assert (code, out, err) == (2, "", f"sweep.py: {flags[0]} {message}\n")
 

@@ -3,8 +3,9 @@
   python tests/bench/sweep.py               21 runs, 4 budgets; the same command goes on where the last one ended
   python tests/bench/sweep.py --minutes 5 --jobs 2 --out out/sweep
 
-Writes --out/runs.csv (N, D, loss, budget), isoflop.png (loss against size, a curve per budget) and envelope.png (loss
-against compute, a curve per size). tests/sweep_runs.csv is the runs.csv of one such sweep.
+Writes --out/runs.csv (N, D, loss, budget), isoflop.png (loss against size, a curve per budget; the best size against
+compute) and envelope.png (loss against compute, a curve per size). tests/sweep_runs.csv is the runs.csv of one such
+sweep.
 """
 
 import argparse
@@ -27,11 +28,11 @@ sys.path.insert(0, str(ROOT))
 import scaling  # noqa: E402
 from scaling import BadInput, Parser, number  # noqa: E402
 
-# (n_layer, n_embd), and FLOPs a budget. One layer alone cannot look up what followed a token before, and lies above the
-# curve of the others
+# (n_layer, n_embd), and FLOPs per budget. One layer alone cannot look up what followed a token before, and lies above
+# the curve of the others
 SIZES = ((2, 16), (2, 20), (2, 24), (3, 24), (2, 32), (2, 48), (3, 48), (2, 64), (3, 64), (3, 80))
 BUDGETS = (1e11, 3e11, 1e12, 3e12)
-RATIOS = (4, 140)                                   # tokens a parameter: the sizes of a budget lie around its best
+RATIOS = (4, 140)                                   # tokens per parameter: the sizes of a budget lie around its best
 # head and embedding share one table of 512 rows: then N, all parameters, is what is multiplied (but for norms), and no
 # choice between "total" and "non-embedding" is left to bend the curves
 SWEEP = {"vocab_size": 512, "seq_len": 128, "tie_embeddings": True, "global_batch_size": 4, "eval_windows": 512}
@@ -103,8 +104,8 @@ def sweep(plans, out: Path, minutes: float, jobs: int) -> dict:
                 if (loss := finished(out / name, plan["config"])) is not None:
                     losses[name], now = loss, time.monotonic()
                     print(f"{len(losses):>3}/{len(plans)}  C {plan['C']:.0e}  N {plan['N']:>9,}  D {plan['D']:>9,}  "
-                          f"{plan['D'] / plan['N']:>6.1f} tokens a parameter  loss {loss:.4f}  {now - start:>4.0f} s  "
-                          f"{(now - begun) / 60:>5.1f} of {minutes:g} min", flush=True)
+                          f"{plan['D'] / plan['N']:>6.1f} tokens per parameter  loss {loss:.4f}  "
+                          f"{now - start:>4.0f} s  {(now - begun) / 60:>5.1f} of {minutes:g} min", flush=True)
             time.sleep(0.5 if late else 0.05)
     finally:
         for _, process, _ in running.values():
@@ -152,7 +153,7 @@ def run(argv):
 
     def sizes(text):
         try:
-            found = tuple((int(L), int(C)) for L, C in (size.split("x") for size in text.split(",")))
+            found = tuple((int(layers), int(width)) for layers, width in (size.split("x") for size in text.split(",")))
         except ValueError:
             found = ((0, 0),)
         if min(map(min, found)) < 1:
@@ -170,7 +171,7 @@ def run(argv):
     args = parser.parse_args(argv)
     plans = sweep_runs(args.sizes, args.budgets, args.data)
     if not plans:
-        raise BadInput(f"budgets must leave one of --sizes {RATIOS[0]} to {RATIOS[1]} tokens a parameter, got "
+        raise BadInput(f"budgets must leave one of --sizes {RATIOS[0]} to {RATIOS[1]} tokens per parameter, got "
                        f"{', '.join(f'{c:g}' for c in args.budgets)}")
     out = Path(args.out)
     try:
