@@ -1288,10 +1288,12 @@ def number(lowest: float, highest: float, whole: bool = False):
 
 
 # names of columns, the best first
-COLUMNS = {"N": "n params parameters nparams numparams modelsize size nonembeddingparams",
-           "D": "d tokens trainingtokens traintokens ntokens datasize",
-           "loss": "loss l valloss validationloss finalloss evalloss testloss trainloss",
-           "C": "c budget flopsbudget trainingbudget flops flop compute trainingflops trainingflop"}
+COLUMNS = {"N": "n params parameters nparams numparams numparameters modelsize modelparams modelparameters totalparams "
+                "totalparameters size nonembeddingparams nonembeddingparameters",
+           "D": "d tokens trainingtokens traintokens ntokens numtokens totaltokens tokensseen datasize datasetsize",
+           "loss": "loss l valloss validationloss finalloss finalvalloss evalloss testloss trainloss trainingloss",
+           "C": "c budget flopsbudget flopbudget computebudget trainingbudget flops flop compute trainingflops "
+                "trainingflop trainflops totalflops totalcompute"}
 
 
 def read_runs(path) -> np.ndarray:
