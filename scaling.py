@@ -40,14 +40,15 @@ had for 61 % of its compute. Models that are used a lot are smaller than N_opt o
               activations                         stored micro-batches x layers x what a layer keeps, in Megatron
                 n h (10 + 24/t + 5 H T / (h t))   none         n tokens of T per sequence, h width, H heads, t tp;
                 n h (10 + 24/t)                   selective    with sequence parallelism 10/t in the place of 10;
-                2 n h                             full         flash attention: 4 bytes per row for 5 T
+                2 n h                             full         flash attention: 4 bytes per token and head, not 5 T
                 stored: 1F1B p - r on rank r;  GPipe m;  interleaved p (1 + (p-1)/(p v)) on the first
               buffers                             gradients on their way, gathered layers, the block that runs again
     messages  {(axis, collective): (calls, payload)}; of a ring of R ranks, an all-reduce sends 2 (R-1)/R of it, each
               of its halves (R-1)/R
     seconds   a step       (m + (p-1)/v) x a micro-batch in the slowest stage, the update, messages that nothing hides
               product      2 x rows x columns x inner / (c peak) + bytes of all three matrices / HBM's bandwidth
-              the rest     5 x what a layer keeps / HBM: written, read; read, a gradient read, another written
+              the rest     5 x what a layer keeps / HBM: forward writes and reads it; backward reads it, reads a
+                           gradient and writes one
               flash        its FLOPs, without those that causality hides, at 0.6 of the peak
               message      (R-1)/R bytes / bandwidth + hops x latency
 
@@ -171,7 +172,8 @@ def flops_of(runs) -> np.ndarray:
 
 def budgets(runs) -> list[np.ndarray]:
     """The runs of each budget, by C. Where C repeats, its values are the budgets. Else budgets are far apart and their
-    runs close together: sorted ln C is cut at its large gaps, those above the first that is twice the next smaller one.
+    runs close together: sorted ln C is cut at its large gaps. A gap is large if it is twice the next smaller gap (and
+    above ln 1.2); the smallest large gap, and all above it, are cut.
     The runs of a budget trade N for D smoothly; a group that does not, to 10 %, is none."""
     order = np.argsort(flops_of(runs), kind="stable")
     x, C = np.log(runs[order, 0]), np.log(flops_of(runs)[order])
@@ -241,7 +243,8 @@ def fit_isoflop(runs, *, times=200, seed=0, predict=lambda fit: {}) -> dict:
     """Approach 2, the plainest: {"a", "b", "k_N", "k_D": N_opt = k_N C^a, D_opt = k_D C^b, "points": the vertices of
     the budgets' parabolas, "budgets": how many there are, "without_budget": runs that belong to none, "intervals"}.
 
-    It is biased even without noise. With u = ln(N / N_opt), loss - E ~ exp(-alpha u) / alpha + exp(beta u) / beta: to
+    It is biased even without noise: the true curve is steeper on one side of N_opt, a parabola is not, so its vertex is
+    shifted. With u = ln(N / N_opt), loss - E ~ exp(-alpha u) / alpha + exp(beta u) / beta: to
     third order, sizes spread evenly from N_opt / w to N_opt w put the vertex at u = (alpha - beta) ln(w)^2 / 10. The
     same at every budget, it spoils k_N and k_D alone; sizes that drift off the optimum as C grows spoil a too.
     """
@@ -278,7 +281,8 @@ def fit_envelope(runs, *, times=200, seed=0) -> dict:
         if len(sizes) < 3:
             raise BadInput(f"envelope: needs at least 3 values of N with runs of 2 or more budgets, got {len(sizes)}")
         curves, sizes, tokens = np.array(curves), np.array(sizes), np.array(tokens)
-        # where the best is the smallest or largest that was tried, a better one may be missing
+        # where the best is the smallest or largest that was tried, a better one may be missing. reach.argmax(0): the
+        # smallest size that has a curve at this C; from the other end, the largest
         best, reach = curves.argmin(0), np.isfinite(curves)
         keep = (reach.argmax(0) < best) & (best < len(sizes) - 1 - reach[::-1].argmax(0))
         if len(np.unique(best[keep])) < 2:
@@ -316,14 +320,15 @@ def minimise(theta, x, y, z, weights, delta, iterations):
         psi, inside = w * r[active].clip(-delta, delta), w * (np.abs(r[active]) <= delta)        # Huber', Huber''
         J = np.stack((q[0], q[1], q[2], -q[1] * x, -q[2] * y), -1)                               # dr / dtheta
         g = (psi[..., None] * J).sum(1)
-        # H = sum Huber'' J J^T + Huber' (sum_k q_k v_k v_k^T - J J^T),  v_k = d term_k / dtheta
+        # term_k: the k-th argument of LSE; q_k: its share of the prediction; v_k = d term_k / dtheta; J = sum_k q_k v_k
+        # H = sum Huber'' J J^T + Huber' (sum_k q_k v_k v_k^T - J J^T)
         H = (J * (inside - psi)[..., None]).swapaxes(1, 2) @ J
         H[:, 0, 0] += (psi * q[0]).sum(1)
-        for k, v in ((1, x), (2, y)):
+        for k, log_size in ((1, x), (2, y)):
             pull = psi * q[k]
             H[:, k, k] += pull.sum(1)
-            H[:, k + 2, k] -= pull @ v                                         # the lower triangle: eigh reads no other
-            H[:, k + 2, k + 2] += pull @ (v * v)
+            H[:, k + 2, k] -= pull @ log_size                                  # the lower triangle: eigh reads no other
+            H[:, k + 2, k + 2] += pull @ (log_size * log_size)
         lam, V = np.linalg.eigh(H)
         lam, along = np.abs(lam), (V.swapaxes(1, 2) @ g[..., None])[..., 0]
         most = lam.max(1, keepdims=True) + 1e-300
@@ -657,8 +662,8 @@ class GPU:
 # PCIe 5: 63). Network: 200 Gb/s per GPU for A100 (Narayanan 2021, section 5), 400 for H100 (Llama 3, section 3.3.1) and
 # later. c, the share of the peak that large products reach in a long run (hot, at the power limit, between other
 # kernels), is fitted for two rows: a100 on six rows of Megatron's table 1, h100 on one row of Llama 3's table 4. It is
-# 0.88 and 0.79 of the largest product measured, so that the others have c = 0.83 x (largest product measured / peak, or
-# 0.78 where nobody measured); h200 has h100's. Peaks and 1/fp32 by the makers' data sheets
+# 0.88 and 0.79 of the largest product that was measured, 0.83 on average. So the others have c = 0.83 x (largest
+# product measured / peak, or 0.78 where nobody measured); h200 has h100's. Peaks and 1/fp32 by the makers' data sheets
 GPU_TABLE = """
 name             TFLOP/s     fp8  GB   GB/s  link network watts    c  1/fp32    $  source of the price
 v100                 125       0  32    900   120    12.5   300 0.65       8 0.79  Lambda, 16 GB, skypilot-catalog v8
@@ -789,8 +794,8 @@ def stored(layout: Layout, stage: int) -> float:
 
 def waiting_bytes(shape: Shape, layout: Layout, program: Program, stage: int) -> float:
     """Zero bubble computes a micro-batch's weight gradients late. Until then its linears' inputs and the gradients of
-    their results wait. The last linear's wait for the next weight gradients; where memory peaks they are there only if
-    a forward comes between."""
+    their results wait. Those of the last linear wait until the next weight gradients are computed: at the peak of
+    memory they count only if another forward follows, m > p."""
     if layout.schedule != "zb" or layout.pp == 1:
         return 0
     n, h, t = layout.micro_batch_size * shape.seq_len, shape.n_embd, layout.tp

@@ -11,7 +11,7 @@ Pre-training is one loop, and textbook_loop() below is all of it, for one rank. 
 many ranks, with runs that survive being killed. A step of `train_step`, G windows of T tokens, over a mesh of ranks:
 
     1.  N     = number of targets in the global batch                    counted before the first forward pass
-    2.  forward and backward of S sum(nll) / N, micro-batch by micro-batch, stage by stage
+    2.  forward and backward of S sum(nll) / N (S: the loss scale, 1 but in fp16), by micro-batch and stage
     3.  sum the gradients over dp, and over other ranks that hold a part      a sum: the mean of means is not the mean
     4.  loss, |grad|^2 (each weight counted once) and "please stop" in one all-reduce
     5.  loss or norm not finite: stop, exit code 3, nothing is saved; with a loss scale S: skip the step, halve S
@@ -316,7 +316,7 @@ def meta_stage(c: Config, device, mesh, stage: int, low_dtype=None) -> net.GPT:
     if backend == "sdpa":                                  # the model's own, whose layers share one document mask
         attention = net.sdpa_attention
     if low_dtype:
-        # low inputs whatever the rotation made of them, also where "selective" runs the core again in backward
+        # RoPE may return q and k in float32: they are cast here, also where "selective" runs the core again in backward
         attention = compute_policy(c, device, low_dtype).as_operation(attention)
         if backend == "sdpa":
             prepare = lambda documents, _: net.document_mask(documents, low_dtype)
@@ -365,18 +365,18 @@ class Model(torch.nn.Module):
         for sync in self.sync:
             sync.finish_gradient_synchronization()
 
-    def run(self, batches, seed=None) -> list:
-        """Forward of micro-batches; with a seed (the gradient of each loss) backward too -> nll of each, on the last
-        stage."""
+    def run(self, batches, loss_grad=None) -> list:
+        """Forward of micro-batches and, if it is known, backward from loss_grad, the gradient of each loss -> nll of
+        each micro-batch, on the last stage."""
         c, m = self.c, len(batches)
-        order = parallel.forward_only(c.pp, m, len(self.chunks)) if seed is None else schedule(c, m)
+        order = parallel.forward_only(c.pp, m, len(self.chunks)) if loss_grad is None else schedule(c, m)
 
         def hidden_like(batch):
             B, T = batch["tokens"].shape
             T_local = T // (c.tp if c.sequence_parallel else 1)
             return torch.empty(B, T_local, c.n_embd, dtype=self.hidden_dtype, device=self.world.device)
 
-        return parallel.run_schedule(order, self.chunks, batches, self.mesh.pp_groups, seed=seed,
+        return parallel.run_schedule(order, self.chunks, batches, self.mesh.pp_groups, seed=loss_grad,
                                      hidden_like=hidden_like, no_sync=self.no_sync, on_op=self.on_op, timeout=c.timeout)
 
 
@@ -394,11 +394,12 @@ def make_optimizer(model: Model, c: Config):
         model.sum_with(optimizer)
     else:
         optimizer = adamw(groups, **options)
-    optimizer.owned = parallel.owned(updated(optimizer), model.world.host)
+    optimizer.owned = parallel.owned(parameters_of(optimizer), model.world.host)
     return optimizer
 
 
-def updated(optimizer) -> list:
+def parameters_of(optimizer) -> list:
+    """All that this rank updates. (optimizer.owned leaves out copies that a lower rank counts.)"""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
@@ -421,16 +422,16 @@ def train_step(model: Model, optimizer, loader, step: int, c: Config, world: par
     # 2. d/dw of scale sum(nll) / N, micro-batch by micro-batch
     on_phase(step, "forward_backward")
     scale = scaler.scale if scaler else 1.0
-    seed = scale / N.double()
-    if c.precision == "fp16":           # probabilities below 2^-25 are 0 in fp16: scale before the head's products
+    loss_grad = scale / N.double()
+    if c.precision == "fp16":           # rounds small gradients of logits to 0: so weights scale them inside the loss
         for batch in batches:
-            batch["weights"] = seed * torch.ones_like(batch["targets"], dtype=torch.float32)
-        seed = torch.ones_like(seed)
-    nlls = model.run(batches, seed=seed)
+            batch["weights"] = loss_grad * torch.ones_like(batch["targets"], dtype=torch.float32)
+        loss_grad = torch.ones_like(loss_grad)
+    nlls = model.run(batches, loss_grad)
     # 3. the sum over dp, and over other ranks that hold a part
     on_phase(step, "reduce")
     model.finish_gradient_synchronization()
-    parallel.reduce_partial_gradients(updated(optimizer))
+    parallel.reduce_partial_gradients(parameters_of(optimizer))
     # 4. loss, |grad|^2 (of replicas, the lowest rank's alone counts) and the wish to stop
     total = torch.zeros(3, dtype=torch.float64, device=world.device)
     if model.counts_loss:
@@ -445,7 +446,7 @@ def train_step(model: Model, optimizer, loader, step: int, c: Config, world: par
         on_phase(step, "update")
         factor = (c.grad_clip / norm if c.grad_clip and norm > c.grad_clip else 1.0) / scale
         if factor != 1.0:
-            torch._foreach_mul_([p.grad for p in updated(optimizer)], factor)
+            torch._foreach_mul_([p.grad for p in parameters_of(optimizer)], factor)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, c)
         optimizer.step()

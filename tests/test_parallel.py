@@ -1049,7 +1049,7 @@ def started_in_backward(rank, n, corpus, flags):
     model = train.Model(c, world)
     parallel.DataParallel = kept
     loader = data.Loader(c.data, micro_batch_size=1, seq_len=c.seq_len, dp_rank=world.mesh.dp_rank, dp_size=2)
-    model.run([train.to_device(next(loader), c, world.device) for _ in range(4)], seed=1.0)
+    model.run([train.to_device(next(loader), c, world.device) for _ in range(4)], 1.0)
     return model.sync[0].started, len(model.sync[0].buckets)
 
 

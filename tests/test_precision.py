@@ -1016,7 +1016,7 @@ def trained(rank, n, argv, scaled=None, steps=5):
     losses = [train.train_step(model, optimizer, loader, step, c, world, scaler=scaler)[:2] for step in range(steps)]
     parallel.check_replicas(model.parameters(), world.host)
     return losses, [(p.full_name, p.box, getattr(p, "flat", None), optimizer.state[p].get("master", p).detach())
-                    for p in train.updated(optimizer)]
+                    for p in train.parameters_of(optimizer)]
 
 
 def distance(ours, pieces, losses, weights):
@@ -1184,7 +1184,7 @@ def weights_that_stay(corpus, *flags):
     world = train.join(c)
     model = train.Model(c, world)
     optimizer, seen = train.make_optimizer(model, c), {}
-    weights = {p: optimizer.state[p].get("master", p) for p in train.updated(optimizer)}
+    weights = {p: optimizer.state[p].get("master", p) for p in train.parameters_of(optimizer)}
     optimizer.register_step_pre_hook(lambda *_: seen.update({p: w.detach().clone() for p, w in weights.items()}))
     loader = data.Loader(corpus, micro_batch_size=4, seq_len=32, seed=0)
     for step in range(3):
@@ -1222,7 +1222,8 @@ def test_fp16_without_a_scale_loses_gradients(corpus):
         optimizer = train.make_optimizer(model, c)
         scaler = scale and LossScaler(scale)
         seen = []
-        optimizer.register_step_pre_hook(lambda o, *_, seen=seen: seen.extend(p.grad.clone() for p in train.updated(o)))
+        optimizer.register_step_pre_hook(
+            lambda o, *_, seen=seen: seen.extend(p.grad.clone() for p in train.parameters_of(o)))
         loader = data.Loader(corpus, micro_batch_size=4, seq_len=32, seed=0)
         norm = train.train_step(model, optimizer, loader, 0, c, world, scaler=scaler)[1]
         seen = torch.cat([x.flatten() for x in seen])
@@ -1344,7 +1345,7 @@ def test_the_memory_that_is_predicted_is_there(corpus, flags, each):
     model = train.Model(c, world)
     optimizer = train.make_optimizer(model, c)
     held = []
-    optimizer.register_step_post_hook(lambda o, *_: held.extend(p.grad for p in train.updated(o)))
+    optimizer.register_step_post_hook(lambda o, *_: held.extend(p.grad for p in train.parameters_of(o)))
     train.train_step(model, optimizer, data.Loader(corpus, micro_batch_size=8, seq_len=32, seed=0), 0, c, world)
     states = [x for state in optimizer.state.values() for x in state.values() if x.ndim]
     n, predicted = net.num_params(c.model), train.make_bill(c, world)["memory_bytes"]
@@ -1361,7 +1362,7 @@ def fp8_group_and_gradients(rank, n, argv):
     c = train.parse_config([*argv, "--precision", "bf16", "--no-master-weights", "--dp", "2", "--zero", "3"])
     model = train.Model(c, world := train.join(c))
     optimizer, seen = train.make_optimizer(model, c), []
-    optimizer.register_step_pre_hook(lambda o, *_: seen.extend((p.dtype, p.grad.dtype) for p in train.updated(o)))
+    optimizer.register_step_pre_hook(lambda o, *_: seen.extend((p.dtype, p.grad.dtype) for p in train.parameters_of(o)))
     loader = data.Loader(c.data, micro_batch_size=1, seq_len=c.seq_len, dp_rank=rank, dp_size=2)
     train.train_step(model, optimizer, loader, 0, c, world)
     return agree, set(seen)

@@ -736,7 +736,7 @@ def executed(rank, n, argv):
     plain = parallel.Channels
     parallel.Channels, model.on_op = Watched, after
     gradients = []
-    optimizer.register_step_post_hook(lambda o, *_: gradients.extend(p.grad for p in train.updated(o)))
+    optimizer.register_step_post_hook(lambda o, *_: gradients.extend(p.grad for p in train.parameters_of(o)))
     gc.freeze()                                                    # or every collection walks through all of torch
     with ledger, live, memory:
         train.train_step(model, optimizer, batches(), 0, c, world)
