@@ -777,7 +777,7 @@ def make_bill(c: Config, world: parallel.World, rank_flops: float | None = None)
 
 
 def describe(c: Config, bill: dict) -> str:
-    return f"model      {c.config}: {c.steps:,} steps x {c.tokens_per_step:,} tokens\n{scaling.describe_bill(bill)}"
+    return f"model      {c.config}, {c.steps:,} steps\n{scaling.describe_bill(bill)}"
 
 
 def dry_run(c: Config, world: parallel.World):
