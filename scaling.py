@@ -497,14 +497,14 @@ def inference_optimal(loss, inference_tokens, law=BESIROGLU) -> Optimum:
     if not loss > law["E"]:
         raise BadInput(f"loss must be above the law's E, {law['E']:g}, got {loss:g}")
     # the left side falls as N grows, from infinite to 1: halve the range of ln N
-    low = (law["A"] / (loss - law["E"])) ** (1 / law["alpha"])
-    high = compute_optimal(compute_for_loss(loss, law), law).N
-    while high / low > 1 + 1e-14:
-        N = math.sqrt(low * high)
+    smallest = (law["A"] / (loss - law["E"])) ** (1 / law["alpha"])
+    largest = compute_optimal(compute_for_loss(loss, law), law).N
+    while largest / smallest > 1 + 1e-14:
+        N = math.sqrt(smallest * largest)
         D = tokens_for_loss(N, loss, law)
         wedge = law["alpha"] * law["A"] / N ** law["alpha"] * D ** law["beta"] / (law["beta"] * law["B"])
-        low, high = (low, N) if wedge < 1 + inference_tokens / (3 * D) else (N, high)
-    return Optimum(low, tokens_for_loss(low, loss, law))
+        smallest, largest = (smallest, N) if wedge < 1 + inference_tokens / (3 * D) else (N, largest)
+    return Optimum(smallest, tokens_for_loss(smallest, loss, law))
 
 
 # ---- (4) what a layout takes: shapes ---------------------------------------------------------------------------------
@@ -1396,8 +1396,8 @@ def report(runs, results):
         print(f"    {LABELS[key]:<12} {a:>5.3f}   {between(ends and ends['a'], '.3f'):<17}    N {best.N:.3g}, D "
               f"{best.D:.3g}: {best.D / best.N:.3g} tokens per parameter")
     known = [(LABELS[key], *ends["a"]) for key, (_, _, ends) in rows.items() if ends and ends["a"]]
-    for (one, low, high), (other, lower, higher) in itertools.combinations(known, 2):
-        if high < lower or higher < low:
+    for (one, start, end), (other, other_start, other_end) in itertools.combinations(known, 2):
+        if end < other_start or other_end < start:
             print(f"    approaches {one} and {other} disagree: their intervals do not overlap")
     if found := results.get("holdout"):
         print(f"\nholdout    fitted up to C = {found['fitted_to']:.3g} FLOPs; it looks ahead "
