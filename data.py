@@ -52,6 +52,7 @@ import datetime
 import fcntl
 import glob
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -836,13 +837,21 @@ class Checkpoints:
     def __init__(self, folder, keep: int = 2, *, group=None, first=lambda work: work()):
         self.folder, self.keep, self.group, self.first = Path(folder), keep, group, first
 
-    def newest(self) -> Reader | None:
-        """The newest intact checkpoint; all ranks agree which. Damaged newer ones are named and put aside. Raises
-        DataError if there are damaged ones alone. Saves that were killed are removed."""
+    def newest(self, usable=lambda meta: True) -> Reader | None:
+        """The newest intact checkpoint; all ranks agree which. Damaged newer ones are named and put aside. If none of
+        the newest ones is usable(meta), but an older one is, the newer are put aside too. Raises DataError if there are
+        damaged ones alone. Saves that were killed are removed."""
         def find():
             for stale in self.folder.glob(".*.tmp"):
                 shutil.rmtree(stale)
             reader, damaged = newest_checkpoint(self.folder)
+            if reader is not None and not usable(reader.meta):
+                older, damaged_too = newest_checkpoint(self.folder, usable)
+                if older is not None:
+                    for path in (p for p in self.folder.glob("step-*") if p > older.folder and p not in damaged_too):
+                        path.rename(path.with_name(f"unused-{path.name}-{int(time.time())}"))
+                        print(f"checkpoint put aside, the run goes on from an earlier one: {path}")
+                    reader, damaged = older, damaged_too
             for path, line in damaged.items():
                 if reader is not None:
                     path.rename(path.with_name(f"damaged-{path.name}-{int(time.time())}"))
@@ -855,21 +864,22 @@ class Checkpoints:
         return path and Reader(path)
 
     def save(self, step: int, optimizer, meta: dict):
-        """Write a checkpoint, then remove what is neither among the newest nor the best. meta["evaluation"]: None, or
-        the newest {"step", "val_loss"}."""
+        """Write a checkpoint, then remove what is neither among the newest nor the best, nor has meta["keep"].
+        meta["evaluation"]: None, or the newest {"step", "val_loss"}."""
         write_checkpoint(self.folder / f"step-{step:08d}", owned_pieces(optimizer), meta, group=self.group)
         self.first(self.prune)
 
     def prune(self):
-        losses = {}
+        losses, kept = {}, set()
         for path in sorted(self.folder.glob("step-*")):
             with contextlib.suppress(DataError):                                     # damaged since: left alone
                 meta = Reader(path).meta
                 evaluated = meta["evaluation"] and meta["evaluation"]["step"] == meta["step"]
                 losses[path] = meta["evaluation"]["val_loss"] if evaluated else math.inf
+                kept |= {path} if meta.get("keep") else set()
         best = min(losses, key=losses.get)
         for path in list(losses)[:-self.keep]:
-            if path != best or losses[path] == math.inf:
+            if path not in kept and (path != best or losses[path] == math.inf):
                 shutil.rmtree(path)
 
     def load(self, optimizer, reader: Reader):
@@ -889,17 +899,79 @@ class Checkpoints:
                     optimizer.state[p][key] = reader.read(name, ()).to(p.device) if whole else read(name)
 
 
-def newest_checkpoint(folder) -> tuple[Reader | None, dict]:
-    """The newest intact checkpoint step-* under `folder`, verified; and {path: what is wrong} of damaged newer ones."""
+def newest_checkpoint(folder, usable=lambda meta: True) -> tuple[Reader | None, dict]:
+    """The newest intact checkpoint step-* under `folder` that is usable(meta), verified; and {path: what is wrong} of
+    damaged newer ones."""
     damaged = {}
     for path in sorted(Path(folder).glob("step-*"), reverse=True):
         try:
             reader = Reader(path)
-            reader.verify()
-            return reader, damaged
+            if usable(reader.meta):
+                reader.verify()
+                return reader, damaged
         except DataError as error:
             damaged[path] = str(error)
     return None, damaged
+
+
+def write_tables(folder, tables: dict):
+    """{name: tensor} as a checkpoint folder, in the place of one that was there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    write_checkpoint(folder, [(name, [(0, size, size) for size in x.shape], x) for name, x in tables.items()], {})
+
+
+def rows_of(prompts, answers) -> dict:
+    """Prompts and their answers, lists of ids -> dict(tokens, targets), (B, T) int64, a row each, T that of the longest;
+    targets are the answers' ids, NO_TARGET elsewhere. Padding comes last, so causal attention needs no mask for it."""
+    T = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)) - 1
+    tokens, targets = torch.zeros(len(prompts), T, dtype=torch.int64), torch.full((len(prompts), T), NO_TARGET)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        end = len(prompt) + len(answer) - 1
+        tokens[row, :end] = torch.tensor((prompt + answer)[:-1])
+        targets[row, len(prompt) - 1:end] = torch.tensor(answer, dtype=torch.int64)
+    return {"tokens": tokens, "targets": targets}
+
+
+# ---- what a model cannot know ----------------------------------------------------------------------------------------
+
+# functions and classes of newer Pythons: 3.12, 3.13, 3.14 ("What's New" of each, docs.python.org)
+NEWER_NAMES = """itertools.batched calendar.Month calendar.Day math.sumprod inspect.markcoroutinefunction
+    threading.setprofile_all_threads random.binomialvariate statistics.kde pathlib.UnsupportedOperation copy.replace
+    queue.ShutDown warnings.deprecated os.process_cpu_count base64.z85encode glob.translate mimetypes.guess_file_type
+    types.CapsuleType typing.ReadOnly typing.TypeIs statistics.kde_random heapq.heappush_max functools.Placeholder
+    operator.is_none io.Reader os.reload_environ uuid.uuid7 asyncio.capture_call_graph pdb.set_default_backend
+    inspect.ispackage""".split()
+
+
+def names_before_and_after() -> dict:
+    """{"known": [(module, name), ...], "new": ...}: functions and classes of this Python's library, and of a later one.
+    A model that read this library has met the first; it cannot have met the second."""
+    found = {"known": [], "new": []}
+    for place, name in (each.split(".") for each in NEWER_NAMES):
+        module = importlib.import_module(place)
+        if not hasattr(module, name):
+            found["new"].append((place, name))
+            names = getattr(module, "__all__", dir(module))
+            names = [n for n in names if n[0] != "_" and len(n) > 3 and callable(getattr(module, n))]
+            found["known"] += [(place, n) for n in names[::max(1, len(names) // 3)][:3]]
+    return {kind: sorted(set(names)) for kind, names in found.items()}
+
+
+def imported_module(text: str) -> str | None:
+    """The top-level module that an import statement names, whose keyword stands before `text`."""
+    match = re.match(r" ([A-Za-z_]\w*)", text)
+    return match and match[1]
+
+
+def longest_copy(text: bytes, corpus: bytes) -> bytes:
+    """The longest part of `text` that occurs in `corpus`."""
+    best, start = b"", 0
+    while start + len(best) < len(text):
+        if text[start:start + len(best) + 1] in corpus:                       # one more byte, or else one place later
+            best = text[start:start + len(best) + 1]
+        else:
+            start += 1
+    return best
 
 
 # ---- demo and command line -------------------------------------------------------------------------------------------

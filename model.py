@@ -397,44 +397,55 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None,
-                 top_p: float | None = None, seed: int = 0, stop: int | None = None, vocab_size: int | None = None,
-                 use_cache: bool = True):
+                 top_p: float | None = None, seed: int | list[int] = 0, stop: int | None = None,
+                 vocab_size: int | None = None, use_cache: bool = True, lengths: list[int] | None = None):
         """Continue tokens (B, T) int by up to max_new_tokens -> (B, T + new). temperature 0 takes the likeliest token.
 
         top_k keeps the k likeliest; top_p the fewest whose probabilities reach p. Generation ends early once every row
-        has produced `stop`. Ids of vocab_size and above are never taken: a tokenizer may have fewer pieces than the
-        model has rows. A context that fills seq_len is cut to its later half, with or without the cache, so the
-        cached and the uncached result are the same. Raises ValueError for an empty prompt or values out of range.
+        has produced `stop`, which also fills the rows that ended before. Ids of vocab_size and above are never taken: a
+        tokenizer may have fewer pieces than the model has rows. A context that fills seq_len is cut to its later half,
+        with or without the cache, so the cached and the uncached result are the same.
+        lengths: tokens of each row's prompt, where they differ; what follows it in the row is not read. A row with a
+        longer prompt is still being read while others are being written, so no row needs padding or a mask.
+        seed: one for all rows, or one per row, whose samples then do not depend on which rows share the batch.
+        Raises ValueError for an empty prompt or values out of range.
         """
+        lengths = [tokens.shape[1]] * len(tokens) if lengths is None else lengths
+        first = min(lengths, default=0)
         for name, value, rule, ok in (
-                ("tokens", tokens.shape[1], "not be empty", tokens.shape[1] > 0),
+                ("tokens", first, "not be empty", first > 0),
                 ("temperature", temperature, "be at least 0", temperature >= 0),
                 ("top_k", top_k, "be at least 1", top_k is None or top_k >= 1),
                 ("top_p", top_p, "be in (0, 1]", top_p is None or 0 < top_p <= 1)):
             if not ok:
                 raise ValueError(f"{name} must {rule}, got {value}")
-        generator = torch.Generator(tokens.device).manual_seed(seed)
+        seeds = seed if isinstance(seed, list) else [seed]
+        generators = [torch.Generator(tokens.device).manual_seed(s) for s in seeds]
+        prompt, tokens = tokens, tokens[:, :first]
+        ends = torch.tensor(lengths, device=tokens.device)
         context, cache = tokens[:, -self.config.seq_len:], KVCache()
         ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        for _ in range(max_new_tokens):
+        for position in range(first, max(lengths) + max_new_tokens):
             if context.shape[1] > self.config.seq_len:
                 context, cache = context[:, -max(1, self.config.seq_len // 2):], KVCache()
             unread = context[:, cache.length:] if use_cache else context
             logits = self(unread, cache=cache if use_cache else None)[:, -1]                   # (B, V)
             if vocab_size is not None:
                 logits[:, vocab_size:] = -math.inf
-            token = sample_token(logits, temperature, top_k, top_p, generator)                 # (B, 1)
+            token = sample_token(logits, temperature, top_k, top_p, generators)                # (B, 1)
+            if position < max(lengths):
+                token = torch.where((position < ends)[:, None], prompt[:, position:position + 1], token)
             if stop is not None:
                 token = token.masked_fill(ended[:, None], stop)
-                ended |= token[:, 0] == stop
+                ended |= (token[:, 0] == stop) & (position >= ends)
             tokens, context = torch.cat((tokens, token), 1), torch.cat((context, token), 1)
             if stop is not None and bool(ended.all()):
                 break
         return tokens
 
 
-def sample_token(logits, temperature, top_k, top_p, generator):
-    """One token a row from logits (B, V) -> (B, 1)."""
+def sample_token(logits, temperature, top_k, top_p, generators):
+    """One token per row from logits (B, V) -> (B, 1). generators: one for all rows, or one per row."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
@@ -444,7 +455,8 @@ def sample_token(logits, temperature, top_k, top_p, generator):
         p, order = logits.softmax(-1).sort(descending=True, stable=True)
         drop = p.cumsum(-1) - p >= top_p              # the likelier ones alone already reach top_p; the first stays
         logits = logits.masked_fill(drop.scatter(1, order, drop), -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+    rows = logits.softmax(-1).chunk(len(generators))
+    return torch.cat([torch.multinomial(p, 1, generator=g) for p, g in zip(rows, generators, strict=True)])
 
 
 # ---- weights by name -------------------------------------------------------------------------------------------------

@@ -142,8 +142,18 @@ class Config:
     qk_norm: bool = option(False, "RMSNorm on queries and keys")
     rope_theta: float = option(10000.0, "base of the rotary frequencies", above=0)
     norm_eps: float = option(1e-5, "epsilon of the norms")
+    # the stage
+    objective: str = option("pretrain", "the stage of training", ("pretrain", "sft", "dpo", "rl"))
+    init_from: str = option("", "begin with this model: the folder of a run, or of a Hugging Face model")
+    beta: float = option(0.1, "dpo: how dear it is to leave the starting model", above=0)
+    reward: str = option("format", "rl: what an answer is worth (sft, dpo: shown only): parses, format or "
+                                   "FILE.py:FUNCTION")
+    group_size: int = option(8, "rl: answers per prompt, whose mean reward is the baseline", at_least=2)
+    answer_tokens: int = option(64, "rl: longest answer", at_least=1)
+    kl_coef: float = option(0.0, "rl: price of a nat that an answer's token is away from the starting model")
     # the data
-    data: str = runtime("stdlib", "prepared folder, or files, folders, globs (comma-separated), or stdlib")
+    data: str = runtime("stdlib", "prepared folder, or files, folders, globs (comma-separated), or stdlib; after "
+                                  "pre-training: a .jsonl of conversations, pairs or prompts")
     document_mask: bool = option(True, "attend within a document only")
     # the optimisation
     steps: int = option(2000, "optimizer steps", at_least=1)
@@ -194,6 +204,11 @@ class Config:
     gpu: str | None = runtime(None, "with --dry-run: ask it of GPUs that are not here", tuple(scaling.GPUS))
     json: bool = runtime(False, "with --dry-run: one JSON object")
     sample: str | None = runtime(None, "continue this text with the model in --out, then exit")
+    chat: bool = runtime(False, "talk with the model in --out: a line is a message")
+    pairs: str | None = runtime(None, "write preference pairs to this .jsonl: the model in --out answers its prompts")
+    judge: str | None = runtime(None, "with --pairs: rank two answers by their probability under the model of this run")
+    probe: bool = runtime(False, "measure what the model in --out invents, cannot know, and copies, then exit")
+    export: str | None = runtime(None, "write the model in --out as this Hugging Face folder, then exit")
     quantize: str | None = runtime(None, "evaluate or sample the model in --out with weights as integers, then exit",
                                    ("int8", "int4"))
     max_new_tokens: int = runtime(200, "sampling: tokens to add")
@@ -237,6 +252,17 @@ CONFIGS = {
                     n_ff=5632, lr=2e-4, steps=26000, micro_batch_size=8),
     "7b": Config(config="7b", **LONG | {"global_batch_size": 1024}, vocab_size=32000, seq_len=4096, n_layer=32,
                  n_head=32, n_embd=4096, n_ff=11008, lr=1.2e-4, steps=32000, micro_batch_size=1, recompute="full"),
+}
+
+
+# What a later stage changes of a config. Its learning rate is this share of the config's.
+STAGES = {
+    "pretrain": dict(lr=1.0),
+    "sft": dict(lr=0.3, steps=600, warmup_steps=20, global_batch_size=16, eval_interval=200, log_interval=20),
+    "dpo": dict(lr=0.03, steps=200, warmup_steps=10, global_batch_size=32, eval_interval=50, log_interval=10,
+                weight_decay=0.0),
+    "rl": dict(lr=0.1, steps=100, warmup_steps=5, global_batch_size=64, eval_interval=20, log_interval=5,
+               weight_decay=0.0),
 }
 
 
@@ -369,6 +395,8 @@ class Model(torch.nn.Module):
         """Forward of micro-batches and, if it is known, backward from loss_grad, the gradient of each loss -> nll of
         each micro-batch, on the last stage."""
         c, m = self.c, len(batches)
+        names = {"tokens", "targets", "weights", "documents"}
+        batches = [{name: x for name, x in batch.items() if name in names} for batch in batches]
         order = parallel.forward_only(c.pp, m, len(self.chunks)) if loss_grad is None else schedule(c, m)
 
         def hidden_like(batch):
@@ -403,42 +431,129 @@ def parameters_of(optimizer) -> list:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+# ---- four stages, one loss -------------------------------------------------------------------------------------------
+#
+# Every stage minimises sum_t w_t nll_t / N. Only the weights w differ, so there is one way through tp, pp and ZeRO:
+#
+#     pretrain   w = 1                                                      N = targets
+#     sft        w = 1 on the answer, 0 on the prompt: it has no targets    N = targets
+#     dpo        w = beta sigmoid(-margin) on the chosen answer, - the same on the rejected one            N = pairs
+#     rl         w = advantage of the sampled answer - kl_coef (log p - log p_start)                       N = answers
+#
+# The last two are functions (batch, nll (B, T), config) -> weights (B, T), and sums over the batch: loss, pairs or
+# answers, two statistics. nll comes from a pass without gradient.
+
+def preference(batch, nll, c: Config):
+    """DPO (Rafailov 2023, arXiv:2305.18290, eq. 7). Rows 2u and 2u + 1 hold the chosen and the rejected answers to the
+    same prompts. reference (B, documents): nll of each answer under the starting model."""
+    answer, documents = batch["targets"] >= 0, batch["documents"]
+
+    def per_answer(x):                                                                   # (B, T) -> (B, documents)
+        x = (x * answer).to(batch["reference"].dtype)
+        return torch.zeros_like(batch["reference"]).scatter_add(1, documents, x)
+
+    # margin = beta (log p/p_start (chosen) - log p/p_start (rejected))                        (B/2, documents)
+    log_ratio = batch["reference"] - per_answer(nll)
+    margin = c.beta * (log_ratio[0::2] - log_ratio[1::2])
+    # loss = -log sigmoid(margin), whose derivative by a chosen token's nll is beta sigmoid(-margin)
+    w = c.beta * torch.sigmoid(-margin)
+    weights = torch.stack((w, -w), dim=1).flatten(0, 1).gather(1, documents) * answer
+    is_pair = per_answer(torch.ones_like(nll))[0::2] > 0
+    return weights.to(nll.dtype), torch.stack([x[is_pair].double().sum() for x in (
+        F.softplus(-margin), torch.ones_like(margin), margin > 0, margin)])
+
+
+def policy_gradient(batch, nll, c: Config):
+    """REINFORCE (Williams 1992) with the baseline of GRPO (arXiv:2402.03300): an answer's reward is compared with those
+    of the other answers to its prompt. The mean of log p - log p_start over samples is KL(p, p_start)."""
+    answer = batch["targets"] >= 0
+    log_ratio = (batch.get("reference", nll) - nll) * answer
+    weights = (batch["advantage"][:, None] - c.kl_coef * log_ratio).to(nll.dtype) * answer
+    return weights, torch.stack([x.double().sum() for x in (
+        weights * nll, torch.ones_like(batch["reward"]), batch["reward"], log_ratio)])
+
+
+OBJECTIVES = {"dpo": (preference, ("accuracy", "margin")), "rl": (policy_gradient, ("reward", "kl"))}
+
+
+class Rollouts:
+    """The loader of reinforcement learning: answers that the model samples as it is now, and what they are worth.
+
+    A batch is dict(tokens, targets, advantage, reward, count[, reference]). An answer depends on (seed, its number, the
+    weights) alone. start: the starting model, where the KL term asks for it.
+    """
+
+    def __init__(self, prompts, gpt, c: Config, start=None):
+        self.prompts, self.gpt, self.c, self.start, self.reward = prompts, gpt, c, start, data.find_reward(c.reward)
+        self.state_dict, self.load_state_dict = prompts.state_dict, prompts.load_state_dict
+
+    def __next__(self) -> dict:
+        c, tokenizer = self.c, self.prompts.tokenizer
+        first = (self.prompts.position + self.prompts.dp_rank * self.prompts.micro_batch_size) * c.group_size
+        questions = [question for question in next(self.prompts) for _ in range(c.group_size)]
+        seeds = [data.text_hash(f"{c.seed}/{first + i}") % 2**63 for i in range(len(questions))]
+        prompts = [ids for ids, _ in questions]
+        answers = sample_answers(self.gpt, tokenizer, prompts, c, seeds, c.answer_tokens, temperature=1.0, top_p=1.0)
+        rewards = torch.tensor([data.call_reward(self.reward, row, tokenizer.decode(ids))
+                                for (_, row), ids in zip(questions, answers, strict=True)]).view(-1, c.group_size)
+        # advantage = (reward - mean of its group) / spread of its group
+        advantage = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+        batch = data.rows_of(prompts, answers) | {"reward": rewards.flatten(), "advantage": advantage.flatten(),
+                                                  "count": torch.tensor(rewards.numel())}
+        if self.start is not None:
+            device = next(self.start.parameters()).device
+            with torch.no_grad():
+                batch["reference"] = self.start(batch["tokens"].to(device), batch["targets"].to(device))[1]
+        return batch
+
+
 # ---- a step ----------------------------------------------------------------------------------------------------------
 
 def to_device(batch, c: Config, device):
-    names = ("tokens", "targets", "documents") if c.document_mask else ("tokens", "targets")
-    return {name: batch[name].to(device, non_blocking=True) for name in names}
+    return {name: x.to(device, non_blocking=True) for name, x in batch.items() if c.document_mask or name != "documents"}
 
 
 def train_step(model: Model, optimizer, loader, step: int, c: Config, world: parallel.World, asked=(),
                on_phase=lambda step, phase: None, scaler: precision.LossScaler | None = None):
-    """One update -> (loss in nats per target, gradient norm before clipping, whether any rank was `asked` to stop).
+    """One update -> (loss per target, pair or answer, gradient norm before clipping, whether any rank was `asked` to
+    stop, the objective's statistics).
     A loss or norm that is not finite changes nothing but the scaler's scale. Raises FloatingPointError if the scale
     cannot be halved again."""
     on_phase(step, "data")
     batches = [to_device(next(loader), c, world.device) for _ in range(c.grad_accum_steps(world.mesh.dp))]
-    # 1. N = targets in the global batch
-    N = parallel.all_reduce(sum((b["targets"] >= 0).sum() for b in batches), world.mesh.dp_group)
-    # 2. d/dw of scale sum(nll) / N, micro-batch by micro-batch
+    # 1. N = targets in the global batch, or its pairs, or answers; w, where it depends on the model
+    N = parallel.all_reduce(sum(b["count"] if "count" in b else (b["targets"] >= 0).sum() for b in batches),
+                            world.mesh.dp_group)
     on_phase(step, "forward_backward")
+    weigh, names = OBJECTIVES.get(c.objective, (None, ()))
+    sums = []
+    if weigh:
+        with torch.no_grad():
+            nlls = model.run(batches)
+        for batch, nll in zip(batches, nlls, strict=True):
+            if nll is not None:                                                              # on the last stage
+                batch["weights"], batch_sums = weigh(batch, nll, c)
+                sums.append(batch_sums)
+    # 2. d/dw of scale sum(w nll) / N, micro-batch by micro-batch
     scale = scaler.scale if scaler else 1.0
     loss_grad = scale / N.double()
     if c.precision == "fp16":           # rounds small gradients of logits to 0: so weights scale them inside the loss
         for batch in batches:
-            batch["weights"] = loss_grad * torch.ones_like(batch["targets"], dtype=torch.float32)
+            batch["weights"] = loss_grad * batch.get("weights", torch.ones_like(batch["targets"], dtype=torch.float32))
         loss_grad = torch.ones_like(loss_grad)
     nlls = model.run(batches, loss_grad)
     # 3. the sum over dp, and over other ranks that hold a part
     on_phase(step, "reduce")
     model.finish_gradient_synchronization()
     parallel.reduce_partial_gradients(parameters_of(optimizer))
-    # 4. loss, |grad|^2 (of replicas, the lowest rank's alone counts) and the wish to stop
-    total = torch.zeros(3, dtype=torch.float64, device=world.device)
+    # 4. loss and statistics, |grad|^2 (of replicas, the lowest rank's alone counts) and the wish to stop
+    total = torch.zeros(3 + len(names), dtype=torch.float64, device=world.device)
     if model.counts_loss:
-        total[0] = torch.stack([nll.double().sum() for nll in nlls]).sum() / N
+        loss, _, *statistics = sum(sums) if weigh else [torch.stack([nll.double().sum() for nll in nlls]).sum(), None]
+        total[[0, *range(3, 3 + len(names))]] = torch.stack([loss, *statistics]) / N
     total[1] = parallel.squared_norm(p.grad for p in optimizer.owned)
     total[2] = bool(asked)
-    loss, sumsq, stop = world.sum(total).tolist()
+    loss, sumsq, stop, *statistics = world.sum(total).tolist()
     norm = math.sqrt(sumsq) / scale if math.isfinite(sumsq) else math.nan
     found_inf = not (math.isfinite(loss) and math.isfinite(norm))
     # 5. and 6. clip, unscale, update
@@ -453,38 +568,77 @@ def train_step(model: Model, optimizer, loader, step: int, c: Config, world: par
     optimizer.zero_grad()
     if scaler:
         scaler.update(found_inf)
-    return loss, norm, stop > 0
+    return loss, norm, stop > 0, dict(zip(names, statistics, strict=True))
 
 
 # ---- evaluate --------------------------------------------------------------------------------------------------------
 
 def windows_evaluated(loader, c: Config) -> int:
-    return min(loader.num_windows, c.eval_windows or loader.num_windows)
+    return min(loader.num_windows, c.eval_windows or loader.num_windows) // windows_together(c) * windows_together(c)
 
 
 @torch.no_grad()
-def evaluate(model: Model, loader, c: Config, world: parallel.World) -> dict:
-    """Validation loss in nats per target, and bits per byte of text, over the whole split or eval_windows of it."""
-    token_bytes = torch.from_numpy(loader.tokenizer.token_bytes).to(world.device)
-    total = torch.zeros(3, dtype=torch.float64, device=world.device)
-    windows = windows_evaluated(loader, c)
+def forward_passes(model: Model, loader, windows: int, c: Config, world: parallel.World):
+    """(batch, nll) of the first `windows` windows of a split, in micro-batches, this rank's share of them. nll is None
+    but on the last stage's first tp rank."""
     num_batches = math.ceil(windows / (world.mesh.dp * c.micro_batch_size))                     # equal on all ranks
     firsts = [(i * world.mesh.dp + world.mesh.dp_rank) * c.micro_batch_size for i in range(num_batches)]
     for i in range(0, num_batches, 2 * c.pp):            # several at a time, so that all stages of a pipeline have work
         batches = []
         for first in firsts[i:i + 2 * c.pp]:
-            batch = loader.batch(range(min(first, windows - 1), min(first + c.micro_batch_size, windows)))
+            batch = loader.batch(range(first % windows, min(first % windows + c.micro_batch_size, windows)))
             if first >= windows:                                                   # beyond the end: does not count
                 batch["targets"].fill_(data.NO_TARGET)
             batches.append(to_device(batch, c, world.device))
         for batch, nll in zip(batches, model.run(batches), strict=True):
-            if model.counts_loss:
-                is_target = batch["targets"] >= 0
-                text = token_bytes[batch["targets"].clamp(min=0)] * is_target
-                total += torch.stack([nll.double().sum(), is_target.sum(), text.sum()])
-    nats, targets, text_bytes = world.sum(total).tolist()
+            yield batch, nll if model.counts_loss else None
+
+
+def evaluate(model: Model, loader, c: Config, world: parallel.World) -> dict:
+    """Validation loss in nats per target, and bits per byte of text, over the whole split or eval_windows of it. dpo:
+    the loss per pair, and the share of pairs that the model ranks right."""
+    token_bytes = torch.from_numpy(loader.tokenizer.token_bytes).to(world.device)
+    total = torch.zeros(7, dtype=torch.float64, device=world.device)
+    for batch, nll in forward_passes(model, loader, windows_evaluated(loader, c), c, world):
+        if nll is not None:
+            is_target = batch["targets"] >= 0
+            text = token_bytes[batch["targets"].clamp(min=0)] * is_target
+            total[:3] += torch.stack([nll.double().sum(), is_target.sum(), text.sum()])
+            if "reference" in batch:
+                total[3:] += preference(batch, nll, c)[1]
+    nats, targets, text_bytes, loss, pairs, right, margin = world.sum(total).tolist()
+    if pairs:
+        return {"val_loss": loss / pairs, "val_accuracy": right / pairs, "val_margin": margin / pairs}
     # bpb = nats / ln 2 / bytes
     return {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / text_bytes, "val_targets": int(targets)}
+
+
+def reward_of_answers(model: Model, prompts, c: Config, world: parallel.World) -> float:
+    """Mean reward of an answer to each of 64 held-out prompts, those for which the reward says something. Every rank
+    must have the whole model."""
+    reward, total = data.find_reward(c.reward), torch.zeros(2, dtype=torch.float64, device=world.device)
+    places = range(world.rank, min(64, prompts.num_windows), world.size)
+    if places:
+        questions = prompts.batch(places)
+        answers = sample_answers(model.chunks[0], prompts.tokenizer, [ids for ids, _ in questions], c, list(places),
+                                 c.answer_tokens if c.objective == "rl" else c.max_new_tokens)
+        for (_, row), ids in zip(questions, answers, strict=True):
+            value = data.call_reward(reward, row, prompts.tokenizer.decode(ids))
+            if not math.isnan(value):
+                total += torch.tensor([value, 1.0], device=world.device)
+    value, answers = world.sum(total).tolist()
+    return value / answers if answers else math.nan
+
+
+@torch.no_grad()
+def answers_nll(model: Model, loader, c: Config, world: parallel.World) -> torch.Tensor:
+    """nll of every answer under the model as it is, (windows, documents), on every rank: DPO's reference."""
+    table = torch.zeros(loader.num_windows, loader.num_documents + 1, dtype=torch.float64, device=world.device)
+    for batch, nll in forward_passes(model, loader, loader.num_windows, c, world):
+        if nll is not None:
+            table[batch["window"]] += torch.zeros_like(table[batch["window"]]).scatter_add(
+                1, batch["documents"], nll.double() * (batch["targets"] >= 0))
+    return world.sum(table).cpu()
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
@@ -509,6 +663,49 @@ def saved_config(saved: dict) -> Config:
     return Config(**{name: value for name, value in saved.items() if name in known})
 
 
+def parent_fields(folder: str) -> dict:
+    """The fields of Config that --init-from decides: the model's, and the name of the config."""
+    try:
+        saved = json.loads(Path(folder, "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"init_from must be the folder of a run or of a Hugging Face model, {folder} has no config.json "
+                       f"to read ({type(error).__name__})") from None
+    if "model_type" in saved:                                                                         # Hugging Face's
+        with bad_input():
+            parent = net.config_from_hf(saved)
+        size = math.log(net.num_params(parent))
+        nearest = min(CONFIGS, key=lambda name: abs(size - math.log(net.num_params(derive(CONFIGS[name]).model))))
+        return dataclasses.asdict(parent) | {"config": nearest, "seq_len": min(parent.seq_len, 2048)
+                                             if parent.position == "rope" else parent.seq_len}
+    run = saved_config(saved)
+    return {f.name: getattr(run, f.name) for f in fields(net.ModelConfig)} | {"config": run.config}
+
+
+def open_parent(c: Config) -> tuple:
+    """--init-from: read(name, box) of its weights, rounded as initial weights are, and its card."""
+    if Path(c.init_from, "checkpoints").is_dir():
+        reader = newest_reader(c.init_from, "init_from")
+        read, card = reader.read, reader.meta["card"]
+    else:
+        read, card = net.hf_reader(data.hf_weights(c.init_from), c.model), {"knowledge_cutoff": "unknown"}
+    return (lambda name, box: read(name, box).to(c.dtype).float()), card
+
+
+def newest_reader(folder: str, flag: str) -> data.Reader:
+    """The newest intact checkpoint of a run."""
+    reader, damaged = data.newest_checkpoint(Path(folder, "checkpoints"))
+    for line in damaged.values():
+        print(f"damaged checkpoint passed over: {line}", file=sys.stderr)
+    if reader is None:
+        raise BadInput(f"{flag} must be the folder of a run with an intact checkpoint to use, {folder} is not")
+    return reader
+
+
+def same_rates(c: Config, before: Config, step: int) -> bool:
+    """Whether the updates before `step` had the learning rates that c gives them: then steps may be another number."""
+    return step == 0 or lr_at(step - 1, c) == lr_at(step - 1, before)
+
+
 def refuse_other_run(c: Config, meta: dict, loader):
     """Go on only with what was begun: each field that affects training as it was (or, if new since, with its default),
     and the same text. meta: the checkpoint's."""
@@ -516,6 +713,8 @@ def refuse_other_run(c: Config, meta: dict, loader):
         raise BadInput(f"resume must be auto to go on with the run in {c.out}, got never; name another --out")
     before = saved_config(meta["config"])
     for f in fields(Config):
+        if f.name == "steps" and same_rates(c, before, meta["step"]):
+            continue
         if f.metadata["affects_training"] and getattr(c, f.name) != getattr(before, f.name):
             raise BadInput(f"{f.name} must be {getattr(before, f.name)} to go on with the run in {c.out}, got "
                            f"{getattr(c, f.name)}; name another --out for a new run")
@@ -525,19 +724,33 @@ def refuse_other_run(c: Config, meta: dict, loader):
 
 
 def open_data(c: Config, world: parallel.World):
-    """Loaders of both splits, from a prepared folder or from text that rank 0 prepares first."""
+    """Loaders of both splits: of a prepared folder, of text that rank 0 prepares first, or, after pre-training, of
+    conversations, pairs or prompts. A model that comes from elsewhere brings its tokenizer along."""
+    tokenizer = data.load_tokenizer(c.init_from) if c.init_from else None
+
     def prepare():
-        if Path(c.data, "manifest.json").exists() and Path(c.data, "tokenizer.model").exists():
+        if Path(c.data, "manifest.json").exists():
             return Path(c.data)
         print(f"data       preparing {c.data}", flush=True)
-        return data.prepare(c.data.split(","), vocab_size=c.vocab_size,
+        return data.prepare(c.data.split(","), vocab_size=c.vocab_size, tokenizer=tokenizer,
                             log=lambda line: print("           " + line, flush=True))
 
-    path, shape = world.first(prepare), dict(micro_batch_size=c.micro_batch_size, seq_len=c.seq_len)
-    loader = data.Loader(path, **shape, seed=c.seed, dp_rank=world.mesh.dp_rank, dp_size=world.mesh.dp)
-    if loader.vocab_size > c.vocab_size:
-        raise BadInput(f"vocab_size must be at least the {loader.vocab_size} of {path}, got {c.vocab_size}")
-    return loader, data.Loader(path, **shape, split="val")
+    shape = dict(micro_batch_size=c.micro_batch_size, seq_len=c.seq_len)
+    ranks = dict(seed=c.seed, dp_rank=world.mesh.dp_rank, dp_size=world.mesh.dp)
+    if c.objective == "pretrain":
+        path = world.first(prepare)
+        loader, val = data.Loader(path, **shape, **ranks), data.Loader(path, **shape, split="val")
+    else:
+        if c.objective == "rl":
+            shape["micro_batch_size"] //= c.group_size                                                       # prompts
+        examples = functools.partial(data.Examples, c.data, tokenizer, objective=c.objective, **shape)
+        loader, val = examples(**ranks), examples(split="val")
+    if loader.tokenizer.vocab_size > c.vocab_size:
+        raise BadInput(f"vocab_size must be at least the {loader.tokenizer.vocab_size} of the tokenizer, got "
+                       f"{c.vocab_size}")
+    if tokenizer and loader.tokenizer.sha256 != tokenizer.sha256:
+        raise BadInput(f"data must be prepared with the tokenizer of {c.init_from}, {c.data} is not")
+    return loader, val
 
 
 @contextlib.contextmanager
@@ -573,9 +786,9 @@ def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -
         world.say(announcement(run, time.perf_counter() - started))
         try:
             while True:
-                if run.is_due(c.eval_interval):
+                if run.is_due(c.eval_interval) or run.step == 0 and c.objective != "pretrain":
                     run.evaluate()
-                if run.is_due(c.checkpoint_interval) or stopping:
+                if run.is_due(c.checkpoint_interval) or run.is_last_before_decay() or stopping:
                     run.save()
                 if run.step == c.steps:
                     break
@@ -602,13 +815,14 @@ class Run:
         self.step, self.saved, self.skipped, self.evaluation, self.card = 0, None, 0, None, {"wall_seconds": 0.0}
         self.checkpoints = data.Checkpoints(self.folder / "checkpoints", c.keep_checkpoints, group=world.host,
                                             first=world.first)
-        reader = self.checkpoints.newest()
+        reader = self.checkpoints.newest(lambda meta: same_rates(c, saved_config(meta["config"]), meta["step"]))
+        parent = open_parent(c) if c.init_from else (None, {})
         if reader is not None:
             refuse_other_run(c, reader.meta, loader)
             loader.load_state_dict(reader.meta["loader"])
             self.step, self.card, self.evaluation = (reader.meta[name] for name in ("step", "card", "evaluation"))
             self.saved = self.step
-        self.model = Model(c, world, reader and reader.read)
+        self.model = Model(c, world, reader.read if reader else parent[0])
         self.optimizer = make_optimizer(self.model, c)
         self.scaler = precision.LossScaler(c.loss_scale) if c.precision == "fp16" and c.loss_scale else None
         if reader is not None:
@@ -616,15 +830,43 @@ class Run:
             if self.scaler:
                 self.scaler.load_state_dict(reader.meta["loss_scaler"])
                 self.skipped = reader.meta["loss_scaler"]["skipped"]
+        self.batches, self.parent_card, self.prompts, self.text = loader, parent[1], None, None
+        if c.objective != "pretrain":
+            self.open_stage(parent[0])
         self.metrics = None
         if world.rank == 0:
             data.write_atomic(self.folder / "config.json", json.dumps(dataclasses.asdict(c), indent=1))
-            data.write_atomic(self.folder / "tokenizer.model", loader.tokenizer.proto)
+            loader.tokenizer.save(self.folder)
             self.metrics = stack.enter_context(data.open_metrics(self.folder / "metrics.jsonl", self.step))
         self.bill, (self.peak, self.peak_source) = make_bill(c, world), peak_flops(c, world.device)
         self.first_step = world.step = self.step
         self.began = time.perf_counter() - self.card["wall_seconds"]
         self.seconds_since_print = self.steps_since_print = 0
+
+    def open_stage(self, read_start):
+        """What a stage after pre-training needs besides: held-out prompts to answer, the text of pre-training, whose
+        loss shows what is forgotten, dpo's reference, rl's answers."""
+        c, tokenizer = self.c, self.loader.tokenizer
+        if whole_on_each_rank(c, self.world):
+            self.prompts = data.Examples(c.data, tokenizer, objective="rl", micro_batch_size=1, seq_len=c.seq_len,
+                                         split="val")
+        text = Path(self.parent_card.get("text", ""), "manifest.json")
+        if text.exists():
+            text = data.Loader(text.parent, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
+            if text.tokenizer.sha256 == tokenizer.sha256:
+                self.text = text
+        if c.objective == "rl":
+            start = make_stage(c, self.world.device, read=read_start) if c.kl_coef else None
+            self.batches = Rollouts(self.loader, self.model.chunks[0], c, start)
+        if c.objective == "dpo":
+            folder = self.folder / "reference"
+            if self.saved is None:                             # the weights are those of the start: the run begins here
+                tables = {loader.split: answers_nll(self.model, loader, c, self.world)
+                          for loader in (self.loader, self.val)}
+                self.world.first(lambda: data.write_tables(folder, tables))
+            reader = data.Reader(folder)
+            for loader in (self.loader, self.val):
+                loader.reference = reader.read(loader.split)
 
     def log(self, **entry):
         """A line of metrics.jsonl, which has one per step and one per evaluation."""
@@ -635,20 +877,39 @@ class Run:
     def is_due(self, interval: int) -> bool:
         return self.step == self.c.steps or bool(self.step and interval and self.step % interval == 0)
 
+    def is_last_before_decay(self) -> bool:
+        """wsd: from this checkpoint on the run can be made longer, so it is kept."""
+        longer = dataclasses.replace(self.c, steps=2 * self.c.steps)
+        return (self.c.schedule == "wsd" and self.step > self.c.warmup_steps and same_rates(longer, self.c, self.step)
+                and not same_rates(longer, self.c, self.step + 1))
+
     def place(self) -> str:
         return f"step {self.step:>{len(str(self.c.steps))}}/{self.c.steps}"
 
     def evaluate(self):
         """Unless the checkpoint that was read holds this step's evaluation."""
+        c, world = self.c, self.world
         if not self.val.num_windows or self.evaluation and self.evaluation["step"] == self.step:
             return
         self.on_phase(self.step, "evaluate")
-        self.evaluation = {"step": self.step} | evaluate(self.model, self.val, self.c, self.world)
-        if not math.isfinite(self.evaluation["val_loss"]):
-            raise FloatingPointError(f"validation loss {self.evaluation['val_loss']}")
+        found = evaluate(self.model, self.val, c, world) if c.objective != "rl" else {}
+        if self.prompts:
+            found["reward"] = reward_of_answers(self.model, self.prompts, c, world)
+            found.setdefault("val_loss", -found["reward"])                               # rl: the best has the smallest
+        if self.text:
+            few = dataclasses.replace(c, objective="pretrain", eval_windows=64)
+            found["text_loss"] = evaluate(self.model, self.text, few, world)["val_loss"]
+        self.evaluation = {"step": self.step} | found
+        if not math.isfinite(found["val_loss"]):
+            raise FloatingPointError(f"validation loss {found['val_loss']}")
         self.log(**self.evaluation)
-        self.world.say(f"{self.place()}  validation {self.evaluation['val_loss']:.4f} nats/token, "
-                       f"{self.evaluation['val_bpb']:.4f} bits/byte")
+        words = {"val_loss": "{:.4f} nats/token", "val_bpb": "{:.4f} bits/byte", "val_margin": "margin {:.3f}",
+                 "val_accuracy": "{:.1%} of pairs right", "reward": c.reward + " {:.1%}",
+                 "text_loss": "pre-training text {:.4f}"}
+        if c.objective != "pretrain":
+            words["val_loss"] = "loss {:.4f}"
+        world.say(f"{self.place()}  validation " + ", ".join(words[name].format(found[name])
+                                                              for name in words if name in found))
 
     def save(self):
         """Unless this step is saved already. Weights that are not finite are not saved (the last update of a run has no
@@ -664,7 +925,8 @@ class Run:
         self.card = make_card(self)
         self.checkpoints.save(self.step, self.optimizer, {
             "step": self.step, "config": dataclasses.asdict(self.c), "loader": self.loader.state_dict(),
-            "card": self.card, "evaluation": self.evaluation, "tokenizer_sha256": self.loader.tokenizer.sha256,
+            "card": self.card, "evaluation": self.evaluation, "keep": self.is_last_before_decay(),
+            "tokenizer_sha256": self.loader.tokenizer.sha256,
             "loss_scaler": self.scaler and self.scaler.state_dict() | {"skipped": self.skipped}})
         self.saved = self.step
 
@@ -674,8 +936,8 @@ class Run:
         profiled = c.profile and self.step == self.first_step + 2
         self.model.on_op = (lambda op, received_from, *clocks: events.append((op, *clocks))) if profiled else None
         self.step += 1
-        loss, norm, stopping = train_step(self.model, self.optimizer, self.loader, self.step - 1, c, self.world, asked,
-                                          self.on_phase, self.scaler)
+        loss, norm, stopping, statistics = train_step(self.model, self.optimizer, self.batches, self.step - 1, c,
+                                                      self.world, asked, self.on_phase, self.scaler)
         self.world.step, seconds = self.step, time.perf_counter() - start
         if profiled:
             timeline = parallel.executed_timeline(parallel.gather_objects(events, self.world.host))
@@ -687,7 +949,8 @@ class Run:
         self.skipped += not finite
         self.log(step=self.step, loss=loss if math.isfinite(loss) else None,
                  grad_norm=norm if math.isfinite(norm) else None, lr=lr,
-                 tokens_per_s=round(c.tokens_per_step / seconds, 1), **({"loss_scale": scale} if self.scaler else {}))
+                 tokens_per_s=round(c.tokens_per_step / seconds, 1), **({"loss_scale": scale} if self.scaler else {}),
+                 **statistics)
         self.seconds_since_print += seconds
         self.steps_since_print += 1
         if self.step % c.log_interval == 0 or self.step == c.steps:
@@ -696,15 +959,19 @@ class Run:
             self.world.say(f"{self.place()}  loss {loss:7.4f}  lr {lr:.2e}  norm {norm:7.3f}  {rate:9,.0f} tok/s  "
                            f"mfu {mfu}  {self.world.peak_memory() / 1e9:5.2f} GB  "
                            f"eta {scaling.clock((c.steps - self.step) * c.tokens_per_step / rate)}"
-                           + (f"  scale {scale:g}, {self.skipped} skipped" if self.scaler else ""))
+                           + (f"  scale {scale:g}, {self.skipped} skipped" if self.scaler else "")
+                           + "".join(f"  {name} {value:.3f}" for name, value in statistics.items()))
             self.seconds_since_print = self.steps_since_print = 0
         return stopping
 
 
 def make_card(run: Run) -> dict:
     """What the model is made of: stands in every checkpoint and, at the end, in card.md."""
-    manifest, tokens, bill = run.loader.manifest, run.step * run.c.tokens_per_step, run.bill
-    return {"config": run.c.config, "sources": manifest["sources"], "knowledge_cutoff": manifest["knowledge_cutoff"],
+    manifest, tokens, bill, parent = run.loader.manifest, run.step * run.c.tokens_per_step, run.bill, run.parent_card
+    text = parent.get("text") if run.c.objective != "pretrain" else str(run.loader.path)
+    return {"config": run.c.config, "objective": run.c.objective, "parent": run.c.init_from, "text": text or "",
+            "sources": parent.get("sources", []) + manifest["sources"],
+            "knowledge_cutoff": max(filter(None, (manifest["knowledge_cutoff"], parent.get("knowledge_cutoff")))),
             "data_fingerprint": manifest["fingerprint"], "parameters": bill["parameters"], "step": run.step,
             "tokens": tokens, "tokens_per_parameter": tokens / bill["parameters"],
             "epochs": tokens / manifest["splits"]["train"]["tokens"], "flops": tokens * bill["flops_per_token"],
@@ -717,12 +984,16 @@ def announcement(run: Run, seconds: float) -> str:
     peak = f"peak {run.peak / 1e9:,.0f} GFLOP/s ({run.peak_source})" if run.peak else run.peak_source
     lines = [describe(c, run.bill),
              f"data       {run.loader.path}: {trained_on:,} training tokens, so "
-             f"{run.bill['tokens'] / trained_on:.2f} epochs; knowledge cutoff {manifest['knowledge_cutoff']}",
+             f"{run.bill['tokens'] / trained_on:.2f} epochs; knowledge cutoff {make_card(run)['knowledge_cutoff']}",
              f"machine    {run.world.size} x {run.world.device.type}, {torch.get_num_threads()} threads, "
              f"{c.precision}; {peak}"]
     if c.warmup_steps >= c.steps:
         lines.append(f"           all {c.steps} steps are warm-up: --warmup-steps is {c.warmup_steps}")
-    if run.bill["tokens"] > 4 * trained_on:
+    if any(manifest["dropped"].values()):
+        lines.append(f"           left out: {', '.join(f'{n:,} {why}' for why, n in manifest['dropped'].items() if n)}")
+    if c.init_from:
+        lines.append(f"           {c.objective}, begins with the weights of {c.init_from}")
+    if run.bill["tokens"] > 4 * trained_on and c.objective == "pretrain":
         lines.append("           after 4 epochs repeated text teaches less and less (arXiv:2305.16264)")
     lines.append(f"finished   {c.out} is finished: step {run.step} of {c.steps}" if run.step == c.steps else
                  f"{'resuming' if run.step else 'starting'}   at step {run.step} of {c.steps}, "
@@ -733,25 +1004,31 @@ def announcement(run: Run, seconds: float) -> str:
 def finish(run: Run):
     """A run's end: its card, the loss next to general compressors, continuations, and where everything is."""
     c, val, evaluation = run.c, run.val, run.evaluation
-    facts = run.card | {name: evaluation[name] for name in ("val_loss", "val_bpb") if evaluation}
+    facts = run.card | {name: x for name, x in (evaluation or {}).items() if name != "step"}
     data.write_atomic(run.folder / "card.md", f"# {c.out}\n\n" + "".join(f"- {k}: {v}\n" for k, v in facts.items()))
-    if evaluation:
+    gpt, whole, sample = run.model.chunks[0], whole_on_each_rank(c, run.world), '--sample "def main("'
+    if evaluation and c.objective == "pretrain":
         windows = min(windows_evaluated(val, c), 2**22 // c.seq_len)                  # xz takes seconds for each 10 MB
         yardsticks = data.compressed_bpb(val.text(windows))
         print(f"\nvalidation {evaluation['val_loss']:.4f} nats/token = {evaluation['val_bpb']:.4f} bits/byte   ("
               f"{', '.join(f'{name} {bpb:.3f}' for name, bpb in yardsticks.items())} on "
               f"{'the same text' if windows == windows_evaluated(val, c) else f'{windows:,} of its windows'})")
         # continue the first lines of three held-out documents, where this rank has the whole model
-        ids, whole = val.shards[0][:4_000_000], c.tp == c.pp == 1 and (c.zero < 3 or run.world.mesh.dp == 1)
+        ids = val.shards[0][:4_000_000]
         for n, first in enumerate((ids == val.tokenizer.bos_id).nonzero()[0][:3 * whole]):
             prompt = ids[first:first + 16].tolist()
             print(f"\n--- sample {n + 1} ---\n{val.tokenizer.decode(prompt)}|"
-                  f"{generate_text(run.model.chunks[0], val.tokenizer, prompt, c, seed=n)}")
-    else:
+                  f"{continuation(gpt, val.tokenizer, prompt, c, seed=n)}")
+    elif not evaluation:
         print("\nno validation: its documents do not fill one window of seq_len + 1 tokens")
+    if run.prompts:
+        sample = "--chat"
+        for n, (prompt, _) in enumerate(run.prompts.batch(range(min(3, run.prompts.num_windows)))):
+            print(f"\n--- held-out prompt {n + 1} ---\n{val.tokenizer.decode(prompt)}\n--- answer ---\n"
+                  f"{continuation(gpt, val.tokenizer, prompt, c, seed=n)}")
     print(f"\nwall time  {scaling.clock(facts['wall_seconds'])} of training\ncard       {run.folder / 'card.md'}\n"
           f"checkpoint {run.checkpoints.folder / f'step-{c.steps:08d}'}\n"
-          f'sample it  python train.py --out {c.out} --sample "def main("')
+          f"try it     python train.py --out {c.out} {sample}")
 
 
 # ---- the bill --------------------------------------------------------------------------------------------------------
@@ -830,54 +1107,196 @@ def peak_flops(c: Config, device) -> tuple[float | None, str]:
     return scaling.find_gpu(key).peak_flops(c.precision), f"{name}, dense {c.precision}"
 
 
-# ---- sampling, integers ----------------------------------------------------------------------------------------------
+# ---- what a trained model is used for --------------------------------------------------------------------------------
 
-def generate_text(gpt, tokenizer, ids, c: Config, seed: int) -> str:
-    """The continuation of token ids, decoded, printable."""
-    device = next(gpt.parameters()).device
+def sample_answers(gpt, tokenizer, prompts, c: Config, seeds, most: int, temperature=None, top_p=None) -> list:
+    """Continue prompts, lists of ids, all at once -> the new ids of each, at most `most` and what seq_len has room for,
+    the mark of an answer's end among them if it came."""
+    device, lengths = next(gpt.parameters()).device, [len(prompt) for prompt in prompts]
+    tokens = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts], device=device)
+    stop = data.end_of_turn(tokenizer) if c.objective != "pretrain" else tokenizer.eos_id
     # a length that grows by one would be compiled again and again
     eager = torch.compiler.set_stance("force_eager") if compiles(c, device) else contextlib.nullcontext()
     with eager:
-        new = gpt.generate(torch.tensor([ids], device=device), c.max_new_tokens, c.temperature, c.top_k or None,
-                           c.top_p, seed=seed, stop=tokenizer.eos_id, vocab_size=tokenizer.vocab_size)
-    return tokenizer.decode(new[0, len(ids):].tolist()).encode("utf-8", "replace").decode()
+        rows = gpt.generate(tokens, most, c.temperature if temperature is None else temperature, c.top_k or None,
+                            c.top_p if top_p is None else top_p, seed=list(seeds), stop=stop,
+                            vocab_size=tokenizer.vocab_size, lengths=lengths).tolist()
+    answers = []
+    for row, length in zip(rows, lengths, strict=True):
+        answer = row[length:length + most]
+        answers.append(answer[:answer.index(stop) + 1] if stop in answer else answer)
+    return answers
+
+
+def continuation(gpt, tokenizer, prompt, c: Config, seed: int) -> str:
+    """Of one list of ids: decoded, printable."""
+    (answer,) = sample_answers(gpt, tokenizer, [prompt], c, [seed], c.max_new_tokens)
+    return tokenizer.decode(answer).encode("utf-8", "replace").decode()
+
+
+def open_run(folder: str, c: Config, world: parallel.World, flag: str = "out") -> tuple:
+    """The newest checkpoint of a run -> (its reader, its tokenizer, its config for one process here)."""
+    reader, tokenizer = newest_reader(folder, flag), data.load_tokenizer(folder)
+    if tokenizer.sha256 != reader.meta["tokenizer_sha256"]:
+        raise data.DataError(f"{folder}: its tokenizer is not the one the model was trained with")
+    asked = ("attention", "eval_windows", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "json")
+    saved = dataclasses.replace(saved_config(reader.meta["config"]), compile="off", dp=1, tp=1, pp=1, zero=0,
+                                precision="fp32", out=folder, **{name: getattr(c, name) for name in asked})
+    return reader, tokenizer, saved
 
 
 def use(c: Config, world: parallel.World) -> int:
-    """--sample: continue a text with the newest checkpoint in --out; --quantize: its weights as integers. The
-    checkpoint says what model it is."""
+    """--sample, --chat, --pairs, --probe, --export, --quantize: with the newest checkpoint in --out, which says what
+    model it is."""
     if c.quantize is not None and world.size > 1:
         raise BadInput(f"quantize must be left to one process, there are {world.size}")
     if world.rank != 0:
         return 0
-    reader, damaged = data.newest_checkpoint(Path(c.out, "checkpoints"))
-    for line in damaged.values():
-        print(f"damaged checkpoint passed over: {line}", file=sys.stderr)
-    if reader is None:
-        raise BadInput(f"out must be the folder of a run with an intact checkpoint to use, {c.out} is not")
-    tokenizer = data.Tokenizer(Path(c.out, "tokenizer.model"))
-    if tokenizer.sha256 != reader.meta["tokenizer_sha256"]:
-        raise data.DataError(f"{c.out}/tokenizer.model: is not the one the model was trained with")
-    saved = dataclasses.replace(saved_config(reader.meta["config"]), compile="off", attention=c.attention, dp=1, tp=1,
-                                pp=1, zero=0, precision="fp32", eval_windows=c.eval_windows, out=c.out)
-    if c.quantize is None:
-        gpt = make_stage(saved, world.device, read=reader.read)
-    else:
+    reader, tokenizer, saved = open_run(c.out, c, world)
+    if c.export is not None:
+        with bad_input():
+            ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+            template = data.chat_template(tokenizer) if saved.objective != "pretrain" else None
+            data.export_folder(c.export, net.config_to_hf(saved.model, **ids),
+                               net.hf_tensors(saved.model, reader.read), tokenizer, chat_template=template)
+        print(f"{c.out}, step {reader.meta['step']}, written as a Hugging Face model: {c.export}")
+    if c.quantize is not None:
         model = Model(saved, world, reader.read)
         quantize(model, c.quantize, saved, world)
         gpt = model.chunks[0]
+    else:
+        gpt = make_stage(saved, world.device, read=reader.read)
+    if c.sample is not None or c.chat:
+        print(f"knowledge cutoff {reader.meta['card']['knowledge_cutoff']}", file=sys.stderr)
     if c.sample is not None:
-        ids = [tokenizer.bos_id] + tokenizer.encode(c.sample)
-        print(c.sample + generate_text(gpt, tokenizer, ids, c, c.seed))
+        if saved.objective == "pretrain":
+            ids = [tokenizer.bos_id] + tokenizer.encode(c.sample)
+            print(c.sample + continuation(gpt, tokenizer, ids, saved, c.seed))
+        else:
+            ids, _ = data.encode_chat(tokenizer, [{"role": "user", "content": c.sample}], reply=True)
+            print(continuation(gpt, tokenizer, ids, saved, c.seed))
+    if c.chat:
+        chat(gpt, tokenizer, saved)
+    if c.pairs is not None:
+        write_pairs(gpt, tokenizer, saved, c, world)
+    if c.probe:
+        probe(reader, tokenizer, saved, world)
     return 0
+
+
+def chat(gpt, tokenizer, c: Config):
+    """A conversation on the terminal: each line is a message; the oldest messages are forgotten when it is too long."""
+    messages = []
+    while True:
+        try:
+            messages.append({"role": "user", "content": input("> " if sys.stdin.isatty() else "")})
+        except EOFError:
+            return
+        while True:
+            ids, _ = data.encode_chat(tokenizer, messages, reply=True)
+            if len(ids) + c.seq_len // 4 <= c.seq_len or len(messages) == 1:
+                break
+            del messages[:2]
+        answer = continuation(gpt, tokenizer, ids, c, c.seed + len(messages))
+        print(answer, flush=True)
+        messages.append({"role": "assistant", "content": answer})
+
+
+def write_pairs(gpt, tokenizer, c: Config, asked: Config, world: parallel.World):
+    """--pairs: a preference pair for each prompt of the run's data. The real answer is chosen over a sampled one; or,
+    with --judge (RLAIF: feedback from another model), of two sampled answers that which the judge finds more probable
+    per token."""
+    judge, lines, same = None, [], 0
+    if asked.judge is not None:
+        reader, judge_tokenizer, judge_c = open_run(asked.judge, asked, world, "judge")
+        if judge_tokenizer.sha256 != tokenizer.sha256:
+            raise BadInput(f"judge must have the tokenizer of {c.out}, {asked.judge} has another")
+        judge = make_stage(judge_c, world.device, read=reader.read)
+    for split in ("train", "val"):
+        prompts = data.Examples(c.data, tokenizer, objective="rl", micro_batch_size=1, seq_len=c.seq_len, split=split)
+        for first in range(0, prompts.num_windows, 64):
+            questions = prompts.batch(range(first, min(first + 64, prompts.num_windows)))
+            ids = [prompt for prompt, _ in questions]
+            samples = [sample_answers(gpt, tokenizer, ids, c, [data.text_hash(f"{c.seed}/{split}/{first + i}/{side}")
+                                                               % 2**63 for i in range(len(ids))], c.max_new_tokens)
+                       for side in range(2 if judge else 1)]
+            texts = [[tokenizer.decode(answer) for answer in answers] for answers in samples]
+            if judge:
+                loss_a, loss_b = (nll_per_token(judge, ids, answers) for answers in samples)
+                pairs = [(a, b) if better else (b, a) for a, b, better in zip(*texts, loss_a < loss_b, strict=True)]
+            else:
+                pairs = [(data.real_answer(row), text) for (_, row), text in zip(questions, texts[0], strict=True)]
+            for (_, row), (chosen, rejected) in zip(questions, pairs, strict=True):
+                if chosen == rejected or not chosen or not rejected:
+                    same += 1
+                    continue
+                lines.append(json.dumps({"prompt": data.messages_of(row)[:-1] if "messages" in row else row["prompt"],
+                                         "chosen": chosen, "rejected": rejected, "split": split}))
+            if first % 640 == 0:
+                print(f"{split}: {first + len(ids):,} of {prompts.num_windows:,} prompts answered", flush=True)
+    Path(asked.pairs).parent.mkdir(parents=True, exist_ok=True)
+    data.write_atomic(asked.pairs, "".join(line + "\n" for line in lines))
+    print(f"{asked.pairs}: {len(lines):,} pairs; {same:,} left out whose answers were equal or empty")
+
+
+def nll_per_token(gpt, prompts, answers) -> torch.Tensor:
+    """(n,) nats per token of each answer to its prompt."""
+    batch = {name: x.to(next(gpt.parameters()).device) for name, x in data.rows_of(prompts, answers).items()}
+    with torch.no_grad():
+        nll = gpt(**batch)[1]
+    return nll.sum(1) / (batch["targets"] >= 0).sum(1).clamp(min=1)
+
+
+def probe(newest: data.Reader, tokenizer, c: Config, world: parallel.World):
+    """--probe: how a language model is wrong. It names modules that do not exist; of what is newer than its text it
+    knows nothing; and some of its text it repeats word for word."""
+    def ask(gpt, text, n, most, temperature):
+        ids = [tokenizer.bos_id] + tokenizer.encode(text)
+        answers = sample_answers(gpt, tokenizer, [ids] * n, plain, range(n), most, temperature, top_p=1.0)
+        return [tokenizer.decode(answer) for answer in answers]
+
+    plain = dataclasses.replace(c, objective="pretrain")                                     # documents, not answers
+    temperatures, openings = (0.3, 0.6, 1.0, 1.5), ('"""A module."""\n\nimport', '"""A module."""\n\nfrom')
+    print("share of imported modules that do not exist (128 samples)\n  temperature  "
+          + "".join(f"{t:>8}" for t in temperatures))
+    for folder in sorted(newest.folder.parent.glob("step-*")):
+        reader = data.Reader(folder)
+        gpt = make_stage(c, world.device, read=reader.read)
+        shares = []
+        for temperature in temperatures:
+            texts = [text for opening in openings for text in ask(gpt, opening, 64, 8, temperature)]
+            names = [name for text in texts if (name := data.imported_module(text))]
+            shares.append(sum(name not in sys.stdlib_module_names for name in names) / max(1, len(names)))
+        print(f"  step {reader.meta['step']:>8}" + "".join(f"{share:8.1%}" for share in shares))
+
+    losses = {}
+    for kind, names in data.names_before_and_after().items():
+        prompts = [[tokenizer.bos_id] + tokenizer.encode(f"import {module}\n\n{module}.") for module, _ in names]
+        answers = [tokenizer.encode(name) for _, name in names]
+        nll = nll_per_token(gpt, prompts, answers) * torch.tensor([len(ids) for ids in answers], device=world.device)
+        losses[kind] = (nll.cpu() / torch.tensor([len(name) for _, name in names])).mean().item(), len(names)
+    (known, n_known), (new, n_new) = losses["known"], losses["new"]
+    print(f"\nknowledge cutoff {newest.meta['card']['knowledge_cutoff']}: names after `import MODULE`, nats per byte\n"
+          f"  {n_known} names of the library that it read  {known:.3f}\n  {n_new} names of newer Pythons  {new:.3f}")
+
+    text = Path(newest.meta["card"]["text"])
+    if (text / "manifest.json").exists():
+        loaders = [data.Loader(text, micro_batch_size=1, seq_len=c.seq_len, split=split) for split in ("train", "val")]
+        corpus = b"".join(tokenizer.bytes[i] for ids in loaders[0].shards for i in ids.tolist())
+        samples = [sample.encode("utf-8", "replace")[:400] for sample in ask(gpt, "", 8, 160, 1.0)]
+        unseen = [loaders[1].text(i + 1)[-400:] for i in range(min(8, loaders[1].num_windows))]
+        print("\nlongest part that stands word for word in the training text, median and most, bytes of 400")
+        for name, parts in (("samples", samples), ("held-out text", unseen)):
+            copies = sorted((data.longest_copy(part, corpus) for part in parts), key=len)
+            print(f"  {name:<14} {len(copies[len(copies) // 2]):>4} {len(copies[-1]):>4}   "
+                  f"{copies[-1].decode('utf-8', 'replace')!r}")
 
 
 def quantize(model: Model, fmt: str, c: Config, world: parallel.World):
     """The weights become integers, by GPTQ on 64 windows of the training text; print what that saves and costs."""
     loader, val = open_data(c, world)
-    calibration = [to_device(next(loader), c, world.device) for _ in range(math.ceil(64 / c.micro_batch_size))]
-    for batch in calibration:
-        del batch["targets"]                                                                     # logits, not a loss
+    batches = [to_device(next(loader), c, world.device) for _ in range(math.ceil(64 / c.micro_batch_size))]
+    calibration = [{name: batch[name] for name in ("tokens", "documents") if name in batch} for batch in batches]
 
     def measured():
         with torch.no_grad():
@@ -910,14 +1329,20 @@ def parse_config(argv) -> Config:
         return f"; the nearest is {close[0]}" if close else ""
 
     first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", default="tiny")
-    name = first.parse_known_args(argv)[0].config
+    for flag in ("--config", "--objective", "--init-from"):
+        first.add_argument(flag)
+    named = first.parse_known_args(argv)[0]
+    parent = parent_fields(named.init_from) if named.init_from else {}
+    name = named.config or parent.get("config", "tiny")
     if name not in CONFIGS:
         raise BadInput(f"--config must be one of {', '.join(CONFIGS)}, got {name!r}{nearest(name, CONFIGS)}")
+    defaults = dataclasses.replace(CONFIGS[name], **parent)
+    stage = STAGES.get(named.objective, {"lr": 1.0})
+    defaults = dataclasses.replace(defaults, **stage | {"lr": stage["lr"] * defaults.lr})
     parser = Parser(prog="train.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                     description="\n\n".join(__doc__.split("\n\n")[:2]))
     for f in fields(Config):
-        default, choices = getattr(CONFIGS[name], f.name), f.metadata["choices"]
+        default, choices = getattr(defaults, f.name), f.metadata["choices"]
         how = {"default": default, "help": f"{f.metadata['help']} [{default}]".replace("%", "%%")}
         if f.type is bool:
             how["action"] = argparse.BooleanOptionalAction
@@ -929,7 +1354,12 @@ def parse_config(argv) -> Config:
     if unknown:
         flag = unknown[0].split("=")[0]
         raise BadInput(f"unknown argument {flag}{nearest(flag, [flag_of(f.name) for f in fields(Config)])}")
-    return derive(Config(**vars(args)))
+    c = Config(**vars(args))
+    for field_name, value in parent.items():
+        asked = getattr(c, field_name)
+        if asked != value and field_name != "config" and (field_name, c.position) != ("seq_len", "rope"):
+            raise BadInput(f"{field_name} must be {value}, as in {c.init_from}, got {asked}")
+    return derive(c)
 
 
 RULES = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
@@ -953,6 +1383,13 @@ def derive(c: Config) -> Config:
             (c.max_restarts and not c.nproc, f"max_restarts goes with --nproc, got {c.max_restarts} without it"),
             (c.json and not c.dry_run, "json goes with --dry-run, got it without"),
             (c.gpu and not c.dry_run, f"gpu goes with --dry-run, got {c.gpu} without it"),
+            (c.objective != "pretrain" and not c.init_from,
+             f"init_from must name the model that {c.objective} begins with, got none"),
+            (c.judge is not None and c.pairs is None, f"judge goes with --pairs, got {c.judge} without it"),
+            (c.objective == "rl" and (c.tp > 1 or c.pp > 1 or c.zero == 3),
+             f"objective rl samples from the whole model on each rank: tp and pp must be 1 and zero below 3, got tp "
+             f"{c.tp}, pp {c.pp}, zero {c.zero}"),
+            (c.objective == "dpo" and not c.document_mask, "document_mask must be on with --objective dpo, got off"),
             (0 < c.loss_scale < 2.0**-14, f"loss_scale must be 0 or at least 2**-14, got {c.loss_scale}"),
             (not c.head_dim and c.n_embd % c.n_head,
              f"n_embd must be a multiple of n_head, got {c.n_embd} and {c.n_head}"),
@@ -964,11 +1401,21 @@ def derive(c: Config) -> Config:
         if wrong:
             raise BadInput(line)
     wide = 64 * math.ceil(8 * c.n_embd / 3 / 64) if c.mlp == "swiglu" else 4 * c.n_embd
-    c = dataclasses.replace(c, out=c.out or f"out/{c.config}", n_kv_head=c.n_kv_head or c.n_head,
+    folder = c.config if c.objective == "pretrain" else c.objective
+    c = dataclasses.replace(c, out=c.out or f"out/{folder}", n_kv_head=c.n_kv_head or c.n_head,
                             head_dim=c.head_dim or c.n_embd // c.n_head, n_ff=c.n_ff or wide)
     with bad_input():
         assert c.model                                       # ModelConfig checks its own rules
     return c
+
+
+def windows_together(c: Config) -> int:
+    """Windows that no micro-batch may part: a pair of answers, a group of answers."""
+    return {"dpo": 2, "rl": c.group_size}.get(c.objective, 1)
+
+
+def whole_on_each_rank(c: Config, world: parallel.World) -> bool:
+    return c.tp == c.pp == 1 and (c.zero < 3 or world.mesh.dp == 1)
 
 
 def join(c: Config) -> parallel.World:
@@ -983,8 +1430,11 @@ def resolve(c: Config, world: parallel.World) -> Config:
     BadInput for a batch that does not divide, and for a precision or an attention that the device lacks."""
     dp, batch = world.mesh.dp, c.global_batch_size
     windows, rounds = batch // dp, c.pp if c.stages > c.pp else 1          # interleaved: whole rounds of micro-batches
-    sizes = range(1, min(8, windows // (1 if c.pp == 1 else 2 * c.pp)) + 1)
-    micro = c.micro_batch_size or max((n for n in sizes if windows % (n * rounds) == 0), default=1)
+    unit, most = windows_together(c), 64 if c.objective == "rl" else 8
+    sizes = range(unit, min(most, windows // (1 if c.pp == 1 else 2 * c.pp)) + 1, unit)
+    micro = c.micro_batch_size or max((n for n in sizes if windows % (n * rounds) == 0), default=unit)
+    if micro % unit:
+        raise BadInput(f"micro_batch_size must be a multiple of {unit} with --objective {c.objective}, got {micro}")
     if batch % (micro * dp):
         raise BadInput(f"global_batch_size must be a multiple of micro_batch_size x dp = {micro} x {dp} = {micro * dp}"
                        f", got {batch}")
@@ -1086,12 +1536,12 @@ def run_command(argv) -> int:
     world = None
     try:
         c = parse_config(argv)
-        asks = c.sample is not None or c.quantize is not None or c.dry_run
-        if c.nproc and not asks and "RANK" not in os.environ and not dist.is_initialized():
+        uses = c.chat or c.probe or {c.sample, c.quantize, c.pairs, c.export} != {None}
+        if c.nproc and not uses and not c.dry_run and "RANK" not in os.environ and not dist.is_initialized():
             return launch(c, argv)
         world = join(c)
         c = resolve(c, world)
-        if c.sample is not None or c.quantize is not None:
+        if uses:
             return use(c, world)
         if c.dry_run:
             dry_run(c, world)

@@ -408,7 +408,7 @@ def test_top_k_and_top_p_keep_the_set_they_say():
     generator = torch.Generator().manual_seed(0)
 
     def support(top_k=None, top_p=None):
-        drawn = [net.sample_token(p.log(), 1.0, top_k, top_p, generator).item() for _ in range(300)]
+        drawn = [net.sample_token(p.log(), 1.0, top_k, top_p, [generator]).item() for _ in range(300)]
         return {i: drawn.count(i) / 300 for i in set(drawn)}
 
     assert set(support()) == {0, 1, 2, 3, 4} and set(support(top_k=2)) == {1, 3}
