@@ -921,8 +921,9 @@ def write_tables(folder, tables: dict):
 
 
 def rows_of(prompts, answers) -> dict:
-    """Prompts and their answers, lists of ids -> dict(tokens, targets), (B, T) int64, a row each, T that of the longest;
-    targets are the answers' ids, NO_TARGET elsewhere. Padding comes last, so causal attention needs no mask for it."""
+    """Prompts and their answers, lists of ids -> dict(tokens, targets), (B, T) int64, one row each, as long as the
+    longest needs. Targets are the answers' ids, NO_TARGET elsewhere. Padding comes last: causal attention needs no mask
+    for it."""
     T = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)) - 1
     tokens, targets = torch.zeros(len(prompts), T, dtype=torch.int64), torch.full((len(prompts), T), NO_TARGET)
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):

@@ -433,7 +433,10 @@ class GPT(nn.Module):
             if vocab_size is not None:
                 logits[:, vocab_size:] = -math.inf
             token = sample_token(logits, temperature, top_k, top_p, generators)                # (B, 1)
-            if position < max(lengths):
+            if position < max(lengths):                                                        # some are still read
+                for s, generator, length in zip(seeds, generators, lengths, strict=False):
+                    if position == length - 1:                                                 # random from here on
+                        generator.manual_seed(s)
                 token = torch.where((position < ends)[:, None], prompt[:, position:position + 1], token)
             if stop is not None:
                 token = token.masked_fill(ended[:, None], stop)

@@ -510,7 +510,8 @@ class Rollouts:
 # ---- a step ----------------------------------------------------------------------------------------------------------
 
 def to_device(batch, c: Config, device):
-    return {name: x.to(device, non_blocking=True) for name, x in batch.items() if c.document_mask or name != "documents"}
+    return {name: x.to(device, non_blocking=True) for name, x in batch.items()
+            if c.document_mask or name != "documents"}
 
 
 def train_step(model: Model, optimizer, loader, step: int, c: Config, world: parallel.World, asked=(),

@@ -403,6 +403,20 @@ def test_greedy_is_argmax_and_so_are_its_limits():
         assert torch.equal(out, model.generate(tokens, 6, **how))
 
 
+@pytest.mark.parametrize("how", [dict(temperature=0), dict(top_p=0.9), dict(stop=7)])
+def test_prompts_of_different_lengths_are_continued_as_if_alone(how):
+    model = random_model(SETTINGS["llama"]).double()
+    tokens, lengths = random_tokens(model.config, 4, 6)[0], [6, 2, 5, 3]
+    rows = model.generate(tokens, 10, seed=[11, 12, 13, 14], lengths=lengths, **how)
+    for i, n in enumerate(lengths):
+        alone = model.generate(tokens[i:i + 1, :n], 10, seed=[11 + i], **how)[0]
+        assert torch.equal(rows[i, :len(alone)], alone)
+    if "stop" not in how:
+        assert rows.shape == (4, 16)
+    equal = model.generate(tokens, 10, seed=4, lengths=[6] * 4, **how)
+    assert torch.equal(model.generate(tokens, 10, seed=4, **how), equal)
+
+
 def test_top_k_and_top_p_keep_the_set_they_say():
     p = torch.tensor([[0.05, 0.4, 0.15, 0.3, 0.1]])
     generator = torch.Generator().manual_seed(0)
