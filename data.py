@@ -47,6 +47,7 @@ run: python data.py                                            the demo
 """
 
 import argparse
+import ast
 import contextlib
 import datetime
 import fcntl
@@ -56,13 +57,16 @@ import io
 import itertools
 import json
 import math
+import numbers
 import os
 import re
+import runpy
 import shutil
 import struct
 import sys
 import sysconfig
 import time
+import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -74,6 +78,7 @@ import torch
 FORMAT_VERSION = 1
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 NO_TARGET = -1                       # in targets: nothing to predict here
+ROLES = ("system", "user", "assistant")
 
 
 class DataError(ValueError):
@@ -198,7 +203,17 @@ def read_documents(files, dropped: Counter):
 
 
 def text_hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    raw = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+
+
+def validation_side(hashes: set, val_fraction: float) -> set:
+    """Those of the texts' hashes that are held out. Each hash decides for itself, so a text is on the same side
+    whatever else there is. If that leaves a side empty, one goes there; a lone text is for training."""
+    if not 0 <= val_fraction < 1:
+        raise DataError(f"val_fraction must be in [0, 1), got {val_fraction}")
+    val = {h for h in hashes if h % 10**6 < val_fraction * 10**6} or set(sorted(hashes)[:val_fraction > 0])
+    return val - {max(hashes)} if val and val == hashes else val
 
 
 def knowledge_cutoff(sources, files) -> str:
@@ -248,6 +263,16 @@ class Tokenizer:
     def piece(self, i: int) -> str:
         return self.sp.id_to_piece(i)
 
+    def special_id(self, text: str) -> int | None:
+        """The id of a mark, <|user|> say, by its text; None if there is none. No text encodes to a mark's id."""
+        i = self.sp.piece_to_id(text)
+        return i if self.sp.is_control(i) else None
+
+    def save(self, folder) -> str:
+        """Write the tokenizer into a folder; returns the file's name."""
+        write_atomic(Path(folder) / "tokenizer.model", self.proto)
+        return "tokenizer.model"
+
     def piece_bytes(self, i: int) -> bytes:
         if self.sp.is_control(i) or self.sp.is_unknown(i):
             return b""
@@ -259,10 +284,10 @@ class Tokenizer:
         """Learn merges from an iterable of str. Fewer pieces than asked for come back when the text has no more to
         give."""
         if vocab_size < 320:
-            raise DataError(f"vocab_size must be at least 320 (4 marks, 256 bytes, some pieces), got {vocab_size}")
+            raise DataError(f"vocab_size must be at least 320 (7 marks, 256 bytes, some pieces), got {vocab_size}")
         documents = list(documents)
         # rare characters stay bytes: the alphabet takes at most half of what is left after the marks and the bytes
-        alphabet = {c for c, _ in Counter("".join(documents)).most_common((vocab_size - 260) // 2)} - {"\u2581"}
+        alphabet = {c for c, _ in Counter("".join(documents)).most_common((vocab_size - 263) // 2)} - {"\u2581"}
         sentences = [s for d in documents for s in split_text("".join(c for c in d if c in alphabet), 1000)]
         if not sentences:
             raise DataError("tokenizer: the documents must hold some text, they hold none")
@@ -273,7 +298,8 @@ class Tokenizer:
                     sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=vocab_size,
                     byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
                     add_dummy_prefix=False, allow_whitespace_only_pieces=True, character_coverage=1.0,
-                    max_sentence_length=8192, unk_id=0, bos_id=1, eos_id=2, pad_id=3, minloglevel=2)
+                    max_sentence_length=8192, unk_id=0, bos_id=1, eos_id=2, pad_id=3,
+                    control_symbols=[f"<|{role}|>" for role in ROLES], minloglevel=2)
                 return cls(model.getvalue())
             except RuntimeError as error:
                 limit = re.search(r"Vocabulary size too high .*<= (\d+)", str(error))
@@ -298,6 +324,11 @@ class Tokenizer:
             return raw.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
             return raw.decode("utf-8", "replace")
+
+
+def load_tokenizer(path):
+    """The tokenizer in a file that its save() wrote."""
+    return Tokenizer(path)
 
 
 def split_text(text: str, size: int):
@@ -366,20 +397,19 @@ def open_shard(path, verify: bool = True, entry: dict | None = None) -> np.ndarr
 # ---- prepare ---------------------------------------------------------------------------------------------------------
 
 def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fraction: float = 0.05,
-            sample_bytes: int = 8_000_000, shard_tokens: int = 2**27, log=lambda line: None) -> Path:
+            sample_bytes: int = 8_000_000, shard_tokens: int = 2**27, tokenizer=None, log=lambda line: None) -> Path:
     """Text to a folder of tokenizer.model, train-*.bin, val-*.bin and manifest.json -> the folder.
 
     out: default data/NAME-KEY, KEY a fingerprint of files and settings. A folder already prepared from the same is
     used as it is; one that holds something else is refused. The work is done in a temporary folder that is renamed at
     the end. A document's side is decided by its own hash, so it is the same whatever else there is and in whatever
     order; if that leaves a side empty, one document goes there, and a lone document is cut in two at a line end.
+    tokenizer: used, and saved, instead of training one of vocab_size (a model that goes on training keeps its own).
     Raises DataError.
     """
-    if not 0 <= val_fraction < 1:
-        raise DataError(f"val_fraction must be in [0, 1), got {val_fraction}")
     files = source_files(sources)
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    settings = (FORMAT_VERSION, vocab_size, val_fraction, sample_bytes, shard_tokens)
+    settings = (FORMAT_VERSION, tokenizer.sha256 if tokenizer else vocab_size, val_fraction, sample_bytes, shard_tokens)
     key = hashlib.sha256(repr((stamps, settings)).encode()).hexdigest()[:16]
     name = re.sub(r"\W+", "-", Path(sources[0]).stem).strip("-") or "text"
     out = Path(out) if out else Path("data") / f"{name}-{key}"
@@ -400,7 +430,8 @@ def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fracti
             shutil.rmtree(temporary, ignore_errors=True)        # left by a killed preparation: not to be trusted
             temporary.mkdir()
             try:
-                manifest = write_tokens(temporary, files, vocab_size, val_fraction, sample_bytes, shard_tokens, log)
+                manifest = write_tokens(temporary, files, tokenizer, vocab_size, val_fraction, sample_bytes,
+                                        shard_tokens, log)
                 write_sealed(temporary / "manifest.json", {
                     "kind": "tokens", "version": FORMAT_VERSION, "key": key, "sources": [str(s) for s in sources],
                     "files": len(files), "knowledge_cutoff": knowledge_cutoff(sources, files)} | manifest)
@@ -412,7 +443,7 @@ def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fracti
     return out
 
 
-def write_tokens(folder, files, vocab_size, val_fraction, sample_bytes, shard_tokens, log) -> dict:
+def write_tokens(folder, files, tokenizer, vocab_size, val_fraction, sample_bytes, shard_tokens, log) -> dict:
     """Tokenizer and shards of both splits into `folder`; returns what the manifest says of them."""
     # pass 1: what is there, and which side each document is on
     dropped = Counter()
@@ -420,9 +451,7 @@ def write_tokens(folder, files, vocab_size, val_fraction, sample_bytes, shard_to
     if not hashes:
         raise DataError(f"{files[0]}{' ...' * (len(files) > 1)}: sources must hold text, dropped: {dict(dropped)}")
     lone = len(hashes) == 1
-    val = {h for h in hashes if h % 10**6 < val_fraction * 10**6} or ({min(hashes)} if val_fraction else set())
-    if not lone and len(val) == len(hashes):
-        val.remove(max(val))
+    val = validation_side(set(hashes), val_fraction)
 
     def documents(split):
         for text in read_documents(files, Counter()):
@@ -434,15 +463,16 @@ def write_tokens(folder, files, vocab_size, val_fraction, sample_bytes, shard_to
                 yield text
 
     # pass 2: the tokenizer, from training documents alone, those of smallest hash up to sample_bytes
-    chosen, total = set(), 0
-    for h in sorted(hashes.keys() - (set() if lone else val)):
-        chosen.add(h)
-        total += hashes[h]
-        if total >= sample_bytes:
-            break
-    tokenizer = Tokenizer.train((t for t in documents("train") if lone or text_hash(t) in chosen), vocab_size)
-    write_atomic(folder / "tokenizer.model", tokenizer.proto)
-    log(f"tokenizer: {tokenizer.vocab_size} pieces from {total / 1e6:.1f} MB")
+    if tokenizer is None:
+        chosen, total = set(), 0
+        for h in sorted(hashes.keys() - val):
+            chosen.add(h)
+            total += hashes[h]
+            if total >= sample_bytes:
+                break
+        tokenizer = Tokenizer.train((t for t in documents("train") if lone or text_hash(t) in chosen), vocab_size)
+        log(f"tokenizer: {tokenizer.vocab_size} pieces from {total / 1e6:.1f} MB")
+    tokenizer_file = tokenizer.save(folder)
 
     # pass 3: tokens, a shard at a time
     dtype, splits = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32, {}
@@ -466,7 +496,7 @@ def write_tokens(folder, files, vocab_size, val_fraction, sample_bytes, shard_to
 
     content = [(split, s["file"], s["tokens"], s["crc32"]) for split in splits for s in splits[split]["shards"]]
     return {"dropped": dict(dropped), "splits": splits,
-            "tokenizer": {"file": "tokenizer.model", "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+            "tokenizer": {"file": tokenizer_file, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
             "fingerprint": hashlib.sha256(repr((tokenizer.sha256, content)).encode()).hexdigest()}
 
 
@@ -507,47 +537,81 @@ def permute(i: np.ndarray, n: int, key: int) -> np.ndarray:
     return x.astype(np.int64).reshape(np.shape(i))
 
 
-class Loader:
-    """Batches from a prepared folder: an endless iterator of dict(tokens, targets, documents), each (B, T) int64.
+class Batches:
+    """An endless iterator of batches, what Loader and Examples share: the permuted order, the position, the state.
 
     The position counts windows of the *global* batch. Each call takes the next micro_batch_size * dp_size windows of
     the permuted epochs and gives this rank its micro_batch_size of them, so what the ranks read together does not
-    depend on their number. Within an epoch each window comes once. targets are NO_TARGET after a document's end;
-    documents counts the documents begun in a window.
+    depend on their number. Within an epoch each window comes once. A subclass has num_windows, manifest and
+    batch(order).
+    """
+
+    rows_together = 1                # windows that the permutation moves as one
+
+    def __init__(self, path, *, micro_batch_size: int, seq_len: int, dp_rank: int = 0, dp_size: int = 1, seed: int = 0,
+                 split: str = "train"):
+        self.path, self.split, self.seq_len, self.seed, self.position = Path(path), split, seq_len, seed, 0
+        self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
+
+    def windows(self, order) -> np.ndarray:
+        """Numbers of the windows at places `order` (B,) of the permuted epochs' endless sequence."""
+        unit, row = np.divmod(np.asarray(order, dtype=np.int64), self.rows_together)
+        num_units = self.num_windows // self.rows_together
+        epoch, place = np.divmod(unit, num_units)
+        window = np.empty_like(place)
+        for e in np.unique(epoch):
+            window[epoch == e] = permute(place[epoch == e], num_units, text_hash(f"{self.seed}/{e}"))
+        return window * self.rows_together + row
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict:
+        first = self.position + self.dp_rank * self.micro_batch_size
+        self.position += self.micro_batch_size * self.dp_size
+        return self.batch(range(first, first + self.micro_batch_size))
+
+    def state_dict(self) -> dict:
+        return {"windows": self.position, "seed": self.seed, "seq_len": self.seq_len,
+                "fingerprint": self.manifest["fingerprint"]}
+
+    def load_state_dict(self, state: dict):
+        for name, mine in self.state_dict().items():
+            if name != "windows" and state[name] != mine:
+                raise DataError(f"{self.path}: {name} must be as when the state was saved, {state[name]}, got {mine}")
+        self.position = state["windows"]
+
+class Loader(Batches):
+    """Batches from a prepared folder: dict(tokens, targets, documents), each (B, T) int64.
+
+    Windows are numbered in the order of the text. targets are NO_TARGET after a document's end; documents counts the
+    documents begun in a window.
     A start reads headers alone, however large the corpus is. A block of tokens is compared with its checksum when a
     window of it is first read. Raises DataError, naming the file, for anything that is not as it was written.
     """
 
-    def __init__(self, path, *, micro_batch_size: int, seq_len: int, dp_rank: int = 0, dp_size: int = 1, seed: int = 0,
-                 split: str = "train", verify: bool = True):
-        self.path, self.split, self.seq_len, self.seed = Path(path), split, seq_len, seed
-        self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
+    def __init__(self, path, *, verify: bool = True, **layout):
+        super().__init__(path, **layout)
         self.manifest = read_sealed(self.path / "manifest.json", "tokens")
         self.vocab_size = self.manifest["tokenizer"]["vocab_size"]
-        self.tokenizer = Tokenizer(self.path / self.manifest["tokenizer"]["file"])
+        self.tokenizer = load_tokenizer(self.path / self.manifest["tokenizer"]["file"])
         if self.tokenizer.sha256 != self.manifest["tokenizer"]["sha256"]:
             raise DataError(f"{self.path / self.manifest['tokenizer']['file']}: does not match the manifest's hash")
-        entries = self.manifest["splits"][split]["shards"]
+        entries = self.manifest["splits"][self.split]["shards"]
         self.files = [self.path / entry["file"] for entry in entries]
         # a corpus prepared before blocks had checksums is read as a whole
         self.shards = [open_shard(f, verify and "blocks" not in entry, entry)
                        for f, entry in zip(self.files, entries, strict=True)]
         self.unverified = [dict(enumerate(entry.get("blocks", ()) if verify else ())) for entry in entries]
         # a window is T inputs and, one later, T targets: it shares one token with the next
-        self.first = np.cumsum([0] + [(len(s) - 1) // seq_len for s in self.shards])     # first window of each shard
-        self.num_windows, self.position = int(self.first[-1]), 0
+        self.first = np.cumsum([0] + [(len(s) - 1) // self.seq_len for s in self.shards])  # first window of each shard
+        self.num_windows = int(self.first[-1])
 
     def windows(self, order) -> np.ndarray:
-        """Numbers of the windows, in the order of the text, at places `order` (B,) of the permuted epochs' endless
-        sequence."""
         if not self.num_windows:
             raise DataError(f"{self.path}: its {self.split} tokens must fill a window of seq_len + 1 = "
                             f"{self.seq_len + 1}, it has {sum(map(len, self.shards))}")
-        epoch, place = np.divmod(np.asarray(order, dtype=np.int64), self.num_windows)
-        window = np.empty_like(place)
-        for e in np.unique(epoch):
-            window[epoch == e] = permute(place[epoch == e], self.num_windows, text_hash(f"{self.seed}/{e}"))
-        return window
+        return super().windows(order)
 
     def read(self, shard: int, start: int) -> np.ndarray:
         """The window (T + 1,) of a shard that begins with token `start`; blocks not read before are verified."""
@@ -581,24 +645,6 @@ class Loader:
         targets[tokens == self.tokenizer.eos_id] = NO_TARGET
         documents = np.cumsum(tokens == self.tokenizer.bos_id, axis=1)
         return {k: torch.from_numpy(v) for k, v in (("tokens", tokens), ("targets", targets), ("documents", documents))}
-
-    def __iter__(self):
-        return self
-
-    def __next__(self) -> dict:
-        first = self.position + self.dp_rank * self.micro_batch_size
-        self.position += self.micro_batch_size * self.dp_size
-        return self.batch(range(first, first + self.micro_batch_size))
-
-    def state_dict(self) -> dict:
-        return {"windows": self.position, "seed": self.seed, "seq_len": self.seq_len,
-                "fingerprint": self.manifest["fingerprint"]}
-
-    def load_state_dict(self, state: dict):
-        for name, mine in self.state_dict().items():
-            if name != "windows" and state[name] != mine:
-                raise DataError(f"{self.path}: {name} must be as when the state was saved, {state[name]}, got {mine}")
-        self.position = state["windows"]
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
