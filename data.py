@@ -814,7 +814,7 @@ def conversation(row, objective: str) -> tuple[list[dict], list[str]]:
     if not whole:
         turns = turns + [{"role": "assistant", "content": row[field]} for field in fields]
     for turn in turns:
-        need(isinstance(turn, dict) and {"role", "content"} <= turn.keys(), "a message must have role and content", turn)
+        need(isinstance(turn, dict) and {"role", "content"} <= turn.keys(), "a message must have role, content", turn)
         need(turn["role"] in ROLES, f"role must be one of {', '.join(ROLES)}", turn["role"])
         need(isinstance(turn["content"], str), "content must be a string", turn["content"])
         need(turn["role"] != "assistant" or turn["content"].strip(), "an answer must not be empty", turn["content"])
