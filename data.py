@@ -47,6 +47,7 @@ run: python data.py                                            the demo
 """
 
 import argparse
+import ast
 import contextlib
 import datetime
 import fcntl
@@ -57,13 +58,16 @@ import io
 import itertools
 import json
 import math
+import numbers
 import os
 import re
+import runpy
 import shutil
 import struct
 import sys
 import sysconfig
 import time
+import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -75,6 +79,7 @@ import torch
 FORMAT_VERSION = 1
 SUFFIXES = (".txt", ".md", ".py", ".jsonl")
 NO_TARGET = -1                       # in targets: nothing to predict here
+ROLES = ("system", "user", "assistant")
 
 
 class DataError(ValueError):
@@ -199,7 +204,17 @@ def read_documents(files, dropped: Counter):
 
 
 def text_hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    raw = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+
+
+def validation_side(hashes: set, val_fraction: float) -> set:
+    """Those of the texts' hashes that are held out. Each hash decides for itself, so a text is on the same side
+    whatever else there is. If that leaves a side empty, one goes there; a lone text is for training."""
+    if not 0 <= val_fraction < 1:
+        raise DataError(f"val_fraction must be in [0, 1), got {val_fraction}")
+    val = {h for h in hashes if h % 10**6 < val_fraction * 10**6} or set(sorted(hashes)[:val_fraction > 0])
+    return val - {max(hashes)} if val and val == hashes else val
 
 
 def knowledge_cutoff(sources, files) -> str:
@@ -249,6 +264,16 @@ class Tokenizer:
     def piece(self, i: int) -> str:
         return self.sp.id_to_piece(i)
 
+    def special_id(self, text: str) -> int | None:
+        """The id of a mark, <|user|> say, by its text; None if there is none. No text encodes to a mark's id."""
+        i = self.sp.piece_to_id(text)
+        return i if self.sp.is_control(i) else None
+
+    def save(self, folder) -> str:
+        """Write the tokenizer into a folder; returns the file's name."""
+        write_atomic(Path(folder) / "tokenizer.model", self.proto)
+        return "tokenizer.model"
+
     def piece_bytes(self, i: int) -> bytes:
         if self.sp.is_control(i) or self.sp.is_unknown(i):
             return b""
@@ -260,10 +285,10 @@ class Tokenizer:
         """Learn merges from an iterable of str. Fewer pieces than asked for come back when the text has no more to
         give."""
         if vocab_size < 320:
-            raise DataError(f"vocab_size must be at least 320 (4 marks, 256 bytes, some pieces), got {vocab_size}")
+            raise DataError(f"vocab_size must be at least 320 (7 marks, 256 bytes, some pieces), got {vocab_size}")
         documents = list(documents)
         # rare characters stay bytes: the alphabet takes at most half of what is left after the marks and the bytes
-        alphabet = {c for c, _ in Counter("".join(documents)).most_common((vocab_size - 260) // 2)} - {"\u2581"}
+        alphabet = {c for c, _ in Counter("".join(documents)).most_common((vocab_size - 263) // 2)} - {"\u2581"}
         sentences = [s for d in documents for s in split_text("".join(c for c in d if c in alphabet), 1000)]
         if not sentences:
             raise DataError("tokenizer: the documents must hold some text, they hold none")
@@ -274,7 +299,8 @@ class Tokenizer:
                     sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=vocab_size,
                     byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
                     add_dummy_prefix=False, allow_whitespace_only_pieces=True, character_coverage=1.0,
-                    max_sentence_length=8192, unk_id=0, bos_id=1, eos_id=2, pad_id=3, minloglevel=2)
+                    max_sentence_length=8192, unk_id=0, bos_id=1, eos_id=2, pad_id=3,
+                    control_symbols=[f"<|{role}|>" for role in ROLES], minloglevel=2)
                 return cls(model.getvalue())
             except RuntimeError as error:
                 limit = re.search(r"Vocabulary size too high .*<= (\d+)", str(error))
@@ -301,6 +327,11 @@ class Tokenizer:
             return raw.decode("utf-8", "replace")
 
 
+def load_tokenizer(path):
+    """The tokenizer in a file that its save() wrote."""
+    return Tokenizer(path)
+
+
 def split_text(text: str, size: int):
     """Cut text into parts of at most `size` characters, at line ends where there are any; joined, they are text."""
     start = 0
@@ -310,6 +341,77 @@ def split_text(text: str, size: int):
             end = text.rfind("\n", start, end) + 1 or end
         yield text[start:end]
         start = end
+
+
+# ---- chat ------------------------------------------------------------------------------------------------------------
+
+# Who speaks is told by marks. Each family of models has its own; a model that goes on training keeps those it knows.
+# name: (before a turn's content, after an assistant's content, after any other's). <|...|> and {eos} are one special
+# token each, the rest is text. The last one needs no marks: for GPT-2, or a tokenizer without them.
+CHAT_FORMATS = {
+    "ours":   ("<|{role}|>", "{eos}", ""),
+    "chatml": ("<|im_start|>{role}\n", "<|im_end|>\n", "<|im_end|>\n"),
+    "llama3": ("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>"),
+    "plain":  ("### {role}:\n", "{eos}\n\n", "\n\n")}
+MARK = re.compile(r"(<\|\w+\|>|{eos})")
+
+
+def mark_id(tokenizer, mark: str) -> int | None:
+    """The id of a mark of CHAT_FORMATS, of {bos} or {pad}; None if the tokenizer has none."""
+    known = {"{bos}": "bos_id", "{eos}": "eos_id", "{pad}": "pad_id"}
+    i = getattr(tokenizer, known[mark], None) if mark in known else tokenizer.special_id(mark)
+    return None if i == -1 else i                                              # -1: SentencePiece's word for none
+
+
+def chat_format(tokenizer) -> tuple[str, str, str]:
+    """The first of CHAT_FORMATS whose marks the tokenizer has."""
+    for chat in CHAT_FORMATS.values():
+        marks = MARK.findall("".join(text.replace("{role}", role) for text in chat for role in ROLES))
+        if all(mark_id(tokenizer, mark) is not None for mark in marks):
+            return chat
+    raise DataError("tokenizer: must have an end-of-text token to end an answer with, it has none")
+
+
+def encode_chat(tokenizer, messages, reply: bool = False) -> tuple[list[int], list[bool]]:
+    """[{"role", "content"}, ...] -> (ids, is_answer), one of each a token. is_answer: the tokens that an assistant must
+    produce, its content and the mark that ends its turn. reply: end with the assistant's opening, ready to generate."""
+    before, after_answer, after_other = chat_format(tokenizer)
+    tokens = [] if mark_id(tokenizer, "{bos}") is None else [(tokenizer.bos_id, False)]
+
+    def marks(text, answer=False):
+        for part in MARK.split(text):
+            if MARK.fullmatch(part):
+                yield mark_id(tokenizer, part), answer
+            else:
+                yield from ((i, False) for i in tokenizer.encode(part))
+
+    for message in messages:
+        answer = message["role"] == "assistant"
+        tokens += marks(before.replace("{role}", message["role"]))
+        tokens += ((i, answer) for i in tokenizer.encode(message["content"]))     # by itself: no piece crosses a mark
+        tokens += marks(after_answer if answer else after_other, answer)
+    if reply:
+        tokens += marks(before.replace("{role}", "assistant"))
+    return [i for i, _ in tokens], [answer for _, answer in tokens]
+
+
+def end_of_turn(tokenizer) -> int:
+    """The id that ends an assistant's answer."""
+    return mark_id(tokenizer, MARK.findall(chat_format(tokenizer)[1])[-1])
+
+
+def chat_template(tokenizer) -> str:
+    """The convention of encode_chat as a Jinja template, what Hugging Face calls chat_template. It reads messages,
+    add_generation_prompt, bos_token and eos_token."""
+    def expression(text):
+        names = {"{role}": "message['role']", "{eos}": "eos_token"}
+        return " + ".join(names.get(part, repr(part)) for part in re.split("({role}|{eos})", text) if part) or "''"
+
+    before, after_answer, after_other = chat_format(tokenizer)
+    after = f"({expression(after_answer)} if message['role'] == 'assistant' else {expression(after_other)})"
+    return ("{{ bos_token }}{% for message in messages %}{{ " + f"{expression(before)} + message['content'] + {after}"
+            + " }}{% endfor %}{% if add_generation_prompt %}{{ "
+            + expression(before.replace("{role}", "assistant")) + " }}{% endif %}")
 
 
 # ---- shards ----------------------------------------------------------------------------------------------------------
@@ -367,20 +469,19 @@ def open_shard(path, verify: bool = True, entry: dict | None = None) -> np.ndarr
 # ---- prepare ---------------------------------------------------------------------------------------------------------
 
 def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fraction: float = 0.05,
-            sample_bytes: int = 8_000_000, shard_tokens: int = 2**27, log=lambda line: None) -> Path:
+            sample_bytes: int = 8_000_000, shard_tokens: int = 2**27, tokenizer=None, log=lambda line: None) -> Path:
     """Text to a folder of tokenizer.model, train-*.bin, val-*.bin and manifest.json -> the folder.
 
     out: default data/NAME-KEY, KEY a fingerprint of files and settings. A folder already prepared from the same is
     used as it is; one that holds something else is refused. The work is done in a temporary folder that is renamed at
     the end. A document's side is decided by its own hash, so it is the same whatever else there is and in whatever
     order; if that leaves a side empty, one document goes there, and a lone document is cut in two at a line end.
+    tokenizer: used, and saved, instead of training one of vocab_size (a model that goes on training keeps its own).
     Raises DataError.
     """
-    if not 0 <= val_fraction < 1:
-        raise DataError(f"val_fraction must be in [0, 1), got {val_fraction}")
     files = source_files(sources)
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    settings = (FORMAT_VERSION, vocab_size, val_fraction, sample_bytes, shard_tokens)
+    settings = (FORMAT_VERSION, tokenizer.sha256 if tokenizer else vocab_size, val_fraction, sample_bytes, shard_tokens)
     key = hashlib.sha256(repr((stamps, settings)).encode()).hexdigest()[:16]
     name = re.sub(r"\W+", "-", Path(sources[0]).stem).strip("-") or "text"
     out = Path(out) if out else Path("data") / f"{name}-{key}"
@@ -401,7 +502,8 @@ def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fracti
             shutil.rmtree(temporary, ignore_errors=True)        # left by a killed preparation: not to be trusted
             temporary.mkdir()
             try:
-                manifest = write_tokens(temporary, files, vocab_size, val_fraction, sample_bytes, shard_tokens, log)
+                manifest = write_tokens(temporary, files, tokenizer, vocab_size, val_fraction, sample_bytes,
+                                        shard_tokens, log)
                 write_sealed(temporary / "manifest.json", {
                     "kind": "tokens", "version": FORMAT_VERSION, "key": key, "sources": [str(s) for s in sources],
                     "files": len(files), "knowledge_cutoff": knowledge_cutoff(sources, files)} | manifest)
@@ -413,7 +515,7 @@ def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fracti
     return out
 
 
-def write_tokens(folder, files, vocab_size, val_fraction, sample_bytes, shard_tokens, log) -> dict:
+def write_tokens(folder, files, tokenizer, vocab_size, val_fraction, sample_bytes, shard_tokens, log) -> dict:
     """Tokenizer and shards of both splits into `folder`; returns what the manifest says of them."""
     # pass 1: what is there, and which side each document is on
     dropped = Counter()
@@ -421,9 +523,7 @@ def write_tokens(folder, files, vocab_size, val_fraction, sample_bytes, shard_to
     if not hashes:
         raise DataError(f"{files[0]}{' ...' * (len(files) > 1)}: sources must hold text, dropped: {dict(dropped)}")
     lone = len(hashes) == 1
-    val = {h for h in hashes if h % 10**6 < val_fraction * 10**6} or ({min(hashes)} if val_fraction else set())
-    if not lone and len(val) == len(hashes):
-        val.remove(max(val))
+    val = validation_side(set(hashes), val_fraction)
 
     def documents(split):
         for text in read_documents(files, Counter()):
@@ -435,15 +535,16 @@ def write_tokens(folder, files, vocab_size, val_fraction, sample_bytes, shard_to
                 yield text
 
     # pass 2: the tokenizer, from training documents alone, those of smallest hash up to sample_bytes
-    chosen, total = set(), 0
-    for h in sorted(hashes.keys() - (set() if lone else val)):
-        chosen.add(h)
-        total += hashes[h]
-        if total >= sample_bytes:
-            break
-    tokenizer = Tokenizer.train((t for t in documents("train") if lone or text_hash(t) in chosen), vocab_size)
-    write_atomic(folder / "tokenizer.model", tokenizer.proto)
-    log(f"tokenizer: {tokenizer.vocab_size} pieces from {total / 1e6:.1f} MB")
+    if tokenizer is None:
+        chosen, total = set(), 0
+        for h in sorted(hashes.keys() - val):
+            chosen.add(h)
+            total += hashes[h]
+            if total >= sample_bytes:
+                break
+        tokenizer = Tokenizer.train((t for t in documents("train") if lone or text_hash(t) in chosen), vocab_size)
+        log(f"tokenizer: {tokenizer.vocab_size} pieces from {total / 1e6:.1f} MB")
+    tokenizer_file = tokenizer.save(folder)
 
     # pass 3: tokens, a shard at a time
     dtype, splits = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32, {}
@@ -467,7 +568,7 @@ def write_tokens(folder, files, vocab_size, val_fraction, sample_bytes, shard_to
 
     content = [(split, s["file"], s["tokens"], s["crc32"]) for split in splits for s in splits[split]["shards"]]
     return {"dropped": dict(dropped), "splits": splits,
-            "tokenizer": {"file": "tokenizer.model", "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+            "tokenizer": {"file": tokenizer_file, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
             "fingerprint": hashlib.sha256(repr((tokenizer.sha256, content)).encode()).hexdigest()}
 
 
@@ -477,6 +578,79 @@ def compressed_bpb(text: bytes) -> dict:
     import lzma
     return {"gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
             "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text)}
+
+
+# ---- instructions ----------------------------------------------------------------------------------------------------
+
+WRITE_DOCSTRING = "Write the docstring of this function.\n\n"
+WRITE_FUNCTION = "Write a function with this docstring.\n\n"
+NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError)
+
+
+def parse_python(text: str) -> ast.Module:
+    """The syntax tree of a text; raises one of NOT_PYTHON, prints no warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(text)
+
+
+def functions(body):
+    """The functions among statements, and the methods of their classes."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        elif isinstance(node, ast.ClassDef):
+            yield from functions(node.body)
+
+
+def function_rows(text: str):
+    """(prompt, answer) twice for every function that has a docstring and a body: write either from the other."""
+    for node in functions(parse_python(text).body):
+        docstring = ast.get_docstring(node)                                    # cleaned by inspect.cleandoc
+        if docstring and len(node.body) > 1:
+            node.body = node.body[1:]
+            function = ast.unparse(node)
+            yield WRITE_DOCSTRING + function, f'"""{docstring}"""'
+            yield WRITE_FUNCTION + docstring, function
+
+
+def instructions(sources, out, *, val_fraction: float = 0.05, max_chars: int = 600) -> dict:
+    """Instructions for fine-tuning, made from the functions of Python files -> counts of what was written and dropped.
+
+    out: a .jsonl of {"messages", "split"}, for Examples; prompts.jsonl in the same folder has the prompts that ask for
+    a function, for rewards. A row is on its document's side, as in prepare: a base model has read no held-out function.
+    Rows of more than max_chars characters are dropped, so are repeated ones. Raises DataError.
+    """
+    out, dropped, rows, prompts = Path(out), Counter(), {}, {}
+    if out.name == "prompts.jsonl":
+        raise DataError(f"{out}: out must have another name, prompts.jsonl is written in the same folder")
+    documents = list(read_documents(source_files(sources), dropped))
+    val = validation_side({text_hash(text) for text in documents}, val_fraction)
+    for text in sorted(documents, key=lambda text: text_hash(text) not in val):         # held-out documents first
+        split = "val" if text_hash(text) in val else "train"
+        try:
+            pairs = list(function_rows(text))
+        except NOT_PYTHON:
+            dropped["not Python"] += 1
+            continue
+        for prompt, answer in pairs:
+            if len(prompt) + len(answer) > max_chars:
+                dropped["too long"] += 1
+            elif (prompt, answer) in rows:
+                dropped["duplicate row"] += 1
+            elif prompts.setdefault(prompt, split) != split:
+                dropped["prompt is held out"] += 1
+            else:
+                rows[prompt, answer] = split
+    if not rows:
+        raise DataError(f"{out}: sources must hold functions with docstrings, dropped: {dict(dropped)}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    chats = [{"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
+              "split": split} for (prompt, answer), split in rows.items()]
+    asked = [{"prompt": p, "split": split} for p, split in prompts.items() if p.startswith(WRITE_FUNCTION)]
+    for path, content in ((out, chats), (out.with_name("prompts.jsonl"), asked)):
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in content))
+    return {**Counter(rows.values()), "prompts": len(asked), "dropped": dict(dropped)}
 
 
 # ---- loader ----------------------------------------------------------------------------------------------------------
@@ -508,47 +682,81 @@ def permute(i: np.ndarray, n: int, key: int) -> np.ndarray:
     return x.astype(np.int64).reshape(np.shape(i))
 
 
-class Loader:
-    """Batches from a prepared folder: an endless iterator of dict(tokens, targets, documents), each (B, T) int64.
+class Batches:
+    """An endless iterator of batches, what Loader and Examples share: the permuted order, the position, the state.
 
     The position counts windows of the *global* batch. Each call takes the next micro_batch_size * dp_size windows of
     the permuted epochs and gives this rank its micro_batch_size of them, so what the ranks read together does not
-    depend on their number. Within an epoch each window comes once. targets are NO_TARGET after a document's end;
-    documents counts the documents begun in a window.
+    depend on their number. Within an epoch each window comes once. A subclass has num_windows, manifest and
+    batch(order).
+    """
+
+    rows_together = 1                # windows that the permutation moves as one
+
+    def __init__(self, path, *, micro_batch_size: int, seq_len: int, dp_rank: int = 0, dp_size: int = 1, seed: int = 0,
+                 split: str = "train"):
+        self.path, self.split, self.seq_len, self.seed, self.position = Path(path), split, seq_len, seed, 0
+        self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
+
+    def windows(self, order) -> np.ndarray:
+        """Numbers of the windows at places `order` (B,) of the permuted epochs' endless sequence."""
+        unit, row = np.divmod(np.asarray(order, dtype=np.int64), self.rows_together)
+        num_units = self.num_windows // self.rows_together
+        epoch, place = np.divmod(unit, num_units)
+        window = np.empty_like(place)
+        for e in np.unique(epoch):
+            window[epoch == e] = permute(place[epoch == e], num_units, text_hash(f"{self.seed}/{e}"))
+        return window * self.rows_together + row
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict:
+        first = self.position + self.dp_rank * self.micro_batch_size
+        self.position += self.micro_batch_size * self.dp_size
+        return self.batch(range(first, first + self.micro_batch_size))
+
+    def state_dict(self) -> dict:
+        return {"windows": self.position, "seed": self.seed, "seq_len": self.seq_len,
+                "fingerprint": self.manifest["fingerprint"]}
+
+    def load_state_dict(self, state: dict):
+        for name, mine in self.state_dict().items():
+            if name != "windows" and state[name] != mine:
+                raise DataError(f"{self.path}: {name} must be as when the state was saved, {state[name]}, got {mine}")
+        self.position = state["windows"]
+
+class Loader(Batches):
+    """Batches from a prepared folder: dict(tokens, targets, documents), each (B, T) int64.
+
+    Windows are numbered in the order of the text. targets are NO_TARGET after a document's end; documents counts the
+    documents begun in a window.
     A start reads headers alone, however large the corpus is. A block of tokens is compared with its checksum when a
     window of it is first read. Raises DataError, naming the file, for anything that is not as it was written.
     """
 
-    def __init__(self, path, *, micro_batch_size: int, seq_len: int, dp_rank: int = 0, dp_size: int = 1, seed: int = 0,
-                 split: str = "train", verify: bool = True):
-        self.path, self.split, self.seq_len, self.seed = Path(path), split, seq_len, seed
-        self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
+    def __init__(self, path, *, verify: bool = True, **layout):
+        super().__init__(path, **layout)
         self.manifest = read_sealed(self.path / "manifest.json", "tokens")
         self.vocab_size = self.manifest["tokenizer"]["vocab_size"]
-        self.tokenizer = Tokenizer(self.path / self.manifest["tokenizer"]["file"])
+        self.tokenizer = load_tokenizer(self.path / self.manifest["tokenizer"]["file"])
         if self.tokenizer.sha256 != self.manifest["tokenizer"]["sha256"]:
             raise DataError(f"{self.path / self.manifest['tokenizer']['file']}: does not match the manifest's hash")
-        entries = self.manifest["splits"][split]["shards"]
+        entries = self.manifest["splits"][self.split]["shards"]
         self.files = [self.path / entry["file"] for entry in entries]
         # a corpus prepared before blocks had checksums is read as a whole
         self.shards = [open_shard(f, verify and "blocks" not in entry, entry)
                        for f, entry in zip(self.files, entries, strict=True)]
         self.unverified = [dict(enumerate(entry.get("blocks", ()) if verify else ())) for entry in entries]
         # a window is T inputs and, one later, T targets: it shares one token with the next
-        self.first = np.cumsum([0] + [(len(s) - 1) // seq_len for s in self.shards])     # first window of each shard
-        self.num_windows, self.position = int(self.first[-1]), 0
+        self.first = np.cumsum([0] + [(len(s) - 1) // self.seq_len for s in self.shards])  # first window of each shard
+        self.num_windows = int(self.first[-1])
 
     def windows(self, order) -> np.ndarray:
-        """Numbers of the windows, in the order of the text, at places `order` (B,) of the permuted epochs' endless
-        sequence."""
         if not self.num_windows:
             raise DataError(f"{self.path}: its {self.split} tokens must fill a window of seq_len + 1 = "
                             f"{self.seq_len + 1}, it has {sum(map(len, self.shards))}")
-        epoch, place = np.divmod(np.asarray(order, dtype=np.int64), self.num_windows)
-        window = np.empty_like(place)
-        for e in np.unique(epoch):
-            window[epoch == e] = permute(place[epoch == e], self.num_windows, text_hash(f"{self.seed}/{e}"))
-        return window
+        return super().windows(order)
 
     def read(self, shard: int, start: int) -> np.ndarray:
         """The window (T + 1,) of a shard that begins with token `start`; blocks not read before are verified."""
@@ -583,23 +791,220 @@ class Loader:
         documents = np.cumsum(tokens == self.tokenizer.bos_id, axis=1)
         return {k: torch.from_numpy(v) for k, v in (("tokens", tokens), ("targets", targets), ("documents", documents))}
 
-    def __iter__(self):
-        return self
 
-    def __next__(self) -> dict:
-        first = self.position + self.dp_rank * self.micro_batch_size
-        self.position += self.micro_batch_size * self.dp_size
-        return self.batch(range(first, first + self.micro_batch_size))
+# ---- examples --------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict:
-        return {"windows": self.position, "seed": self.seed, "seq_len": self.seq_len,
-                "fingerprint": self.manifest["fingerprint"]}
+def need(fact, rule: str, value):
+    if not fact:
+        raise DataError(f"{rule}, got {value!r:.80}")
 
-    def load_state_dict(self, state: dict):
-        for name, mine in self.state_dict().items():
-            if name != "windows" and state[name] != mine:
-                raise DataError(f"{self.path}: {name} must be as when the state was saved, {state[name]}, got {mine}")
-        self.position = state["windows"]
+
+def conversation(row, objective: str) -> tuple[list[dict], list[str]]:
+    """A row of a fine-tuning file -> (the messages before the answer, the answers: one for sft; chosen, rejected for
+    dpo; none for rl). Raises DataError with the rule."""
+    need(isinstance(row, dict), "a row must be a JSON object", row)
+    need(row.get("split", "train") in ("train", "val"), 'split must be "train" or "val"', row.get("split"))
+    fields = {"sft": ["answer"], "dpo": ["chosen", "rejected"], "rl": []}[objective]
+    whole = "messages" in row and objective != "dpo"
+    need(whole or {"prompt", *fields} <= row.keys(), f"a row of {objective} must have "
+         f"{'' if objective == 'dpo' else 'messages, or '}{', '.join(['prompt', *fields])}", list(row))
+    turns = row["messages" if whole else "prompt"]
+    if isinstance(turns, str) and not whole:
+        turns = [{"role": "user", "content": turns}]
+    need(isinstance(turns, list) and turns, "messages must be a list that is not empty", turns)
+    if not whole:
+        turns = turns + [{"role": "assistant", "content": row[field]} for field in fields]
+    for turn in turns:
+        need(isinstance(turn, dict) and {"role", "content"} <= turn.keys(), "a message must have role, content", turn)
+        need(turn["role"] in ROLES, f"role must be one of {', '.join(ROLES)}", turn["role"])
+        need(isinstance(turn["content"], str), "content must be a string", turn["content"])
+        need(turn["role"] != "assistant" or turn["content"].strip(), "an answer must not be empty", turn["content"])
+    prompt_length = len(turns) - (1 if whole else len(fields))
+    prompt, answers = turns[:prompt_length], [turn["content"] for turn in turns[prompt_length:]]
+    need(not whole or turns[-1]["role"] == "assistant", "the last message must be the assistant's", turns[-1]["role"])
+    need(whole or prompt[-1]["role"] != "assistant", "a prompt must not end with the assistant's message", prompt[-1])
+    need(len(set(answers)) == len(answers), "chosen and rejected must differ", answers)
+    return prompt, [] if objective == "rl" else answers
+
+
+def pack(lengths, size: int, num_open: int = 16) -> list[list[int]]:
+    """Items -> rows of `size` places: the first of the newest `num_open` rows where an item fits, or a new one.
+    lengths[i]: the item's length on every side of a row, at most size; it must fit on all.
+
+    >>> pack([[6], [5], [4], [3]], 10)
+    [[0, 2], [1, 3]]
+    """
+    rows, space = [], []
+    for item, length in enumerate(lengths):
+        for row in range(max(0, len(rows) - num_open), len(rows)):
+            if all(free >= n for free, n in zip(space[row], length, strict=True)):
+                break
+        else:
+            row = len(rows)
+            rows.append([])
+            space.append([size] * len(length))
+        rows[row].append(item)
+        space[row] = [free - n for free, n in zip(space[row], length, strict=True)]
+    return rows
+
+
+class Examples(Batches):
+    """Batches from a fine-tuning file, a .jsonl. Every line is checked at the start. Raises DataError, FILE:LINE.
+
+    sft   {"messages": [{"role", "content"}, ...]} or {"prompt", "answer"}. A window holds whole conversations, packed;
+          targets are the answers' tokens, else NO_TARGET; count: how many targets a batch has.
+    dpo   {"prompt", "chosen", "rejected"}. Window 2 u holds chosen answers, window 2 u + 1 the rejected ones of the
+          same prompts, document by document; they come together. count: pairs; window (B,): numbers of the windows.
+    rl    {"prompt"}, or a row of sft, whose last answer is not used. A batch is a list of (ids of the prompt, row).
+
+    A prompt is a str or a list of messages. "split" says train or val; else the hash of the prompt's text decides. What
+    does not fit into a window is cut at its end. documents: 1, 2, ... in a window, the padding last; num_documents: the
+    largest of these, so a table that is indexed by id has num_documents + 1 columns.
+    """
+
+    def __init__(self, path, tokenizer, *, objective: str, **layout):
+        super().__init__(path, **layout)
+        need(objective in ("sft", "dpo", "rl"), "objective must be sft, dpo or rl", objective)
+        need(objective != "dpo" or self.micro_batch_size % 2 == 0,
+             "micro_batch_size must be even for dpo: chosen and rejected", self.micro_batch_size)
+        self.objective, self.tokenizer, self.vocab_size = objective, tokenizer, tokenizer.vocab_size
+        self.rows_together = 2 if objective == "dpo" else 1
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        examples, dropped, splits = [], Counter(), {"train": [], "val": []}
+        for number, line in enumerate(content.splitlines(), 1):
+            try:
+                if line.strip():
+                    row = json.loads(line)
+                    prompt, answers = conversation(row, objective)
+                    prompt_hash = text_hash("".join(message["content"] for message in prompt))
+                    if sides := self.encode(prompt, answers, dropped):
+                        examples.append((row, prompt_hash, sides))
+            except (ValueError, RecursionError) as error:
+                rule = error if isinstance(error, DataError) else f"a row must be JSON, got {line!r:.80}"
+                raise DataError(f"{path}:{number}: {rule}") from None
+        val = validation_side({prompt_hash for row, prompt_hash, _ in examples if "split" not in row}, 0.05)
+        for row, prompt_hash, sides in examples:
+            splits[row.get("split", "val" if prompt_hash in val else "train")].append((row, sides))
+        self.examples = splits[self.split]
+        if not self.examples:
+            raise DataError(f"{path}: must hold rows of the {self.split} split for {objective}, "
+                            f"it has {len(examples)} rows in all, dropped: {dict(dropped)}")
+        key = hashlib.sha256(content).hexdigest(), tokenizer.sha256, objective, self.seq_len
+        self.manifest = {
+            "sources": [str(path)], "knowledge_cutoff": None, "dropped": dict(dropped),
+            "fingerprint": hashlib.sha256(repr(key).encode()).hexdigest(),
+            "splits": {name: {"documents": len(rows), "tokens": sum(len(ids) for _, sides in rows for ids, _ in sides),
+                              "bytes": sum(len(tokenizer.bytes[i]) for _, sides in rows for _, targets in sides
+                                           for i in targets.tolist() if i != NO_TARGET)}
+                       for name, rows in splits.items()}}
+        # n tokens are n - 1 inputs and, one later, n - 1 targets
+        self.rows = pack([[len(ids) - 1 for ids, _ in sides] for _, sides in self.examples], self.seq_len)
+        self.num_windows = len(self.examples) if objective == "rl" else len(self.rows) * self.rows_together
+        self.num_documents = max(map(len, self.rows)) + 1
+
+    def encode(self, prompt: list[dict], answers: list[str], dropped: Counter):
+        """-> for every answer (or, for rl, for the prompt) its ids and targets, (2, n) int32, n <= T + 1: a target is
+        the id itself or NO_TARGET. None if it is dropped."""
+        opening, _ = encode_chat(self.tokenizer, prompt, reply=True)
+        if self.objective == "rl":
+            if self.seq_len - len(opening) < self.seq_len / 4:
+                dropped["prompt leaves less than seq_len / 4"] += 1
+                return None
+            return [np.array([opening, [NO_TARGET] * len(opening)], np.int32)]
+        sides, size = [], self.seq_len + 1
+        for answer in answers:
+            ids, is_answer = encode_chat(self.tokenizer, [*prompt, {"role": "assistant", "content": answer}])
+            if self.objective == "dpo":                       # earlier answers of a conversation are part of its prompt
+                is_answer[:len(opening)] = [False] * len(opening)
+            sides.append(np.array([ids, np.where(is_answer, ids, NO_TARGET)], np.int32))
+        if any((targets[:size] == NO_TARGET).all() for _, targets in sides):
+            dropped["answer cut to nothing"] += 1
+            return None
+        if any(targets.size > size for _, targets in sides):
+            dropped["tail cut"] += 1
+        return [side[:, :size] for side in sides]
+
+    def batch(self, order):
+        """The windows at places `order` (B,): a dict of (B, T) int64 tensors and count; for rl a list."""
+        window = self.windows(order)
+        if self.objective == "rl":
+            return [(self.examples[w][1][0][0].tolist(), self.examples[w][0]) for w in window]
+        pad = mark_id(self.tokenizer, "{pad}")
+        tokens = np.full((len(window), self.seq_len), self.tokenizer.eos_id if pad is None else pad)
+        targets, documents = np.full_like(tokens, NO_TARGET), np.zeros_like(tokens)
+        for b, (row, side) in enumerate(zip(*np.divmod(window, self.rows_together), strict=True)):
+            start = 0
+            for number, item in enumerate(self.rows[row], 1):
+                ids, answer = self.examples[item][1][side]
+                end = start + len(ids) - 1
+                tokens[b, start:end], targets[b, start:end], documents[b, start:end] = ids[:-1], answer[1:], number
+                start = end
+            documents[b, start:] = len(self.rows[row]) + 1
+        batch = {"tokens": tokens, "targets": targets, "documents": documents}
+        if self.objective == "dpo":
+            batch |= {"window": window, "count": np.array(sum(len(self.rows[w // 2]) for w in window if w % 2 == 0))}
+        else:
+            batch |= {"count": np.array((targets != NO_TARGET).sum())}
+        return {name: torch.from_numpy(value) for name, value in batch.items()}
+
+
+# ---- rewards ---------------------------------------------------------------------------------------------------------
+
+def parses(row: dict, answer: str) -> float:
+    """1.0 if the answer is Python and holds exactly one function at its top level, else 0.0."""
+    try:
+        body = parse_python(answer).body
+    except NOT_PYTHON:
+        return 0.0
+    return float(sum(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for node in body) == 1)
+
+
+def follows_format(row: dict, answer: str) -> float:
+    """1.0 if the answer to a prompt of instructions() looks like what was asked for, else 0.0; nan: another prompt."""
+    prompt, _ = conversation(row, "rl")
+    text = prompt[-1]["content"] if prompt else ""
+    if text.startswith(WRITE_DOCSTRING):
+        quoted = answer.startswith('"""') and answer.endswith('"""')
+        return float(quoted and bool(answer.strip('"').strip()))
+    return float(answer.startswith(("def ", "async def ", "@"))) if text.startswith(WRITE_FUNCTION) else math.nan
+
+
+REWARDS = {"parses": parses, "format": follows_format}       # f(row of the file, answer) -> a number
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def find_reward(name: str):
+    """A function of REWARDS by its name, or FILE:FUNCTION from a Python file. Raises DataError."""
+    if name in REWARDS:
+        return REWARDS[name]
+    file, _, function = name.rpartition(":")
+    if not Path(file).is_file():
+        raise DataError(f"reward must be {', '.join(REWARDS)} or FILE:FUNCTION with a file that exists, got {name!r}")
+    try:
+        found = runpy.run_path(file).get(function)
+    except (Exception, SystemExit) as error:
+        raise DataError(f"{file}: raised while it was loaded ({one_line(error)})") from None
+    if not callable(found):
+        raise DataError(f"{file}: must hold a function named {function}, it does not")
+    return found
+
+
+def call_reward(reward, row: dict, answer: str) -> float:
+    """reward(row, answer), checked: a finite number; nan from follows_format alone. Raises DataError."""
+    name = getattr(reward, "__name__", reward)
+    try:
+        value = reward(row, answer)
+    except Exception as error:
+        raise DataError(f"reward {name} must give a finite number, it raised {one_line(error)}") from None
+    if not isinstance(value, numbers.Real) or not (math.isfinite(value) or reward is follows_format):
+        raise DataError(f"reward {name} must give a finite number, got {value!r:.80}")
+    return float(value)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -1038,14 +1443,20 @@ def demo():
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description="Prepare text for training: tokenizer, token shards, manifest.")
+    parser = argparse.ArgumentParser(description="Prepare text for training: tokenizer, token shards, manifest. "
+                                     "With the word instructions first: a fine-tuning file from Python functions.")
     parser.add_argument("sources", nargs="+", help="files, folders, globs (.txt, .md, .py, .jsonl), or the word stdlib")
-    parser.add_argument("--out", help="folder to make (default: under data/)")
+    parser.add_argument("--out", help="folder to make (default: under data/); the .jsonl of instructions "
+                                      "(default data/instructions.jsonl)")
     parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the tokenizer (default 2048)")
     parser.add_argument("--val-fraction", type=float, default=0.05, help="share of documents held out (default 0.05)")
     args = parser.parse_args(argv)
     try:
-        print(prepare(args.sources, args.out, args.vocab_size, val_fraction=args.val_fraction, log=print))
+        if args.sources[0] == "instructions" and args.sources[1:]:
+            out = args.out or "data/instructions.jsonl"
+            print(f"{out}: {instructions(args.sources[1:], out, val_fraction=args.val_fraction)}")
+        else:
+            print(prepare(args.sources, args.out, args.vocab_size, val_fraction=args.val_fraction, log=print))
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
