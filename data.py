@@ -726,6 +726,7 @@ class Batches:
                 raise DataError(f"{self.path}: {name} must be as when the state was saved, {state[name]}, got {mine}")
         self.position = state["windows"]
 
+
 class Loader(Batches):
     """Batches from a prepared folder: dict(tokens, targets, documents), each (B, T) int64.
 
@@ -904,6 +905,7 @@ class Examples(Batches):
         self.rows = pack([[len(ids) - 1 for ids, _ in sides] for _, sides in self.examples], self.seq_len)
         self.num_windows = len(self.examples) if objective == "rl" else len(self.rows) * self.rows_together
         self.num_documents = max(map(len, self.rows)) + 1
+        self.reference = None        # dpo: (num_windows, num_documents + 1) nll of each answer under the starting model
 
     def encode(self, prompt: list[dict], answers: list[str], dropped: Counter):
         """-> for every answer (or, for rl, for the prompt) its ids and targets, (2, n) int32, n <= T + 1: a target is
@@ -946,9 +948,11 @@ class Examples(Batches):
         batch = {"tokens": tokens, "targets": targets, "documents": documents}
         if self.objective == "dpo":
             batch |= {"window": window, "count": np.array(sum(len(self.rows[w // 2]) for w in window if w % 2 == 0))}
+            if self.reference is not None:
+                batch["reference"] = self.reference[window]
         else:
             batch |= {"count": np.array((targets != NO_TARGET).sum())}
-        return {name: torch.from_numpy(value) for name, value in batch.items()}
+        return {name: torch.as_tensor(value) for name, value in batch.items()}
 
 
 # ---- rewards ---------------------------------------------------------------------------------------------------------

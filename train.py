@@ -1226,13 +1226,14 @@ def write_pairs(gpt, tokenizer, c: Config, asked: Config, world: parallel.World)
                 loss_a, loss_b = (nll_per_token(judge, ids, answers) for answers in samples)
                 pairs = [(a, b) if better else (b, a) for a, b, better in zip(*texts, loss_a < loss_b, strict=True)]
             else:
-                pairs = [(data.real_answer(row), text) for (_, row), text in zip(questions, texts[0], strict=True)]
+                pairs = [(data.conversation(row, "sft")[1][0], text)
+                         for (_, row), text in zip(questions, texts[0], strict=True)]
             for (_, row), (chosen, rejected) in zip(questions, pairs, strict=True):
                 if chosen == rejected or not chosen or not rejected:
                     same += 1
                     continue
-                lines.append(json.dumps({"prompt": data.messages_of(row)[:-1] if "messages" in row else row["prompt"],
-                                         "chosen": chosen, "rejected": rejected, "split": split}))
+                lines.append(json.dumps({"prompt": data.conversation(row, "rl")[0], "chosen": chosen,
+                                         "rejected": rejected, "split": split}))
             if first % 640 == 0:
                 print(f"{split}: {first + len(ids):,} of {prompts.num_windows:,} prompts answered", flush=True)
     Path(asked.pairs).parent.mkdir(parents=True, exist_ok=True)
