@@ -329,7 +329,7 @@ class Tokenizer:
 
 def load_tokenizer(path):
     """The tokenizer in a file that its save() wrote."""
-    return Tokenizer(path)
+    return Tokenizer(Path(path, "tokenizer.model") if Path(path).is_dir() else path)
 
 
 def split_text(text: str, size: int):
@@ -481,7 +481,8 @@ def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fracti
     """
     files = source_files(sources)
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    settings = (FORMAT_VERSION, tokenizer.sha256 if tokenizer else vocab_size, val_fraction, sample_bytes, shard_tokens)
+    pieces = tokenizer.sha256 if tokenizer else (vocab_size, ROLES)
+    settings = (FORMAT_VERSION, pieces, val_fraction, sample_bytes, shard_tokens)
     key = hashlib.sha256(repr((stamps, settings)).encode()).hexdigest()[:16]
     name = re.sub(r"\W+", "-", Path(sources[0]).stem).strip("-") or "text"
     out = Path(out) if out else Path("data") / f"{name}-{key}"
