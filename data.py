@@ -813,7 +813,8 @@ def conversation(row, objective: str) -> tuple[list[dict], list[str]]:
     turns = row["messages" if whole else "prompt"]
     if isinstance(turns, str) and not whole:
         turns = [{"role": "user", "content": turns}]
-    need(isinstance(turns, list) and turns, "messages must be a list that is not empty", turns)
+    need(isinstance(turns, list) and turns, f"{'messages must be' if whole else 'prompt must be a string or'} a list of "
+         "messages", turns)
     if not whole:
         turns = turns + [{"role": "assistant", "content": row[field]} for field in fields]
     for turn in turns:

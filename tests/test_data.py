@@ -151,7 +151,7 @@ def test_a_given_tokenizer_is_kept(tmp_path, tokenizer):
     out = data.prepare([source], tmp_path / "out", tokenizer=tokenizer)
     one = data.Loader(out, micro_batch_size=1, seq_len=16)
     assert one.tokenizer.proto == tokenizer.proto and one.vocab_size == 512
-    assert Counter(texts(out, "train") + texts(out, "val")) == Counter(p.read_bytes().decode() for p in source.iterdir())
+    assert sorted(texts(out, "train") + texts(out, "val")) == sorted(p.read_bytes().decode() for p in source.iterdir())
     assert data.prepare([source], out, 4096, tokenizer=tokenizer) == out           # vocab_size is the tokenizer's
     for other in (dict(), dict(tokenizer=data.Tokenizer.train(["other text\n" * 9], 400))):
         with pytest.raises(data.DataError, match="exists and was not prepared from these"):
@@ -430,12 +430,16 @@ class Foreign:
         self.bytes = [bytes([i]) for i in range(256)] + [b""] * len(marks)
         self.marks = {mark: 256 + i for i, mark in enumerate(marks)}
         self.bos_id, self.eos_id, self.sha256 = self.marks.get(bos), self.marks.get(eos), "foreign"
-        self.vocab_size, self.encode, self.special_id = len(self.bytes), lambda text: list(text.encode()), self.marks.get
+        self.vocab_size, self.special_id = len(self.bytes), self.marks.get
+
+    def encode(self, text):
+        return list(text.encode())
 
     def decode(self, ids):
         return b"".join(self.bytes[i] for i in ids).decode()
 
 
+USER, BOT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "b"}
 LLAMA3 = "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 FORMATS = {
     "ours": (None, "<s><|system|>S<|user|>U<|assistant|>[A</s>]<|user|>V<|assistant|>[B</s>]<|assistant|>"),
@@ -471,13 +475,12 @@ def test_every_chat_format_has_its_marks_and_its_answers(tokenizer, name):
                itertools.groupby(zip(ids, is_answer, strict=True), lambda pair: pair[1]) if answer]
     assert answers == re.findall(r"\[(.*?)\]", expected)
     assert {spell(t, [data.end_of_turn(t)])} == {answer[1:] for answer in answers}
-    assert data.encode_chat(t, TALK)[0] == data.encode_chat(t, TALK[:4], reply=True)[0] + data.encode_chat(
-        t, TALK)[0][len(data.encode_chat(t, TALK[:4], reply=True)[0]):]
     jinja2 = pytest.importorskip("jinja2", reason="optional: pip install jinja2")
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(data.chat_template(t))
-    ends = {"ours": ("<s>", "</s>"), "chatml": ("", ""), "llama3": (LLAMA3[0], ""), "plain": ("<|endoftext|>",) * 2}[name]
+    bos, eos = {"ours": ("<s>", "</s>"), "chatml": ("", ""), "llama3": (LLAMA3[0], ""),
+                "plain": ("<|endoftext|>", "<|endoftext|>")}[name]
     for reply in (True, False):
-        text = template.render(messages=TALK, add_generation_prompt=reply, bos_token=ends[0], eos_token=ends[1])
+        text = template.render(messages=TALK, add_generation_prompt=reply, bos_token=bos, eos_token=eos)
         assert text == spell(t, data.encode_chat(t, TALK, reply=reply)[0])
 
 
@@ -485,11 +488,11 @@ def test_text_never_becomes_a_mark(tokenizer):
     marks = [tokenizer.special_id(f"<|{role}|>") for role in data.ROLES]
     assert marks == [4, 5, 6] and tokenizer.special_id("</s>") == tokenizer.eos_id
     assert [tokenizer.special_id(text) for text in ("<|im_start|>", "def", "<0x41>", "<unk>", "")] == [None] * 5
-    told = data.Tokenizer.train(["<|user|> and <|assistant|> are marks </s>\n" * 50], 400)       # even where it was read
+    told = data.Tokenizer.train(["<|user|> and <|assistant|> are marks </s>\n" * 50], 400)   # though it read them
     for t, text in itertools.product((tokenizer, told), ("<|user|>", "a<|assistant|></s>", "<|system|><|user|>x")):
         ids = t.encode(text)
         assert t.decode(ids) == text and min(ids) > 6
-        chat, is_answer = data.encode_chat(t, [{"role": "user", "content": text}, {"role": "assistant", "content": text}])
+        chat, is_answer = data.encode_chat(t, [USER | {"content": text}, BOT | {"content": text}])
         assert chat == [t.bos_id, 5, *ids, 6, *ids, t.eos_id]
         assert is_answer == [False] * (len(ids) + 3) + [True] * (len(ids) + 1)
 
@@ -544,8 +547,8 @@ def test_instructions_come_from_functions_and_keep_their_documents_side(tmp_path
     pairs = {(row["messages"][0]["content"], row["messages"][1]["content"]): row["split"] for row in rows}
     assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in rows)
     ask_doc, ask_function = "Write the docstring of this function.\n\n", "Write a function with this docstring.\n\n"
-    method = "@property\nasync def method(self):\n\n    def inner():\n        \"\"\"Not taken.\"\"\"\n        return 1\n    " \
-             "return inner"
+    method = ("@property\nasync def method(self):\n\n    def inner():\n        \"\"\"Not taken.\"\"\"\n"
+              "        return 1\n    return inner")
     for function, doc in (("def plain(x):\n    return 2 * x", "Twice x."), (method, "First.\n\n    Indented \\d.")):
         assert (ask_doc + function, f'"""{doc}"""') in pairs and (ask_function + doc, function) in pairs
     assert not [p for pair in pairs for p in pair if p.startswith(("def inner", '"""Nothing', '"""Long', "def silent"))]
@@ -581,7 +584,7 @@ def test_instructions_on_the_command_line(tmp_path, capsys):
     (tmp_path / "b.py").write_text("x = 1\n")
     for wrong, message in (([str(tmp_path / "b.py"), "--out", str(out)], "must hold functions with docstrings"),
                            ([str(tmp_path / "a.py"), "--out", str(tmp_path / "prompts.jsonl")], "another name"),
-                           ([str(tmp_path / "a.py"), "--out", str(out), "--val-fraction", "1"], "val_fraction must be")):
+                           ([str(tmp_path / "a.py"), "--out", str(out), "--val-fraction", "1"], "val_fraction must")):
         assert data.main(["instructions", *wrong]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
@@ -609,12 +612,14 @@ def chat_rows(n=120, **extra):
 
 
 def pair_rows(n=120):
-    return [{"prompt": row["messages"][:-1] if i % 2 else row["messages"][-2]["content"], "chosen": f"yes {i} " * (i % 5 + 1),
-             "rejected": "no" + "!" * (i % 7)} for i, row in enumerate(chat_rows(n))]
+    return [{"prompt": row["messages"][:-1] if i % 2 else row["messages"][-2]["content"],
+             "chosen": f"yes {i} " * (i % 5 + 1), "rejected": "no" + "!" * (i % 7)}
+            for i, row in enumerate(chat_rows(n))]
 
 
 def examples(path, tokenizer, objective="sft", **kwargs):
-    return data.Examples(path, tokenizer, objective=objective, **{"micro_batch_size": 4, "seq_len": 96, "seed": 5} | kwargs)
+    layout = {"micro_batch_size": 4, "seq_len": 96, "seed": 5} | kwargs
+    return data.Examples(path, tokenizer, objective=objective, **layout)
 
 
 def answers_of(tokenizer, batch, row):
@@ -629,6 +634,8 @@ def test_the_targets_of_an_epoch_are_exactly_the_answers(tokenizer, tmp_path, ma
     t, rows = FORMATS[marks][0] or tokenizer, chat_rows()
     if marks == "chatml":
         t.eos_id = t.marks["<|im_end|>"]
+    pad_id = tokenizer.pad_id if t is tokenizer else t.eos_id
+    inputs_of_rows = {tuple(data.encode_chat(t, row["messages"])[0][:-1]) for row in rows}
     one = examples(write_rows(tmp_path / "a.jsonl", rows), t, seq_len=300)
     val = examples(tmp_path / "a.jsonl", t, seq_len=300, split="val")
     found = []
@@ -644,15 +651,15 @@ def test_the_targets_of_an_epoch_are_exactly_the_answers(tokenizer, tmp_path, ma
         assert documents.min() == 1 and documents.max() <= side.num_documents and (documents.diff() >= 0).all()
         # inside a document a target is the next token; the padding is a document of its own, without targets
         same = (documents.diff() == 0) & (targets[:, :-1] != data.NO_TARGET)
-        assert torch.equal(targets[:, :-1][same], tokens[:, 1:][same]) and same.sum() > 100
+        assert torch.equal(targets[:, :-1][same], tokens[:, 1:][same]) and same.sum() > 10
         conversations = 0
         for row in range(side.num_windows):
             for number in range(1, int(documents[row].max()) + 1):
                 inputs = tokens[row][documents[row] == number].tolist()
-                whole = [ids for ids in (data.encode_chat(t, r["messages"])[0] for r in rows) if ids[:-1] == inputs]
-                conversations += len(whole)
-                if not whole:                                                                # the padding
-                    assert number == documents[row].max() and set(inputs) == {t.eos_id if t is not tokenizer else t.pad_id}
+                if tuple(inputs) in inputs_of_rows:
+                    conversations += 1
+                else:
+                    assert number == documents[row].max() and set(inputs) == {pad_id}
                     assert (targets[row][documents[row] == number] == data.NO_TARGET).all()
         assert conversations == side.manifest["splits"][side.split]["documents"]
     expected = [t.encode(m["content"]) + [data.end_of_turn(t)] for r in rows for m in r["messages"]
@@ -685,7 +692,8 @@ def test_preference_windows_hold_the_same_prompts_document_by_document(tokenizer
                 sides.append(batch["tokens"][r][inside].tolist()[:first + 1])                  # up to the answer
             assert sides[0] == sides[1]
             found.append((sides[0], chosen[document - 1][1], rejected[document - 1][1]))
-    assert batch["count"] == len(found) == one.manifest["splits"]["train"]["documents"] and one.num_documents == max(sizes) + 1
+    assert batch["count"] == len(found) == one.manifest["splits"]["train"]["documents"]
+    assert one.num_documents == max(sizes) + 1
     assert max(sizes) > 1 and batch["documents"].max() <= one.num_documents
     expected = []
     for row in rows:
@@ -713,10 +721,10 @@ def test_prompts_are_ready_for_an_answer(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("objective", ["sft", "dpo", "rl"])
 def test_the_global_batch_of_examples_does_not_depend_on_the_layout(tokenizer, tmp_path, objective):
-    path = write_rows(tmp_path / "a.jsonl", pair_rows() if objective == "dpo" else chat_rows())
+    path = write_rows(tmp_path / "a.jsonl", pair_rows(70) if objective == "dpo" else chat_rows(70))
     reference = examples(path, tokenizer, objective, micro_batch_size=8)
     expected = [next(reference) for _ in range(2 * reference.num_windows // 8)]                  # into the second epoch
-    assert 8 < reference.num_windows and reference.num_windows % 8
+    assert 16 < reference.num_windows and reference.num_windows % 8
     for dp, micro in ((1, 4), (2, 2), (4, 2), (2, 4)):
         ranks = [examples(path, tokenizer, objective, micro_batch_size=micro, dp_rank=r, dp_size=dp) for r in range(dp)]
         for batch in expected:
@@ -738,7 +746,6 @@ def test_the_global_batch_of_examples_does_not_depend_on_the_layout(tokenizer, t
 
 
 GOOD = {"prompt": "p", "answer": "a", "chosen": "a", "rejected": "b"}
-USER, BOT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "b"}
 
 
 @pytest.mark.parametrize("objective, row, message", [
@@ -752,10 +759,12 @@ USER, BOT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "
     ("dpo", GOOD | {"rejected": " "}, "an answer must not be empty, got ' '"),
     ("dpo", GOOD | {"chosen": None}, "content must be a string, got None"),
     ("sft", GOOD | {"answer": ""}, "an answer must not be empty, got ''"),
-    ("sft", GOOD | {"answer": ["a"]}, "content must be a string, got"), ("rl", GOOD | {"prompt": 7}, "must be a list.*got 7"),
+    ("sft", GOOD | {"answer": ["a"]}, "content must be a string, got"),
+    ("rl", GOOD | {"prompt": 7}, "prompt must be a string or a list of messages, got 7"),
+    ("dpo", GOOD | {"prompt": []}, r"prompt must be a string or a list of messages, got \[\]"),
     ("sft", GOOD | {"split": "test"}, "split must be \"train\" or \"val\", got 'test'"),
-    ("sft", {"messages": []}, r"messages must be a list that is not empty, got \[\]"),
-    ("sft", {"messages": "text"}, "messages must be a list that is not empty, got 'text'"),
+    ("sft", {"messages": []}, r"messages must be a list of messages, got \[\]"),
+    ("sft", {"messages": "text"}, "messages must be a list of messages, got 'text'"),
     ("sft", {"messages": ["u", BOT]}, "a message must have role, content, got 'u'"),
     ("sft", {"messages": [{"role": "user"}, BOT]}, "a message must have role, content, got {'role': 'user'}"),
     ("sft", {"messages": [USER | {"role": "tool"}, BOT]}, "role must be one of system, user, assistant, got 'tool'"),
@@ -788,9 +797,10 @@ def test_what_is_too_long_is_cut_or_dropped_and_counted(tokenizer, tmp_path):
     b = tokenizer.encode("b") + [tokenizer.eos_id]
     assert found == sorted([b, b, tokenizer.encode(long)[:21 - opening]])
     pairs = [{"prompt": "u", "chosen": long, "rejected": "no"}, {"prompt": long, "chosen": "a", "rejected": "b"}]
-    one = examples(write_rows(path, [row | {"split": "val"} for row in pairs]), tokenizer, "dpo", seq_len=20, split="val")
+    write_rows(path, [row | {"split": "val"} for row in pairs])
+    one = examples(path, tokenizer, "dpo", seq_len=20, split="val")
     assert one.manifest["dropped"] == {"tail cut": 1, "answer cut to nothing": 1} and one.num_windows == 2
-    with pytest.raises(data.DataError, match="a.jsonl: must hold rows of the train split for dpo.*1 rows in all, dropped"):
+    with pytest.raises(data.DataError, match="a.jsonl: must hold rows of the train split for dpo.*1 rows in all"):
         examples(path, tokenizer, "dpo", seq_len=20)
     # a quarter of seq_len is left for the answer, or the prompt is dropped
     write_rows(path, [{"prompt": "u"}] * 2)
@@ -816,7 +826,8 @@ def test_sides_of_rows(tokenizer, tmp_path):
     write_rows(few, chat_rows(3, split="val") + chat_rows(5, split="train")[3:])
     assert len(prompts("val", few)) == 3 and len(prompts("train", few)) == 2
     assert len(prompts("train", write_rows(few, chat_rows(1)))) == 1
-    for source, kind, message in ((tmp_path / "none.jsonl", "sft", "none.jsonl: cannot be read"), (tmp_path, "sft", "cannot be"),
+    for source, kind, message in ((tmp_path / "none.jsonl", "sft", "none.jsonl: cannot be read"),
+                                  (tmp_path, "sft", "cannot be read"),
                                   (path, "ppo", "objective must be sft, dpo or rl, got 'ppo'"),
                                   (write_rows(few, ["", " "]), "sft", "c.jsonl: must hold rows.*0 rows in all")):
         with pytest.raises(data.DataError, match=message):
@@ -857,10 +868,10 @@ def test_parses(answer, value, capfd):
 def test_follows_format():
     doc, function = {"prompt": data.WRITE_DOCSTRING + "def f(): pass"}, {"prompt": data.WRITE_FUNCTION + "Do it."}
     for row, answer, value in ((doc, '"""It."""', 1.0), (doc, '"""It.', 0.0), (doc, "It.", 0.0), (doc, '""""""', 0.0),
-                               (doc, '"""', 0.0), (doc, '""" \n"""', 0.0), (doc, '"' * 7, 0.0), (doc, "def f(): pass", 0.0),
+                               (doc, '"""', 0.0), (doc, '""" \n"""', 0.0), (doc, '"' * 7, 0.0), (doc, "def f(): 1", 0.0),
                                (function, "def f(): pass", 1.0), (function, "async def f(): pass", 1.0),
-                               (function, "@a\ndef f(): pass", 1.0), (function, "define it", 0.0), (function, '"""It."""', 0.0),
-                               (function, " def f(): pass", 0.0)):
+                               (function, "@a\ndef f(): pass", 1.0), (function, "define it", 0.0),
+                               (function, '"""It."""', 0.0), (function, " def f(): pass", 0.0)):
         assert data.call_reward(data.REWARDS["format"], row, answer) == value, (row, answer)
         as_messages = {"messages": [{"role": "user", "content": row["prompt"]}, BOT]}
         assert data.follows_format(as_messages, answer) == value
@@ -880,8 +891,10 @@ def test_a_reward_of_ones_own(tmp_path):
         assert "\n" not in str(error.value)
     (tmp_path / "bad.py").write_text("raise SystemExit('a\\nb')\n")
     (tmp_path / "worse.py").write_text("def f(:\n")
-    for name, message in (("length", "reward must be parses, format or FILE:FUNCTION"), (f"{tmp_path}/no.py:f", "no.py:f'"),
-                          (f"{file}:absent", "mine.py: must hold a function named absent"), (f"{file}:SCALE", "named SCALE"),
+    for name, message in (("length", "reward must be parses, format or FILE:FUNCTION"),
+                          (f"{tmp_path}/no.py:f", "with a file that exists, got .*no.py:f'"),
+                          (f"{file}:absent", "mine.py: must hold a function named absent"),
+                          (f"{file}:SCALE", "mine.py: must hold a function named SCALE"),
                           (f"{tmp_path}/bad.py:f", "bad.py: raised while it was loaded .SystemExit: a b"),
                           (f"{tmp_path}/worse.py:f", "worse.py: raised while it was loaded .SyntaxError")):
         with pytest.raises(data.DataError, match=message) as error:
