@@ -280,6 +280,14 @@ class Tokenizer:
         piece = self.sp.id_to_piece(i)
         return bytes([int(piece[3:5], 16)]) if self.sp.is_byte(i) else piece.replace("\u2581", " ").encode()
 
+    def special_id(self, text: str) -> int | None:
+        i = self.sp.piece_to_id(text)
+        return i if self.sp.is_control(i) else None
+
+    def save(self, folder) -> str:
+        write_atomic(Path(folder) / "tokenizer.model", self.proto)
+        return "tokenizer.model"
+
     @classmethod
     def train(cls, documents, vocab_size: int) -> "Tokenizer":
         """Learn merges from an iterable of str. Fewer pieces than asked for come back when the text has no more to
@@ -325,11 +333,6 @@ class Tokenizer:
             return raw.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
             return raw.decode("utf-8", "replace")
-
-
-def load_tokenizer(path):
-    """The tokenizer in a file that its save() wrote."""
-    return Tokenizer(Path(path, "tokenizer.model") if Path(path).is_dir() else path)
 
 
 def split_text(text: str, size: int):
@@ -1021,9 +1024,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def write_safetensors(path, tensors: dict) -> dict:
-    """{name: tensor} -> a safetensors file, flushed; returns {name: CRC32 of its bytes}."""
-    header, offset = {}, 0
+def write_safetensors(path, tensors: dict, metadata: dict | None = None) -> dict:
+    """{name: tensor} -> a safetensors file, flushed; returns {name: CRC32 of its bytes}. metadata: {str: str}."""
+    header, offset = {"__metadata__": metadata} if metadata else {}, 0
     for name, t in tensors.items():
         end = offset + t.numel() * t.element_size()
         header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [offset, end]}
@@ -1384,6 +1387,231 @@ def longest_copy(text: bytes, corpus: bytes) -> bytes:
         else:
             start += 1
     return best
+
+
+# ---- Hugging Face folders --------------------------------------------------------------------------------------------
+#
+#     config.json                    what the model is (model.py: config_from_hf, config_to_hf)
+#     model.safetensors              weights under their names (model.py: hf_reader, hf_tensors); large models: shards,
+#                                    and model.safetensors.index.json, in which shard each tensor is
+#     tokenizer.json                 pieces, merges, what is done to a text before and after
+#     tokenizer_config.json          which pieces are <s>, </s>, <pad>; the chat template
+
+def read_json(path) -> dict:
+    """The object in a JSON file; DataError naming the file."""
+    try:
+        content = json.loads(Path(path).read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it must be an object")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable JSON ({error})") from None
+    return content
+
+
+class HFWeights:
+    """The weights of a Hugging Face folder. get(name) -> tensor, memory-mapped: a page is read when it is used, and
+    writing to the tensor does not change the file. config: config.json as a dict.
+
+    Raises DataError, naming the file, for missing or truncated shards and missing tensors, and for a folder that holds
+    pickled weights alone.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder = Path(folder)
+        self.entries = {}
+        index, pickled = folder / "model.safetensors.index.json", sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")])
+        files = ["model.safetensors"]
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise DataError(f"{index}: must hold a weight_map, it does not")
+            files = sorted({Path(str(file)).name for file in weight_map.values()})
+        elif pickled and not (folder / files[0]).exists():
+            raise DataError(f"{pickled[0]}: must be model.safetensors: loading a pickle runs code that is in it; where "
+                            f"you trust it, transformers' from_pretrained and save_pretrained convert it")
+        for file in files:
+            self.entries |= {name: (folder / file, *entry) for name, entry in
+                             read_safetensors_header(folder / file).items()}
+        self.config = read_json(folder / "config.json")
+
+    def get(self, name: str) -> torch.Tensor:
+        # saved without the head, as GPT-2 was published, a model's names lack their first part
+        found = name if name in self.entries else name.partition(".")[2]
+        if found not in self.entries:
+            raise DataError(f"{self.folder}: must hold a tensor {name}, it does not")
+        path, dtype, shape, start, count = self.entries[found]
+        return torch.from_numpy(np.memmap(path, np.uint8, "c", start, (count,))).view(dtype).reshape(shape)
+
+
+# byte-level BPE (GPT-2) writes each byte as one printable character
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_OF = {chr(b): b for b in PRINTABLE} | {
+    chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
+
+
+class HFTokenizer(Tokenizer):
+    """A tokenizer.json, through the optional package tokenizers: the surface of Tokenizer.
+
+    encode adds no special tokens, and text that looks like one does not become one; a lone surrogate, which is no text,
+    is read as "?". decode joins the pieces' bytes. bos_id, eos_id and pad_id are what the files beside it name, the
+    first that speaks of it: tokenizer_config.json, generation_config.json, config.json; else None.
+    """
+
+    def __init__(self, path):
+        try:
+            import tokenizers
+        except ImportError:
+            raise DataError(f"{path}: must be read by the package tokenizers: pip install tokenizers") from None
+        path, content = Path(path), read_json(path)
+        self.raw = path.read_bytes()
+        try:
+            self.hf = tokenizers.Tokenizer.from_str(self.raw.decode())
+        except Exception as error:                                          # the library raises nothing narrower
+            raise DataError(f"{path}: not a readable tokenizer ({error})") from None
+        self.hf.no_padding()
+        self.hf.no_truncation()
+        self.hf.encode_special_tokens = True
+        self.sha256, self.vocab = hashlib.sha256(self.raw).hexdigest(), self.hf.get_vocab(with_added_tokens=True)
+        self.vocab_size = 1 + max(self.vocab.values())
+        added = content.get("added_tokens") or []
+        self.special = {token["content"]: token["id"] for token in added if token["special"]}
+        kinds = set(re.findall(r'"type": "(\w+)"', json.dumps([content.get("decoder"), content.get("pre_tokenizer")])))
+        if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
+            raise DataError(f"{path}: its pieces must be bytes (byte-level BPE) or text with U+2581 for a space, its "
+                            f"decoder has {sorted(kinds)}")
+        self.bytes = [b""] * self.vocab_size
+        for piece, i in self.vocab.items():
+            if "ByteLevel" in kinds and BYTE_OF.keys() >= set(piece):
+                self.bytes[i] = bytes(BYTE_OF[c] for c in piece)
+            elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
+                self.bytes[i] = bytes([int(piece[3:5], 16)])
+            else:
+                self.bytes[i] = piece.replace("\u2581", " ").encode()
+        for token in added:
+            self.bytes[token["id"]] = b"" if token["special"] else token["content"].encode()
+        self.token_bytes = np.array([len(b) for b in self.bytes])
+        files = [read_json(f) if (f := path.with_name(name)).exists() else {} for name in
+                 ("tokenizer_config.json", "generation_config.json", "config.json")]
+        self.config, template = files[0], path.with_name("chat_template.jinja")
+        if template.exists():
+            self.config["chat_template"] = template.read_text()
+        self.bos_id, self.eos_id, self.pad_id = (self.mark_id(mark, files) for mark in ("bos", "eos", "pad"))
+
+    def mark_id(self, mark: str, files) -> int | None:
+        """The id of <s>, </s> or <pad> as the first file says that speaks of it: text, or an id, or a list of these."""
+        for content in files:
+            for name in (f"{mark}_token", f"{mark}_token_id"):
+                if name in content:
+                    value = content[name]
+                    value = value[0] if isinstance(value, list) and value else value
+                    value = value.get("content") if isinstance(value, dict) else value
+                    return value if isinstance(value, int) else self.vocab.get(value)
+        return None
+
+    def encode(self, text: str) -> list[int]:
+        return self.hf.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
+
+    def piece(self, i: int) -> str:
+        return self.hf.id_to_token(i)
+
+    def special_id(self, text: str) -> int | None:
+        return self.special.get(text)
+
+    def save(self, folder) -> str:
+        write_atomic(Path(folder) / "tokenizer.json", self.raw)
+        write_atomic(Path(folder) / "tokenizer_config.json", json.dumps(tokenizer_config(self), indent=1))
+        return "tokenizer.json"
+
+
+def tokenizer_config(tokenizer) -> dict:
+    """The content of a tokenizer_config.json."""
+    marks = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
+    return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | getattr(
+        tokenizer, "config", {}) | {mark: i if i is None else tokenizer.piece(i) for mark, i in marks.items()}
+
+
+def load_tokenizer(path) -> Tokenizer:
+    """The tokenizer in a tokenizer.model, a tokenizer.json or a folder with either. In a folder with both, the first is
+    taken if it is ours: one that keeps every text as it is."""
+    path = Path(path)
+    files = [path / name for name in ("tokenizer.model", "tokenizer.json")] if path.is_dir() else [path]
+    for file in (file for file in files if file.exists()):
+        tokenizer = HFTokenizer(file) if file.suffix == ".json" else Tokenizer(file)
+        if file.suffix == ".json" or tokenizer.decode(tokenizer.encode("a  b")) == "a  b":
+            return tokenizer
+    raise DataError(f"{path}: must be, or hold, a tokenizer.json, or a tokenizer.model that keeps spaces as they are")
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict:
+    """Our SentencePiece BPE as the content of a tokenizer.json: the same ids for every text without U+2581.
+
+    SentencePiece joins the two neighbours whose joint piece has the best score, whichever two they are; Hugging Face
+    joins the pair that stands first in a list. So the list has, for each piece from the best score down, every way to
+    cut it into two pieces. (Marks such as <s> in a text are theirs to find: AutoTokenizer(split_special_tokens=True)
+    leaves them text, as encode does.)
+    """
+    sp, pieces = tokenizer.sp, {tokenizer.piece(i): i for i in range(tokenizer.vocab_size)}
+    marks = {piece: i for piece, i in pieces.items() if sp.is_control(i) or sp.is_unknown(i)}
+    text = {piece for piece, i in pieces.items() if piece not in marks and not sp.is_byte(i)}
+    merges = [[piece[:cut], piece[cut:]] for piece in sorted(text, key=lambda piece: -sp.get_score(pieces[piece]))
+              for cut in range(1, len(piece)) if piece[:cut] in text and piece[cut:] in text]
+    bos = tokenizer.piece(tokenizer.bos_id)
+    first, sequence = {"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0", "added_tokens": [{"id": i, "content": piece} | flags for piece, i in marks.items()],
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+        "model": {"type": "BPE", "unk_token": tokenizer.piece(0), "byte_fallback": True, "vocab": pieces,
+                  "merges": merges},
+        "post_processor": {"type": "TemplateProcessing", "single": [first, sequence],
+                           "pair": [first, sequence, {"Sequence": {"id": "B", "type_id": 0}}],
+                           "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_id], "tokens": [bos]}}},
+        "decoder": {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"},
+            {"type": "Fuse"}]}}
+
+
+def export_folder(out, config: dict, tensors, tokenizer: Tokenizer, *, chat_template: str | None = None,
+                  max_shard_bytes: int = 4 * 2**30) -> Path:
+    """Write a folder that transformers, and what builds on it, loads. config: of config_to_hf; tensors: an iterable of
+    (name, tensor), of hf_tensors, consumed a shard at a time. Whole or absent; raises DataError where `out` exists."""
+    out = Path(out)
+    temporary = out.with_name(f".{out.name}.tmp")
+    if out.exists():
+        raise DataError(f"{out}: a model must be exported to a new folder, this one exists")
+    if tokenizer.vocab_size > config["vocab_size"]:
+        raise DataError(f"{out}: vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, "
+                        f"got {config['vocab_size']}")
+    shutil.rmtree(temporary, ignore_errors=True)                     # left by a killed export
+    temporary.mkdir(parents=True)
+    try:
+        shard, size, total, shards = {}, 0, 0, []
+        for name, t in itertools.chain(tensors, [(None, torch.empty(0))]):                  # None: the end
+            if shard and (name is None or size + t.nbytes > max_shard_bytes):
+                write_safetensors(temporary / f"{len(shards)}", shard, {"format": "pt"})
+                shards.append(list(shard))
+                shard, size = {}, 0
+            shard[name], size, total = t, size + t.nbytes, total + t.nbytes
+        files = [f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))]
+        if len(shards) == 1:
+            files = ["model.safetensors"]
+        else:
+            where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+            write_atomic(temporary / "model.safetensors.index.json",
+                         json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1))
+        for n, file in enumerate(files):
+            os.rename(temporary / f"{n}", temporary / file)
+        if tokenizer.save(temporary) != "tokenizer.json":
+            write_atomic(temporary / "tokenizer.json", json.dumps(tokenizer_json(tokenizer), ensure_ascii=False))
+        settings = tokenizer_config(tokenizer) | ({"chat_template": chat_template} if chat_template else {})
+        write_atomic(temporary / "tokenizer_config.json", json.dumps(settings, indent=1))
+        write_atomic(temporary / "config.json", json.dumps(config, indent=1))
+        os.rename(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_folder(out.parent)
+    return out
 
 
 # ---- demo and command line -------------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ Three things differ from the textbook, each because something else leans on it:
     outside. Nothing below knows of devices, ranks or precision.
 
 Map: ModelConfig - norms, RoPE, attention, MLP, Block - the loss and Head - GPT - keyed_init, fill, build - counting -
-Hugging Face names - demo. Not here: tiling of attention, splitting over ranks, number formats.
+Hugging Face folders: configs and weights, in and out - demo. Not here: tiling of attention, splitting over ranks,
+number formats.
 
 Sources: Vaswani 2017 (arXiv:1706.03762); GPT-2 (Radford 2019); RMSNorm (1910.07467); RoPE (2104.09864); SwiGLU
 (2002.05202); GQA (2305.13245); QK-norm as in Qwen3 (2505.09388); Llama 2 (2307.09288).
@@ -44,6 +45,7 @@ run: python model.py
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -562,59 +564,133 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     return 6 * (c.n_layer * block_matrices(c) + c.vocab_size * c.n_embd) + attention
 
 
-# ---- Hugging Face names ----------------------------------------------------------------------------------------------
+# ---- Hugging Face folders --------------------------------------------------------------------------------------------
+
+# fields of a config.json that change the function, and the values under which it is ours (the last one is named)
+OFF, ONE = (None, 0, "absent"), (None, 1)
+HF_RULES = dict.fromkeys((
+    "num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "final_logit_softcapping",
+    "attn_logit_softcapping", "attention_multiplier", "query_pre_attn_scalar", "scale_attn_by_inverse_layer_idx",
+    "add_cross_attention", "quantization_config"), OFF) | dict.fromkeys((
+    "partial_rotary_factor", "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale",
+    "scale_attn_weights"), ONE)
+
 
 def config_from_hf(hf: dict) -> ModelConfig:
-    """A config.json of Llama, Qwen3 or GPT-2 (as a dict) -> ModelConfig. Raises ValueError for another model_type."""
+    """A config.json of Llama, Qwen3 or GPT-2 (as a dict) -> ModelConfig.
+
+    Raises ValueError, one line with field and value, for an architecture that is not exactly one of these: attention
+    windows, scaled or partial rotary angles, experts, other activations, multipliers, biases in some places only.
+    """
     kind, get = hf.get("model_type"), hf.get
-    if kind == "gpt2":
-        if hf["activation_function"] not in ("gelu_new", "gelu_pytorch_tanh"):
-            raise ValueError(f"activation_function must be gelu_new, got {hf['activation_function']!r}")
-        C, H = hf["n_embd"], hf["n_head"]
-        return ModelConfig(hf["vocab_size"], hf["n_positions"], hf["n_layer"], H, H, C // H, C, get("n_inner") or 4 * C,
-                           norm="layernorm", position="learned", mlp="gelu", bias=True,
-                           tie_embeddings=get("tie_word_embeddings", True), norm_eps=hf["layer_norm_epsilon"])
-    if kind not in ("llama", "qwen3"):
-        raise ValueError(f"model_type must be one of llama, qwen3, gpt2, got {kind!r}")
-    H, C = hf["num_attention_heads"], hf["hidden_size"]
+    if kind not in ("llama", "qwen3", "gpt2"):
+        why = " (its biases are on q, k and v alone)" if kind == "qwen2" else ""
+        raise ValueError(f"model_type must be one of llama, qwen3, gpt2, got {kind!r}{why}")
     rope = {"rope_theta": get("rope_theta") or 10000.0} | (get("rope_scaling") or {}) | (get("rope_parameters") or {})
-    for name, value, allowed in (("rope_type", rope.get("rope_type", rope.get("type")), (None, "default")),
-                                 ("hidden_act", get("hidden_act"), ("silu",)),
-                                 ("mlp_bias", get("mlp_bias", False), (get("attention_bias", False),)),
-                                 ("use_sliding_window", get("use_sliding_window"), (None, False))):
-        if value not in allowed:
+    bias = get("attention_bias") or False
+    # rule by rule: the value in this config, and what it may be
+    values = hf | {"rope_type": rope.pop("rope_type", rope.pop("type", None)), "mlp_bias": get("mlp_bias", False),
+                   "partial_rotary_factor": rope.pop("partial_rotary_factor", get("partial_rotary_factor")),
+                   "rope_parameters": next((name for name in rope if name != "rope_theta"), None),
+                   "layer_types": next((t for t in get("layer_types") or () if t != "full_attention"), None),
+                   "sliding_window": get("use_sliding_window", True) and get("sliding_window")}
+    rules = HF_RULES | {"rope_type": (None, "default"), "rope_parameters": (None, "rope_theta alone"),
+                        "layer_types": (None, "full_attention"), "sliding_window": OFF}
+    rules |= {"activation_function": (None, "gelu_pytorch_tanh", "gelu_new")} if kind == "gpt2" else {
+        "hidden_act": (None, "swish", "silu"), "mlp_bias": (bias,),
+        "attention_bias": (None, False) if kind == "qwen3" else (None, False, True)}
+    for name, allowed in rules.items():
+        if (value := values.get(name)) not in allowed:
             raise ValueError(f"{name} must be {allowed[-1]}, got {value!r}")
-    return ModelConfig(hf["vocab_size"], hf["max_position_embeddings"], hf["num_hidden_layers"], H,
-                       get("num_key_value_heads") or H, get("head_dim") or C // H, C, hf["intermediate_size"],
-                       bias=get("attention_bias", False), tie_embeddings=get("tie_word_embeddings", False),
-                       qk_norm=kind == "qwen3", rope_theta=rope["rope_theta"], norm_eps=hf["rms_norm_eps"])
+    try:
+        if kind == "gpt2":
+            C, H = hf["n_embd"], hf["n_head"]
+            return ModelConfig(hf["vocab_size"], hf["n_positions"], hf["n_layer"], H, H, C // H, C,
+                               get("n_inner") or 4 * C, norm="layernorm", position="learned", mlp="gelu", bias=True,
+                               tie_embeddings=get("tie_word_embeddings", True), norm_eps=hf["layer_norm_epsilon"])
+        H, C = hf["num_attention_heads"], hf["hidden_size"]
+        head_dim = hf["head_dim"] if kind == "qwen3" else get("head_dim") or C // H
+        return ModelConfig(hf["vocab_size"], hf["max_position_embeddings"], hf["num_hidden_layers"], H,
+                           get("num_key_value_heads") or H, head_dim, C, hf["intermediate_size"], bias=bias,
+                           tie_embeddings=get("tie_word_embeddings", False), qk_norm=kind == "qwen3",
+                           rope_theta=rope["rope_theta"], norm_eps=hf["rms_norm_eps"])
+    except KeyError as error:
+        raise ValueError(f"config.json must hold {error.args[0]}, it does not") from None
+
+
+def config_to_hf(config: ModelConfig, **token_ids) -> dict:
+    """The config.json of this model, as a dict. token_ids: bos_token_id, eos_token_id, pad_token_id, each int or None.
+
+    The family follows from the norms: LayerNorm is GPT-2's; RMSNorm with QK-norm is Qwen3's, without it Llama's.
+    Raises ValueError, one line with the fields, where the family has no such model.
+    """
+    c = config
+    kind = "gpt2" if c.norm == "layernorm" else "qwen3" if c.qk_norm else "llama"
+    needed = {"gpt2": dict(position="learned", mlp="gelu", bias=True, qk_norm=False, n_kv_head=c.n_head,
+                           n_embd=c.n_head * c.head_dim),
+              "qwen3": dict(position="rope", mlp="swiglu", bias=False),
+              "llama": dict(position="rope", mlp="swiglu", n_embd=max(c.n_embd // c.n_head, 1) * c.n_head)}[kind]
+    wrong = [f"{name} {value!r} (not {getattr(c, name)!r})" for name, value in needed.items()
+             if getattr(c, name) != value]
+    if wrong:
+        raise ValueError(f"a Hugging Face {kind} with {c.norm}{' and qk_norm' * c.qk_norm} needs {', '.join(wrong)}")
+    hf = {"model_type": kind, "vocab_size": c.vocab_size, "tie_word_embeddings": c.tie_embeddings,
+          "torch_dtype": "float32", "bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | token_ids
+    if kind == "gpt2":
+        return hf | {"architectures": ["GPT2LMHeadModel"], "n_positions": c.seq_len, "n_embd": c.n_embd,
+                     "n_layer": c.n_layer, "n_head": c.n_head, "n_inner": c.n_ff, "layer_norm_epsilon": c.norm_eps,
+                     "activation_function": "gelu_new", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    hf |= {"mlp_bias": c.bias} if kind == "llama" else {"use_sliding_window": False}
+    return hf | {"architectures": [f"{kind.capitalize()}ForCausalLM"], "max_position_embeddings": c.seq_len,
+                 "hidden_size": c.n_embd, "intermediate_size": c.n_ff, "num_hidden_layers": c.n_layer,
+                 "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim,
+                 "hidden_act": "silu", "attention_bias": c.bias, "rope_theta": c.rope_theta, "rms_norm_eps": c.norm_eps}
 
 
 # ours -> (theirs, which third of the columns): GPT-2 keeps (in, out) matrices, and q, k, v side by side
 GPT2_NAMES = {
+    "embed_tokens": ("wte", None), "embed_positions": ("wpe", None), "norm": ("ln_f", None),
     "input_layernorm": ("ln_1", None), "self_attn.q_proj": ("attn.c_attn", 0), "self_attn.k_proj": ("attn.c_attn", 1),
     "self_attn.v_proj": ("attn.c_attn", 2), "self_attn.o_proj": ("attn.c_proj", None),
     "post_attention_layernorm": ("ln_2", None), "mlp.up_proj": ("mlp.c_fc", None),
     "mlp.down_proj": ("mlp.c_proj", None)}
 
 
+def hf_name(full_name: str, config: ModelConfig):
+    """(their name, which third of its columns or None, whether it is transposed). Llama's and Qwen3's names are
+    ours."""
+    if config.norm == "rmsnorm" or full_name == "lm_head.weight":
+        return full_name, None, False
+    layer, part, kind = re.fullmatch(r"model\.(?:layers\.(\d+)\.)?(.+)\.(\w+)", full_name).groups()
+    theirs, third = GPT2_NAMES[part]
+    return (f"transformer.{f'h.{layer}.' if layer else ''}{theirs}.{kind}", third,
+            part.endswith("_proj") and kind == "weight")
+
+
 def hf_reader(get, config: ModelConfig):
-    """get(their name) -> tensor becomes read(full_name, box) for fill(). Llama's and Qwen3's names are ours."""
+    """get(their name) -> tensor becomes read(full_name, box) for fill(). Where get gives memory-mapped tensors, only
+    the slice is read from disk; what comes back is the reader's own memory."""
     def read(full_name, box):
-        at = tuple(slice(start, stop) for start, stop, _ in box)
-        if config.norm == "rmsnorm":
-            return get(full_name)[at]
-        if ".layers." not in full_name:
-            tables = {"model.embed_tokens": "wte", "model.embed_positions": "wpe", "model.norm": "ln_f"}
-            part, kind = full_name.rsplit(".", 1)
-            return get(f"transformer.{tables[part]}.{kind}" if part in tables else full_name)[at]
-        _, _, layer, rest = full_name.split(".", 3)
-        part, kind = rest.rsplit(".", 1)
-        theirs, third = GPT2_NAMES[part]
-        t = get(f"transformer.h.{layer}.{theirs}.{kind}")                  # (in, out) or (out,)
+        theirs, third, transposed = hf_name(full_name, config)
+        t = get(theirs)                                                    # GPT-2's matrices: (in, out)
         t = t if third is None else t.chunk(3, dim=-1)[third]
-        return (t.T if t.ndim == 2 else t)[at]
+        t = t.T if transposed else t
+        return t[tuple(slice(start, stop) for start, stop, _ in box)].clone(memory_format=torch.contiguous_format)
     return read
+
+
+def hf_tensors(config: ModelConfig, read):
+    """The inverse: yields (their name, float32 tensor), one at a time, from read(full_name) -> the whole tensor. A tied
+    head is left out, as their folders do."""
+    with torch.device("meta"):
+        names = [name for name, _ in GPT(config).named_parameters()]
+    for name in names:
+        theirs, third, transposed = hf_name(name, config)
+        if third in (1, 2):                                                # k and v went with q
+            continue
+        parts = [name] if third is None else [name.replace("q_proj", part) for part in ("q_proj", "k_proj", "v_proj")]
+        tensors = [read(part).float() for part in parts]
+        yield theirs, torch.cat([t.T if transposed else t for t in tensors], dim=-1).contiguous()
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------------
