@@ -280,14 +280,6 @@ class Tokenizer:
         piece = self.sp.id_to_piece(i)
         return bytes([int(piece[3:5], 16)]) if self.sp.is_byte(i) else piece.replace("\u2581", " ").encode()
 
-    def special_id(self, text: str) -> int | None:
-        i = self.sp.piece_to_id(text)
-        return i if self.sp.is_control(i) else None
-
-    def save(self, folder) -> str:
-        write_atomic(Path(folder) / "tokenizer.model", self.proto)
-        return "tokenizer.model"
-
     @classmethod
     def train(cls, documents, vocab_size: int) -> "Tokenizer":
         """Learn merges from an iterable of str. Fewer pieces than asked for come back when the text has no more to
@@ -816,8 +808,8 @@ def conversation(row, objective: str) -> tuple[list[dict], list[str]]:
     turns = row["messages" if whole else "prompt"]
     if isinstance(turns, str) and not whole:
         turns = [{"role": "user", "content": turns}]
-    need(isinstance(turns, list) and turns, f"{'messages must be' if whole else 'prompt must be a string or'} a list of "
-         "messages", turns)
+    need(isinstance(turns, list) and turns,
+         f"{'messages must be' if whole else 'prompt must be a string or'} a list of messages", turns)
     if not whole:
         turns = turns + [{"role": "assistant", "content": row[field]} for field in fields]
     for turn in turns:

@@ -688,7 +688,7 @@ def open_parent(c: Config) -> tuple:
         reader = newest_reader(c.init_from, "init_from")
         read, card = reader.read, reader.meta["card"]
     else:
-        read, card = net.hf_reader(data.hf_weights(c.init_from), c.model), {"knowledge_cutoff": "unknown"}
+        read, card = net.hf_reader(data.HFWeights(c.init_from).get, c.model), {"knowledge_cutoff": "unknown"}
     return (lambda name, box: read(name, box).to(c.dtype).float()), card
 
 
@@ -717,8 +717,9 @@ def refuse_other_run(c: Config, meta: dict, loader):
         if f.name == "steps" and same_rates(c, before, meta["step"]):
             continue
         if f.metadata["affects_training"] and getattr(c, f.name) != getattr(before, f.name):
+            hint = ", or make a --schedule wsd longer before its decay" if f.name == "steps" else ""
             raise BadInput(f"{f.name} must be {getattr(before, f.name)} to go on with the run in {c.out}, got "
-                           f"{getattr(c, f.name)}; name another --out for a new run")
+                           f"{getattr(c, f.name)}; name another --out for a new run{hint}")
     if loader.state_dict()["fingerprint"] != meta["loader"]["fingerprint"]:
         raise BadInput(f"data must be the text that the run in {c.out} began with, {c.data} is another or has changed; "
                        "name another --out")
@@ -742,6 +743,7 @@ def open_data(c: Config, world: parallel.World):
         path = world.first(prepare)
         loader, val = data.Loader(path, **shape, **ranks), data.Loader(path, **shape, split="val")
     else:
+        data.find_reward(c.reward)
         if c.objective == "rl":
             shape["micro_batch_size"] //= c.group_size                                                       # prompts
         examples = functools.partial(data.Examples, c.data, tokenizer, objective=c.objective, **shape)
@@ -1387,6 +1389,8 @@ def derive(c: Config) -> Config:
             (c.gpu and not c.dry_run, f"gpu goes with --dry-run, got {c.gpu} without it"),
             (c.objective != "pretrain" and not c.init_from,
              f"init_from must name the model that {c.objective} begins with, got none"),
+            (c.objective != "pretrain" and not c.data.endswith(".jsonl"),
+             f"data must be a .jsonl file with --objective {c.objective}, got {c.data}"),
             (c.judge is not None and c.pairs is None, f"judge goes with --pairs, got {c.judge} without it"),
             (c.objective == "rl" and (c.tp > 1 or c.pp > 1 or c.zero == 3),
              f"objective rl samples from the whole model on each rank: tp and pp must be 1 and zero below 3, got tp "

@@ -868,7 +868,8 @@ def test_parses(answer, value, capfd):
 def test_follows_format():
     doc, function = {"prompt": data.WRITE_DOCSTRING + "def f(): pass"}, {"prompt": data.WRITE_FUNCTION + "Do it."}
     for row, answer, value in ((doc, '"""It."""', 1.0), (doc, '"""It.', 0.0), (doc, "It.", 0.0), (doc, '""""""', 0.0),
-                               (doc, '"""', 0.0), (doc, '""" \n"""', 0.0), (doc, '"' * 7, 0.0), (doc, "def f(): 1", 0.0),
+                               (doc, '"""', 0.0), (doc, '""" \n"""', 0.0), (doc, '"' * 7, 0.0),
+                               (doc, "def f(): 1", 0.0),
                                (function, "def f(): pass", 1.0), (function, "async def f(): pass", 1.0),
                                (function, "@a\ndef f(): pass", 1.0), (function, "define it", 0.0),
                                (function, '"""It."""', 0.0), (function, " def f(): pass", 0.0)):
