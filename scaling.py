@@ -295,54 +295,44 @@ def fit_envelope(runs, *, times=200, seed=0) -> dict:
     return fit(groups) | {"intervals": bootstrap(fit, groups, times, seed, lambda fit: {})}
 
 
-def residuals(theta, x, y, z, weights, delta):
-    """theta (S, 5) = ln_E, ln_A, ln_B, alpha, beta of S laws; x, y, z (n,) = ln N, ln D, ln L; weights (S, n) ->
-    f (S,), the weighted sum of Huber(r); r (S, n); share (3, S, n) of each term in the predicted loss."""
+def residuals(theta, x, y, z):
+    """theta (S, 5) = ln_E, ln_A, ln_B, alpha, beta of S laws; x, y, z (n,) = ln N, ln D, ln L -> r (S, n), how far
+    ln L_predicted is above ln L; J (S, n, 5) = dr / dtheta."""
     ln_E, ln_A, ln_B, alpha, beta = theta.T[:, :, None]
     terms = np.stack(np.broadcast_arrays(ln_E, ln_A - alpha * x, ln_B - beta * y))
-    lse = np.logaddexp.reduce(terms)
-    r = lse - z
-    size = np.abs(r)
-    f = (weights * np.where(size <= delta, r * r / 2, delta * (size - delta / 2))).sum(1)
-    return f, r, np.exp(terms - lse)
+    ln_L = np.logaddexp.reduce(terms)
+    q_E, q_A, q_B = np.exp(terms - ln_L)                                # the share of each term in the predicted loss
+    return ln_L - z, np.stack((q_E, q_A, q_B, -q_A * x, -q_B * y), -1)
 
 
 def minimise(theta, x, y, z, weights, delta, iterations):
-    """S laws, each improved until nothing can be gained in float64 -> theta, f. All at once: starts, or resamples.
+    """S laws, each improved until no step helps it any more -> theta, f = sum_i weights_i Huber(r_i). The laws differ in
+    their start, or in weights (S, n), the resamples.
 
-    Newton in a trust region: with H = V diag(lam) V^T, step = -V (V^T g / (|lam| + mu)); mu falls after a step that
-    helped and rises after one that did not.
+    Huber(r) is r^2 / 2 up to delta and a straight line beyond. Where it stands, it is a parabola of weight
+    min(1, delta / |r|). So each step solves a weighted least-squares problem, damped by mu (Levenberg):
+
+        (J^T W J + mu I) step = J^T W r        mu falls after a step that helped, and rises after one that did not
     """
-    theta, (f, r, share) = theta.copy(), residuals(theta, x, y, z, weights, delta)
-    mu, active = np.full(len(theta), 1e-2), np.arange(len(theta))
+    def huber(r, weights):
+        size = np.abs(r)
+        return (weights * np.where(size <= delta, r * r / 2, delta * (size - delta / 2))).sum(1)
+
+    theta, (r, J) = theta.copy(), residuals(theta, x, y, z)
+    f, mu, active = huber(r, weights), np.full(len(theta), 1e-2), np.arange(len(theta))
     for _ in range(iterations):
-        w, q = weights[active], share[:, active]
-        psi, inside = w * r[active].clip(-delta, delta), w * (np.abs(r[active]) <= delta)        # Huber', Huber''
-        J = np.stack((q[0], q[1], q[2], -q[1] * x, -q[2] * y), -1)                               # dr / dtheta
-        g = (psi[..., None] * J).sum(1)
-        # term_k: the k-th argument of LSE; q_k: its share of the prediction; v_k = d term_k / dtheta; J = sum_k q_k v_k
-        # H = sum Huber'' J J^T + Huber' (sum_k q_k v_k v_k^T - J J^T)
-        H = (J * (inside - psi)[..., None]).swapaxes(1, 2) @ J
-        H[:, 0, 0] += (psi * q[0]).sum(1)
-        for k, log_size in ((1, x), (2, y)):
-            pull = psi * q[k]
-            H[:, k, k] += pull.sum(1)
-            H[:, k + 2, k] -= pull @ log_size                                  # the lower triangle: eigh reads no other
-            H[:, k + 2, k + 2] += pull @ (log_size * log_size)
-        lam, V = np.linalg.eigh(H)
-        lam, along = np.abs(lam), (V.swapaxes(1, 2) @ g[..., None])[..., 0]
-        most = lam.max(1, keepdims=True) + 1e-300
-        step = -(V @ (along / (lam + mu[active, None] * most))[..., None])[..., 0]
-        promise = (along**2 / (lam + 1e-10 * most)).sum(1)                                # of an unconstrained step
-        new = theta[active] + step
-        f_new, r_new, share_new = residuals(new, x, y, z, w, delta)
+        W = weights[active] * delta / np.maximum(np.abs(r[active]), delta)
+        JtW = J[active].swapaxes(1, 2) * W[:, None]
+        H, g = JtW @ J[active], JtW @ r[active][..., None]
+        damping = mu[active] * H.trace(axis1=1, axis2=2)
+        theta_new = theta[active] - np.linalg.solve(H + damping[:, None, None] * np.eye(5), g)[..., 0]
+        r_new, J_new = residuals(theta_new, x, y, z)
+        f_new = huber(r_new, weights[active])
         better = f_new < f[active]
-        improved = active[better]
-        theta[improved], f[improved], r[improved] = new[better], f_new[better], r_new[better]
-        share[:, improved] = share_new[:, better]
-        mu[active] *= np.where(better, 0.2, 4)
-        # no more is promised, or no step is short enough to help, than rounding
-        active = active[(promise > 1e-13 * f[active] + 1e-26) & (mu[active] < 1e12)]
+        for old, new in ((theta, theta_new), (r, r_new), (J, J_new), (f, f_new)):
+            old[active[better]] = new[better]
+        mu[active] = np.where(better, np.maximum(mu[active] / 5, 1e-12), 5 * mu[active])
+        active = active[mu[active] < 1e4]
         if not len(active):
             break
     return theta, f
