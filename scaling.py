@@ -278,8 +278,8 @@ def huber(r):
 def minimise(theta, runs, iterations):
     """S laws (S, 5) of runs (S, n, 3), each improved until no step helps it any more -> theta, sum of Huber(r).
 
-    Where it stands, Huber(r) is like a parabola of weight min(1, DELTA / |r|). So each step solves a weighted
-    least-squares problem, damped by mu (Levenberg):
+    A parabola of curvature min(1, DELTA / |r|) touches Huber's loss at the present r and lies above it elsewhere. So
+    each step solves a least-squares problem with these weights, W, damped by mu (Levenberg):
 
         (J^T W J + mu I) step = J^T W r        mu falls after a step that helped, and rises after one that did not
     """
@@ -483,7 +483,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is split over ranks; names as train.py's flags. chunks: stages per rank, above 1 if interleaved."""
+    """How a step is split over ranks, by train.py's flags. schedule and chunks: --pp-schedule, --pp-chunks, the stages
+    per rank, which are above 1 if interleaved."""
 
     dp: int = 1
     tp: int = 1
@@ -550,8 +551,8 @@ def rank_params(shape: Shape, layout: Layout, stage: int) -> RankParams:
     learned = is_first and shape.position == "learned"
     whole = layers * shape.whole + (learned * shape.seq_len + is_last * shape.norm_vectors) * shape.n_embd
     split = layers * (shape.block + shape.split_biases) + tables * shape.vocab_size * shape.n_embd
-    return RankParams(split // layout.tp + whole, whole, layers * shape.tensors + tables + learned
-                      + is_last * shape.norm_vectors)
+    tensors = layers * shape.tensors + tables + learned + is_last * shape.norm_vectors
+    return RankParams(split // layout.tp + whole, whole, tensors)
 
 
 # ---- (4) machines ----------------------------------------------------------------------------------------------------
@@ -987,10 +988,13 @@ def layouts(shape: Shape, gpu: GPU, n_gpus: int, batch: int, **fixed):
             continue
         m = batch // (dp * b)
         widths = (shape.n_head, shape.n_kv_head, shape.n_ff, shape.vocab_size, shape.seq_len if sp else tp)
-        if (all(x % tp == 0 for x in widths) and pp * v <= shape.n_layer
-                and (pp > 1 or schedule == "1f1b") and (v > 1) == (schedule == "interleaved")
-                and not (v > 1 and m % pp) and not (schedule == "zb" and recompute != "none")
-                and (dp > 1 or zero == 0 or "zero" in fixed)):
+        if (all(x % tp == 0 for x in widths)                               # what tp splits, it splits evenly
+                and pp * v <= shape.n_layer                                # a stage has a layer
+                and (pp > 1 or schedule == "1f1b")                         # one stage needs no other schedule
+                and (v > 1) == (schedule == "interleaved")
+                and not (v > 1 and m % pp)                                 # interleaving: pp micro-batches at a time
+                and not (schedule == "zb" and recompute != "none")         # zb keeps the inputs of weight gradients
+                and (dp > 1 or zero == 0 or "zero" in fixed)):             # ZeRO over one rank is no ZeRO
             yield Layout(dp, tp, pp, schedule, v, b, m, zero, recompute, sp)
 
 
