@@ -16,10 +16,11 @@ approaches fit a law to such runs. They are numbered as in the paper; the plaine
                        min sum_i Huber_delta(LSE(ln_E, ln_A - alpha ln N_i, ln_B - beta ln D_i) - ln L_i)
 
 The third objective is nearly an L1 norm: outliers hardly count. It is nearly flat along valleys (A with alpha, B with
-beta), where first-order methods stop early: hence centred logs, an exact 5 x 5 Hessian, many starts. `holdout` hides
-the largest budgets from a fit and then asks the fit for them.
+beta), where first-order methods stop early: hence centred logs, least-squares steps (`minimise`), many starts.
+`holdout` hides the largest budgets from a fit and then asks the fit for them.
 
-(2) How large, for a budget? Minimise L where 6 N D = C. The best N and D are where both terms are worth the same:
+(2) How large, for a budget? Minimise L where 6 N D = C. At the best N and D, one percent more of either lowers L
+equally:
 
     alpha A / N^alpha = beta B / D^beta          N_opt = G (C/6)^a,  D_opt = (C/6)^b / G
                                                  G = (alpha A / (beta B))^(1 / (alpha + beta))
@@ -31,21 +32,22 @@ optimizer had stopped early. Kaplan 2020 found N_opt ~ C^0.73, from small models
 
 (3) What did known models leave on the table? GPT-3 spent 3.15e23 FLOPs on 1.7 tokens per parameter. The law says that
 53 billion parameters and 990 billion tokens would have cost the same and been better, and that GPT-3's own loss can be
-had for 61 % of its compute. Models that are used a lot are smaller than N_opt on purpose: `inference_optimal`.
+had for 61 % of its compute. Llama 3.1 8B is a tenth of N_opt, on purpose: a model is used after its training, for 2 N
+FLOPs per token. The more it is used, the smaller is the model that reaches the same loss most cheaply (Sardana 2024).
 
 (4) What does a layout take? 7 billion parameters want 126 GB for weights, gradients and AdamW's states, and an H100 has
 80. So a step is split: dp copies of tp parts of pp stages. Per rank of a `Layout`, for a `Program`:
 
-    memory    parameters, gradients, states       2, 4, 12 bytes per parameter of the rank; what ZeRO splits, / dp
-              activations                         stored micro-batches x layers x what a layer keeps, in Megatron
-                n h (10 + 24/t + 5 H T / (h t))   none         n tokens of T per sequence, h width, H heads, t tp;
-                n h (10 + 24/t)                   selective    with sequence parallelism 10/t in the place of 10;
-                2 n h                             full         flash attention: 4 bytes per token and head, not 5 T
-                stored: 1F1B p - r on rank r;  GPipe m;  interleaved p (1 + (p-1)/(p v)) on the first
-              buffers                             gradients on their way, gathered layers, the block that runs again
-    messages  {(axis, collective): (calls, payload)}; of a ring of R ranks, an all-reduce sends 2 (R-1)/R of it, each
-              of its halves (R-1)/R
-    seconds   a step       (m + (p-1)/v) x a micro-batch in the slowest stage, the update, messages that nothing hides
+    memory    parameters, gradients, states     2, 4, 12 bytes per parameter of the rank; what ZeRO splits, / dp
+              activations                       stored micro-batches x layers x what a layer keeps, in Megatron:
+                recompute none                  n h (10 + 24/t + 5 H T / (h t)) bytes; flash attention: 4 instead of 5 T
+                recompute selective             n h (10 + 24/t); here and above, sequence parallelism divides 10 by t
+                recompute full                  2 n h
+              stored micro-batches, on rank r   1F1B p - r;  GPipe m;  interleaved, on the first, p (1 + (p-1)/(p v))
+              buffers                           gradients on their way, gathered layers, the block that runs again
+    messages  {(axis, collective): (calls, payload)}. In a ring of R ranks, an all-reduce sends 2 (R-1)/R of its
+              payload; an all-gather or a reduce-scatter sends half as much
+    seconds   a step       (m + (p-1)/v) x a micro-batch in the slowest stage + the update + messages that nothing hides
               product      2 x rows x columns x inner / (c peak) + bytes of all three matrices / HBM's bandwidth
               the rest     5 x what a layer keeps / HBM: forward writes and reads it; backward reads it, reads a
                            gradient and writes one
@@ -57,18 +59,19 @@ second, so 28 hours are the least, and a good program needs nearly twice that. `
 CO2, dollars. `plan` writes the bill of every layout and ranks them. train.py prints the same bill before it starts.
 
     N, D, C, L, law            parameters, training tokens, FLOPs, loss in nats per token, {"E", "A", "B", ...}
-    n, h, H, T                 tokens of a micro-batch, n_embd, n_head, seq_len
+    n, h, H, T                 tokens of a micro-batch on a dp rank, n_embd, n_head, seq_len
     m, p, v, t; c              micro_batches, pp, chunks (stages per rank), tp; share of the peak that products reach
 
-Map: the questions in their order, where the lecture ends; then the command line and the demo. Not here: context and
-expert parallelism, failures, reading data. Published rows, and the planner's answer to each, are tests.
+Map: the questions in their order. Then a line says that the lecture ends: what follows are names, text, the command
+line, and the demo, for looking things up. Not here: context and expert parallelism, failures, reading data. Published
+rows, and the planner's answer to each, are tests.
 
 Sources: Hoffmann 2022 (arXiv:2203.15556), fitted again: Besiroglu 2024 (2404.10102); Kaplan 2020 (2001.08361); Pearce
 2024 (2406.12907); Sardana 2024 (2401.00448); Narayanan 2021 (2104.04473); Korthikanti 2022 (2205.05198); ZeRO
 (1910.02054); Qi 2023 (2401.10241); Llama 3 (2407.21783); FlashAttention-2 (2307.08691); GPUs, links, products:
 stas00/ml-engineering (2026-08-22).
 
-run: python scaling.py          python scaling.py RUNS.csv          python scaling.py fit RUNS.csv --holdout 1
+run: python scaling.py                 python scaling.py fit RUNS.csv --holdout 1
      python scaling.py plan --params 7e9 --tokens 1.4e11 --gpu h100 --n-gpus 64
 """
 
@@ -98,39 +101,14 @@ class BadInput(ValueError):
 
 # ---- (1) how good will it be? ----------------------------------------------------------------------------------------
 
-PF_DAY = 1e15 * 24 * 3600                                                                                   # FLOPs
-# The first laws. Kaplan 2020, table 5: N_c non-embedding parameters, D_c and B_star tokens, C_c_min PF-days
-KAPLAN = {"alpha_N": 0.076, "N_c": 8.8e13, "alpha_D": 0.095, "D_c": 5.4e13, "alpha_C_min": 0.050, "C_c_min": 3.1e8,
-          "alpha_B": 0.21, "B_star": 2.1e8}
-KAPLAN_JOINT = {"alpha_N": 0.076, "N_c": 6.4e13, "alpha_D": 0.103, "D_c": 1.8e13}      # table 2, other than table 5
-# table 6: (exponent p, value at one PF-day) of parameters, tokens per batch, steps, tokens: value (C / PF-day)^p
-KAPLAN_OPTIMUM = {"N": (0.73, 1.3e9), "B_crit": (0.24, 2.0e6), "S_min": (0.03, 5.4e3), "D": (0.27, 2e10)}
+# the first law: Kaplan 2020, table 2, where N and D are fitted together. N_c non-embedding parameters, D_c tokens
+KAPLAN = {"alpha_N": 0.076, "N_c": 6.4e13, "alpha_D": 0.103, "D_c": 1.8e13}
 
 
-def kaplan_loss(N=None, D=None, *, C_min=None):
-    """Kaplan 2020's loss, nats per token, of N non-embedding parameters, D tokens, or C_min FLOPs that are spent well.
-
-    one of them     L(x) = (x_c / x)^alpha_x                  a straight line in logs           (1.1, 1.2, 1.3)
-    N and D         L = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D                       (1.5), table 2
-    """
-    law, joint = KAPLAN, KAPLAN_JOINT
-    given = ", ".join(name for name, x in (("N", N), ("D", D), ("C_min", C_min)) if x is not None)
-    if given == "N":
-        return (law["N_c"] / N) ** law["alpha_N"]
-    if given == "D":
-        return (law["D_c"] / D) ** law["alpha_D"]
-    if given == "C_min":
-        return (law["C_c_min"] * PF_DAY / C_min) ** law["alpha_C_min"]
-    if given == "N, D":
-        return ((joint["N_c"] / N) ** (joint["alpha_N"] / joint["alpha_D"]) + joint["D_c"] / D) ** joint["alpha_D"]
-    raise BadInput(f"kaplan_loss takes N, D, C_min, or N and D, got {given or 'none'}")
-
-
-def kaplan_optimal(C) -> dict:
-    """{"N", "B_crit", "S_min", "D"} for C FLOPs, by Kaplan's table 6: N ~ C^0.73, hardly more steps. (Small models
-    counted without their embeddings, and one learning-rate schedule for all D, led there: Pearce 2024, Porian 2024.)
-    """
-    return {name: x * (C / PF_DAY) ** p for name, (p, x) in KAPLAN_OPTIMUM.items()}
+def kaplan_loss(N=math.inf, D=math.inf, law=KAPLAN):
+    """L = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D, nats per token (Kaplan 2020, 1.5). Without D the data are
+    endless, and L = (N_c / N)^alpha_N is a straight line in logs; without N the model is: L = (D_c / D)^alpha_D."""
+    return ((law["N_c"] / N) ** (law["alpha_N"] / law["alpha_D"]) + law["D_c"] / D) ** law["alpha_D"]
 
 
 # L = E + A / N^alpha + B / D^beta.  Hoffmann 2022, approach 3, the digits of its TeX source; all others rounded there
@@ -146,22 +124,8 @@ def chinchilla_loss(N, D, law=BESIROGLU):
     return law["E"] + law["A"] / N ** law["alpha"] + law["B"] / D ** law["beta"]
 
 
-def table(runs, labels=None) -> np.ndarray:
-    """Rows (N, D, loss) or (N, D, loss, C) -> (n, 3 or 4) float64. BadInput names what is wrong and where, by label:
-    "row 1" is the first."""
-    x = np.array(runs, dtype=np.float64)
-    if x.ndim != 2 or x.shape[1] not in (3, 4) or not len(x):
-        raise BadInput(f"runs must be rows of (N, D, loss), got shape {x.shape}")
-    for name, column in zip(("N", "D", "loss", "C"), x.T, strict=False):
-        bad = np.flatnonzero(~(np.isfinite(column) & (column > 0)))
-        if len(bad):
-            some = ", ".join(f"{labels[i] if labels else f'row {i + 1}'} has {column[i]:g}" for i in bad[:5])
-            more = f", and {len(bad) - 5} more" * (len(bad) > 5)
-            raise BadInput(f"{name} must be finite and above 0: {some}{more}")
-    return x
-
-
 def distinct(x) -> int:
+    """How many different values, to a millionth."""
     return len(np.unique(np.round(np.log(x), 6)))
 
 
@@ -171,23 +135,17 @@ def flops_of(runs) -> np.ndarray:
 
 
 def budgets(runs) -> list[np.ndarray]:
-    """The runs of each budget, by C. Where C repeats, its values are the budgets. Else budgets are far apart and their
-    runs close together: sorted ln C is cut at its large gaps. A gap is large if it is twice the next smaller gap (and
-    above ln 1.2); the smallest large gap, and all above it, are cut.
-    The runs of a budget trade N for D smoothly; a group that does not, to 10 %, is none."""
-    order = np.argsort(flops_of(runs), kind="stable")
-    x, C = np.log(runs[order, 0]), np.log(flops_of(runs)[order])
-    gaps = np.diff(C)
-    pairs = itertools.pairwise([0.02, *np.sort(gaps.clip(0.02))])
-    large = [gap for smaller, gap in pairs if gap > max(2 * smaller, math.log(1.2))]
-    least = 1e-6 if 3 * distinct(flops_of(runs)) <= len(runs) else min(large, default=math.inf)
-
-    def smooth(group):
-        degree = 0 if distinct(runs[order[group], 0]) < 3 else 1 if len(group) < 5 else 2
-        return np.std(C[group] - np.polyval(np.polyfit(x[group], C[group], degree), x[group])) < 0.1
-
-    groups = np.split(np.arange(len(C)), np.flatnonzero(gaps >= least) + 1)
-    return [runs[order[group]] for group in groups if smooth(group)]
+    """The runs of each budget, by C. Where each C occurs three times or more, on average, its values are the budgets.
+    Else the runs are sorted by C and cut where the next C is more than 1.3 times the last. Inside a budget it must be
+    less than 1.15 times the last, and the largest C less than 1.5 times the smallest. Scattered runs have no budgets.
+    """
+    runs = runs[np.argsort(flops_of(runs), kind="stable")]
+    steps, stated = np.diff(np.log(flops_of(runs))), 3 * distinct(flops_of(runs)) <= len(runs)
+    cuts = steps > (1e-6 if stated else math.log(1.3))
+    if not stated and (steps[~cuts] > math.log(1.15)).any():
+        return []
+    groups = np.split(runs, np.flatnonzero(cuts) + 1)
+    return [group for group in groups if np.ptp(np.log(flops_of(group))) < math.log(1.5)]
 
 
 Vertex = namedtuple("Vertex", "C N D loss curvature")
@@ -199,12 +157,13 @@ def parabola(group) -> Vertex | None:
     n, loss = np.log(group[:, 0]), group[:, 2]
     if distinct(group[:, 0]) < 3:
         return None
-    # L = c2 (n - mean)^2 + c1 (n - mean) + c0, vertex at -c1 / (2 c2)
+    # L = c2 x^2 + c1 x + c0 of x = n - mean; the vertex is at x = -c1 / (2 c2)
     c2, c1, c0 = np.polyfit(n - n.mean(), loss, 2)
-    if c2 <= 0 or not n.min() <= n.mean() - c1 / (2 * c2) <= n.max():
+    x = -c1 / (2 * c2) if c2 > 0 else math.inf
+    if not n.min() <= n.mean() + x <= n.max():
         return None
-    u = -c1 / (2 * c2)
-    N, D = math.exp(n.mean() + u), math.exp(np.polyval(np.polyfit(n - n.mean(), np.log(group[:, 1]), 2), u))
+    # D at the vertex, by a parabola too: where C is stated, 6 N D need not be C
+    N, D = math.exp(n.mean() + x), math.exp(np.polyval(np.polyfit(n - n.mean(), np.log(group[:, 1]), 2), x))
     C = math.exp(np.log(flops_of(group)).mean()) if group.shape[1] == 4 else 6 * N * D
     return Vertex(C, N, D, c0 - c1 * c1 / (4 * c2), c2)
 
@@ -218,16 +177,16 @@ def power_law(C, N, D, loss) -> dict:
 
 
 def intervals(fits: dict) -> dict:
-    """{name: values of many fits} -> {name: [2.5 %, 97.5 %]}, None where it has no end."""
+    """{name: values of many fits} -> {name: [2.5 %, 97.5 %]}, None where an end is infinite."""
     with np.errstate(all="ignore"):
         ends = {name: np.percentile(x, (2.5, 97.5)).tolist() for name, x in fits.items()}
     return {name: x if np.isfinite(x).all() else None for name, x in ends.items()}
 
 
-def bootstrap(fit, groups, times, seed, predict) -> dict | None:
+def bootstrap(fit, groups, times, predict=lambda fit: {}) -> dict | None:
     """Intervals of "a", "b" and of what `predict(fit)` adds, from fits to runs drawn again, with replacement, group by
     group. None if most draws support no fit."""
-    rng, fits = np.random.default_rng(seed), []
+    rng, fits = np.random.default_rng(0), []
     for _ in range(times):
         try:
             fits.append(fit([g[rng.integers(len(g), size=len(g))] for g in groups]))
@@ -239,14 +198,15 @@ def bootstrap(fit, groups, times, seed, predict) -> dict | None:
     return intervals({name: [row[name] for row in rows] for name in rows[0]})
 
 
-def fit_isoflop(runs, *, times=200, seed=0, predict=lambda fit: {}) -> dict:
+def fit_isoflop(runs, *, times=200, predict=lambda fit: {}) -> dict:
     """Approach 2, the plainest: {"a", "b", "k_N", "k_D": N_opt = k_N C^a, D_opt = k_D C^b, "points": the vertices of
     the budgets' parabolas, "budgets": how many there are, "without_budget": runs that belong to none, "intervals"}.
 
     It is biased even without noise: the true curve is steeper on one side of N_opt, a parabola is not, so its vertex is
     shifted. With u = ln(N / N_opt), loss - E ~ exp(-alpha u) / alpha + exp(beta u) / beta: to
-    third order, sizes spread evenly from N_opt / w to N_opt w put the vertex at u = (alpha - beta) ln(w)^2 / 10. The
-    same at every budget, it spoils k_N and k_D alone; sizes that drift off the optimum as C grows spoil a too.
+    third order, sizes spread evenly from N_opt / w to N_opt w put the vertex at u = (alpha - beta) ln(w)^2 / 10. That
+    shift is the same at every budget, so it spoils k_N and k_D, not a. But sizes that lie further off the optimum the
+    larger C is spoil a too.
     """
     def fit(groups):
         found = [vertex[:4] for vertex in map(parabola, groups) if vertex]
@@ -258,12 +218,12 @@ def fit_isoflop(runs, *, times=200, seed=0, predict=lambda fit: {}) -> dict:
     runs = table(runs)
     groups = [group for group in budgets(runs) if distinct(group[:, 0]) > 2]
     return fit(groups) | {"budgets": len(groups), "without_budget": len(runs) - sum(map(len, groups)),
-                          "intervals": bootstrap(fit, groups, times, seed, predict)}
+                          "intervals": bootstrap(fit, groups, times, predict)}
 
 
-def fit_envelope(runs, *, times=200, seed=0) -> dict:
-    """Approach 1: {"a", "b", "k_N", "k_D", "points": the envelope, "intervals"} of several sizes N, each with runs (or
-    points of one training curve) at several D: which size is lowest at C, as C grows?"""
+def fit_envelope(runs, *, times=200) -> dict:
+    """Approach 1: {"a", "b", "k_N", "k_D", "points": the envelope, "intervals"}. Each size N has a curve loss(C),
+    through its runs or the points of one training curve. At each C of a grid, which size has the lowest curve?"""
     runs = table(runs)
     size, C = np.round(np.log(runs[:, 0]), 6), np.log(flops_of(runs))
     grid = np.linspace(C.min(), C.max(), 400)
@@ -274,17 +234,17 @@ def fit_envelope(runs, *, times=200, seed=0) -> dict:
             x, place = np.unique(np.log(flops_of(curve)), return_inverse=True)
             if len(x) > 1:
                 sizes.append(curve[0, 0])
-                # runs of the same N and C: their mean. Between budgets: linear in logs
+                # runs of the same N and C count as one, their mean; between budgets a curve is a line in logs
                 D, loss = (np.bincount(place, np.log(y)) / np.bincount(place) for y in (curve[:, 1], curve[:, 2]))
                 curves.append(np.interp(grid, x, loss, left=np.inf, right=np.inf))
                 tokens.append(np.interp(grid, x, D))
         if len(sizes) < 3:
             raise BadInput(f"envelope: needs at least 3 values of N with runs of 2 or more budgets, got {len(sizes)}")
         curves, sizes, tokens = np.array(curves), np.array(sizes), np.array(tokens)
-        # where the best is the smallest or largest that was tried, a better one may be missing. reach.argmax(0): the
-        # smallest size that has a curve at this C; from the other end, the largest
-        best, reach = curves.argmin(0), np.isfinite(curves)
-        keep = (reach.argmax(0) < best) & (best < len(sizes) - 1 - reach[::-1].argmax(0))
+        # where the best is the smallest or the largest size that was tried at this C, a better one may lie beyond
+        best, tried = curves.argmin(0), np.isfinite(curves)
+        smallest, largest = tried.argmax(0), len(sizes) - 1 - tried[::-1].argmax(0)
+        keep = (smallest < best) & (best < largest)
         if len(np.unique(best[keep])) < 2:
             raise BadInput("envelope: needs at least 2 sizes that are best where smaller and larger ones were tried, "
                            f"got {len(np.unique(best[keep]))}")
@@ -292,66 +252,62 @@ def fit_envelope(runs, *, times=200, seed=0) -> dict:
         return power_law(np.exp(grid[keep]), sizes[best[keep]], np.exp(tokens[chosen]), np.exp(curves[chosen]))
 
     groups = [runs[size == s] for s in np.unique(size)]
-    return fit(groups) | {"intervals": bootstrap(fit, groups, times, seed, lambda fit: {})}
+    return fit(groups) | {"intervals": bootstrap(fit, groups, times)}
 
 
-def residuals(theta, x, y, z, weights, delta):
-    """theta (S, 5) = ln_E, ln_A, ln_B, alpha, beta of S laws; x, y, z (n,) = ln N, ln D, ln L; weights (S, n) ->
-    f (S,), the weighted sum of Huber(r); r (S, n); share (3, S, n) of each term in the predicted loss."""
+DELTA = 1e-3                                  # of Huber's loss, in ln L: deviations beyond 0.1 % count linearly
+
+
+def residuals(theta, runs):
+    """theta (S, 5) = ln_E, ln_A, ln_B, alpha, beta of S laws; runs (S, n, 3) = ln N, ln D, ln L -> r (S, n), how far
+    ln L_predicted is above ln L; J (S, n, 5) = dr / dtheta."""
     ln_E, ln_A, ln_B, alpha, beta = theta.T[:, :, None]
-    terms = np.stack(np.broadcast_arrays(ln_E, ln_A - alpha * x, ln_B - beta * y))
-    lse = np.logaddexp.reduce(terms)
-    r = lse - z
+    ln_N, ln_D, ln_L = np.moveaxis(runs, -1, 0)
+    terms = np.stack(np.broadcast_arrays(ln_E, ln_A - alpha * ln_N, ln_B - beta * ln_D))
+    predicted = np.logaddexp.reduce(terms)
+    q_E, q_A, q_B = np.exp(terms - predicted)                           # the share of each term in the predicted loss
+    return predicted - ln_L, np.stack((q_E, q_A, q_B, -q_A * ln_N, -q_B * ln_D), -1)
+
+
+def huber(r):
+    """r (S, n) -> (S,), the sum of r^2 / 2 up to |r| = DELTA, and of the straight line that goes on from there."""
     size = np.abs(r)
-    f = (weights * np.where(size <= delta, r * r / 2, delta * (size - delta / 2))).sum(1)
-    return f, r, np.exp(terms - lse)
+    return np.where(size <= DELTA, r * r / 2, DELTA * (size - DELTA / 2)).sum(1)
 
 
-def minimise(theta, x, y, z, weights, delta, iterations):
-    """S laws, each improved until nothing can be gained in float64 -> theta, f. All at once: starts, or resamples.
+def minimise(theta, runs, iterations):
+    """S laws (S, 5) of runs (S, n, 3), each improved until no step helps it any more -> theta, sum of Huber(r).
 
-    Newton in a trust region: with H = V diag(lam) V^T, step = -V (V^T g / (|lam| + mu)); mu falls after a step that
-    helped and rises after one that did not.
+    A parabola of curvature min(1, DELTA / |r|) touches Huber's loss at the present r and lies above it elsewhere. So
+    each step solves a least-squares problem with these weights, W, damped by mu (Levenberg):
+
+        (J^T W J + mu I) step = J^T W r        mu falls after a step that helped, and rises after one that did not
     """
-    theta, (f, r, share) = theta.copy(), residuals(theta, x, y, z, weights, delta)
-    mu, active = np.full(len(theta), 1e-2), np.arange(len(theta))
+    theta, (r, J) = theta.copy(), residuals(theta, runs)
+    f, mu, active = huber(r), np.full(len(theta), 1e-2), np.arange(len(theta))
     for _ in range(iterations):
-        w, q = weights[active], share[:, active]
-        psi, inside = w * r[active].clip(-delta, delta), w * (np.abs(r[active]) <= delta)        # Huber', Huber''
-        J = np.stack((q[0], q[1], q[2], -q[1] * x, -q[2] * y), -1)                               # dr / dtheta
-        g = (psi[..., None] * J).sum(1)
-        # term_k: the k-th argument of LSE; q_k: its share of the prediction; v_k = d term_k / dtheta; J = sum_k q_k v_k
-        # H = sum Huber'' J J^T + Huber' (sum_k q_k v_k v_k^T - J J^T)
-        H = (J * (inside - psi)[..., None]).swapaxes(1, 2) @ J
-        H[:, 0, 0] += (psi * q[0]).sum(1)
-        for k, log_size in ((1, x), (2, y)):
-            pull = psi * q[k]
-            H[:, k, k] += pull.sum(1)
-            H[:, k + 2, k] -= pull @ log_size                                  # the lower triangle: eigh reads no other
-            H[:, k + 2, k + 2] += pull @ (log_size * log_size)
-        lam, V = np.linalg.eigh(H)
-        lam, along = np.abs(lam), (V.swapaxes(1, 2) @ g[..., None])[..., 0]
-        most = lam.max(1, keepdims=True) + 1e-300
-        step = -(V @ (along / (lam + mu[active, None] * most))[..., None])[..., 0]
-        promise = (along**2 / (lam + 1e-10 * most)).sum(1)                                # of an unconstrained step
-        new = theta[active] + step
-        f_new, r_new, share_new = residuals(new, x, y, z, w, delta)
+        JtW = J[active].swapaxes(1, 2) * (DELTA / np.maximum(np.abs(r[active]), DELTA))[:, None]
+        H, g = JtW @ J[active], JtW @ r[active][..., None]
+        damping = mu[active] * H.trace(axis1=1, axis2=2)
+        theta_new = theta[active] - np.linalg.solve(H + damping[:, None, None] * np.eye(5), g)[..., 0]
+        r_new, J_new = residuals(theta_new, runs[active])
+        f_new = huber(r_new)
         better = f_new < f[active]
-        improved = active[better]
-        theta[improved], f[improved], r[improved] = new[better], f_new[better], r_new[better]
-        share[:, improved] = share_new[:, better]
-        mu[active] *= np.where(better, 0.2, 4)
-        # no more is promised, or no step is short enough to help, than rounding
-        active = active[(promise > 1e-13 * f[active] + 1e-26) & (mu[active] < 1e12)]
+        for old, new in ((theta, theta_new), (r, r_new), (J, J_new), (f, f_new)):
+            old[active[better]] = new[better]
+        mu[active] = np.where(better, np.maximum(mu[active] / 5, 1e-12), 5 * mu[active])
+        active = active[mu[active] < 1e4]
         if not len(active):
             break
     return theta, f
 
 
-def fit_parametric(runs, *, delta=1e-3, times=200, seed=0, predict=lambda law: {}) -> dict:
-    """Approach 3: {"E", "A", "B", "alpha", "beta", "objective": sum of Huber(ln L_predicted - ln L), "intervals"}, the
-    last {"E": [low, high], ...}, of a and b too and of what predict(law) names (law: a dict of arrays), 2.5 and 97.5 %
-    of `times` resamples (None for 0). It is a law: chinchilla_loss and compute_optimal take it. Raises BadInput.
+def fit_parametric(runs, *, times=200, predict=lambda law: {}) -> dict:
+    """Approach 3: {"E", "A", "B", "alpha", "beta", "objective": sum of Huber(ln L_predicted - ln L), "intervals"}: a
+    law for chinchilla_loss and compute_optimal. Raises BadInput.
+
+    intervals   {"E": [2.5 %, 97.5 %] of `times` resamples, ..., "a", "b", and what predict({"E": array, ...}) adds};
+                None without resamples
     """
     runs = table(runs)[:, :3]
     points = len(np.unique(np.round(np.log(runs[:, :2]), 6), axis=0))
@@ -362,37 +318,37 @@ def fit_parametric(runs, *, delta=1e-3, times=200, seed=0, predict=lambda law: {
             raise BadInput(f"{name} must take at least 3 values to tell E from {term}, got {distinct(column)}")
     if np.ptp(runs[:, 2]) == 0:
         raise BadInput(f"loss must not be the same in all runs, got {runs[0, 2]:g}")
-    x, y, z = np.log(runs).T
-    if np.corrcoef(x, y)[0, 1] > 1 - 1e-9:
+    logs = np.log(runs)
+    if np.corrcoef(logs[:, 0], logs[:, 1])[0, 1] > 1 - 1e-9:
         raise BadInput("D must not be a power of N, or A / N^alpha and B / D^beta are one: vary D at the same N")
-    center = x.mean(), y.mean()
-    x, y = x - center[0], y - center[1]           # ln_A and ln_B: logs of the terms in the middle of the runs
+    # with ln N and ln D counted from their means, ln_A and ln_B are logs of the terms in the middle of the runs
+    center = np.array((*logs[:, :2].mean(0), 0.0))
 
     def law_of(theta):
-        """theta (..., 5) -> the five constants, in the units of N and D."""
+        """theta (..., 5), of centred logs -> the five constants, in the units of N and D."""
         ln_E, ln_A, ln_B, alpha, beta = np.moveaxis(theta, -1, 0)
-        logs = np.clip((ln_E, ln_A + alpha * center[0], ln_B + beta * center[1]), -700, 700)
-        return dict(zip(BESIROGLU, (*np.exp(logs), alpha, beta), strict=True))
+        terms = np.clip((ln_E, ln_A + alpha * center[0], ln_B + beta * center[1]), -700, 700)
+        return dict(zip(BESIROGLU, (*np.exp(terms), alpha, beta), strict=True))
 
     # starts: E a share of the lowest loss; the rest split between the terms; exponents
-    middle, rates = math.exp(np.median(z)), (0.05, 0.2, 0.5, 1.0, 2.0)
+    lowest, middle, rates = runs[:, 2].min(), np.median(runs[:, 2]), (0.05, 0.2, 0.5, 1.0, 2.0)
     starts = np.array([(math.log(E), math.log(s * (middle - E)), math.log((1 - s) * (middle - E)), alpha, beta)
-                       for E in np.exp(z.min()) * np.array((0.01, 0.5, 0.95))
+                       for E in (0.01 * lowest, 0.5 * lowest, 0.95 * lowest)
                        for s in (0.1, 0.5, 0.9) for alpha in rates for beta in rates])
-    theta, f = minimise(starts, x, y, z, np.ones((len(starts), len(z))), delta, 60)
-    theta, f = minimise(theta[f.argsort()[:24]], x, y, z, np.ones((24, len(z))), delta, 2000)
-    best, ends = f.argmin(), None
+    for count, iterations in ((len(starts), 60), (24, 2000)):                    # all a little, the best to the end
+        starts, f = minimise(starts[:count], np.broadcast_to(logs - center, (count, *runs.shape)), iterations)
+        starts, f = starts[f.argsort()], np.sort(f)
+    best, ends = starts[0], None
     if times:
-        weights = np.random.default_rng(seed).multinomial(len(z), np.full(len(z), 1 / len(z)), times).astype(float)
-        laws = law_of(minimise(np.repeat(theta[best:best + 1], times, 0), x, y, z, weights, delta, 300)[0])
+        drawn = np.random.default_rng(0).integers(len(runs), size=(times, len(runs)))
+        laws = law_of(minimise(np.tile(best, (times, 1)), (logs - center)[drawn], 300)[0])
         a = laws["beta"] / (laws["alpha"] + laws["beta"])
         with np.errstate(all="ignore"):
             ends = intervals(laws | {"a": a, "b": 1 - a} | predict(laws))
-    return {name: float(x) for name, x in law_of(theta[best]).items()} | {"objective": float(f[best]),
-                                                                           "intervals": ends}
+    return {name: float(x) for name, x in law_of(best).items()} | {"objective": float(f[0]), "intervals": ends}
 
 
-def holdout(runs, k: int, *, times=200, seed=0) -> dict:
+def holdout(runs, k: int, *, times=200) -> dict:
     """Fit without the k largest budgets, then look at them: {"fitted_to": C of the largest that was fitted, "rows":
     [{"C", "ahead": C / fitted_to, "loss", "N_opt": {"measured", "predicted", "interval"}}]}. Measured is the vertex of
     the budget's parabola; the loss is predicted by approach 3, N_opt by approach 2."""
@@ -409,10 +365,10 @@ def holdout(runs, k: int, *, times=200, seed=0) -> dict:
     def sizes(fit):
         return {v.C: fit["k_N"] * v.C ** fit["a"] for v in goals}
 
-    law = fit_parametric(known, times=times, seed=seed, predict=losses)
+    law = fit_parametric(known, times=times, predict=losses)
     if not has_optimum(law, goals[-1].C):
         raise BadInput("holdout must leave runs to which N and D make a difference: the fitted law has no optimum")
-    isoflop, largest = fit_isoflop(known, times=times, seed=seed, predict=sizes), flops_of(groups[-k - 1]).mean()
+    isoflop, largest = fit_isoflop(known, times=times, predict=sizes), flops_of(groups[-k - 1]).mean()
 
     rows = [{"C": v.C, "ahead": v.C / largest} for v in goals]
     for row, v in zip(rows, goals, strict=True):
@@ -441,7 +397,7 @@ def compute_optimal(C, law=BESIROGLU) -> Optimum:
 
 
 def has_optimum(law, C) -> bool:
-    """Whether a fitted law has a best N and D for C FLOPs that can be said: noise has none."""
+    """Whether a fitted law has a best N and D for C FLOPs. A law of noise may have none, or none that is a number."""
     try:
         return min(law["alpha"], law["beta"]) > 0 and all(1e-99 < x < 1e99 for x in compute_optimal(C, law))
     except (OverflowError, ZeroDivisionError):
@@ -473,12 +429,6 @@ def compute_for_loss(loss, law=BESIROGLU):
     return 6 * (K / (loss - law["E"])) ** (1 / (law["alpha"] * a)) if loss > law["E"] else math.inf
 
 
-def tokens_for_loss(N, loss, law=BESIROGLU):
-    """Tokens that bring N parameters to a loss: D = (B / (L - E - A/N^alpha))^(1/beta), infinite for too small N."""
-    rest = loss - law["E"] - law["A"] / N ** law["alpha"]
-    return (law["B"] / rest) ** (1 / law["beta"]) if rest > 0 else math.inf
-
-
 def assess(N, D, law=BESIROGLU) -> dict:
     """How far a run is from the best of its budget, by a law: tokens per parameter, N / N_opt, loss, loss left on the
     table, and the share of its compute that would have been enough for its loss."""
@@ -487,24 +437,6 @@ def assess(N, D, law=BESIROGLU) -> dict:
     return {"C": C, "ratio": D / N, "best_ratio": best.D / best.N, "N_opt": best.N, "D_opt": best.D,
             "N_over_N_opt": N / best.N, "loss": loss, "left": max(0.0, loss - chinchilla_loss(*best, law)),
             "enough": compute_for_loss(loss, law) / C}
-
-
-def inference_optimal(loss, inference_tokens, law=BESIROGLU) -> Optimum:
-    """(N, D) of a loss for which training and use, 6 N D + 2 N D_inf FLOPs, are cheapest. (Sardana 2024)
-
-        d/dN (6 N D(N) + 2 N D_inf) = 0   <=>   (alpha A / N^alpha) / (beta B / D^beta) = 1 + D_inf / (3 D)
-    """
-    if not loss > law["E"]:
-        raise BadInput(f"loss must be above the law's E, {law['E']:g}, got {loss:g}")
-    # the left side falls as N grows, from infinite to 1: halve the range of ln N
-    smallest = (law["A"] / (loss - law["E"])) ** (1 / law["alpha"])
-    largest = compute_optimal(compute_for_loss(loss, law), law).N
-    while largest / smallest > 1 + 1e-14:
-        N = math.sqrt(smallest * largest)
-        D = tokens_for_loss(N, loss, law)
-        wedge = law["alpha"] * law["A"] / N ** law["alpha"] * D ** law["beta"] / (law["beta"] * law["B"])
-        smallest, largest = (smallest, N) if wedge < 1 + inference_tokens / (3 * D) else (N, largest)
-    return Optimum(smallest, tokens_for_loss(smallest, loss, law))
 
 
 # ---- (4) what a layout takes: shapes ---------------------------------------------------------------------------------
@@ -534,7 +466,7 @@ class Shape:
     # a layer's matrices: q, k, v, o; the MLP's ups and its down
     block = property(lambda self: 2 * self.n_embd * (self.q + self.kv) + (self.ups + 1) * self.n_embd * self.n_ff)
     norm_vectors = property(lambda self: 2 if self.norm == "layernorm" and self.bias else 1)
-    # a layer's numbers that tp does not split: norms, biases of o and down; and its biases that tp does split
+    # a layer's parameters that every tp rank has whole: norms, biases of o and down. tp splits the other biases
     whole = property(lambda self: 2 * (self.norm_vectors + self.bias) * self.n_embd + 2 * self.qk_norm * self.head_dim)
     split_biases = property(lambda self: self.bias * (self.q + 2 * self.kv + self.ups * self.n_ff))
     tensors = property(lambda self: 2 * self.norm_vectors + (5 + self.ups) * (1 + self.bias) + 2 * self.qk_norm)
@@ -549,19 +481,10 @@ class Shape:
         return self.n_layer * (6 * self.block + 3 * core + again) + 6 * self.vocab_size * self.n_embd
 
 
-def shape_of(config) -> Shape:
-    """The Shape of a mapping or an object with ModelConfig's fields."""
-    known = config if isinstance(config, dict) else {name: getattr(config, name) for name in dir(config)
-                                                     if not name.startswith("_")}
-    fields = dataclasses.fields(Shape)
-    if missing := [f.name for f in fields if f.name not in known and f.default is dataclasses.MISSING]:
-        raise BadInput(f"config must have {missing[0]}, got none")
-    return Shape(**{f.name: known[f.name] for f in fields if f.name in known})
-
-
 @dataclass(frozen=True)
 class Layout:
-    """How a step is split over ranks; names as train.py's flags. chunks: stages per rank, above 1 if interleaved."""
+    """How a step is split over ranks, by train.py's flags. schedule and chunks: --pp-schedule, --pp-chunks, the stages
+    per rank, which are above 1 if interleaved."""
 
     dp: int = 1
     tp: int = 1
@@ -592,13 +515,14 @@ class Program:
     document_mask: bool = False     # packed documents: a (T, T) mask per sequence, shared by all layers
     fused_norm: bool = True         # False: RMSNorm keeps x / rms as well as x
     chunked_loss: bool = True       # the loss keeps the gradients of its input and weight; False: the logits
-    # half of backward's tp messages, with sequence parallelism two thirds, travel while weights' gradients are computed
+    # two of backward's four tp messages per layer, with sequence parallelism four of its six, travel while the
+    # gradients of weights are computed
     overlap_tp: bool = False
     overlap_dp: bool = True         # gradients travel during backward
-    train_py: bool = True           # count the named terms below in which train.py differs from the papers' programs
+    train_py: bool = True           # also count what train.py keeps or sends and the papers' programs do not
 
-    wide = property(lambda self: max(4, self.item))                                     # bytes of sums and moments
-    # AdamW's two moments, and the master
+    wide = property(lambda self: max(4, self.item))            # bytes of a number that is summed up, as Adam's moments
+    # Adam's two moments, and the master
     states = property(lambda self: 2 * self.wide + 4 * (self.master_weights and self.item < 4))
 
 
@@ -627,8 +551,8 @@ def rank_params(shape: Shape, layout: Layout, stage: int) -> RankParams:
     learned = is_first and shape.position == "learned"
     whole = layers * shape.whole + (learned * shape.seq_len + is_last * shape.norm_vectors) * shape.n_embd
     split = layers * (shape.block + shape.split_biases) + tables * shape.vocab_size * shape.n_embd
-    return RankParams(split // layout.tp + whole, whole, layers * shape.tensors + tables + learned
-                      + is_last * shape.norm_vectors)
+    tensors = layers * shape.tensors + tables + learned + is_last * shape.norm_vectors
+    return RankParams(split // layout.tp + whole, whole, tensors)
 
 
 # ---- (4) machines ----------------------------------------------------------------------------------------------------
@@ -660,10 +584,11 @@ class GPU:
 
 # Links: measured 235 of NVLink 3's 300 GB/s and 368 of NVLink 4's 450; of others 0.8 of the line rate (PCIe 4: 31,
 # PCIe 5: 63). Network: 200 Gb/s per GPU for A100 (Narayanan 2021, section 5), 400 for H100 (Llama 3, section 3.3.1) and
-# later. c, the share of the peak that large products reach in a long run (hot, at the power limit, between other
-# kernels), is fitted for two rows: a100 on six rows of Megatron's table 1, h100 on one row of Llama 3's table 4. It is
-# 0.88 and 0.79 of the largest product that was measured, 0.83 on average. So the others have c = 0.83 x (largest
-# product measured / peak, or 0.78 where nobody measured); h200 has h100's. Peaks and 1/fp32 by the makers' data sheets
+# later. c is the share of the peak that large products reach in a long run: hot, at the power limit, between other
+# kernels. Two rows of it are fitted: a100 on six rows of Megatron's table 1, h100 on one row of Llama 3's table 4. A
+# benchmark of nothing but products reaches a larger share: a100's c is 0.88 of it and h100's 0.79, on average 0.83. So
+# the other rows have c = 0.83 x the benchmark's share, or 0.83 x 0.78 where nobody measured; h200 has h100's. Peaks and
+# 1/fp32 by the makers' data sheets
 GPU_TABLE = """
 name             TFLOP/s     fp8  GB   GB/s  link network watts    c  1/fp32    $  source of the price
 v100                 125       0  32    900   120    12.5   300 0.65       8 0.79  Lambda, 16 GB, skypilot-catalog v8
@@ -698,42 +623,9 @@ GPUS = {gpu.name: gpu for gpu in map(table_row, GPU_TABLE.strip().splitlines()[1
 LINE = 0.8                                    # share of a network's line rate that messages reach, as in the links
 NVLINK_HOP, NETWORK_HOP = 3.4e-6, 14e-6       # seconds, of rings: NCCL's own tables, src/graph/tuning.cc
 FLASH = 0.6                                   # FlashAttention-2, figure 4: 187 of A100's 312 TFLOP/s at T 2048, D 128
-USABLE = 0.95                                 # of memory: the rest is CUDA's, NCCL's, and gaps
+USABLE = 0.95                                 # of memory: the rest holds CUDA's and NCCL's own, and stays in gaps
 PUE, GRID = 1.1, 0.385                        # building / GPUs; kg CO2 per kWh (LLaMA, arXiv:2302.13971, section 6)
 PRECISIONS = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 2}                     # bytes of what is multiplied
-
-
-def known_gpu(device_name: str) -> str | None:
-    """The key of GPUS for a name as torch.cuda.get_device_name() and vendors print it, or None. Every word must be
-    known: a maker's, a connector's, this row's memory, or of its key. A word that is left over names another card."""
-    words = re.split(r"[\s-]+", device_name.strip().lower())
-    words = [x for x in words if not re.fullmatch("nvidia|amd|instinct|tesla|geforce|sxm[0-9]?|oam|hbm3e?", x)]
-    for key, row in GPUS.items():
-        size = f"{row.memory / 1e9:.0f}gb"
-        if "".join(x for x in words if x != size) == "".join(x for x in key.split("-") if x != size):
-            return key
-    return None
-
-
-def find_gpu(name: str) -> GPU:
-    """By key or by device name. Raises BadInput."""
-    key = name.lower() if name.lower() in GPUS else known_gpu(name)
-    if not key:
-        near = difflib.get_close_matches(name.lower(), GPUS, 3, 0.3)
-        raise BadInput(f"gpu must be one of {', '.join(GPUS)}, got {name!r}"
-                       + (f"; the nearest: {', '.join(near)}" if near else ""))
-    return GPUS[key]
-
-
-def resolve_precision(name: str, gpu: "GPU | str") -> str:
-    """"auto" -> the GPU's 16 bits: bf16, before Ampere fp16; another precision -> itself. Raises BadInput for one that
-    the GPU lacks."""
-    gpu = gpu if isinstance(gpu, GPU) else find_gpu(gpu)
-    if name not in ("auto", *PRECISIONS):
-        raise BadInput(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
-    if name == "fp8" and not gpu.fp8 or name in ("bf16", "tf32") and not gpu.bf16:
-        raise BadInput(f"precision must be one that the GPU has, got {name} for {gpu.name}")
-    return name if name != "auto" else "bf16" if gpu.bf16 else "fp16"
 
 
 # ---- (4) memory ------------------------------------------------------------------------------------------------------
@@ -747,19 +639,19 @@ def layer_bytes(shape: Shape, layout: Layout, program: Program, recompute: str) 
     h, n = shape.n_embd, layout.micro_batch_size * shape.seq_len
     if recompute == "full":                                                             # its input
         return n * h * program.residual / layout.split
-    # two norms and what they put out; two masks of dropout
+    # whole: two norms, their outputs, which the linears behind them read, and two masks of dropout
     whole = 2 * (norm_bytes(shape.norm, h, program) + h * (program.item + program.dropout))
-    # q, k, v, o; the MLP's ups, and for SwiGLU what silu and the product make of them
+    # split by tp: q, k, v, o; the MLP's ups and what its activation makes of them (SwiGLU: silu(gate), and the product)
     split = (2 * shape.q + 2 * shape.kv + 2 * shape.ups * shape.n_ff) * program.item
     if shape.qk_norm:
         split += (shape.n_head + shape.n_kv_head) * norm_bytes("rmsnorm", shape.head_dim, program)
     if recompute == "none":
-        # log sum exp per row; or softmax, dropout's mask and what that leaves, over T keys
+        # flash attention: a row's log sum exp. Else, for each of T keys: softmax, dropout's mask, softmax x mask
         row = program.wide if program.flash else (2 * program.item + program.dropout) * shape.seq_len
         split += shape.n_head * row
     if program.train_py and program.item < program.residual:
-        # not in the papers: each linear behind a norm casts the norm's output itself (tp's layers cast it once);
-        # "selective" keeps q and k as the rotation left them, before their cast
+        # each linear behind a norm casts the norm's output to `item` bytes for itself, and keeps its copy (with tp they
+        # share one); "selective" keeps q and k after the rotation and before their cast
         whole += (layout.tp == 1) * (1 + shape.ups) * h * program.item
         rotated = recompute == "selective" and shape.position == "rope"
         split += rotated * (shape.q + shape.kv) * (program.residual - program.item)
@@ -767,16 +659,17 @@ def layer_bytes(shape: Shape, layout: Layout, program: Program, recompute: str) 
 
 
 def norm_bytes(norm: str, width: int, program: Program) -> int:
-    """Of one row: the input, x / rms of an RMSNorm that is not fused, and what the papers leave out: 1 / rms, or
-    LayerNorm's mean and 1 / deviation."""
+    """What a norm keeps of one row: its input; x / rms, if it is an RMSNorm that is not fused; and, which the papers do
+    not count, 1 / rms, or LayerNorm's mean and 1 / deviation."""
     rms = norm == "rmsnorm"
     statistics = program.train_py * max(4, program.residual) * (1 if rms else 2)
     return width * program.residual * (2 if rms and not program.fused_norm else 1) + statistics
 
 
 def end_bytes(shape: Shape, layout: Layout, program: Program) -> float:
-    """What the last norm and the loss keep of a micro-batch: inputs of both and the logits in float32; a chunked loss
-    has neither logits nor (but for a shard that is gathered again) its input, but the gradients of input and weight."""
+    """What the last norm and the loss keep of a micro-batch: their inputs, and the logits in float32. A chunked loss
+    computes its gradients in forward, a chunk of logits at a time: it keeps those of its input and of the head's weight
+    instead of the logits. Its input it keeps only with sequence parallelism, as the shard that is gathered again."""
     n, h, V = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size / layout.tp
     norm, x = n * norm_bytes(shape.norm, h, program) / layout.split, n * h * program.item / layout.split
     if program.chunked_loss:
@@ -785,7 +678,7 @@ def end_bytes(shape: Shape, layout: Layout, program: Program) -> float:
 
 
 def stored(layout: Layout, stage: int) -> float:
-    """Micro-batches whose activations a rank holds at once; of interleaved stages, in parts."""
+    """Micro-batches whose activations a rank holds at once. In one of a rank's v stages it counts 1 / v."""
     p, m, v = layout.pp, layout.micro_batches, layout.chunks
     if v > 1:
         return min(m * v, (p - 1 - stage) * 2 + (v - 1) * p + 1) / v
@@ -814,7 +707,8 @@ def buffer_bytes(shape: Shape, layout: Layout, program: Program, stage: int) -> 
     layer = (shape.block + shape.split_biases) / layout.tp + shape.whole
     table = shape.vocab_size / layout.tp * shape.n_embd * (stage in (0, layout.pp - 1))
     bucket = max(layer, table) if zero == 3 else min(BUCKETS[zero] / program.gradient, psi)
-    # one that is summed and its share; from stage 2 two more as products left them; stage 3: this layer and the next
+    # gradients: a bucket that is being summed, and the rank's share of it; from stage 2 on, also two buckets as
+    # backward left them. Stage 3: the gathered weights of this layer and of the next
     moving = bucket * (1 + 1 / dp) * program.gradient + (zero >= 2) * 2 * bucket * program.item
     return again + (dp > 1) * moving + (zero == 3) * 2 * bucket * program.item
 
@@ -833,22 +727,24 @@ def memory(shape: Shape, layout: Layout, program: Program, stage: int) -> dict:
     shared = program.train_py * T * (layout.chunks * shape.head_dim * program.residual if rope else 8 * (stage == 0))
     shared += program.document_mask * layout.micro_batch_size * T * T * program.item
     kept = alive * (layers * layer_bytes(shape, layout, program, layout.recompute) + shared)
-    if stage == layout.pp - 1:                                         # backward of the loss begins at once
+    if stage == layout.pp - 1:                # the loss's backward follows its forward at once, but not with GPipe
         kept += end_bytes(shape, layout, program) * (alive if layout.schedule == "gpipe" else 1)
-    return {"parameters": psi * weight / (dp if zero >= 3 else 1), "gradients": psi * program.gradient / (
-        dp if zero >= 2 else 1), "states": psi * states / (dp if zero >= 1 else 1),
-        "activations": kept + waiting_bytes(shape, layout, program, stage),
-        "buffers": buffer_bytes(shape, layout, program, stage)}
+    return {"parameters": psi * weight / (dp if zero >= 3 else 1),
+            "gradients": psi * program.gradient / (dp if zero >= 2 else 1),
+            "states": psi * states / (dp if zero >= 1 else 1),
+            "activations": kept + waiting_bytes(shape, layout, program, stage),
+            "buffers": buffer_bytes(shape, layout, program, stage)}
 
 
 def fullest(shape: Shape, layout: Layout, program: Program) -> dict:
-    """memory() of the rank that needs most: an end of the pipeline, or the first of those with so many layers."""
+    """memory() of the rank that needs most: one of the pipeline's ends, or the first of the stages between them with so
+    many layers, as it stores the most micro-batches of those."""
     layers = depth(shape.n_layer, layout.pp, layout.chunks)
     stages = {0, layout.pp - 1, *(layers.index(x, min(1, layout.pp - 1)) for x in set(layers[1:]))}
     return max((memory(shape, layout, program, r) for r in stages), key=lambda parts: sum(parts.values()))
 
 
-def fits(shape: Shape, gpu: "GPU", layout: Layout, program: Program) -> bool:
+def fits(shape: Shape, gpu: GPU, layout: Layout, program: Program) -> bool:
     return sum(fullest(shape, layout, program).values()) <= USABLE * gpu.memory
 
 
@@ -858,7 +754,7 @@ def layer_collectives(layout: Layout, program: Program) -> dict:
     """{pass: (all-gathers, reduce-scatters)} over tp of one layer; without sequence parallelism each two are an
     all-reduce. Forward: attention and MLP gather their input and sum their result. Backward: the adjoints, and the
     inputs are gathered again. (Korthikanti 2022, section 4.2)"""
-    # when a block runs again in backward, Megatron-LM repeats even the sum that ends it; train.py does not
+    # a block that runs again in backward ends with a sum. Nobody needs it: Megatron-LM repeats it, train.py does not
     sp, sums = layout.sequence_parallel, 1 if program.train_py else 2
     again = (2 if sp else sums, sums) if layout.recompute == "full" else (0, 0)
     return {"forward": (2, 2), "backward": (2 + 2 * sp, 2), "again": again}
@@ -868,17 +764,17 @@ def messages(shape: Shape, layout: Layout, program: Program, stage: int) -> dict
     """What a rank at place `stage` of its pipeline sends in a step: {(axis, collective): (calls, bytes)}.
 
     axis     dp, tp, pp; "world": all ranks; "ends": first and last stage, which share a tied weight
-    calls    None where buckets or chunks of the loss decide
-    bytes    the payload, all ranks' parts together. With ZeRO, shards of ranks differ: their mean, without padding
+    calls    None where the number depends on the size of buckets or of the loss's chunks
+    bytes    the payload, all ranks' parts together. With ZeRO ranks' shards differ in size: the mean, without padding
     """
     rank, layers = rank_params(shape, layout, stage), depth(shape.n_layer, layout.pp, layout.chunks)[stage]
     m, is_first, is_last, zero = layout.micro_batches, stage == 0, stage == layout.pp - 1, layout.zero
     n, h, table = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size // layout.tp * shape.n_embd
     product, hidden = n * h * program.item, n * h * program.residual
     mean = program.gradient / (layout.dp if zero else 1)                  # of a gradient after ZeRO has sharded it
-    found = {("world", "all_reduce"): (1, 3 * 8)}                         # loss, squared norm, please stop
+    found = {("world", "all_reduce"): (1, 3 * 8)}           # loss, squared norm, whether a rank was asked to stop
     if layout.dp > 1:
-        # the number of targets; which gradients there are
+        # the number of targets in the batch, 8 bytes; a flag per tensor: which have a gradient
         counted = 8 + (4 * (rank.tensors + (layout.chunks if zero == 3 else 1)) if zero else rank.tensors)
         if zero:
             scatters, gathers = {1: (1, 1), 2: (m, 1), 3: (m, 2 * m)}[zero]
@@ -887,10 +783,11 @@ def messages(shape: Shape, layout: Layout, program: Program, stage: int) -> dict
             found["dp", "all_gather"] = None, (rank.count + twice) * gathers * program.item
         found["dp", "all_reduce"] = None, counted + rank.count * program.gradient * (not zero)
     if layout.tp > 1:
-        passes = layer_collectives(layout, program).values()
-        inner = (layers * sum(x) + is_last for x in zip(*passes, strict=True))                  # of layers and the head
-        gathers, sums = ((m * (x + is_first), m * (x * product + is_first * hidden)) for x in inner)
-        # of the loss: max, sum of exponentials, the target's logit; gradients of which each rank has a part
+        # a gather and a sum each: in the layers, one for the head, one for the embedding, whose numbers are residuals
+        inside = [layers * sum(x) + is_last for x in zip(*layer_collectives(layout, program).values(), strict=True)]
+        gathers, sums = ((m * (x + is_first), m * (x * product + is_first * hidden)) for x in inside)
+        # the loss needs three numbers per token: max, sum of exponentials, the target's logit. `partial`: parameters
+        # that tp does not split, but whose gradients it computes in parts
         partial = rank.whole if layout.sequence_parallel else layers * 2 * shape.qk_norm * shape.head_dim
         others = m * is_last * 3 * n * program.wide + partial * mean
         if layout.sequence_parallel:
@@ -916,9 +813,9 @@ def bytes_sent(messages: dict, layout: Layout) -> dict:
     return sent
 
 
-def ring_seconds(gpu: "GPU", ranks: int, bytes: float, stride: int = 1, messages: float = 1) -> float:
-    """Of an all-gather or a reduce-scatter of `bytes`, all parts together, over `ranks` ranks `stride` apart, in so
-    many messages: a ring, between nodes as wide as there are ranks of it inside one."""
+def ring_seconds(gpu: GPU, ranks: int, bytes: float, stride: int = 1, messages: float = 1) -> float:
+    """Of an all-gather or a reduce-scatter of `bytes`, all parts together, in so many messages, over `ranks` ranks
+    whose numbers are `stride` apart: a ring. Between two nodes it uses the network of all its GPUs in one of them."""
     inside = max(1, min(ranks, gpu.node // stride))
     nodes = math.ceil(ranks / inside)
     rate = gpu.link if nodes == 1 else min(gpu.link, inside * LINE * gpu.network)
@@ -938,8 +835,8 @@ def bubble(layout: Layout, forward: float, backward: float, weight: float) -> fl
     return (layout.pp - 1) / layout.chunks * (forward + backward + weight)
 
 
-def step_time(shape: Shape, gpu: "GPU", layout: Layout, program: Program, speed: float = 1.0) -> dict:
-    """Seconds of a step: {"compute", "tp", "pp", "dp", "bubble", "update"}, messages as far as nothing hides them.
+def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: float = 1.0) -> dict:
+    """Seconds of a step: {"compute", "tp", "pp", "dp", "bubble", "update"}; of messages, what nothing hides.
     speed: of the linear layers' products, relative to bf16's."""
     b, T, h, n_ff, t = layout.micro_batch_size, shape.seq_len, shape.n_embd, shape.n_ff, layout.tp
     n, m, V, core_speed = b * T, layout.micro_batches, shape.vocab_size / t, min(speed, 1)
@@ -952,7 +849,7 @@ def step_time(shape: Shape, gpu: "GPU", layout: Layout, program: Program, speed:
     linear = (product(n, (shape.q + 2 * shape.kv) / t, h) + product(n, h, shape.q / t)
               + product(n, shape.ups * n_ff / t, h) + product(n, h, n_ff / t))
     if program.flash:
-        # of 4 n T q causality hides half; backward computes q k^T again: 5 products for 2
+        # forward's two products are 4 n T q FLOPs, of which causality hides half; backward has five: q k^T runs again
         core, core_backward, scores = 2 * n * T * shape.q / t / (FLASH * gpu.peak * core_speed), 2.5, 0.0
     else:
         heads, core_backward = b * shape.n_head / t, 2
@@ -967,14 +864,13 @@ def step_time(shape: Shape, gpu: "GPU", layout: Layout, program: Program, speed:
     if program.overlap_tp:
         tp_backward = tp_forward / 2
 
-    # a micro-batch in the slowest stage, (forward, backward, weight): compute, tp's messages, messages to other stages
+    # a layer's forward, its backward (gradients of inputs, and what runs again), and its gradients of weights
+    layer = linear + core + 2 * kept, linear + core_backward * core + 3 * kept + again, linear
+    # the same of a micro-batch in the slowest stage: computing, tp's messages, messages to other stages
     every = depth(shape.n_layer, layout.pp, layout.chunks)
-    work = [every[r] * (3 * linear + (1 + core_backward) * core + 5 * kept + again) + 3 * head * (r == layout.pp - 1)
-            for r in range(layout.pp)]
-    slowest = work.index(max(work))
-    layers, ends = every[slowest], head * (slowest == layout.pp - 1)
-    forward, weight = layers * (linear + core + 2 * kept) + ends, layers * linear + ends
-    compute = forward, work[slowest] - forward - weight, weight
+    slowest = max(range(layout.pp), key=lambda r: every[r] * sum(layer) + 3 * head * (r == layout.pp - 1))
+    layers, is_last = every[slowest], slowest == layout.pp - 1
+    compute = [layers * seconds + head * is_last for seconds in layer]
     tp = layers * tp_forward, layers * (tp_backward + tp_again), 0.0
     between = layout.ranks > gpu.node
     rate, delay = (LINE * gpu.network, NETWORK_HOP) if between else (gpu.link, NVLINK_HOP)
@@ -982,8 +878,8 @@ def step_time(shape: Shape, gpu: "GPU", layout: Layout, program: Program, speed:
     pp = (layout.pp > 1) * layout.chunks * (n * h * program.residual / parts / rate + delay)
     forward, backward, weight = (sum(x) for x in zip(compute, tp, (pp, pp, 0.0), strict=True))
 
-    # gradients are summed during backward; parameters are gathered before the pass that needs them, or after the update
-    # in a message per layer at stage 3; else per bucket, or all at once
+    # dp: gradients are summed during backward. Parameters are gathered after the update, at stage 3 before each pass.
+    # `number` of messages: one per layer at stage 3; else one per bucket, or a single one in the papers' programs
     psi = rank_params(shape, layout, slowest).count
     number = layers if layout.zero == 3 else max(1, program.train_py * psi * program.gradient / BUCKETS[layout.zero])
     scatter, gather = (ring_seconds(gpu, layout.dp, psi * size, t, number) for size in (program.gradient, program.item))
@@ -992,7 +888,9 @@ def step_time(shape: Shape, gpu: "GPU", layout: Layout, program: Program, speed:
         return max(0.0, message - program.overlap_dp * compute)
 
     both = backward + weight
-    dp = {0: exposed(2 * scatter, both), 1: exposed(scatter, both) + gather, 2: m * exposed(scatter, both) + gather,
+    dp = {0: exposed(2 * scatter, both),
+          1: exposed(scatter, both) + gather,
+          2: m * exposed(scatter, both) + gather,
           3: m * (exposed(scatter + gather, both) + exposed(gather, forward))}[layout.zero]
     # reads the gradient and the states, writes the states and the weight
     update = psi * (2 * program.states + program.gradient + program.item) / gpu.bandwidth / (
@@ -1001,7 +899,7 @@ def step_time(shape: Shape, gpu: "GPU", layout: Layout, program: Program, speed:
             "bubble": bubble(layout, forward, backward, weight), "update": update}
 
 
-def estimate(shape: Shape, gpu: "GPU", layout: Layout, program: Program = Program(), speed: float = 1.0) -> dict:
+def estimate(shape: Shape, gpu: GPU, layout: Layout, program: Program = Program(), speed: float = 1.0) -> dict:
     """What a step costs: {"layout", "seconds": by part, "step": their sum, "tokens_per_s", "mfu" (of the precision's
     own peak), and per GPU "tflops", "hardware_tflops" (with what runs again)}."""
     seconds = step_time(shape, gpu, layout, program, speed)
@@ -1013,22 +911,23 @@ def estimate(shape: Shape, gpu: "GPU", layout: Layout, program: Program = Progra
 
 # ---- (5) what it costs -----------------------------------------------------------------------------------------------
 
-def cost(gpu: GPU, n_gpus: int, seconds: float, pue: float = PUE, grid: float = GRID) -> dict:
+def cost(gpu: GPU, n_gpus: int, seconds: float) -> dict:
     """{"gpu_hours", "energy_mwh", "tco2", "dollars"}; at full power, as LLaMA's bill: hours x watts x PUE."""
     hours = n_gpus * seconds / 3600
-    energy = hours * gpu.watts * pue / 1e6
-    return {"gpu_hours": hours, "energy_mwh": energy, "tco2": energy * grid, "dollars": gpu.price and hours * gpu.price}
+    energy = hours * gpu.watts * PUE / 1e6
+    return {"gpu_hours": hours, "energy_mwh": energy, "tco2": energy * GRID, "dollars": gpu.price and hours * gpu.price}
 
 
 def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: str | GPU | None = None,
-         precision: str = "bf16", rank_flops: float | None = None, pue: float = PUE, grid: float = GRID) -> dict:
+         precision: str = "bf16", rank_flops: float | None = None) -> dict:
     """What a run of `tokens` tokens takes, as JSON has it:
 
     parameters, embedding_parameters, tokens, tokens_per_parameter, tokens_per_step, flops_per_token, flops
     law             {"best_tokens": for this size; "N_opt", "D_opt": for these 6 N D; "loss", "left": nats that N_opt
                     and D_opt would save; "extrapolated": fewer parameters or tokens than the law was fitted to, where
                     "loss" and "left" are None}
-    layout          the fields of Layout; layers_per_rank; bubble: its share of a step, of three equal parts
+    layout          the fields of Layout; layers_per_rank; bubble: its share of a step, if forward and both parts of
+                    backward take equally long
     memory_bytes    of the fullest rank, by part, and "total"
     bytes_sent      {axis: bytes per step of the rank that sends most}; bytes_sent_at_zero_1: dp's, for stages 2 and 3
     gpu given       gpu (its name), seconds_per_step (by part), tokens_per_s, mfu, tflops, hardware_tflops (per GPU),
@@ -1056,12 +955,12 @@ def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: 
     if layout.zero > 1 and layout.micro_batches > 1 and layout.dp > 1:
         answer["bytes_sent_at_zero_1"] = most_sent(replace(layout, zero=1))["dp"]
     if gpu is not None:
-        gpu = gpu if isinstance(gpu, GPU) else find_gpu(gpu)
+        gpu = find_gpu(gpu)
         e = estimate(shape, gpu, layout, program, gpu.peak_flops(precision) / gpu.peak)
         seconds = tokens / e["tokens_per_s"]
         answer |= {"gpu": gpu.name, "seconds_per_step": e["seconds"], "seconds": seconds, "days": seconds / 86400,
                    **{name: e[name] for name in ("tokens_per_s", "mfu", "tflops", "hardware_tflops")},
-                   **cost(gpu, layout.ranks, seconds, pue, grid), "dollars_per_gpu_hour": gpu.price,
+                   **cost(gpu, layout.ranks, seconds), "dollars_per_gpu_hour": gpu.price,
                    "price_source": gpu.source}
     elif rank_flops:
         seconds = flops / rank_flops / layout.ranks / (1 - answer["bubble"])
@@ -1069,117 +968,39 @@ def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: 
     return answer
 
 
-def short(x: float) -> str:
-    """1,234,567 -> 1.23 M"""
-    size, letter = next(((s, f" {name}") for s, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if x >= s),
-                        (1, ""))
-    return f"{x / size:.3g}{letter}"
-
-
-def clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours / 24:,.1f} days" if hours >= 24 else f"{hours}:{minutes:02d}:{seconds:02d}" if hours else (
-        f"{minutes}:{seconds:02d}")
-
-
-def amounts(parts: dict) -> str:
-    """{name: bytes} as text, in one unit."""
-    unit, scale = ("GB", 1e9) if max(parts.values()) > 1e9 else ("MB", 1e6)
-    return ", ".join(f"{name} {x / scale:,.1f}" for name, x in parts.items()) + f" {unit}"
-
-
-def describe_bill(bill: dict) -> str:
-    """A bill as aligned lines: a label, padded to 11 characters, and a sentence."""
-    law, layout, ranks = bill["law"], bill["layout"], math.prod(bill["layout"][axis] for axis in ("dp", "tp", "pp"))
-    lines = [("run", f"{bill['parameters']:,} parameters ({bill['embedding_parameters']:,} in the embedding), "
-                     f"{short(bill['tokens'])} tokens, {bill['flops']:.3g} FLOPs"),
-             ("", f"{short(bill['tokens_per_step'])} tokens per step"),
-             ("law", f"{bill['tokens_per_parameter']:.3g} tokens per parameter; best for this size: "
-                     f"{law['best_tokens'] / bill['parameters']:.3g}, that is {short(law['best_tokens'])} tokens")]
-    lines.append(("", f"a guess for so small a model or so few tokens: the law was fitted to {short(FITTED_FROM['N'])} "
-                      f"parameters, {short(FITTED_FROM['D'])} tokens and more") if law["extrapolated"] else
-                 ("", f"loss {law['loss']:.3f} predicted, {law['left']:.3f} nats above the best of these 6 N D FLOPs: "
-                      f"{short(law['N_opt'])} parameters, {short(law['D_opt'])} tokens"))
-    lines.append(("memory", f"{amounts(bill['memory_bytes'])} per rank, predicted"))
-    if ranks > 1:
-        places = itertools.product(*(range(layout[axis]) for axis in ("pp", "dp", "tp")))
-        shown = ", ".join(f"{r} ({p} {d} {t})" for r, (p, d, t) in enumerate(itertools.islice(places, 6)))
-        lines.append(("mesh", " x ".join(f"{axis} {layout[axis]}" for axis in ("pp", "dp", "tp")) + f": {shown}"
-                      + ", ..." * (ranks > 6)))
-        if layout["pp"] > 1:
-            layers = ", ".join(map(str, bill["layers_per_rank"]))
-            lines.append(("pipeline", f"{layout['schedule']}, {layout['micro_batches']} micro-batches, bubble "
-                                      f"{bill['bubble']:.1%}; layers per rank {layers}"))
-        sent = {axis: x for axis, x in bill["bytes_sent"].items() if axis != "world"}
-        lines.append(("messages", f"{amounts(sent)} per step, sent by a rank"))
-    if "bytes_sent_at_zero_1" in bill:
-        lines.append((f"zero {layout['zero']}", f"sends {amounts({'dp': bill['bytes_sent']['dp']})} with every one of "
-                      f"{layout['micro_batches']} micro-batches; stage 1 would send "
-                      f"{amounts({'dp': bill['bytes_sent_at_zero_1']})}, once per step"))
-    if "gpu" in bill:
-        parts, step = bill["seconds_per_step"], sum(bill["seconds_per_step"].values())
-        dollars = f", ${bill['dollars']:,.0f} at ${bill['dollars_per_gpu_hour']:.2f} per GPU-hour" if (
-            bill["dollars"]) else ""
-        lines += [("time", f"about {clock(bill['seconds'])} on {ranks:,} x {bill['gpu']}, {step:.4g} s per step, "
-                           f"{short(bill['tokens_per_s'])} tokens/s, MFU {bill['mfu']:.1%}"),
-                  ("", ", ".join(f"{name} {x / step:.1%}" for name, x in parts.items() if x)),
-                  ("cost", f"{bill['gpu_hours']:,.4g} GPU-hours, {bill['energy_mwh']:,.3g} MWh, "
-                           f"{bill['tco2']:,.3g} t CO2{dollars} ({bill['price_source']})")]
-    elif "seconds" in bill:
-        lines.append(("time", f"about {clock(bill['seconds'])} on {ranks:,} rank{'s' * (ranks > 1)} at "
-                              f"{bill['rank_flops'] / 1e9:,.0f} GFLOP/s each; messages are not counted"))
-    return "\n".join(f"{label:<11}{text}" for label, text in lines)
-
-
 # ---- (5) all layouts, ranked -----------------------------------------------------------------------------------------
 
 FIELDS = tuple(f.name for f in dataclasses.fields(Layout) if f.name != "micro_batches")
-DATA = "data/mycorpus"                        # in the commands: where the reader's prepared text belongs
-
-
-@functools.cache
-def shape_for(params: float, seq_len: int = 4096) -> Shape:
-    """A Llama of about so many parameters: heads of 128 (small ones: 64), about width / 128 layers, an MLP of about 8/3
-    of the width that makes up what is missing."""
-    V, shapes = 32000 if params >= 3e8 else 8192 if params >= 2e7 else 2048, []
-    for heads in (*range(1, 8), *range(8, 32, 4), *range(32, 513, 8)):
-        h = heads * (128 if heads >= 8 else 64)
-        layers = max(2, 2 * round((params - 2 * V * h) / (12 * h * h) / 2))
-        n_ff = max(1, round(((params - 2 * V * h) / layers - 4 * h * h) / (3 * h) / 128)) * 128
-        shape = Shape(V, seq_len, layers, heads, heads, h // heads, h, n_ff)
-        off = (shape.num_params / params, 1), (h / layers / 128, 0.1), (n_ff / h * 3 / 8, 0.5)
-        shapes.append((sum(weight * abs(math.log(x)) for x, weight in off), shape))
-    return min(shapes, key=lambda x: x[0])[1]
 
 
 def layouts(shape: Shape, gpu: GPU, n_gpus: int, batch: int, **fixed):
-    """Every layout of n_gpus ranks that train.py takes, with tp inside a node and, of equals, the faster schedule;
-    `fixed` fields as they are given."""
-    def choices(name, *default):
-        return (fixed[name],) if name in fixed else default
-
+    """Every layout of n_gpus ranks that train.py takes, but tp only inside a node, and no GPipe, which 1F1B equals in
+    time and beats in memory; `fixed` fields as they are given."""
     divisors = [n for n in range(1, n_gpus + 1) if n_gpus % n == 0]
-    for tp, pp in itertools.product(choices("tp", *(n for n in divisors if n <= gpu.node)), choices("pp", *divisors)):
-        dp = n_gpus // (tp * pp)
-        if dp * tp * pp != n_gpus or dp not in choices("dp", dp):
+    choices = {"tp": [n for n in divisors if n <= gpu.node], "pp": divisors,
+               "micro_batch_size": (1, 2, 4, 8, 16, 32), "schedule": ("1f1b", "zb", "interleaved"),
+               "chunks": range(1, 9), "zero": range(4), "recompute": ("none", "selective", "full"),
+               "sequence_parallel": (True,)}
+    choices |= {name: (x,) for name, x in fixed.items() if name != "dp"}
+    for tp, pp, b, schedule, v, zero, recompute, sp in itertools.product(*choices.values()):
+        dp, left_over = divmod(n_gpus, tp * pp)
+        if left_over or dp != fixed.get("dp", dp) or batch % (dp * b):
             continue
-        schedules = [(name, v) for name in choices("schedule", "1f1b", "zb", "interleaved") if pp > 1 or name == "1f1b"
-                     for v in choices("chunks", *range(1, 9)) if (v > 1) == (name == "interleaved")]
-        for b, (schedule, v), zero, recompute, sp in itertools.product(
-                choices("micro_batch_size", 1, 2, 4, 8, 16, 32), schedules,
-                choices("zero", *range(4 if dp > 1 else 1)), choices("recompute", "none", "selective", "full"),
-                choices("sequence_parallel", True)):
-            m = batch // (dp * b)
-            split = (shape.n_head, shape.n_kv_head, shape.n_ff, shape.vocab_size, *([shape.seq_len] if sp else []))
-            if (m * dp * b == batch and not any(x % tp for x in split) and pp * v <= shape.n_layer
-                    and not (v > 1 and m % pp) and not (schedule == "zb" and recompute != "none")):
-                yield Layout(dp, tp, pp, schedule, v, b, m, zero, recompute, sp)
+        m = batch // (dp * b)
+        widths = (shape.n_head, shape.n_kv_head, shape.n_ff, shape.vocab_size, shape.seq_len if sp else tp)
+        if (all(x % tp == 0 for x in widths)                               # what tp splits, it splits evenly
+                and pp * v <= shape.n_layer                                # a stage has a layer
+                and (pp > 1 or schedule == "1f1b")                         # one stage needs no other schedule
+                and (v > 1) == (schedule == "interleaved")
+                and not (v > 1 and m % pp)                                 # interleaving: pp micro-batches at a time
+                and not (schedule == "zb" and recompute != "none")         # zb keeps the inputs of weight gradients
+                and (dp > 1 or zero == 0 or "zero" in fixed)):             # ZeRO over one rank is no ZeRO
+            yield Layout(dp, tp, pp, schedule, v, b, m, zero, recompute, sp)
 
 
 def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None = None, precision: str = "bf16",
          program: Program | None = None, tokens: float | None = None, top: int | None = None, config_name=None,
-         pue: float = PUE, grid: float = GRID, **fixed) -> list[dict]:
+         **fixed) -> list[dict]:
     """The layouts of a training step that fit, fastest first, the best of each (tp, pp, zero): bills, each with
     "command", which train.py takes.
 
@@ -1191,7 +1012,7 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
     fixed              fields of Layout that are given: tp=8, recompute="full", ...
     Raises BadInput for what cannot be; and if nothing fits: what is biggest, and how many GPUs would do.
     """
-    shape, gpu = shape_of(config), gpu if isinstance(gpu, GPU) else find_gpu(gpu)
+    shape, gpu = shape_of(config), find_gpu(gpu)
     precision, fixed = resolve_precision(precision, gpu), {name: x for name, x in fixed.items() if x is not None}
     if n_gpus < 1 or n_gpus != int(n_gpus):
         raise BadInput(f"n_gpus must be a whole number from 1, got {n_gpus}")
@@ -1219,17 +1040,165 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
     for e in sorted((estimate(shape, gpu, layout, program, speed) for layout in fitting), key=lambda e: e["step"]):
         best.setdefault((e["layout"].tp, e["layout"].pp, e["layout"].zero), e["layout"])
     steps = math.ceil(tokens / batch / shape.seq_len)
-    return [bill(shape, layout, program, tokens=tokens, gpu=gpu, precision=precision, pue=pue, grid=grid)
+    return [bill(shape, layout, program, tokens=tokens, gpu=gpu, precision=precision)
             | {"command": command(shape, layout, precision, gpu, steps, config_name)}
             for layout in list(best.values())[:top]]
 
 
+# ---- the lecture ends here: what models, GPUs and runs are called, and what is none ----------------------------------
+
+def shape_of(config) -> Shape:
+    """The Shape of a mapping or an object with ModelConfig's fields."""
+    known = config if isinstance(config, dict) else {name: getattr(config, name) for name in dir(config)}
+    return Shape(**{f.name: known[f.name] for f in dataclasses.fields(Shape) if f.name in known})
+
+
+@functools.cache
+def shape_for(params: float, seq_len: int = 4096) -> Shape:
+    """A Llama of about so many parameters: heads of 128 (below 8 heads: of 64), about width / 128 layers, an MLP of
+    about 8/3 of the width, wider or narrower to meet the number of parameters."""
+    V, shapes = 32000 if params >= 3e8 else 8192 if params >= 2e7 else 2048, []
+    for heads in (*range(1, 8), *range(8, 32, 4), *range(32, 513, 8)):
+        h = heads * (128 if heads >= 8 else 64)
+        layers = max(2, 2 * round((params - 2 * V * h) / (12 * h * h) / 2))
+        n_ff = max(1, round(((params - 2 * V * h) / layers - 4 * h * h) / (3 * h) / 128)) * 128
+        shape = Shape(V, seq_len, layers, heads, heads, h // heads, h, n_ff)
+        off = (shape.num_params / params, 1), (h / layers / 128, 0.1), (n_ff / h * 3 / 8, 0.5)
+        shapes.append((sum(weight * abs(math.log(x)) for x, weight in off), shape))
+    return min(shapes, key=lambda x: x[0])[1]
+
+
+def known_gpu(device_name: str) -> str | None:
+    """The key of GPUS for a name as torch.cuda.get_device_name() and vendors print it, or None. Words for the maker,
+    the connector and the row's memory are dropped; what is left must be the key. "A100-SXM4-40GB" is no a100: 40 GB are
+    not the row's."""
+    words = re.split(r"[\s-]+", device_name.strip().lower())
+    words = [x for x in words if not re.fullmatch("nvidia|amd|instinct|tesla|geforce|sxm[0-9]?|oam|hbm3e?", x)]
+    for key, row in GPUS.items():
+        size = f"{row.memory / 1e9:.0f}gb"
+        if "".join(x for x in words if x != size) == "".join(x for x in key.split("-") if x != size):
+            return key
+    return None
+
+
+def find_gpu(name: str | GPU) -> GPU:
+    """By key or by device name; a GPU is itself. Raises BadInput."""
+    if isinstance(name, GPU):
+        return name
+    key = name.lower() if name.lower() in GPUS else known_gpu(name)
+    if not key:
+        near = difflib.get_close_matches(name.lower(), GPUS, 3, 0.3)
+        raise BadInput(f"gpu must be one of {', '.join(GPUS)}, got {name!r}"
+                       + (f"; the nearest: {', '.join(near)}" if near else ""))
+    return GPUS[key]
+
+
+def resolve_precision(name: str, gpu: str | GPU) -> str:
+    """"auto" -> the GPU's 16 bits: bf16, before Ampere fp16; another precision -> itself. Raises BadInput for one that
+    the GPU lacks."""
+    gpu = find_gpu(gpu)
+    if name not in ("auto", *PRECISIONS):
+        raise BadInput(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
+    if name == "fp8" and not gpu.fp8 or name in ("bf16", "tf32") and not gpu.bf16:
+        raise BadInput(f"precision must be one that the GPU has, got {name} for {gpu.name}")
+    return name if name != "auto" else "bf16" if gpu.bf16 else "fp16"
+
+
+def table(runs, labels=None) -> np.ndarray:
+    """Rows (N, D, loss) or (N, D, loss, C) -> (n, 3 or 4) float64. BadInput names what is wrong and where, by label:
+    "row 1" is the first."""
+    x = np.array(runs, dtype=np.float64)
+    if x.ndim != 2 or x.shape[1] not in (3, 4) or not len(x):
+        raise BadInput(f"runs must be rows of (N, D, loss), got shape {x.shape}")
+    for name, column in zip(("N", "D", "loss", "C"), x.T, strict=False):
+        bad = np.flatnonzero(~(np.isfinite(column) & (column > 0)))
+        if len(bad):
+            some = ", ".join(f"{labels[i] if labels else f'row {i + 1}'} has {column[i]:g}" for i in bad[:5])
+            more = f", and {len(bad) - 5} more" * (len(bad) > 5)
+            raise BadInput(f"{name} must be finite and above 0: {some}{more}")
+    return x
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
+
+def columns(*rows) -> str:
+    """Rows of cells, the first of names, as text: two spaces between columns, the first column on the left."""
+    widths = [max(map(len, map(str, column))) for column in zip(*rows, strict=True)]
+    return "\n".join(f"{row[0]:<{widths[0]}}" + "".join(
+        f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)) for row in rows)
+
+
+def short(x: float) -> str:
+    """1,234,567 -> 1.23 M"""
+    size, letter = next(((s, f" {name}") for s, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if x >= s),
+                        (1, ""))
+    return f"{x / size:.3g}{letter}"
+
+
+def clock(seconds: float) -> str:
+    """3725 -> 1:02:05"""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours / 24:,.1f} days" if hours >= 24 else f"{hours}:{minutes:02d}:{seconds:02d}" if hours else (
+        f"{minutes}:{seconds:02d}")
+
+
+def amounts(parts: dict) -> str:
+    """{"a": 1e9, "b": 2e10} -> a 1.0, b 20.0 GB"""
+    unit, scale = ("GB", 1e9) if max(parts.values()) > 1e9 else ("MB", 1e6)
+    return ", ".join(f"{name} {x / scale:,.1f}" for name, x in parts.items()) + f" {unit}"
+
+
+def describe_bill(bill: dict) -> str:
+    """A bill as aligned lines: a label, padded to 11 characters, and a sentence."""
+    law, layout = bill["law"], Layout(**bill["layout"])
+    lines = [("run", f"{bill['parameters']:,} parameters ({bill['embedding_parameters']:,} in the embedding), "
+                     f"{short(bill['tokens'])} tokens, {bill['flops']:.3g} FLOPs"),
+             ("", f"{short(bill['tokens_per_step'])} tokens per step"),
+             ("law", f"{bill['tokens_per_parameter']:.3g} tokens per parameter; best for this size: "
+                     f"{law['best_tokens'] / bill['parameters']:.3g}, that is {short(law['best_tokens'])} tokens"),
+             ("", f"a guess for so small a model or so few tokens: the law was fitted to {short(FITTED_FROM['N'])} "
+                  f"parameters, {short(FITTED_FROM['D'])} tokens and more" if law["extrapolated"] else
+                  f"loss {law['loss']:.3f} predicted, {law['left']:.3f} nats above the best of these 6 N D FLOPs: "
+                  f"{short(law['N_opt'])} parameters, {short(law['D_opt'])} tokens"),
+             ("memory", f"{amounts(bill['memory_bytes'])} per rank, predicted")]
+    if layout.ranks > 1:
+        places = itertools.product(range(layout.pp), range(layout.dp), range(layout.tp))
+        shown = ", ".join(f"{r} ({p} {d} {t})" for r, (p, d, t) in enumerate(itertools.islice(places, 6)))
+        more = ", ..." * (layout.ranks > 6)
+        lines.append(("mesh", f"pp {layout.pp} x dp {layout.dp} x tp {layout.tp}: {shown}{more}"))
+        if layout.pp > 1:
+            layers = ", ".join(map(str, bill["layers_per_rank"]))
+            lines.append(("pipeline", f"{layout.schedule}, {layout.micro_batches} micro-batches, bubble "
+                                      f"{bill['bubble']:.1%}; layers per rank {layers}"))
+        sent = {axis: x for axis, x in bill["bytes_sent"].items() if axis != "world"}
+        lines.append(("messages", f"{amounts(sent)} per step, sent by a rank"))
+    if "bytes_sent_at_zero_1" in bill:
+        lines.append((f"zero {layout.zero}", f"sends {amounts({'dp': bill['bytes_sent']['dp']})} with every one of "
+                      f"{layout.micro_batches} micro-batches; stage 1 would send "
+                      f"{amounts({'dp': bill['bytes_sent_at_zero_1']})}, once per step"))
+    if "gpu" in bill:
+        parts, step = bill["seconds_per_step"], sum(bill["seconds_per_step"].values())
+        dollars = f", ${bill['dollars']:,.0f} at ${bill['dollars_per_gpu_hour']:.2f} per GPU-hour" if (
+            bill["dollars"]) else ""
+        lines += [("time", f"about {clock(bill['seconds'])} on {layout.ranks:,} x {bill['gpu']}, {step:.4g} s per "
+                           f"step, {short(bill['tokens_per_s'])} tokens/s, MFU {bill['mfu']:.1%}"),
+                  ("", ", ".join(f"{name} {x / step:.1%}" for name, x in parts.items() if x)),
+                  ("cost", f"{bill['gpu_hours']:,.4g} GPU-hours, {bill['energy_mwh']:,.3g} MWh, "
+                           f"{bill['tco2']:,.3g} t CO2{dollars} ({bill['price_source']})")]
+    elif "seconds" in bill:
+        lines.append(("time", f"about {clock(bill['seconds'])} on {layout.ranks:,} rank{'s' * (layout.ranks > 1)} at "
+                              f"{bill['rank_flops'] / 1e9:,.0f} GFLOP/s each; messages are not counted"))
+    return "\n".join(f"{label:<11}{text}" for label, text in lines)
+
+
 def flag_of(field: str) -> str:
+    """train.py's flag, and plan's, for a field of Layout."""
     return "--" + {"schedule": "pp_schedule", "chunks": "pp_chunks"}.get(field, field).replace("_", "-")
 
 
 def why_not(shape: Shape, gpu: GPU, possible: list, program: Program, batch: int | None, fixed: dict) -> str:
-    """One line: the layout that needs least, what is biggest there, and how many GPUs would do, `fixed` as it is."""
+    """One line: the layout that needs least, what is biggest there, how many GPUs would do with the same `fixed`."""
     least = min(possible, key=lambda layout: sum(fullest(shape, layout, program).values()))
     parts = fullest(shape, least, program)
     biggest = max(parts, key=parts.get)
@@ -1252,11 +1221,8 @@ def command(shape: Shape, layout: Layout, precision: str, gpu: GPU, steps=None, 
     launch += f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500" if nodes > 1 else ""
     flags = {"config": config or ("large" if shape.num_params < 3e9 else "7b")}
     flags |= {"seq_len": shape.seq_len} if config else dataclasses.asdict(shape)
-    flags |= {"steps": steps, "global_batch_size": layout.batch, "micro_batch_size": layout.micro_batch_size}
-    flags |= {name: getattr(layout, name) for name in ("dp", "tp", "pp", "zero", "recompute")}
-    flags |= {"precision": precision, "pp_schedule": layout.schedule} if layout.pp > 1 else {"precision": precision}
-    flags |= {"pp_chunks": layout.chunks if layout.chunks > 1 else None,
-              "sequence_parallel": None if layout.sequence_parallel else False, "data": DATA}
+    flags |= {"steps": steps, "global_batch_size": layout.batch, "precision": precision}
+    flags |= {name: getattr(layout, name) for name in FIELDS} | {"data": "data/mycorpus"}          # yours, prepared
     words = (f"--no-{flag_of(name)[2:]}" if x is False else flag_of(name) if x is True else f"{flag_of(name)} {x}"
              for name, x in flags.items() if x is not None)
     return f"{launch} train.py {' '.join(words)}"
@@ -1265,20 +1231,21 @@ def command(shape: Shape, layout: Layout, precision: str, gpu: GPU, steps=None, 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
+    """An argument that is wrong raises BadInput, which main prints as one line."""
+
     def __init__(self, name, description):
         super().__init__(prog=f"scaling.py {name}", allow_abbrev=False, description=description)
 
     def error(self, message):
-        what, _, rest = message.partition(": ")
-        if what == "unrecognized arguments":
-            name = rest.split()[0].split("=")[0]
+        if message.startswith("unrecognized arguments: "):
+            name = message.split()[2].split("=")[0]
             near = difflib.get_close_matches(name, self._option_string_actions, 1)
             raise BadInput(f"{name} is no argument" + (f"; the nearest is {near[0]}" if near else ""))
-        raise BadInput(f"{what.removeprefix('argument ')} {rest}" if what.startswith("argument ") else message)
+        raise BadInput(re.sub("^argument (.+?): ", r"\1 ", message))
 
 
 def number(lowest: float, highest: float, whole: bool = False):
-    """What reads 7e9 or 7b, from lowest to highest."""
+    """An argparse type: a number from lowest to highest, written like 7e9 or 7b."""
     def read(text: str):
         scale = {"k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}.get(text[-1:].lower())
         try:
@@ -1307,15 +1274,16 @@ def read_runs(path) -> np.ndarray:
     over. BadInput counts lines as an editor does."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = {i: line for i, line in enumerate(file, 1) if line.strip() and not line.startswith("#")}
-        numbers, first = list(lines), next(iter(lines.values()), "")
-        reader = csv.reader(lines.values(), delimiter=max(",;\t", key=first.count))
-        rows = [(f"line {numbers[reader.line_num - 1]}", [cell.strip() for cell in row]) for row in reader]
+            first = next((line for line in file if line.strip() and not line.startswith("#")), "")
+            file.seek(0)
+            reader = csv.reader(file, delimiter=max(",;\t", key=first.count))
+            rows = [(f"line {reader.line_num}", [cell.strip() for cell in row]) for row in reader
+                    if any(map(str.strip, row)) and not row[0].startswith("#")]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         why = getattr(error, "strerror", None) or error
         raise BadInput(f"{path}: must be a CSV file that can be read: {why}") from None
     if len(rows) < 2:
-        raise BadInput(f"{path}: must have a line of column names and a line per run, it has {len(lines)} lines")
+        raise BadInput(f"{path}: must have a line of column names and a line per run, it has {len(rows)} lines")
     (_, head), *rows = rows
     plain = ["".join(filter(str.isalnum, name.lower())) for name in head]
     place = {name: plain.index(there[0]) for name, known in COLUMNS.items()
@@ -1325,17 +1293,18 @@ def read_runs(path) -> np.ndarray:
         wanted = [*missing, *["loss"] * ("loss" not in place)]
         some = ", ".join(COLUMNS[wanted[0]].split()[:3])
         raise BadInput(f"{path}: no column for {' and '.join(wanted)} ({some}, ...); there are {', '.join(head)}")
-    values = {}
-    for name, i in place.items():
-        for label, row in rows:
-            try:
-                values.setdefault(name, []).append(float("".join(row[i:i + 1])))
-            except ValueError:
-                raise BadInput(f"{path}: {head[i]} must be a number, {label} has {''.join(row[i:i + 1])!r}") from None
+
+    def read(i, label, row):
+        cell = "".join(row[i:i + 1])                                                        # "" where the row is short
+        try:
+            return float(cell)
+        except ValueError:
+            raise BadInput(f"{path}: {head[i]} must be a number, {label} has {cell!r}") from None
+
+    values = {name: np.array([read(i, *row) for row in rows]) for name, i in place.items()}
     if missing:
         with np.errstate(all="ignore"):
-            C = np.array(values.pop("C"))
-            values[missing[0]] = C / (6 * np.array(values["D" if missing == ["N"] else "N"]))
+            values[missing[0]] = values.pop("C") / (6 * values["D" if missing == ["N"] else "N"])
     try:
         return table(np.stack([values[name] for name in COLUMNS if name in values], 1), [label for label, _ in rows])
     except BadInput as error:
@@ -1343,15 +1312,13 @@ def read_runs(path) -> np.ndarray:
 
 
 def fit_all(runs, name) -> dict:
-    """All three approaches -> {"parametric", "isoflop", "envelope"}. What the runs cannot support is None, with the
-    reason on stderr; without approach 3, BadInput."""
-    results = {}
-    for key, fit in (("parametric", fit_parametric), ("isoflop", fit_isoflop), ("envelope", fit_envelope)):
+    """All three approaches -> {"parametric", "isoflop", "envelope"}. Without approach 3, BadInput. One of the others
+    that the runs cannot support is None, and stderr says why. name: of the runs."""
+    results = {"parametric": fit_parametric(runs)}
+    for key, fit in (("isoflop", fit_isoflop), ("envelope", fit_envelope)):
         try:
             results[key] = fit(runs)
         except BadInput as error:
-            if key == "parametric":
-                raise BadInput(f"{name}: {error}") from None
             print(f"scaling.py: {name}: {error}", file=sys.stderr)
             results[key] = None
     return results
@@ -1365,84 +1332,80 @@ def between(ends, form=".5g") -> str:
 
 
 def report(runs, results):
-    """The fits as aligned text."""
+    """The fits as text."""
     law, (N, D, loss), C = results["parametric"], runs.T[:3], flops_of(runs)
     off, target = abs(loss / chinchilla_loss(N, D, law) - 1), 10.0 ** math.ceil(math.log10(C.max()))
     spans = ", ".join(f"{name} {x.min():.3g} to {x.max():.3g}" for name, x in (("N", N), ("D", D), ("C", C)))
     stated = f"; C by its column, 6 N D is {(6 * N * D / C).min():.3g} to {(6 * N * D / C).max():.3g} of it"
     print(f"runs       {len(runs)}; {spans}{stated * (runs.shape[1] == 4)}\n")
-    print("3 parametric   L = E + A / N^alpha + B / D^beta, fitted      95 % of resamples")
-    for name in BESIROGLU:
-        print(f"    {name:<10} {law[name]:>12.5g}              {between(law['intervals'][name])}")
-    print(f"    objective  {law['objective']:>12.6g}      half of the runs are within {np.median(off):.2%}, all within "
-          f"{off.max():.2%}")
+    print(columns(("3 parametric: L = E + A / N^alpha + B / D^beta", "fitted", "95 % of resamples"), *(
+        (name, f"{law[name]:.5g}", between(law["intervals"][name])) for name in BESIROGLU)))
+    print(f"objective {law['objective']:.6g}; half of the runs are within {np.median(off):.2%} of the law, all within "
+          f"{off.max():.2%}\n")
     fits = {key: results[key] for key in ("isoflop", "envelope") if results[key]}
-    print(f"\n{'approach':<12} {'C':>10} {'N_opt':>10} {'fitted':>10} {'D_opt':>10} {'D/N':>8} {'loss':>8}")
+    rows = [("approach", "C", "N_opt", "fitted", "D_opt", "D/N", "loss")]
     for key, fit in fits.items():
-        for C, N, D, loss in map(dict.values, {x["N"]: x for x in fit["points"]}.values()):      # a size's last point
-            print(f"{LABELS[key]:<12} {C:>10.3g} {N:>10.3g} {fit['k_N'] * C ** fit['a']:>10.3g} {D:>10.3g} "
-                  f"{D / N:>8.3g} {loss:>8.4f}")
+        for C, N, D, loss in map(dict.values, {p["N"]: p for p in fit["points"]}.values()):      # a size's last point
+            rows.append((LABELS[key], f"{C:.3g}", f"{N:.3g}", f"{fit['k_N'] * C ** fit['a']:.3g}", f"{D:.3g}",
+                         f"{D / N:.3g}", f"{loss:.4f}"))
+    print(columns(*rows))
     if fit := fits.get("isoflop"):
         print(f"{len(fit['points'])} vertices of {fit['budgets']} budgets; {fit['without_budget']} of {len(runs)} runs "
               f"belong to no budget" + "; an exponent from fewer than 4 is hardly known" * (len(fit["points"]) < 4))
-    rows = {key: (fit["a"], Optimum(fit["k_N"] * target ** fit["a"], fit["k_D"] * target ** fit["b"]), fit["intervals"])
+    best = {key: (fit["a"], fit["k_N"] * target ** fit["a"], fit["k_D"] * target ** fit["b"])
             for key, fit in fits.items()}
     if has_optimum(law, target):
-        rows["parametric"] = exponents(law)[0], compute_optimal(target, law), law["intervals"]
+        best["parametric"] = exponents(law)[0], *compute_optimal(target, law)
     else:
         print("the law of approach 3 has no optimum: to such runs, N or D makes no difference, or the wrong one")
-    print(f"\nN_opt ~ C^a        a   95 % of resamples    and for C = {target:.0e} FLOPs")
-    for key, (a, best, ends) in rows.items():
-        print(f"    {LABELS[key]:<12} {a:>5.3f}   {between(ends and ends['a'], '.3f'):<17}    N {best.N:.3g}, D "
-              f"{best.D:.3g}: {best.D / best.N:.3g} tokens per parameter")
-    known = [(LABELS[key], *ends["a"]) for key, (_, _, ends) in rows.items() if ends and ends["a"]]
-    for (one, start, end), (other, other_start, other_end) in itertools.combinations(known, 2):
-        if end < other_start or other_end < start:
-            print(f"    approaches {one} and {other} disagree: their intervals do not overlap")
+    ends = {key: (results[key]["intervals"] or {}).get("a") for key in best}
+    rows = [("N_opt ~ C^a", "a", "95 % of resamples", f"for C = {target:.0e} FLOPs: N", "D", "tokens per parameter")]
+    for key, (a, N, D) in best.items():
+        rows.append((LABELS[key], f"{a:.3f}", between(ends[key], ".3f"), f"{N:.3g}", f"{D:.3g}", f"{D / N:.3g}"))
+    print("\n" + columns(*rows))
+    for one, other in itertools.combinations([key for key in best if ends[key]], 2):
+        if ends[one][1] < ends[other][0] or ends[other][1] < ends[one][0]:
+            print(f"approaches {LABELS[one]} and {LABELS[other]} disagree: their intervals do not overlap")
     if found := results.get("holdout"):
         print(f"\nholdout    fitted up to C = {found['fitted_to']:.3g} FLOPs; it looks ahead "
-              f"{found['rows'][-1]['ahead']:.3g} times the compute\n{'':<13} {'C':>10} {'ahead':>6} {'predicted':>10} "
-              f"| {'measured':>9} | {'error':>7}   95 % of resamples")
+              f"{found['rows'][-1]['ahead']:.3g} times the compute")
+        rows = [("", "C", "ahead", "predicted", "measured", "error", "95 % of resamples")]
         for row, (name, form) in itertools.product(found["rows"], (("loss", ".4f"), ("N_opt", ".3g"))):
             x = row[name]
-            print(f"{name:<13} {row['C']:>10.3g} {row['ahead']:>6.3g} {x['predicted']:>10{form}} "
-                  f"| {x['measured']:>9{form}} | {x['predicted'] / x['measured'] - 1:>+7.1%}   "
-                  f"{between(x['interval'], form)}")
+            rows.append((name, f"{row['C']:.3g}", f"{row['ahead']:.3g}", f"{x['predicted']:{form}}",
+                         f"{x['measured']:{form}}", f"{x['predicted'] / x['measured'] - 1:+.1%}",
+                         between(x["interval"], form)))
+        print(columns(*rows))
 
 
-def plot_runs(folder: Path, runs, results) -> Path:
-    """isoflop.png: each budget's runs, its parabola and vertex; N_opt against C."""
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(11, 4.8), dpi=150, layout="constrained")
-    left, right = drawing.subplots(1, 2)
+def plot_isoflop(figure, runs, results):
+    """Each budget's runs, its parabola and vertex."""
+    axes, fit = figure.subplots(), results["isoflop"]
     for group in budgets(runs):
-        points, = left.plot(group[:, 0], group[:, 2], "o", label=f"C = {flops_of(group).mean():.1e} FLOPs")
+        points, = axes.plot(group[:, 0], group[:, 2], "o", label=f"C = {flops_of(group).mean():.1e} FLOPs")
         if vertex := parabola(group):
             n, color = np.geomspace(group[:, 0].min(), group[:, 0].max(), 100), points.get_color()
-            left.plot(n, vertex.loss + vertex.curvature * np.log(n / vertex.N) ** 2, color=color)
-            left.plot(vertex.N, vertex.loss, "*", color=color, markersize=15)
-            right.plot(vertex.C, vertex.N, "*", color=color, markersize=15)
-    C = np.geomspace(flops_of(runs).min(), 10 * flops_of(runs).max(), 50)
-    if fit := results["isoflop"]:
-        right.plot(C, fit["k_N"] * C ** fit["a"], color="gray", label=f"N_opt ~ C^{fit['a']:.3f}")
-        right.legend()
-    left.set(xscale="log", xlabel="parameters N", ylabel="loss, nats per token")
-    right.set(xscale="log", yscale="log", xlabel="budget C, FLOPs", ylabel="N_opt")
-    left.legend()
-    drawing.savefig(folder / "isoflop.png")
-    return folder / "isoflop.png"
+            axes.plot(n, vertex.loss + vertex.curvature * np.log(n / vertex.N) ** 2, color=color)
+            axes.plot(vertex.N, vertex.loss, "*", color=color, markersize=15)
+    axes.set(xscale="log", xlabel="parameters N", ylabel="loss, nats per token",
+             title=f"N_opt ~ C^{fit['a']:.3f}" if fit else "fewer than 2 vertices: no N_opt ~ C^a")
+    axes.legend()
 
 
-def plotted(folder, runs, results, file=None, draw=plot_runs):
-    """draw(folder, runs, results), or one line that says what is missing."""
+def draw(file: Path, plot, *data, out=None):
+    """plot(figure, *data) as `file`, a PNG. Without matplotlib, one line that says so."""
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        print(f"drawn      {draw(Path(folder), runs, results)}", file=file)
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(10, 5), dpi=150, layout="constrained")
+        plot(figure, *data)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(file)
+        print(f"drawn      {file}", file=out)
     except ImportError:
         print("scaling.py: a figure needs matplotlib: pip install matplotlib; text has the same", file=sys.stderr)
     except OSError as error:
-        raise BadInput(f"plot must be a folder that can be written, got {folder}: {error.strerror}") from None
+        raise BadInput(f"plot must be a folder that can be written, got {file.parent}: {error.strerror}") from None
 
 
 def command_fit(argv):
@@ -1458,17 +1421,17 @@ def command_fit(argv):
     results = fit_all(runs, asked.runs) | ahead
     print(json.dumps(results)) if asked.json else report(runs, results)
     if asked.plot:
-        plotted(asked.plot, runs, results, file=sys.stderr if asked.json else None)
+        draw(Path(asked.plot) / "isoflop.png", plot_isoflop, runs, results, out=sys.stderr if asked.json else None)
 
 
-# what plan may be asked: lowest, highest, whole, meaning
+# numbers that plan may be asked for: lowest, highest, whole or not, meaning
 NUMBERS = {"params": (5e5, 1e14, False, "parameters of a Llama: 7e9 or 7b"),
            "tokens": (1e3, 1e18, False, "tokens to train on: 2e12 or 2t [the best number by the law]"),
            "n_gpus": (1, 1e6, True, "GPUs"), "days": (1e-3, 1e4, False, "how long; then something else is solved for"),
            "price": (1e-3, 1e4, False, "dollars per GPU-hour"), "seq_len": (1, 1e7, True, "tokens per sequence"),
            "global_batch_size": (1, 1e7, True, "sequences per step"), "dp": (1, 1e6, True, "data-parallel ranks"),
            "tp": (1, 1e6, True, "tensor-parallel ranks"), "pp": (1, 1e6, True, "stages"),
-           "pp_chunks": (1, 1e3, True, "stages per rank"), "micro_batch_size": (1, 1e6, True, "sequences per pass")}
+           "chunks": (1, 1e3, True, "stages per rank"), "micro_batch_size": (1, 1e6, True, "sequences per pass")}
 
 
 @functools.cache
@@ -1485,37 +1448,35 @@ def read_config(name: str) -> dict:
 
 
 def solve_for(asked, gpu: GPU, options: dict) -> tuple:
-    """What the command line leaves out, from the rest -> (its name, shape, tokens, GPUs)."""
-    tokens, n, days, shape = asked.tokens, asked.n_gpus, asked.days, None
-    if asked.config:
-        if asked.params:
-            raise BadInput("config must be left out where params say it")
-        config = read_config(asked.config)
-        shape = shape_of(config | {"seq_len": asked.seq_len or config["seq_len"]})
-        options["global_batch_size"] = options["global_batch_size"] or config["global_batch_size"]
-        if not (n and days):
-            tokens = tokens or config["steps"] * config["global_batch_size"] * config["seq_len"]
-    elif asked.params:
-        shape = shape_for(asked.params, asked.seq_len or 4096)
+    """Of the model, its tokens, the GPUs and the days, what the command line leaves out follows from the rest -> (its
+    name, shape, tokens, GPUs)."""
+    tokens, n, days, length = asked.tokens, asked.n_gpus, asked.days, asked.seq_len or 4096
     if not n and not days:
         raise BadInput("n_gpus must be given, or --days to find how many")
     if n and days and tokens:
         raise BadInput("tokens must be left out where --n-gpus and --days are given: they say how many")
+    if asked.config:
+        if asked.params:
+            raise BadInput("config must be left out where --params is given")
+        config = read_config(asked.config)
+        shape = shape_of(config | {"seq_len": asked.seq_len or config["seq_len"]})
+        options["global_batch_size"] = options["global_batch_size"] or config["global_batch_size"]
+        tokens = tokens or config["steps"] * config["global_batch_size"] * config["seq_len"]
+    elif asked.params:
+        shape = shape_for(asked.params, length)
+        tokens = tokens or optimal_tokens(shape.num_params)
+    elif n and days:
+        # C = seconds x GPUs x peak x an MFU of 0.4; the plan of the best model for C says what it really takes
+        N, tokens = compute_optimal(days * 86400 * n * gpu.peak_flops(options["precision"]) * 0.4)
+        return "parameters and tokens", shape_for(N, length), tokens, n
+    else:
+        raise BadInput("params must be given, or both --n-gpus and --days")
 
     def tokens_in(days, n):
         return days * 86400 * plan(shape, gpu, n, top=1, **options)[0]["tokens_per_s"]
 
-    if shape is None:
-        if not (n and days):
-            raise BadInput("params must be given, or both --n-gpus and --days")
-        # C = seconds x GPUs x peak x an MFU of 0.4; the plan of the best model for C says what it really takes
-        N, tokens = compute_optimal(days * 86400 * n * gpu.peak_flops(options["precision"]) * 0.4)
-        return "parameters and tokens", shape_for(N, asked.seq_len or 4096), tokens, n
-    if n and days:
-        return "tokens", shape, tokens_in(days, n), n
-    tokens = tokens or optimal_tokens(shape.num_params)
     if n:
-        return "time", shape, tokens, n
+        return ("tokens", shape, tokens_in(days, n), n) if days else ("time", shape, tokens, n)
     least = tokens * shape.flops_per_token() / days / 86400 / max(gpu.peak, gpu.fp8)
     sizes = sorted((1, 2, 4, 8, *(gpu.node * k * 2**i for i in range(14) for k in (2, 3))))
     for n in (n for n in sizes if n > least):
@@ -1531,10 +1492,10 @@ def command_plan(argv):
     parser.add_argument("--gpu", required=True, help=f"one of {', '.join(GPUS)}")
     parser.add_argument("--config", help="a config of train.py, in the place of --params")
     for name, (lowest, highest, whole, text) in NUMBERS.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=number(lowest, highest, whole), help=text)
+        parser.add_argument(flag_of(name), dest=name, type=number(lowest, highest, whole), help=text)
     parser.add_argument("--zero", type=int, choices=range(4))
     parser.add_argument("--recompute", choices=("none", "selective", "full"))
-    parser.add_argument("--pp-schedule", choices=("gpipe", "1f1b", "interleaved", "zb"))
+    parser.add_argument("--pp-schedule", dest="schedule", choices=("gpipe", "1f1b", "interleaved", "zb"))
     parser.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction)
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="auto")
     parser.add_argument("--json", action="store_true", help="one JSON object")
@@ -1542,10 +1503,8 @@ def command_plan(argv):
     gpu = find_gpu(asked.gpu)
     if asked.price:
         gpu = replace(gpu, price=asked.price, source="as given")
-    options = {name: getattr(asked, name) for name in ("global_batch_size", "dp", "tp", "pp", "micro_batch_size",
-                                                       "zero", "recompute", "sequence_parallel")}
-    options |= {"precision": resolve_precision(asked.precision, gpu), "schedule": asked.pp_schedule,
-                "chunks": asked.pp_chunks}
+    options = {name: getattr(asked, name) for name in (*FIELDS, "global_batch_size")}
+    options["precision"] = resolve_precision(asked.precision, gpu)
     found, shape, tokens, n = solve_for(asked, gpu, options)
     rows = plan(shape, gpu, n, top=5, tokens=tokens, config_name=asked.config, **options)
     result = {"solved_for": found, "parameters": shape.num_params, "tokens": tokens, "n_gpus": n,
@@ -1555,21 +1514,19 @@ def command_plan(argv):
 
 def describe(result: dict) -> str:
     """The plan as text: the bill of the best layout, then the layouts as a table."""
-    rows = result["layouts"]
-    widths = {"#": 3, "dp": 4, "tp": 3, "pp": 3, "zero": 4, "recompute": 9, "micro": 5, "schedule": 13, "GB": 6,
-              "s per step": 10, "MFU": 5, "tokens/s": 10, "days": 7, "MWh": 7, "t CO2": 7, "$": 9}
-    cells = [tuple(widths)]
-    for i, row in enumerate(rows, 1):
-        layout, seconds = row["layout"], sum(row["seconds_per_step"].values())
-        chunks = f" {layout['chunks']}" * (layout["chunks"] > 1)
+    rows = [("#", "dp", "tp", "pp", "zero", "recompute", "micro", "schedule", "GB", "s per step", "MFU", "tokens/s",
+             "days", "MWh", "t CO2", "$")]
+    for i, row in enumerate(result["layouts"], 1):
+        layout = Layout(**row["layout"])
         sums = (row[name] for name in ("tokens_per_s", "days", "energy_mwh", "tco2", "dollars"))
-        cells.append((i, *(layout[name] for name in ("dp", "tp", "pp", "zero", "recompute", "micro_batch_size")),
-                      layout["schedule"] + chunks if layout["pp"] > 1 else "-",
-                      f"{row['memory_bytes']['total'] / 1e9:.1f}", f"{seconds:.4g}", f"{row['mfu']:.1%}",
-                      *("-" if x is None else f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in sums)))
-    table = (" ".join(f"{cell:>{width}}" for cell, width in zip(row, widths.values(), strict=True)) for row in cells)
-    return "\n".join([describe_bill(rows[0]), "", f"solved for {result['solved_for']}; the best layouts, the first is "
-                      "the above", "", *table, "", f"first      {rows[0]['command']}"])
+        rows.append((f" {i}", layout.dp, layout.tp, layout.pp, layout.zero, layout.recompute, layout.micro_batch_size,
+                     "-" if layout.pp == 1 else layout.schedule + f" {layout.chunks}" * (layout.chunks > 1),
+                     f"{row['memory_bytes']['total'] / 1e9:.1f}", f"{sum(row['seconds_per_step'].values()):.4g}",
+                     f"{row['mfu']:.1%}",
+                     *("-" if x is None else f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in sums)))
+    first = result["layouts"][0]
+    return (f"{describe_bill(first)}\n\nsolved for {result['solved_for']}; the best layouts, the first is the above\n\n"
+            f"{columns(*rows)}\n\nfirst      {first['command']}")
 
 
 COMMANDS = {"fit": command_fit, "plan": command_plan}
@@ -1579,8 +1536,8 @@ FLAGS = {*NUMBERS, "gpu", "config", "precision", "plot", "holdout"}
 def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if not argv or len(argv) == 1 and argv[0].endswith(".csv"):
-            demo(*argv)
+        if not argv:
+            demo()
         elif argv[0] in ("-h", "--help"):
             print(__doc__)
         elif argv[0] not in COMMANDS:
@@ -1591,7 +1548,7 @@ def main(argv=None) -> int:
         return 0
     except BadInput as error:
         first, _, rest = str(error).partition(" ")
-        print(f"scaling.py: {'--' + first.replace('_', '-') if first in FLAGS else first} {rest}", file=sys.stderr)
+        print(f"scaling.py: {flag_of(first) if first in FLAGS else first} {rest}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("scaling.py: interrupted", file=sys.stderr)
@@ -1603,8 +1560,8 @@ def main(argv=None) -> int:
 
 # ---- demo ------------------------------------------------------------------------------------------------------------
 
-def demo(path=None):
-    """The five questions in a few rows each, asserted. CPU, seconds. path: runs to begin with, instead of our own."""
+def demo():
+    """The five questions in a few rows each, asserted. CPU, seconds."""
     def title(text):
         print(f"\n{text:<82} {'published':>11} | {'predicted':>11} |   error")
 
@@ -1613,22 +1570,17 @@ def demo(path=None):
         print(f"{what:<82} {published:>11,.5g} | {predicted:>11,.5g} | {predicted / published - 1:>+7.1%}")
         assert abs(predicted / published - 1) <= bound, what
 
-    file = Path(path or Path(__file__).with_name("tests") / "sweep_runs.csv")
-    if path or file.exists():
+    file = Path(__file__).with_name("tests") / "sweep_runs.csv"
+    if file.exists():
         print(f"(1) how good will it be? (2) How large, for a budget? The runs of {file.name}")
         runs = read_runs(file)
-        results = fit_all(runs, file.name)
-        try:
-            results["holdout"] = holdout(runs, 1)
-        except BadInput as error:
-            print(f"no budget can be held out: {str(error).removeprefix('holdout ')}")
+        results = fit_all(runs, file.name) | {"holdout": holdout(runs, 1)}
         report(runs, results)
-    else:
-        print(f"(1), (2) need {file.parent.name}/{file.name}, our own runs; python scaling.py RUNS.csv fits yours")
-    if not path and file.exists():
         loss, size = (results["holdout"]["rows"][0][name] for name in ("loss", "N_opt"))
         assert 1.07 < loss["predicted"] / loss["measured"] < 1.09 and 0.8 < size["predicted"] / size["measured"] < 1.2
         assert (abs(chinchilla_loss(*runs.T[:2], results["parametric"]) / runs[:, 2] - 1) < 0.07).all()
+    else:
+        print(f"(1), (2) need {file.parent.name}/{file.name}, our own runs; python scaling.py fit RUNS.csv fits yours")
     print("\n(2) tokens per parameter that are best, by a law")
     for C, name, law, x in ((1e18, "Besiroglu", BESIROGLU, 26), (5.76e23, "Besiroglu", BESIROGLU, 18),
                             (1e26, "Besiroglu", BESIROGLU, 16), (5.76e23, "Hoffmann", HOFFMANN, 59)):
@@ -1636,16 +1588,18 @@ def demo(path=None):
         print(f"C = {C:.3g} FLOPs, {name}'s constants: {best.D / best.N:.1f}")
         assert round(best.D / best.N) == x
 
-    print(f"\n(3) what did known models leave on the table?\n{'':<15} {'N':>9} {'D':>9} {'FLOPs':>9} {'D/N':>7} "
-          f"{'best D/N':>8} {'N/N_opt':>8} {'loss by the law':>15} {'left':>7}  compute that would do")
+    print("\n(3) what did known models leave on the table?")
+    rows = [("", "N", "D", "FLOPs", "D/N", "best D/N", "N/N_opt", "loss by the law", "left", "compute that would do")]
     for name, (N, D) in MODELS.items():
         r = assess(N, D)
-        print(f"{name:<15} {N:>9.3g} {D:>9.3g} {r['C']:>9.3g} {r['ratio']:>7.1f} {r['best_ratio']:>8.1f} "
-              f"{r['N_over_N_opt']:>8.2f} {r['loss']:>15.4f} {r['left']:>7.4f}  {r['enough']:>6.1%}")
-        assert abs(tokens_for_loss(N, r["loss"]) / D - 1) < 1e-6 and r["left"] > 0
+        rows.append((name, f"{N:.3g}", f"{D:.3g}", f"{r['C']:.3g}", f"{r['ratio']:.1f}", f"{r['best_ratio']:.1f}",
+                     f"{r['N_over_N_opt']:.2f}", f"{r['loss']:.4f}", f"{r['left']:.4f}", f"{r['enough']:.1%}"))
+        assert r["left"] > 0
+    print(columns(*rows))
     r = assess(*MODELS["GPT-3 175B"])                                                         # the first page's numbers
     assert (round(r["C"] / 1e21), round(r["ratio"], 1), round(r["enough"], 2)) == (315, 1.7, 0.61)
     assert (round(r["N_opt"] / 1e9), round(r["D_opt"] / 1e10)) == (53, 99)
+    assert round(assess(*MODELS["Llama 3.1 8B"])["N_over_N_opt"], 1) == 0.1
 
     title("(4) what does a layout take?")
     # Korthikanti 2022, equation 4, table 5; ZeRO, table 1; Megatron, table 1; Llama 3, table 4

@@ -10,13 +10,16 @@ import numpy as np
 
 from scaling import (
     BESIROGLU,
-    KAPLAN,
     LLAMA_3,
     MEGATRON_2021,
     MEGATRON_2022,
+    BadInput,
     Layout,
+    Optimum,
     Shape,
     chinchilla_loss,
+    compute_for_loss,
+    compute_optimal,
     estimate,
     plan,
 )
@@ -47,6 +50,26 @@ def data_constrained_loss(N, D, unique, law=MUENNIGHOFF):
     return chinchilla_loss(effective(N, fit, law["R_N"]), effective(D, U, law["R_D"]), law)
 
 
+PF_DAY = 1e15 * 24 * 3600                                                                                   # FLOPs
+# Kaplan 2020, table 5: each law fitted alone. N_c non-embedding parameters, D_c and B_star tokens, C_c_min PF-days
+KAPLAN_ALONE = {"alpha_N": 0.076, "N_c": 8.8e13, "alpha_D": 0.095, "D_c": 5.4e13, "alpha_C_min": 0.050,
+                "C_c_min": 3.1e8, "alpha_B": 0.21, "B_star": 2.1e8}
+# table 6: (exponent p, value at one PF-day) of parameters, tokens per batch,
+# steps, tokens: value (C / PF-day)^p
+KAPLAN_OPTIMUM = {"N": (0.73, 1.3e9), "B_crit": (0.24, 2.0e6), "S_min": (0.03, 5.4e3), "D": (0.27, 2e10)}
+
+
+def kaplan_loss_of_compute(C_min):
+    """L = (C_c_min / C_min)^alpha_C_min of C_min FLOPs that are spent well. (Kaplan 2020, 1.3)"""
+    return (KAPLAN_ALONE["C_c_min"] * PF_DAY / C_min) ** KAPLAN_ALONE["alpha_C_min"]
+
+
+def kaplan_optimal(C) -> dict:
+    """{"N", "B_crit", "S_min", "D"} for C FLOPs: N ~ C^0.73, hardly more steps. (Small models counted without their
+    embeddings, and one learning-rate schedule for all D, led there: Pearce 2024, Porian 2024.)"""
+    return {name: x * (C / PF_DAY) ** p for name, (p, x) in KAPLAN_OPTIMUM.items()}
+
+
 # Kaplan 2020, table 3: the joint fit of L(N, S_min)
 KAPLAN_STEPS = {"alpha_N": 0.077, "N_c": 6.5e13, "alpha_S": 0.76, "S_c": 2.1e3}
 
@@ -59,7 +82,7 @@ def kaplan_loss_of_steps(N, S_min):
 
 def critical_batch(loss):
     """Tokens per batch that take twice the fewest steps, and twice the fewest tokens: B_star / L^(1/alpha_B)."""
-    return KAPLAN["B_star"] / loss ** (1 / KAPLAN["alpha_B"])
+    return KAPLAN_ALONE["B_star"] / loss ** (1 / KAPLAN_ALONE["alpha_B"])
 
 
 def batch_cost(batch, critical) -> tuple:
@@ -75,6 +98,25 @@ def overtraining(k, law=BESIROGLU) -> tuple:
     rest = 1 - law["beta"] / law["alpha"] * (k ** -law["alpha"] - 1)
     tokens = rest ** (-1 / law["beta"]) if rest > 0 else math.inf
     return tokens, k * tokens
+
+
+def tokens_for_loss(N, loss, law=BESIROGLU):
+    """Tokens that bring N parameters to a loss: D = (B / (L - E - A/N^alpha))^(1/beta), infinite for too small N."""
+    rest = loss - law["E"] - law["A"] / N ** law["alpha"]
+    return (law["B"] / rest) ** (1 / law["beta"]) if rest > 0 else math.inf
+
+
+def inference_optimal(loss, inference_tokens, law=BESIROGLU) -> Optimum:
+    """(N, D) of a loss for which training and use, 6 N D + 2 N D_inf FLOPs, are cheapest. (Sardana 2024) Found by
+    trying a million sizes, from the smallest that reaches the loss to the one that is best without use."""
+    if not loss > law["E"]:
+        raise BadInput(f"loss must be above the law's E, {law['E']:g}, got {loss:g}")
+    smallest = (law["A"] / (loss - law["E"])) ** (1 / law["alpha"])                       # with infinitely many tokens
+    largest = compute_optimal(compute_for_loss(loss, law), law).N
+    N = np.geomspace(1.001 * smallest, largest, 1_000_000)
+    D = (law["B"] / (loss - law["E"] - law["A"] / N ** law["alpha"])) ** (1 / law["beta"])
+    cheapest = np.argmin(6 * N * D + 2 * N * inference_tokens)
+    return Optimum(N[cheapest], D[cheapest])
 
 
 def isoflop_runs(budgets, law=BESIROGLU, *, spread=8, sizes=15, embedding=lambda N: 0.0, off=lambda C: 1.0) -> list:

@@ -3,9 +3,8 @@
   python tests/bench/sweep.py               21 runs, 4 budgets; the same command goes on where the last one ended
   python tests/bench/sweep.py --minutes 5 --jobs 2 --out out/sweep
 
-Writes --out/runs.csv (N, D, loss, budget), isoflop.png (loss against size, a curve per budget; the best size against
-compute) and envelope.png (loss against compute, a curve per size). tests/sweep_runs.csv is the runs.csv of one such
-sweep.
+Writes --out/runs.csv (N, D, loss, budget), isoflop.png (loss against size, a parabola per budget) and envelope.png
+(loss against compute, a curve per size). tests/sweep_runs.csv is the runs.csv of one such sweep.
 """
 
 import argparse
@@ -114,17 +113,15 @@ def sweep(plans, out: Path, minutes: float, jobs: int) -> dict:
     return losses
 
 
-def plot_envelope(folder: Path, runs, results) -> Path:
-    """envelope.png: loss against compute, a curve per size, and what the best of all sizes reaches; what the law leaves
+def plot_envelope(figure, runs, results):
+    """Loss against compute, a curve per size, and what the best of all sizes reaches; what the law leaves
     unexplained."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
     law, (N, D, loss), C = results["parametric"], runs.T[:3], scaling.flops_of(runs)
     size, wide = np.round(np.log(N), 6), np.geomspace(C.min(), C.max() * 10, 200)
-    drawing = Figure(figsize=(12, 5.4), dpi=150, layout="constrained")
-    drawing.suptitle("Loss against compute: no size stays the best", fontsize=13, x=0.01, ha="left")
-    left, right = drawing.subplots(1, 2, width_ratios=(1.25, 1))
+    figure.suptitle("Loss against compute: no size stays the best", fontsize=13, x=0.01, ha="left")
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     colors = colormaps["viridis"](0.9 * (1 - (size - size.min()) / max(np.ptp(size), 1e-9)))
     for s in np.unique(size):
         own = np.flatnonzero(size == s)
@@ -143,8 +140,6 @@ def plot_envelope(folder: Path, runs, results) -> Path:
     right.axhline(0, color="#222222", linewidth=1)
     right.scatter(C, 100 * (loss / scaling.chinchilla_loss(N, D, law) - 1), s=18, c=colors)
     right.set(xscale="log", xlabel="budget C, FLOPs", ylabel="measured loss over the law's, %")
-    drawing.savefig(folder / "envelope.png")
-    return folder / "envelope.png"
 
 
 def run(argv):
@@ -197,8 +192,8 @@ def run(argv):
     results = scaling.fit_all(runs, str(path))
     print()
     scaling.report(runs, results)
-    scaling.plotted(out, runs, results)
-    scaling.plotted(out, runs, results, draw=plot_envelope)
+    scaling.draw(out / "isoflop.png", scaling.plot_isoflop, runs, results)
+    scaling.draw(out / "envelope.png", plot_envelope, runs, results)
 
 
 def main(argv=None) -> int:
