@@ -714,9 +714,9 @@ def refuse_other_run(c: Config, meta: dict, loader):
         raise BadInput(f"resume must be auto to go on with the run in {c.out}, got never; name another --out")
     before = saved_config(meta["config"])
     for f in fields(Config):
-        if f.name == "steps" and same_rates(c, before, meta["step"]):
-            continue
         if f.metadata["affects_training"] and getattr(c, f.name) != getattr(before, f.name):
+            if f.name == "steps" and same_rates(c, before, meta["step"]):
+                continue
             hint = ", or make a --schedule wsd longer before its decay" if f.name == "steps" else ""
             raise BadInput(f"{f.name} must be {getattr(before, f.name)} to go on with the run in {c.out}, got "
                            f"{getattr(c, f.name)}; name another --out for a new run{hint}")
@@ -1283,7 +1283,7 @@ def probe(newest: data.Reader, tokenizer, c: Config, world: parallel.World):
     print(f"\nknowledge cutoff {newest.meta['card']['knowledge_cutoff']}: names after `import MODULE`, nats per byte\n"
           f"  {n_known} names of the library that it read  {known:.3f}\n  {n_new} names of newer Pythons  {new:.3f}")
 
-    text = Path(newest.meta["card"]["text"])
+    text = Path(newest.meta["card"].get("text", ""))
     if (text / "manifest.json").exists():
         loaders = [data.Loader(text, micro_batch_size=1, seq_len=c.seq_len, split=split) for split in ("train", "val")]
         corpus = b"".join(tokenizer.bytes[i] for ids in loaders[0].shards for i in ids.tolist())
