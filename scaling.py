@@ -1150,18 +1150,21 @@ def amounts(parts: dict) -> str:
 
 
 def describe_bill(bill: dict) -> str:
-    """A bill as aligned lines: a label, padded to 11 characters, and a sentence."""
+    """A bill as aligned lines: a label, padded to 11 characters, and a sentence. "law" may be None: the laws speak of
+    pre-training."""
     law, layout = bill["law"], Layout(**bill["layout"])
     lines = [("run", f"{bill['parameters']:,} parameters ({bill['embedding_parameters']:,} in the embedding), "
                      f"{short(bill['tokens'])} tokens, {bill['flops']:.3g} FLOPs"),
-             ("", f"{short(bill['tokens_per_step'])} tokens per step"),
-             ("law", f"{bill['tokens_per_parameter']:.3g} tokens per parameter; best for this size: "
-                     f"{law['best_tokens'] / bill['parameters']:.3g}, that is {short(law['best_tokens'])} tokens"),
-             ("", f"a guess for so small a model or so few tokens: the law was fitted to {short(FITTED_FROM['N'])} "
-                  f"parameters, {short(FITTED_FROM['D'])} tokens and more" if law["extrapolated"] else
-                  f"loss {law['loss']:.3f} predicted, {law['left']:.3f} nats above the best of these 6 N D FLOPs: "
-                  f"{short(law['N_opt'])} parameters, {short(law['D_opt'])} tokens"),
-             ("memory", f"{amounts(bill['memory_bytes'])} per rank, predicted")]
+             ("", f"{short(bill['tokens_per_step'])} tokens per step")]
+    if law:
+        lines += [("law", f"{bill['tokens_per_parameter']:.3g} tokens per parameter; best for this size: "
+                          f"{law['best_tokens'] / bill['parameters']:.3g}, that is {short(law['best_tokens'])} tokens"),
+                  ("", f"a guess for so small a model or so few tokens: the law was fitted to "
+                       f"{short(FITTED_FROM['N'])} parameters, {short(FITTED_FROM['D'])} tokens and more"
+                       if law["extrapolated"] else
+                       f"loss {law['loss']:.3f} predicted, {law['left']:.3f} nats above the best of these 6 N D FLOPs: "
+                       f"{short(law['N_opt'])} parameters, {short(law['D_opt'])} tokens")]
+    lines.append(("memory", f"{amounts(bill['memory_bytes'])} per rank, predicted"))
     if layout.ranks > 1:
         places = itertools.product(range(layout.pp), range(layout.dp), range(layout.tp))
         shown = ", ".join(f"{r} ({p} {d} {t})" for r, (p, d, t) in enumerate(itertools.islice(places, 6)))

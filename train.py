@@ -6,12 +6,21 @@
     python train.py --config 7b --gpu h100 --dp 8 --tp 4 --dry-run       memory, time and cost on 32 GPUs, from anywhere
     python train.py --nproc 4 --tp 2 --pp 2               four ranks: this CPU's cores, or GPUs
     torchrun --nproc-per-node 8 train.py --config small --data FOLDER
+    python train.py --objective sft --init-from out/tiny --data data/instructions.jsonl --out out/sft
 
 Pre-training is one loop, and textbook_loop() below is all of it, for one rank. The rest of the file is the same loop on
-many ranks, with runs that survive being killed. A step of `train_step`, G windows of T tokens, over a mesh of ranks:
+many ranks, with runs that survive being killed. Training goes on in stages, each with the weights of the one before:
 
-    1.  N     = number of targets in the global batch                    counted before the first forward pass
-    2.  forward and backward of S sum(nll) / N (S: the loss scale, 1 but in fp16), by micro-batch and stage
+    pretrain   predict the next token of text           a base model: it continues
+    sft        ... of answers, after their prompts      it answers, in the form that it was shown
+    dpo        prefer the chosen answer of a pair       it answers as people, or a judge, like it better
+    rl         sample answers, reward the good ones     it gets what the reward pays for
+
+All four minimise sum_t w_t nll_t / N, and only the weights w differ ("four stages, one loss", below). A step of
+`train_step`, G windows of T tokens, over a mesh of ranks:
+
+    1.  N     = number of targets in the global batch (dpo: pairs, rl: answers), counted before the first forward pass
+    2.  forward and backward of S sum(w nll) / N (S: the loss scale, 1 but in fp16), by micro-batch and pipeline stage
     3.  sum the gradients over dp, and over other ranks that hold a part      a sum: the mean of means is not the mean
     4.  loss, |grad|^2 (each weight counted once) and "please stop" in one all-reduce
     5.  loss or norm not finite: stop, exit code 3, nothing is saved; with a loss scale S: skip the step, halve S
@@ -27,9 +36,10 @@ and SIGTERM, which save first, and after kill -9, from the last checkpoint.
     out/RUN/   config.json   metrics.jsonl   card.md   tokenizer.model   checkpoints/step-00000400/...
 
 Exit codes: 0 done, or stopped and saved; 2 bad input; 3 diverged; 1 anything else.
-Source: AdamW (Loshchilov 2019, arXiv:1711.05101).
-Map: textbook loop - configs - build - step - evaluate - the run: here a first reading ends. Then what asks for a run
-and what uses it: the bill - sampling - command line - ranks, main.
+Source: AdamW (Loshchilov 2019, arXiv:1711.05101); SFT and RLHF (Ouyang 2022, 2203.02155); DPO (Rafailov 2023,
+2305.18290); RLAIF (Bai 2022, 2212.08073).
+Map: textbook loop - configs - build - four stages - step - evaluate - the run: here a first reading ends. Then what
+asks for a run and what uses it: the bill - chat, pairs, probe, export - command line - ranks, main.
 """
 
 import argparse
@@ -1052,12 +1062,15 @@ def make_bill(c: Config, world: parallel.World, rank_flops: float | None = None)
     layout, on_gpu = layout_of(c, world.mesh.dp), c.gpu is not None or world.device.type != "cpu"
     program = scaling.Program(item=c.dtype.itemsize, fused_norm=on_gpu, flash=c.attention != "reference",
                               document_mask=c.document_mask and c.attention == "sdpa", master_weights=c.master_weights)
-    return scaling.bill(scaling.shape_of(c.model), layout, program, tokens=c.steps * c.tokens_per_step,
+    bill = scaling.bill(scaling.shape_of(c.model), layout, program, tokens=c.steps * c.tokens_per_step,
                         gpu=gpu_of(c, world.device), precision=c.precision, rank_flops=rank_flops)
+    return bill if c.objective == "pretrain" else bill | {"law": None}
 
 
 def describe(c: Config, bill: dict) -> str:
-    return f"model      {c.config}, {c.steps:,} steps\n{scaling.describe_bill(bill)}"
+    more = {"dpo": "\n           and a pass without gradient, a third more FLOPs",
+            "rl": "\n           and a pass without gradient, a third more FLOPs, and the sampling"}
+    return f"model      {c.config}, {c.steps:,} steps{more.get(c.objective, '')}\n{scaling.describe_bill(bill)}"
 
 
 def dry_run(c: Config, world: parallel.World):
