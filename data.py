@@ -18,6 +18,14 @@ Bits per byte: loss per token depends on the tokenizer (longer tokens are harder
 
     bpb = sum of nll / ln 2 / bytes of the targets            gzip and xz are measured in the same unit
 
+After pre-training come files of rows: conversations (SFT), two answers to a prompt (DPO), prompts (RL). Marks that no
+text can produce tell who speaks; only an answer's tokens are targets. instructions makes such rows from Python
+functions, Examples packs rows into windows, and a reward is a function of a row and an answer:
+
+    tokens     <s>  <|user|>  q_1  q_2  <|assistant|>  a_1  a_2   <s> ...  <pad>
+    targets     -      -       -    -        a_1       a_2  </s>   -  ...    -
+    documents   1      1       1    1         1         1    1     2  ...    3
+
 Order: window i of epoch e is permute(i, n, key(seed, e)), a keyed bijection that is computed, not stored (a Feistel
 network with cycle walking), so step n's global batch is a function of (seed, n) alone, on any number of ranks, with no
 state but a counter.
@@ -34,16 +42,18 @@ forgotten, so any layout can read any other's. Not torch.save: it is a pickle, a
 word.
 
     symbol        in code             what
-    V             vocab_size          ids 0 .. V-1: <unk>, <s>, </s>, <pad>, 256 single bytes, then learned pieces
+    V             vocab_size          ids 0 .. V-1: <unk>, <s>, </s>, <pad>, 3 roles' marks, 256 bytes, learned pieces
     T             seq_len             positions a window
     global batch  step n takes windows n G ... n G + G - 1 of the epochs' permutations; micro-batch and ranks divide it
 
 Sources: BPE (Sennrich 2016, arXiv:1508.07909), SentencePiece (Kudo 2018, arXiv:1808.06226); Feistel with cycle walking
-(Black and Rogaway 2002); packing without cross-document targets as in Llama 3 (arXiv:2407.21783).
+(Black and Rogaway 2002); packing without cross-document targets as in Llama 3 (arXiv:2407.21783); DPO
+(arXiv:2305.18290).
 Not here: near-duplicate and quality filtering, mixing weights, tokenization across machines.
 
 run: python data.py                                            the demo
      python data.py FILES... --out FOLDER --vocab-size 4096    prepare your own text
+     python data.py instructions stdlib                        prepare data/instructions.jsonl for fine-tuning
 """
 
 import argparse
@@ -810,8 +820,8 @@ def conversation(row, objective: str) -> tuple[list[dict], list[str]]:
     turns = row["messages" if whole else "prompt"]
     if isinstance(turns, str) and not whole:
         turns = [{"role": "user", "content": turns}]
-    need(isinstance(turns, list) and turns, f"{'messages must be' if whole else 'prompt must be a string or'} a list of "
-         "messages", turns)
+    need(isinstance(turns, list) and turns, f"{'messages must be' if whole else 'prompt must be a string or'} "
+         "a list of messages", turns)
     if not whole:
         turns = turns + [{"role": "assistant", "content": row[field]} for field in fields]
     for turn in turns:
