@@ -532,7 +532,7 @@ def long():
 ''' % ("x" * 300)
 
 
-def test_instructions_come_from_functions_and_keep_their_documents_side(tmp_path, capfd):
+def test_instructions_come_from_functions_and_keep_their_documents_side(tmp_path, recwarn):
     source = tmp_path / "src"
     source.mkdir()
     (source / "a.py").write_text(PROGRAM)
@@ -575,7 +575,7 @@ def test_instructions_come_from_functions_and_keep_their_documents_side(tmp_path
         answer = row["messages"][1]["content"]
         assert data.follows_format(row, answer) == 1.0
         assert data.parses(row, answer) == float(not answer.startswith('"""'))
-    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
 
 
 def test_instructions_on_the_command_line(tmp_path, capsys):
@@ -862,9 +862,9 @@ def test_packing_loses_nothing_and_fills_rows():
     ("def f(): pass\ndef g(): pass", 0.0), ("class A:\n    def f(self): pass", 0.0), ("def f(:", 0.0), ("\0", 0.0),
     ("def f(): return '\\d' is 1", 1.0), ("def f(): return " + "(" * 5000 + ")" * 5000, 0.0), ("\ud800", 0.0),
     ("def f(): return " + "-" * 100000 + "1", 0.0)], ids=range(12))
-def test_parses(answer, value, capfd):
+def test_parses(answer, value, recwarn):
     assert data.call_reward(data.find_reward("parses"), {}, answer) == value
-    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
 
 
 def test_follows_format():
