@@ -18,6 +18,14 @@ Bits per byte: loss per token depends on the tokenizer (longer tokens are harder
 
     bpb = sum of nll / ln 2 / bytes of the targets            gzip and xz are measured in the same unit
 
+After pre-training come files of rows: conversations (SFT), two answers to a prompt (DPO), prompts (RL). Marks that no
+text can produce tell who speaks; only an answer's tokens are targets. instructions makes such rows from Python
+functions, Examples packs rows into windows, and a reward is a function of a row and an answer:
+
+    tokens     <s>  <|user|>  q_1  q_2  <|assistant|>  a_1  a_2   <s> ...  <pad>
+    targets     -      -       -    -        a_1       a_2  </s>   -  ...    -
+    documents   1      1       1    1         1         1    1     2  ...    3
+
 Order: window i of epoch e is permute(i, n, key(seed, e)), a keyed bijection that is computed, not stored (a Feistel
 network with cycle walking), so step n's global batch is a function of (seed, n) alone, on any number of ranks, with no
 state but a counter.
@@ -34,16 +42,18 @@ forgotten, so any layout can read any other's. Not torch.save: it is a pickle, a
 word.
 
     symbol        in code             what
-    V             vocab_size          ids 0 .. V-1: <unk>, <s>, </s>, <pad>, 256 single bytes, then learned pieces
+    V             vocab_size          ids 0 .. V-1: <unk>, <s>, </s>, <pad>, 3 roles' marks, 256 bytes, learned pieces
     T             seq_len             positions a window
     global batch  step n takes windows n G ... n G + G - 1 of the epochs' permutations; micro-batch and ranks divide it
 
 Sources: BPE (Sennrich 2016, arXiv:1508.07909), SentencePiece (Kudo 2018, arXiv:1808.06226); Feistel with cycle walking
-(Black and Rogaway 2002); packing without cross-document targets as in Llama 3 (arXiv:2407.21783).
+(Black and Rogaway 2002); packing without cross-document targets as in Llama 3 (arXiv:2407.21783); DPO
+(arXiv:2305.18290).
 Not here: near-duplicate and quality filtering, mixing weights, tokenization across machines.
 
 run: python data.py                                            the demo
      python data.py FILES... --out FOLDER --vocab-size 4096    prepare your own text
+     python data.py instructions stdlib                        prepare data/instructions.jsonl for fine-tuning
 """
 
 import argparse
@@ -543,17 +553,19 @@ def write_tokens(folder, files, tokenizer, vocab_size, val_fraction, sample_byte
     tokenizer_file = tokenizer.save(folder)
 
     # pass 3: tokens, a shard at a time
+    begin = first_id(tokenizer)
     dtype, splits = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32, {}
     for split in ("train", "val"):
         counts, shards, buffer, held = Counter(), [], [], 0
         for text in itertools.chain(documents(split), [None]):            # None: the end
             if text is not None:
-                ids = [tokenizer.bos_id]
+                ids = [begin]
                 for part in split_text(text, 2**20):                      # not all of a huge file at once
                     ids += tokenizer.encode(part)
-                buffer.append(np.array(ids + [tokenizer.eos_id], dtype))
-                held += len(ids) + 1
-                counts.update(documents=1, bytes=len(text.encode()), tokens=len(ids) + 1)
+                ids += [tokenizer.eos_id] * (tokenizer.eos_id != begin)
+                buffer.append(np.array(ids, dtype))
+                held += len(ids)
+                counts.update(documents=1, bytes=len(text.encode()), tokens=len(ids))
             if held and (text is None or held >= shard_tokens):
                 ids, file = np.concatenate(buffer), f"{split}-{len(shards):05d}.bin"
                 shards.append({"file": file, "tokens": held, "crc32": write_shard(folder / file, ids),
@@ -566,6 +578,11 @@ def write_tokens(folder, files, tokenizer, vocab_size, val_fraction, sample_byte
     return {"dropped": dict(dropped), "splits": splits,
             "tokenizer": {"file": tokenizer_file, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
             "fingerprint": hashlib.sha256(repr((tokenizer.sha256, content)).encode()).hexdigest()}
+
+
+def first_id(tokenizer) -> int:
+    """The id that begins a document: <s>; in families without one, GPT-2's say, the mark that ends the one before."""
+    return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 
 def compressed_bpb(text: bytes) -> dict:
@@ -784,8 +801,10 @@ class Loader(Batches):
             raise DataError(f"{self.files[shard[row]]}: token ids must be below vocab_size {self.vocab_size}, "
                             f"got {ids.max()} near token {start[row]}")
         tokens, targets = ids[:, :-1], ids[:, 1:].copy()
-        targets[tokens == self.tokenizer.eos_id] = NO_TARGET
-        documents = np.cumsum(tokens == self.tokenizer.bos_id, axis=1)
+        begin = first_id(self.tokenizer)
+        if begin != self.tokenizer.eos_id:
+            targets[tokens == self.tokenizer.eos_id] = NO_TARGET
+        documents = np.cumsum(tokens == begin, axis=1)
         return {k: torch.from_numpy(v) for k, v in (("tokens", tokens), ("targets", targets), ("documents", documents))}
 
 

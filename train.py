@@ -216,6 +216,7 @@ class Config:
     sample: str | None = runtime(None, "continue this text with the model in --out, then exit")
     chat: bool = runtime(False, "talk with the model in --out: a line is a message")
     pairs: str | None = runtime(None, "write preference pairs to this .jsonl: the model in --out answers its prompts")
+    max_pairs: int = runtime(2000, "with --pairs: prompts of each split that are answered", at_least=1)
     judge: str | None = runtime(None, "with --pairs: rank two answers by their probability under the model of this run")
     probe: bool = runtime(False, "measure what the model in --out invents, cannot know, and copies, then exit")
     export: str | None = runtime(None, "write the model in --out as this Hugging Face folder, then exit")
@@ -268,7 +269,7 @@ CONFIGS = {
 # What a later stage changes of a config. Its learning rate is this share of the config's.
 STAGES = {
     "pretrain": dict(lr=1.0),
-    "sft": dict(lr=0.3, steps=600, warmup_steps=20, global_batch_size=16, eval_interval=200, log_interval=20),
+    "sft": dict(lr=0.3, steps=400, warmup_steps=20, global_batch_size=16, eval_interval=200, log_interval=20),
     "dpo": dict(lr=0.03, steps=200, warmup_steps=10, global_batch_size=32, eval_interval=50, log_interval=10,
                 weight_decay=0.0),
     "rl": dict(lr=0.1, steps=100, warmup_steps=5, global_batch_size=64, eval_interval=20, log_interval=5,
@@ -1028,7 +1029,7 @@ def finish(run: Run):
               f"{'the same text' if windows == windows_evaluated(val, c) else f'{windows:,} of its windows'})")
         # continue the first lines of three held-out documents, where this rank has the whole model
         ids = val.shards[0][:4_000_000]
-        for n, first in enumerate((ids == val.tokenizer.bos_id).nonzero()[0][:3 * whole]):
+        for n, first in enumerate((ids == data.first_id(val.tokenizer)).nonzero()[0][:3 * whole]):
             prompt = ids[first:first + 16].tolist()
             print(f"\n--- sample {n + 1} ---\n{val.tokenizer.decode(prompt)}|"
                   f"{continuation(gpt, val.tokenizer, prompt, c, seed=n)}")
@@ -1186,7 +1187,7 @@ def use(c: Config, world: parallel.World) -> int:
         print(f"knowledge cutoff {reader.meta['card']['knowledge_cutoff']}", file=sys.stderr)
     if c.sample is not None:
         if saved.objective == "pretrain":
-            ids = [tokenizer.bos_id] + tokenizer.encode(c.sample)
+            ids = [data.first_id(tokenizer)] + tokenizer.encode(c.sample)
             print(c.sample + continuation(gpt, tokenizer, ids, saved, c.seed))
         else:
             ids, _ = data.encode_chat(tokenizer, [{"role": "user", "content": c.sample}], reply=True)
@@ -1230,8 +1231,9 @@ def write_pairs(gpt, tokenizer, c: Config, asked: Config, world: parallel.World)
         judge = make_stage(judge_c, world.device, read=reader.read)
     for split in ("train", "val"):
         prompts = data.Examples(c.data, tokenizer, objective="rl", micro_batch_size=1, seq_len=c.seq_len, split=split)
-        for first in range(0, prompts.num_windows, 64):
-            questions = prompts.batch(range(first, min(first + 64, prompts.num_windows)))
+        number = min(prompts.num_windows, asked.max_pairs)
+        for first in range(0, number, 64):
+            questions = prompts.batch(range(first, min(first + 64, number)))
             ids = [prompt for prompt, _ in questions]
             samples = [sample_answers(gpt, tokenizer, ids, c, [data.text_hash(f"{c.seed}/{split}/{first + i}/{side}")
                                                                % 2**63 for i in range(len(ids))], c.max_new_tokens)
@@ -1250,7 +1252,7 @@ def write_pairs(gpt, tokenizer, c: Config, asked: Config, world: parallel.World)
                 lines.append(json.dumps({"prompt": data.conversation(row, "rl")[0], "chosen": chosen,
                                          "rejected": rejected, "split": split}))
             if first % 640 == 0:
-                print(f"{split}: {first + len(ids):,} of {prompts.num_windows:,} prompts answered", flush=True)
+                print(f"{split}: {first + len(ids):,} of {number:,} prompts answered", flush=True)
     Path(asked.pairs).parent.mkdir(parents=True, exist_ok=True)
     data.write_atomic(asked.pairs, "".join(line + "\n" for line in lines))
     print(f"{asked.pairs}: {len(lines):,} pairs; {same:,} left out whose answers were equal or empty")
@@ -1268,7 +1270,7 @@ def probe(newest: data.Reader, tokenizer, c: Config, world: parallel.World):
     """--probe: how a language model is wrong. It names modules that do not exist; of what is newer than its text it
     knows nothing; and some of its text it repeats word for word."""
     def ask(gpt, text, n, most, temperature):
-        ids = [tokenizer.bos_id] + tokenizer.encode(text)
+        ids = [data.first_id(tokenizer)] + tokenizer.encode(text)
         answers = sample_answers(gpt, tokenizer, [ids] * n, plain, range(n), most, temperature, top_p=1.0)
         return [tokenizer.decode(answer) for answer in answers]
 
@@ -1288,7 +1290,7 @@ def probe(newest: data.Reader, tokenizer, c: Config, world: parallel.World):
 
     losses = {}
     for kind, names in data.names_before_and_after().items():
-        prompts = [[tokenizer.bos_id] + tokenizer.encode(f"import {module}\n\n{module}.") for module, _ in names]
+        prompts = [[data.first_id(tokenizer)] + tokenizer.encode(f"import {module}\n\n{module}.") for module, _ in names]
         answers = [tokenizer.encode(name) for _, name in names]
         nll = nll_per_token(gpt, prompts, answers) * torch.tensor([len(ids) for ids in answers], device=world.device)
         losses[kind] = (nll.cpu() / torch.tensor([len(name) for _, name in names])).mean().item(), len(names)

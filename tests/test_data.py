@@ -517,6 +517,7 @@ class A:
             """First.
 
                 Indented \\\\d.
+            Last.
             """
             def inner():
                 """Not taken."""
@@ -531,7 +532,7 @@ def long():
 ''' % ("x" * 300)
 
 
-def test_instructions_come_from_functions_and_keep_their_documents_side(tmp_path, capfd):
+def test_instructions_come_from_functions_and_keep_their_documents_side(tmp_path, recwarn):
     source = tmp_path / "src"
     source.mkdir()
     (source / "a.py").write_text(PROGRAM)
@@ -541,7 +542,7 @@ def test_instructions_come_from_functions_and_keep_their_documents_side(tmp_path
     (source / "warns.py").write_text("def w():\n    '''Warns.'''\n    return '\\d' is 1\n")
     for i in range(40):
         (source / f"{i}.py").write_text(f"def f{i}():\n    '''The number {i}.'''\n    return {i}\n"
-                                        f"def same():\n    '''Same in all.'''\n    return {i % 2}\n")
+                                        f"def same():\n    '''Same in all.'''\n    return {i % 13}\n")
     counts = data.instructions([source], tmp_path / "made" / "chat.jsonl", val_fraction=0.3, max_chars=300)
     rows = [json.loads(line) for line in (tmp_path / "made" / "chat.jsonl").read_text().splitlines()]
     pairs = {(row["messages"][0]["content"], row["messages"][1]["content"]): row["split"] for row in rows}
@@ -549,7 +550,8 @@ def test_instructions_come_from_functions_and_keep_their_documents_side(tmp_path
     ask_doc, ask_function = "Write the docstring of this function.\n\n", "Write a function with this docstring.\n\n"
     method = ("@property\nasync def method(self):\n\n    def inner():\n        \"\"\"Not taken.\"\"\"\n"
               "        return 1\n    return inner")
-    for function, doc in (("def plain(x):\n    return 2 * x", "Twice x."), (method, "First.\n\n    Indented \\d.")):
+    for function, doc in (("def plain(x):\n    return 2 * x", "Twice x."),
+                          (method, "First.\n\n    Indented \\d.\nLast.")):
         assert (ask_doc + function, f'"""{doc}"""') in pairs and (ask_function + doc, function) in pairs
     assert not [p for pair in pairs for p in pair if p.startswith(("def inner", '"""Nothing', '"""Long', "def silent"))]
     assert len(pairs) == len(rows) and counts["dropped"] == {
@@ -561,7 +563,7 @@ def test_instructions_come_from_functions_and_keep_their_documents_side(tmp_path
         base = {int(n) for text in texts(out, split) for n in re.findall(r"The number (\d+)", text)}
         ours = {int(n) for (p, _), side in pairs.items() if side == split for n in re.findall(r"The number (\d+)", p)}
         assert base == ours and base
-    # both halves of "Same in all." are asked of val, so no train row asks it
+    # a prompt that a held-out document has is asked of no train row
     assert {side for (p, _), side in pairs.items() if "Same in all" in p} == {"val"}
     assert sum(counts["dropped"].values()) - 5 + len(rows) == 4 * 40 + 4 + 2
     prompts = [json.loads(line) for line in (tmp_path / "made" / "prompts.jsonl").read_text().splitlines()]
@@ -573,7 +575,7 @@ def test_instructions_come_from_functions_and_keep_their_documents_side(tmp_path
         answer = row["messages"][1]["content"]
         assert data.follows_format(row, answer) == 1.0
         assert data.parses(row, answer) == float(not answer.startswith('"""'))
-    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
 
 
 def test_instructions_on_the_command_line(tmp_path, capsys):
@@ -860,9 +862,9 @@ def test_packing_loses_nothing_and_fills_rows():
     ("def f(): pass\ndef g(): pass", 0.0), ("class A:\n    def f(self): pass", 0.0), ("def f(:", 0.0), ("\0", 0.0),
     ("def f(): return '\\d' is 1", 1.0), ("def f(): return " + "(" * 5000 + ")" * 5000, 0.0), ("\ud800", 0.0),
     ("def f(): return " + "-" * 100000 + "1", 0.0)], ids=range(12))
-def test_parses(answer, value, capfd):
+def test_parses(answer, value, recwarn):
     assert data.call_reward(data.find_reward("parses"), {}, answer) == value
-    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
 
 
 def test_follows_format():
