@@ -223,7 +223,7 @@ def test_folders_that_are_not_whole_are_one_line(tmp_path):
     with pytest.raises(data.DataError, match="must hold a tensor model.layers.2.mlp.up_proj.weight, it does not"):
         data.HFWeights(tmp_path).get("model.layers.2.mlp.up_proj.weight")
     index.write_text("{}")
-    refused("index.json: must hold a weight_map")
+    refused("must hold a tensor model.norm.weight, it does not")
     index.write_text("{")
     refused("index.json: not readable JSON")
     index.unlink()
