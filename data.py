@@ -39,7 +39,8 @@ A checkpoint is a folder: one file a writing rank in safetensors layout (8-byte 
 manifest.json: what step, what config, and for each *full* tensor its shape, dtype and pieces (file, box, CRC32). A
 piece is (name, box, tensor), box = one (start, stop, size) a dimension; who wrote it, and under how many ranks, is
 forgotten, so any layout can read any other's. Not torch.save: it is a pickle, and it loads a flipped bit without a
-word.
+word. A Hugging Face folder holds whole tensors in the same layout, and its tokenizer: models come from there and go
+there.
 
     symbol        in code             what
     V             vocab_size          ids 0 .. V-1: <unk>, <s>, </s>, <pad>, 3 roles' marks, 256 bytes, learned pieces
@@ -1433,10 +1434,7 @@ class HFWeights:
         index, pickled = folder / "model.safetensors.index.json", sorted([*folder.glob("*.bin"), *folder.glob("*.pt*")])
         files = ["model.safetensors"]
         if index.exists():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise DataError(f"{index}: must hold a weight_map, it does not")
-            files = sorted({Path(str(file)).name for file in weight_map.values()})
+            files = sorted({Path(file).name for file in read_json(index).get("weight_map", {}).values()})
         elif pickled and not (folder / files[0]).exists():
             raise DataError(f"{pickled[0]}: must be model.safetensors: loading a pickle runs code that is in it; where "
                             f"you trust it, transformers' from_pretrained and save_pretrained convert it")
@@ -1454,18 +1452,18 @@ class HFWeights:
         return torch.from_numpy(np.memmap(path, np.uint8, "c", start, (count,))).view(dtype).reshape(shape)
 
 
-# byte-level BPE (GPT-2) writes each byte as one printable character
+# byte-level BPE (GPT-2) writes each byte as one character: itself where it can be printed, else the next from U+0100 up
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_OF = {chr(b): b for b in PRINTABLE} | {
-    chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
+BYTE_OF = {chr(b): b for b in PRINTABLE} | {chr(256 + n): b for n, b in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
 
 
 class HFTokenizer(Tokenizer):
     """A tokenizer.json, through the optional package tokenizers: the surface of Tokenizer.
 
     encode adds no special tokens, and text that looks like one does not become one; a lone surrogate, which is no text,
-    is read as "?". decode joins the pieces' bytes. bos_id, eos_id and pad_id are what the files beside it name, the
-    first that speaks of it: tokenizer_config.json, generation_config.json, config.json; else None.
+    is read as "?". decode joins the pieces' bytes: a space that Llama 2's puts before a text stays. bos_id, eos_id and
+    pad_id are what the files beside it name, the first that speaks of it: tokenizer_config.json,
+    generation_config.json, config.json; else None.
     """
 
     def __init__(self, path):
@@ -1494,8 +1492,8 @@ class HFTokenizer(Tokenizer):
         for piece, i in self.vocab.items():
             if "ByteLevel" in kinds and BYTE_OF.keys() >= set(piece):
                 self.bytes[i] = bytes(BYTE_OF[c] for c in piece)
-            elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
-                self.bytes[i] = bytes([int(piece[3:5], 16)])
+            elif "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+                self.bytes[i] = bytes.fromhex(piece[3:5])
             else:
                 self.bytes[i] = piece.replace("\u2581", " ").encode()
         for token in added:
@@ -1538,7 +1536,8 @@ def tokenizer_config(tokenizer) -> dict:
     """The content of a tokenizer_config.json."""
     marks = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | getattr(
-        tokenizer, "config", {}) | {mark: i if i is None else tokenizer.piece(i) for mark, i in marks.items()}
+        tokenizer, "config", {}) | {
+            mark: None if i in (None, -1) else tokenizer.piece(i) for mark, i in marks.items()}
 
 
 def load_tokenizer(path) -> Tokenizer:

@@ -661,10 +661,10 @@ def hf_name(full_name: str, config: ModelConfig):
     ours."""
     if config.norm == "rmsnorm" or full_name == "lm_head.weight":
         return full_name, None, False
-    layer, part, kind = re.fullmatch(r"model\.(?:layers\.(\d+)\.)?(.+)\.(\w+)", full_name).groups()
+    layer, part, suffix = re.fullmatch(r"model\.(?:layers\.(\d+)\.)?(.+)\.(\w+)", full_name).groups()
     theirs, third = GPT2_NAMES[part]
-    return (f"transformer.{f'h.{layer}.' if layer else ''}{theirs}.{kind}", third,
-            part.endswith("_proj") and kind == "weight")
+    return (f"transformer.{f'h.{layer}.' if layer else ''}{theirs}.{suffix}", third,
+            part.endswith("_proj") and suffix == "weight")
 
 
 def hf_reader(get, config: ModelConfig):
