@@ -1290,7 +1290,8 @@ def probe(newest: data.Reader, tokenizer, c: Config, world: parallel.World):
 
     losses = {}
     for kind, names in data.names_before_and_after().items():
-        prompts = [[data.first_id(tokenizer)] + tokenizer.encode(f"import {module}\n\n{module}.") for module, _ in names]
+        prompts = [[data.first_id(tokenizer)] + tokenizer.encode(f"import {module}\n\n{module}.")
+                   for module, _ in names]
         answers = [tokenizer.encode(name) for _, name in names]
         nll = nll_per_token(gpt, prompts, answers) * torch.tensor([len(ids) for ids in answers], device=world.device)
         losses[kind] = (nll.cpu() / torch.tensor([len(name) for _, name in names])).mean().item(), len(names)
