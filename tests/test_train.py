@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,9 +90,7 @@ def child_main(argv, interrupt):
 
 def child(corpus, out, *flags, interrupt=None) -> int:
     """train in a new process, struck by a signal at (step, phase) or at the n-th call of a function -> exit code."""
-    process = POOL.context.Process(target=child_main, args=([*MINI, "--data", str(corpus), "--out", str(out), *flags],
-                                                            interrupt))
-    process.start()
+    process = POOL.process(child_main, [*MINI, "--data", str(corpus), "--out", str(out), *flags], interrupt)
     process.join(120)
     assert process.exitcode is not None
     return process.exitcode
@@ -404,8 +403,8 @@ def test_evaluation_is_nats_per_token_and_bits_per_byte(corpus):
     val = data.Loader(corpus, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
     got = train.evaluate(gpt, val, c, world)
     nats, targets, text = 0.0, 0, b""
-    for i in range(val.num_windows):
-        b = val.batch([i])
+    for i in range(0, val.num_windows, 16):
+        b = val.batch(range(i, min(i + 16, val.num_windows)))
         with torch.no_grad():
             logits = gpt.chunks[0](b["tokens"], documents=b["documents"])
         nats += F.cross_entropy(logits.double().flatten(0, 1), b["targets"].flatten(), ignore_index=-1,
@@ -777,20 +776,20 @@ def test_compiled_blocks_train_and_sample_without_a_warning(corpus, tmp_path):
 
 @pytest.fixture(scope="module")
 def demos():
-    """All at once, one thread each."""
-    started = {name: subprocess.Popen([sys.executable, str(ROOT / f"{name}.py")], stdout=subprocess.PIPE, text=True,
-                                      stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
-               for name in CONCEPTS if (ROOT / f"{name}.py").exists()}
-    yield started
-    for process in started.values():
-        process.kill()
+    """Two at once, one thread each."""
+    def run_demo(name):
+        return subprocess.run([sys.executable, str(ROOT / f"{name}.py")], capture_output=True, text=True, timeout=180,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    with ThreadPoolExecutor(2) as two:
+        yield {name: two.submit(run_demo, name) for name in CONCEPTS if (ROOT / f"{name}.py").exists()}
 
 
 @pytest.mark.parametrize("name", [c for c in CONCEPTS if (ROOT / f"{c}.py").exists()])
 def test_demos_run_and_assert(demos, name):
-    stdout, stderr = demos[name].communicate(timeout=180)
-    assert demos[name].returncode == 0, stdout + stderr
-    assert stderr == "" and ("predicted" in stdout or "formula" in stdout)
+    done = demos[name].result()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == "" and ("predicted" in done.stdout or "formula" in done.stdout)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

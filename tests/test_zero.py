@@ -300,7 +300,7 @@ def memory(rank, n, stage, m=2, fault=None):
 
     def send(bucket):
         rows.append(StorageWeakRef(bucket.grads.untyped_storage()))
-        end = time.monotonic() + 0.05                        # the backend lets go of one a moment after it is there
+        end = time.monotonic() + (fault is None)             # the backend lets go of one a moment after it is there
         while (there := sum(not x.expired() for x in rows)) > 2 and time.monotonic() < end:
             time.sleep(0.001)
         alive.append(there)
