@@ -61,12 +61,12 @@ class RankPool:
         self.context, self.ranks = mp.get_context("forkserver"), []
         atexit.register(self.close)
 
-    def process(self, fn, *args):
+    def process(self, fn, *args, daemon=True):
         """fn(*args) in a new process: a fork of one that has imported what the tests import, and has done nothing."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))                             # it finds what we find
             forkserver.ensure_running()
-        process = self.context.Process(target=fn, args=args, daemon=True)
+        process = self.context.Process(target=fn, args=args, daemon=daemon)
         process.start()
         return process
 

@@ -8,7 +8,7 @@ it had run all. Tests marked `alone` count what the whole machine does: the firs
 One file, one core, a GPU, --pdb and -x: everything runs in one process, in the order of the files.
 """
 
-import json
+import ast
 import multiprocessing
 import os
 import tempfile
@@ -26,7 +26,7 @@ class Sender:
 
     def pytest_runtest_logreport(self, report):
         line = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
-        self.file.write(json.dumps(line) + "\n")
+        self.file.write(f"{line!r}\n")
         self.file.flush()
 
 
@@ -92,7 +92,7 @@ class Relay:
     def __call__(self):
         *lines, self.rest = (self.rest + self.file.read()).split("\n")
         for line in lines:
-            report = self.hook.pytest_report_from_serializable(config=self.config, data=json.loads(line))
+            report = self.hook.pytest_report_from_serializable(config=self.config, data=ast.literal_eval(line))
             if report.when == "setup":
                 self.hook.pytest_runtest_logstart(nodeid=report.nodeid, location=report.location)
             self.hook.pytest_runtest_logreport(report=report)

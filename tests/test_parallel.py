@@ -1265,17 +1265,17 @@ def test_a_killed_rank_ends_the_others_and_all_start_again(corpus, tmp_path):
 
 def test_the_launcher_passes_signals_on_and_is_not_outlived(corpus, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train.py"), *FAULTY, "--data", str(corpus), "--out", str(out), "--nproc",
-               "2", "--max-restarts", "3"]
+    command = [sys.executable, str(ROOT / "train.py"), *FAULTY, "--data", str(corpus), "--out", str(out),
+               "--max-restarts", "3", "--nproc"]
     for there in (1, 2):                                 # before a rank can know what it means, or has been started
-        early = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        early = subprocess.Popen([*command, "2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         wait_for(lambda early=early, there=there: len(children(early.pid)) >= there, pause=0.001)
         ranks = children(early.pid)
         early.send_signal(signal.SIGTERM)
         said = early.communicate(timeout=20)[1]
         assert early.returncode == 1 and said == "train.py: stopped before the run had begun\n"
         wait_for(lambda ranks=ranks: not any(Path(f"/proc/{r}").exists() for r in ranks), 10)
-    launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    launcher = subprocess.Popen([*command, "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_for(lambda: steps_done(out) > 2)
     ranks = children(launcher.pid)
     launcher.kill()
@@ -1382,7 +1382,7 @@ def test_the_launcher_ends_a_rank_that_does_not_hear_of_a_failure(faulty):
 
 def test_a_run_that_diverged_is_not_started_again(corpus, tmp_path):
     answer = subprocess.run([sys.executable, str(ROOT / "train.py"), *FAULTY, "--data", str(corpus), "--out",
-                             str(tmp_path / "run"), "--lr", "1e30", "--warmup-steps", "0", "--nproc", "2",
+                             str(tmp_path / "run"), "--lr", "1e30", "--warmup-steps", "0", "--nproc", "1",
                              "--max-restarts", "1"], capture_output=True, text=True, timeout=90)
     assert answer.returncode == 3 and "diverged" in answer.stdout and "start 2 of 2" not in answer.stderr
 
