@@ -19,15 +19,17 @@ import torch
 
 
 class Sender:
-    """In the second process: reports become lines of a file."""
+    """In the second process: what starts, and reports, become lines of a file."""
 
     def __init__(self, config, file):
         self.config, self.file = config, file
 
+    def pytest_runtest_logstart(self, nodeid, location):
+        print((nodeid, location), file=self.file, flush=True)
+
     def pytest_runtest_logreport(self, report):
         line = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
-        self.file.write(f"{line!r}\n")
-        self.file.flush()
+        print(repr(line), file=self.file, flush=True)
 
 
 class Queue:
@@ -87,15 +89,17 @@ class Relay:
     """In the first process: what the second has written since."""
 
     def __init__(self, config, file):
-        self.hook, self.config, self.file, self.rest = config.hook, config, file, ""
+        self.hook, self.config, self.file, self.rest, self.running = config.hook, config, file, "", "its first"
 
     def __call__(self):
         *lines, self.rest = (self.rest + self.file.read()).split("\n")
-        for line in lines:
-            report = self.hook.pytest_report_from_serializable(config=self.config, data=ast.literal_eval(line))
-            if report.when == "setup":
-                self.hook.pytest_runtest_logstart(nodeid=report.nodeid, location=report.location)
-            self.hook.pytest_runtest_logreport(report=report)
+        for line in map(ast.literal_eval, lines):
+            if isinstance(line, tuple):
+                self.running, location = line
+                self.hook.pytest_runtest_logstart(nodeid=self.running, location=location)
+            else:
+                report = self.hook.pytest_report_from_serializable(config=self.config, data=line)
+                self.hook.pytest_runtest_logreport(report=report)
 
 
 def pytest_runtestloop(session):
@@ -123,7 +127,8 @@ def pytest_runtestloop(session):
                 relay()
                 time.sleep(0.02)
     if status:
-        raise session.Failed(f"the second process of tests ended with {os.waitstatus_to_exitcode(status)}")
+        raise session.Interrupted(f"the second process ended with exit code {os.waitstatus_to_exitcode(status)} at "
+                                  f"{relay.running}; its tests were not all run")
     alone = iter(last)
     run(session, lambda: next(alone, None))
     return True
