@@ -14,6 +14,7 @@ import sysconfig
 import tempfile
 import traceback
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,8 @@ torch.set_num_threads(1)                           # two threads on a core that 
 
 if not torch.cuda.is_available():                  # read when a kernel is defined, so before flash_attn is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from halves import pytest_runtestloop  # noqa: E402, F401
 
 import data  # noqa: E402
 
@@ -56,8 +59,16 @@ def rank_main(pipe):
 class RankPool:
     def __init__(self):
         self.context, self.ranks = mp.get_context("forkserver"), []
-        self.context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "numpy", "sentencepiece"])
         atexit.register(self.close)
+
+    def process(self, fn, *args, daemon=True):
+        """fn(*args) in a new process: a fork of one that has imported what the tests import, and has done nothing."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))                             # it finds what we find
+            forkserver.ensure_running()
+        process = self.context.Process(target=fn, args=args, daemon=daemon)
+        process.start()
+        return process
 
     def close(self):
         for process, pipe in self.ranks:
@@ -69,10 +80,8 @@ class RankPool:
     def run(self, fn, n, *args, timeout=120):
         while len(self.ranks) < n:
             ours, theirs = self.context.Pipe()
-            process = self.context.Process(target=rank_main, args=(theirs,), daemon=True)
-            process.start()
+            self.ranks.append((self.process(rank_main, theirs), ours))
             theirs.close()
-            self.ranks.append((process, ours))
         with tempfile.TemporaryDirectory() as folder:
             for rank, (_, pipe) in enumerate(self.ranks[:n]):
                 pipe.send((fn, rank, n, os.path.join(folder, "store"), args))
@@ -96,6 +105,12 @@ class RankPool:
 
 
 POOL = RankPool()
+
+
+def pytest_collection_finish(session):
+    """A rank finds its test's module imported, and torch._dynamo, which the first AdamW of a process needs."""
+    modules = {item.module.__name__ for item in session.items if {"run_ranks", "reference"} & {*item.fixturenames}}
+    POOL.context.set_forkserver_preload(["torch._dynamo", "torch.distributed", *sorted(modules)])
 
 
 @pytest.fixture(scope="session")

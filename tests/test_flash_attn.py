@@ -103,8 +103,8 @@ def test_tiled_and_reference_equal_the_oracle(causal, window, documents, T, S, m
 @pytest.mark.parametrize("causal, window, documents", OPTIONS)
 def test_gradcheck(causal, window, documents, monkeypatch):
     monkeypatch.setattr(flash_attn, "TILE", 4)
-    T, S = (5, 7) if window == 1 else (7, 7)                              # no empty rows: gradcheck cannot take -inf
-    q, k, v, _, _, ids = make(1, 2, 1, T, S, 3, documents=documents)
+    T, S = (4, 6) if window == 1 else (6, 6)                              # no empty rows: gradcheck cannot take -inf
+    q, k, v, _, _, ids = make(1, 2, 1, T, S, 2, documents=documents)
     if ids is not None and T != S:
         ids = ids.sort(1).values * 0
     q, k, v = (x.contiguous().requires_grad_() for x in (q, k, v))
@@ -130,7 +130,9 @@ def case_list(n, seed):
     for i in range(n):
         T, S = rng.choice([(33, 33), (1, 40), (50, 20), (20, 50), (17, 64), (64, 64), (1, 1), (48, 48)])
         K, group = rng.choice([(1, 1), (2, 1), (1, 2), (2, 3)])
-        cases.append((rng.choice([1, 2]), K * group, K, T, S, rng.choice([8, 16, 5, 24, 32]),
+        B = rng.choice([1, 2])
+        B = 1 if K * group * T * S > 2**13 else B                                      # the interpreter takes its time
+        cases.append((B, K * group, K, T, S, rng.choice([8, 16, 5, 24, 32]),
                       rng.random() < 0.6, rng.choice([None, None, 1, 7, 20]), rng.choice([None, "packed", "mixed"]),
                       *rng.choice([(16, 16), (32, 16), (16, 32)]), rng.random() < 0.4, i))
     return cases
@@ -233,9 +235,9 @@ def test_offsets_beyond_2_to_the_31():
 
 @needs_interpreter
 @pytest.mark.parametrize("T, S, K, group, D, m, n, causal, window, documents, tma", [
-    (64, 64, 1, 1, 16, 16, 16, True, None, None, False), (72, 72, 2, 2, 24, 16, 32, True, None, None, False),
-    (72, 96, 1, 2, 16, 32, 16, True, 20, "packed", False), (96, 96, 2, 1, 16, 32, 16, False, None, "mixed", False),
-    (64, 64, 2, 1, 16, 16, 16, True, None, "packed", True)])
+    (64, 64, 1, 1, 16, 16, 16, True, None, None, False), (40, 40, 2, 2, 24, 16, 32, True, None, None, False),
+    (40, 56, 1, 2, 16, 32, 16, True, 20, "packed", False), (64, 64, 2, 1, 16, 32, 16, False, None, "mixed", False),
+    (48, 48, 2, 1, 16, 16, 16, True, None, "packed", True)])
 def test_traffic_is_the_formula(T, S, K, group, D, m, n, causal, window, documents, tma, monkeypatch):
     tile(monkeypatch, m, n, tma)
     q, k, v, do, dlse, ids = make(2, K * group, K, T, S, D, torch.float32, documents)
@@ -411,18 +413,26 @@ def test_bad_input_is_one_line(q, k, v, options, message):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without one")
-@pytest.mark.parametrize("before, message", [
-    ("import sys; sys.modules['triton'] = None", "no triton package is installed"),
-    ("pass", "needs tensors on a GPU, or TRITON_INTERPRET=1")])
-def test_triton_where_it_cannot_run(before, message):
-    code = f"""{before}
-import torch, flash_attn
+def test_triton_where_it_cannot_run():
+    """With no triton package, in a fork of a process that has only torch; without a GPU and the interpreter."""
+    code = """
+import os, sys, torch
+if without := os.fork() == 0:
+    sys.modules["triton"] = None
+else:
+    os.wait()
+import flash_attn
 x = torch.ones(1, 1, 4, 8)
 assert flash_attn.flash_attention(x, x, x, backend="torch").shape == x.shape
-flash_attn.flash_attention(x, x, x, backend="triton")"""
+try:
+    flash_attn.flash_attention(x, x, x, backend="triton")
+except RuntimeError as error:
+    print(without, error, flush=True)"""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     answer = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert message in answer.stderr and "the others are torch, sdpa, reference" in answer.stderr
+    for line, start, message in zip(answer.stdout.splitlines(), ("True", "False"), (
+            "no triton package is installed", "needs tensors on a GPU, or TRITON_INTERPRET=1"), strict=True):
+        assert line.startswith(start) and message in line and "the others are torch, sdpa, reference" in line
 
 
 def read_machine_code(*flags):
@@ -487,8 +497,10 @@ def test_a_planted_error_turns_red(what, monkeypatch, tmp_path):
     function = module.FlashAttentionTriton if what.startswith("triton") else module.FlashAttentionTorch
     worst = 0.0
     for causal, documents in ((True, None), (False, "mixed")):
-        *tensors, ids = make(1, 6, 3, 40, 40, 8, documents=documents)
+        *tensors, ids = make(1, 4, 2, 40, 40, 8, documents=documents)
         options = causal, 0.3, None, ids
         ours, expected = (gradients(f, *tensors, *options) for f in (function.apply, oracle))
         worst = max(worst, *((a - b).abs().nan_to_num(0).max().item() for a, b in zip(ours, expected, strict=True)))
+        if worst > 1e-3:
+            break
     assert worst > 1e-3, f"{what}: no test would have noticed"

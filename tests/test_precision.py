@@ -603,9 +603,10 @@ def test_the_policy_holds_where_a_block_runs_again_and_ends_with_an_error():
 
 
 @pytest.mark.filterwarnings("default")               # torch.compile warns itself, inside, of what users do not see
-@pytest.mark.parametrize("flags", [[], ["--norm", "layernorm", "--position", "learned", "--mlp", "gelu", "--bias"],
-                                   ["--precision", "fp8"], ["--recompute", "full"],
-                                   ["--recompute", "selective", "--attention", "torch"]])
+@pytest.mark.parametrize("flags", [
+    pytest.param([], marks=pytest.mark.slow), pytest.param(["--precision", "fp8"], marks=pytest.mark.slow),
+    ["--norm", "layernorm", "--position", "learned", "--mlp", "gelu", "--bias", "--precision", "fp8"],
+    ["--recompute", "full"], ["--recompute", "selective", "--attention", "torch"]])
 def test_blocks_compile_once_and_whole_under_the_policy(flags, monkeypatch):
     """One graph for all blocks (and one for what is computed again), one for the loss: as without, to rounding."""
     compile_, tokens = torch.compile, torch.randint(512, (2, 32), generator=torch.Generator().manual_seed(0))
