@@ -270,9 +270,9 @@ CONFIGS = {
 STAGES = {
     "pretrain": dict(lr=1.0),
     "sft": dict(lr=0.3, steps=400, warmup_steps=20, global_batch_size=16, eval_interval=200, log_interval=20),
-    "dpo": dict(lr=0.03, steps=200, warmup_steps=10, global_batch_size=32, eval_interval=50, log_interval=10,
+    "dpo": dict(lr=0.03, steps=100, warmup_steps=10, global_batch_size=32, eval_interval=50, log_interval=10,
                 weight_decay=0.0),
-    "rl": dict(lr=0.1, steps=100, warmup_steps=5, global_batch_size=64, eval_interval=20, log_interval=5,
+    "rl": dict(lr=0.1, steps=60, warmup_steps=5, global_batch_size=64, eval_interval=20, log_interval=5,
                weight_decay=0.0),
 }
 
