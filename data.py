@@ -62,6 +62,7 @@ import ast
 import contextlib
 import datetime
 import fcntl
+import functools
 import glob
 import hashlib
 import importlib
@@ -583,7 +584,8 @@ def write_tokens(folder, files, tokenizer, vocab_size, val_fraction, sample_byte
 
 def first_id(tokenizer) -> int:
     """The id that begins a document: <s>; in families without one, GPT-2's say, the mark that ends the one before."""
-    return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+    bos = mark_id(tokenizer, "{bos}")
+    return tokenizer.eos_id if bos is None else bos
 
 
 def compressed_bpb(text: bytes) -> dict:
@@ -907,7 +909,7 @@ class Examples(Batches):
         for row, prompt_hash, sides in examples:
             splits[row.get("split", "val" if prompt_hash in val else "train")].append((row, sides))
         self.examples = splits[self.split]
-        if not self.examples:
+        if not self.examples and self.split == "train":
             raise DataError(f"{path}: must hold rows of the {self.split} split for {objective}, "
                             f"it has {len(examples)} rows in all, dropped: {dict(dropped)}")
         key = hashlib.sha256(content).hexdigest(), tokenizer.sha256, objective, self.seq_len
@@ -921,7 +923,7 @@ class Examples(Batches):
         # n tokens are n - 1 inputs and, one later, n - 1 targets
         self.rows = pack([[len(ids) - 1 for ids, _ in sides] for _, sides in self.examples], self.seq_len)
         self.num_windows = len(self.examples) if objective == "rl" else len(self.rows) * self.rows_together
-        self.num_documents = max(map(len, self.rows)) + 1
+        self.num_documents = max(map(len, self.rows), default=0) + 1
         self.reference = None        # dpo: (num_windows, num_documents + 1) nll of each answer under the starting model
 
     def encode(self, prompt: list[dict], answers: list[str], dropped: Counter):
@@ -1000,6 +1002,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+@functools.cache                                             # a file of rewards is run once
 def find_reward(name: str):
     """A function of REWARDS by its name, or FILE:FUNCTION from a Python file. Raises DataError."""
     if name in REWARDS:

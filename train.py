@@ -269,11 +269,12 @@ CONFIGS = {
 # What a later stage changes of a config. Its learning rate is this share of the config's.
 STAGES = {
     "pretrain": dict(lr=1.0),
-    "sft": dict(lr=0.3, steps=400, warmup_steps=20, global_batch_size=16, eval_interval=200, log_interval=20),
+    "sft": dict(lr=0.3, steps=400, warmup_steps=20, global_batch_size=16, eval_interval=200, log_interval=20,
+                micro_batch_size=0),
     "dpo": dict(lr=0.03, steps=100, warmup_steps=10, global_batch_size=32, eval_interval=50, log_interval=10,
-                weight_decay=0.0),
+                weight_decay=0.0, micro_batch_size=0),
     "rl": dict(lr=0.1, steps=60, warmup_steps=5, global_batch_size=64, eval_interval=20, log_interval=5,
-               weight_decay=0.0),
+               weight_decay=0.0, micro_batch_size=0, reward="parses"),
 }
 
 
@@ -451,17 +452,16 @@ def parameters_of(optimizer) -> list:
 #     dpo        w = beta sigmoid(-margin) on the chosen answer, - the same on the rejected one            N = pairs
 #     rl         w = advantage of the sampled answer - kl_coef (log p - log p_start)                       N = answers
 #
-# The last two are functions (batch, nll (B, T), config) -> weights (B, T), and sums over the batch: loss, pairs or
-# answers, two statistics. nll comes from a pass without gradient.
+# The last two are functions (batch, nll (B, T), config) -> weights (B, T), and sums over the batch: the loss, then two
+# statistics. nll comes from a pass without gradient.
 
 def preference(batch, nll, c: Config):
     """DPO (Rafailov 2023, arXiv:2305.18290, eq. 7). Rows 2u and 2u + 1 hold the chosen and the rejected answers to the
     same prompts. reference (B, documents): nll of each answer under the starting model."""
-    answer, documents = batch["targets"] >= 0, batch["documents"]
+    answer, documents, zeros = batch["targets"] >= 0, batch["documents"], torch.zeros_like(batch["reference"])
 
     def per_answer(x):                                                                   # (B, T) -> (B, documents)
-        x = (x * answer).to(batch["reference"].dtype)
-        return torch.zeros_like(batch["reference"]).scatter_add(1, documents, x)
+        return zeros.scatter_add(1, documents, (x * answer).to(zeros.dtype))
 
     # margin = beta (log p/p_start (chosen) - log p/p_start (rejected))                        (B/2, documents)
     log_ratio = batch["reference"] - per_answer(nll)
@@ -470,51 +470,62 @@ def preference(batch, nll, c: Config):
     w = c.beta * torch.sigmoid(-margin)
     weights = torch.stack((w, -w), dim=1).flatten(0, 1).gather(1, documents) * answer
     is_pair = per_answer(torch.ones_like(nll))[0::2] > 0
-    return weights.to(nll.dtype), torch.stack([x[is_pair].double().sum() for x in (
-        F.softplus(-margin), torch.ones_like(margin), margin > 0, margin)])
+    return weights.to(nll.dtype), torch.stack([x[is_pair].double().sum() for x in (F.softplus(-margin), margin > 0,
+                                                                                   margin)])
 
 
 def policy_gradient(batch, nll, c: Config):
     """REINFORCE (Williams 1992) with the baseline of GRPO (arXiv:2402.03300): an answer's reward is compared with those
-    of the other answers to its prompt. The mean of log p - log p_start over samples is KL(p, p_start)."""
+    of the other answers to its prompt. The sum of log p - log p_start over an answer is, on average, KL(p, p_start); a
+    token pays for itself and for what it led to."""
     answer = batch["targets"] >= 0
-    log_ratio = (batch.get("reference", nll) - nll) * answer
-    weights = (batch["advantage"][:, None] - c.kl_coef * log_ratio).to(nll.dtype) * answer
-    return weights, torch.stack([x.double().sum() for x in (
-        weights * nll, torch.ones_like(batch["reward"]), batch["reward"], log_ratio)])
+    log_ratio = (batch["reference"] - nll) * answer
+    to_come = log_ratio.flip(1).cumsum(1).flip(1)
+    weights = (batch["advantage"][:, None] - c.kl_coef * to_come).to(nll.dtype) * answer
+    return weights, torch.stack([x.double().sum() for x in (weights * nll, batch["reward"], log_ratio)])
 
 
 OBJECTIVES = {"dpo": (preference, ("accuracy", "margin")), "rl": (policy_gradient, ("reward", "kl"))}
 
 
+def windows_together(c: Config) -> int:
+    """Windows that no micro-batch may part: a pair of answers, a group of answers."""
+    return {"dpo": 2, "rl": c.group_size}.get(c.objective, 1)
+
+
+def whole_on_each_rank(c: Config, world: parallel.World) -> bool:
+    return c.tp == c.pp == 1 and (c.zero < 3 or world.mesh.dp == 1)
+
+
 class Rollouts:
     """The loader of reinforcement learning: answers that the model samples as it is now, and what they are worth.
 
-    A batch is dict(tokens, targets, advantage, reward, count[, reference]). An answer depends on (seed, its number, the
-    weights) alone. start: the starting model, where the KL term asks for it.
+    A batch is dict(tokens, targets, advantage, reward, count, reference). An answer depends on (seed, its number, the
+    weights) alone. prompts: of data.Examples. start: the starting model.
     """
 
-    def __init__(self, prompts, gpt, c: Config, start=None):
-        self.prompts, self.gpt, self.c, self.start, self.reward = prompts, gpt, c, start, data.find_reward(c.reward)
-        self.state_dict, self.load_state_dict = prompts.state_dict, prompts.load_state_dict
+    def __init__(self, prompts, gpt, start, c: Config):
+        self.prompts, self.gpt, self.start, self.reward = prompts, gpt, start, data.find_reward(c.reward)
+        self.c = dataclasses.replace(c, temperature=1.0, top_k=0, top_p=1.0)                        # the model itself
 
     def __next__(self) -> dict:
         c, tokenizer = self.c, self.prompts.tokenizer
         first = (self.prompts.position + self.prompts.dp_rank * self.prompts.micro_batch_size) * c.group_size
         questions = [question for question in next(self.prompts) for _ in range(c.group_size)]
-        seeds = [data.text_hash(f"{c.seed}/{first + i}") % 2**63 for i in range(len(questions))]
         prompts = [ids for ids, _ in questions]
-        answers = sample_answers(self.gpt, tokenizer, prompts, c, seeds, c.answer_tokens, temperature=1.0, top_p=1.0)
-        rewards = torch.tensor([data.call_reward(self.reward, row, tokenizer.decode(ids))
-                                for (_, row), ids in zip(questions, answers, strict=True)]).view(-1, c.group_size)
-        # advantage = (reward - mean of its group) / spread of its group
+        answers = sample_answers(self.gpt, tokenizer, prompts, c, range(first, first + len(prompts)), c.answer_tokens)
+        rewards = [data.call_reward(self.reward, row, tokenizer.decode(ids))
+                   for (_, row), ids in zip(questions, answers, strict=True)]
+        if math.isnan(sum(rewards)):
+            raise data.DataError(f"reward must say something of every prompt, {c.reward} does not")
+        # advantage = (reward - mean of its group) / spread of its group; in float64: equal rewards give 0
+        rewards = torch.tensor(rewards, dtype=torch.float64).view(-1, c.group_size)
         advantage = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
         batch = data.rows_of(prompts, answers) | {"reward": rewards.flatten(), "advantage": advantage.flatten(),
                                                   "count": torch.tensor(rewards.numel())}
-        if self.start is not None:
-            device = next(self.start.parameters()).device
-            with torch.no_grad():
-                batch["reference"] = self.start(batch["tokens"].to(device), batch["targets"].to(device))[1]
+        device = next(self.start.parameters()).device
+        with torch.no_grad():
+            batch["reference"] = self.start(batch["tokens"].to(device), batch["targets"].to(device))[1]
         return batch
 
 
@@ -538,14 +549,14 @@ def train_step(model: Model, optimizer, loader, step: int, c: Config, world: par
                             world.mesh.dp_group)
     on_phase(step, "forward_backward")
     weigh, names = OBJECTIVES.get(c.objective, (None, ()))
-    sums = []
     if weigh:
+        sums = []
         with torch.no_grad():
             nlls = model.run(batches)
         for batch, nll in zip(batches, nlls, strict=True):
             if nll is not None:                                                              # on the last stage
-                batch["weights"], batch_sums = weigh(batch, nll, c)
-                sums.append(batch_sums)
+                batch["weights"], sums_of_batch = weigh(batch, nll, c)
+                sums.append(sums_of_batch)
     # 2. d/dw of scale sum(w nll) / N, micro-batch by micro-batch
     scale = scaler.scale if scaler else 1.0
     loss_grad = scale / N.double()
@@ -558,14 +569,13 @@ def train_step(model: Model, optimizer, loader, step: int, c: Config, world: par
     on_phase(step, "reduce")
     model.finish_gradient_synchronization()
     parallel.reduce_partial_gradients(parameters_of(optimizer))
-    # 4. loss and statistics, |grad|^2 (of replicas, the lowest rank's alone counts) and the wish to stop
+    # 4. |grad|^2 (of replicas, the lowest rank's alone counts), the wish to stop, loss and statistics
     total = torch.zeros(3 + len(names), dtype=torch.float64, device=world.device)
+    total[0] = parallel.squared_norm(p.grad for p in optimizer.owned)
+    total[1] = bool(asked)
     if model.counts_loss:
-        loss, _, *statistics = sum(sums) if weigh else [torch.stack([nll.double().sum() for nll in nlls]).sum(), None]
-        total[[0, *range(3, 3 + len(names))]] = torch.stack([loss, *statistics]) / N
-    total[1] = parallel.squared_norm(p.grad for p in optimizer.owned)
-    total[2] = bool(asked)
-    loss, sumsq, stop, *statistics = world.sum(total).tolist()
+        total[2:] = sum(sums if weigh else [nll.double().sum() for nll in nlls]) / N
+    sumsq, stop, loss, *statistics = world.sum(total).tolist()
     norm = math.sqrt(sumsq) / scale if math.isfinite(sumsq) else math.nan
     found_inf = not (math.isfinite(loss) and math.isfinite(norm))
     # 5. and 6. clip, unscale, update
@@ -586,13 +596,14 @@ def train_step(model: Model, optimizer, loader, step: int, c: Config, world: par
 # ---- evaluate --------------------------------------------------------------------------------------------------------
 
 def windows_evaluated(loader, c: Config) -> int:
-    return min(loader.num_windows, c.eval_windows or loader.num_windows) // windows_together(c) * windows_together(c)
+    together = windows_together(c)
+    return min(loader.num_windows, math.ceil((c.eval_windows or loader.num_windows) / together) * together)
 
 
 @torch.no_grad()
 def forward_passes(model: Model, loader, windows: int, c: Config, world: parallel.World):
-    """(batch, nll) of the first `windows` windows of a split, in micro-batches, this rank's share of them. nll is None
-    but on the last stage's first tp rank."""
+    """The first `windows` windows of a split, in micro-batches, each rank its share -> (batch, nll), where the loss is
+    counted."""
     num_batches = math.ceil(windows / (world.mesh.dp * c.micro_batch_size))                     # equal on all ranks
     firsts = [(i * world.mesh.dp + world.mesh.dp_rank) * c.micro_batch_size for i in range(num_batches)]
     for i in range(0, num_batches, 2 * c.pp):            # several at a time, so that all stages of a pipeline have work
@@ -601,45 +612,47 @@ def forward_passes(model: Model, loader, windows: int, c: Config, world: paralle
             batch = loader.batch(range(first % windows, min(first % windows + c.micro_batch_size, windows)))
             if first >= windows:                                                   # beyond the end: does not count
                 batch["targets"].fill_(data.NO_TARGET)
+                batch["count"] = torch.tensor(0)
             batches.append(to_device(batch, c, world.device))
-        for batch, nll in zip(batches, model.run(batches), strict=True):
-            yield batch, nll if model.counts_loss else None
+        nlls = model.run(batches)
+        if model.counts_loss:
+            yield from zip(batches, nlls, strict=True)
 
 
 def evaluate(model: Model, loader, c: Config, world: parallel.World) -> dict:
     """Validation loss in nats per target, and bits per byte of text, over the whole split or eval_windows of it. dpo:
     the loss per pair, and the share of pairs that the model ranks right."""
     token_bytes = torch.from_numpy(loader.tokenizer.token_bytes).to(world.device)
-    total = torch.zeros(7, dtype=torch.float64, device=world.device)
+    total = torch.zeros(4, dtype=torch.float64, device=world.device)
     for batch, nll in forward_passes(model, loader, windows_evaluated(loader, c), c, world):
-        if nll is not None:
+        if c.objective == "dpo":
+            total += torch.cat([batch["count"][None], preference(batch, nll, c)[1]])
+        else:
             is_target = batch["targets"] >= 0
             text = token_bytes[batch["targets"].clamp(min=0)] * is_target
-            total[:3] += torch.stack([nll.double().sum(), is_target.sum(), text.sum()])
-            if "reference" in batch:
-                total[3:] += preference(batch, nll, c)[1]
-    nats, targets, text_bytes, loss, pairs, right, margin = world.sum(total).tolist()
-    if pairs:
-        return {"val_loss": loss / pairs, "val_accuracy": right / pairs, "val_margin": margin / pairs}
+            total[:3] += torch.stack([is_target.sum(), nll.double().sum(), text.sum()])
+    count, loss, *rest = world.sum(total).tolist()
+    if c.objective == "dpo":
+        return {"val_loss": loss / count, "val_accuracy": rest[0] / count, "val_margin": rest[1] / count}
     # bpb = nats / ln 2 / bytes
-    return {"val_loss": nats / targets, "val_bpb": nats / math.log(2) / text_bytes, "val_targets": int(targets)}
+    return {"val_loss": loss / count, "val_bpb": loss / math.log(2) / rest[0], "val_targets": int(count)}
 
 
 def reward_of_answers(model: Model, prompts, c: Config, world: parallel.World) -> float:
-    """Mean reward of an answer to each of 64 held-out prompts, those for which the reward says something. Every rank
-    must have the whole model."""
+    """Mean reward of an answer to each of 64 held-out prompts, those for which the reward says something; nan if there
+    are none. Every rank must have the whole model."""
     reward, total = data.find_reward(c.reward), torch.zeros(2, dtype=torch.float64, device=world.device)
     places = range(world.rank, min(64, prompts.num_windows), world.size)
     if places:
         questions = prompts.batch(places)
-        answers = sample_answers(model.chunks[0], prompts.tokenizer, [ids for ids, _ in questions], c, list(places),
+        answers = sample_answers(model.chunks[0], prompts.tokenizer, [ids for ids, _ in questions], c, places,
                                  c.answer_tokens if c.objective == "rl" else c.max_new_tokens)
         for (_, row), ids in zip(questions, answers, strict=True):
             value = data.call_reward(reward, row, prompts.tokenizer.decode(ids))
             if not math.isnan(value):
                 total += torch.tensor([value, 1.0], device=world.device)
-    value, answers = world.sum(total).tolist()
-    return value / answers if answers else math.nan
+    value, count = world.sum(total).tolist()
+    return value / count if count else math.nan
 
 
 @torch.no_grad()
@@ -647,9 +660,8 @@ def answers_nll(model: Model, loader, c: Config, world: parallel.World) -> torch
     """nll of every answer under the model as it is, (windows, documents), on every rank: DPO's reference."""
     table = torch.zeros(loader.num_windows, loader.num_documents + 1, dtype=torch.float64, device=world.device)
     for batch, nll in forward_passes(model, loader, loader.num_windows, c, world):
-        if nll is not None:
-            table[batch["window"]] += torch.zeros_like(table[batch["window"]]).scatter_add(
-                1, batch["documents"], nll.double() * (batch["targets"] >= 0))
+        nll = nll.double() * (batch["targets"] >= 0)
+        table[batch["window"]] += torch.zeros_like(table[batch["window"]]).scatter_add(1, batch["documents"], nll)
     return world.sum(table).cpu()
 
 
@@ -666,13 +678,22 @@ def lock_folder(c: Config, stack: contextlib.ExitStack):
         raise BadInput(f"out must be a folder that can be written, {c.out}: {error.strerror}") from None
 
 
+@functools.cache
+def say_once(line: str):
+    print(line, file=sys.stderr)
+
+
 def saved_config(saved: dict) -> Config:
     """A checkpoint's config. A field that Config has no longer is named and left out; a new one takes its default."""
     known = {f.name for f in fields(Config)}
     for name in saved.keys() - known:
-        print(f"train.py: the checkpoint's {name} {saved[name]!r} is no field of Config now and is ignored",
-              file=sys.stderr)
+        say_once(f"train.py: the checkpoint's {name} {saved[name]!r} is no field of Config now and is ignored")
     return Config(**{name: value for name, value in saved.items() if name in known})
+
+
+def existing_parent(init_from: str, out: str | None) -> str:
+    """A run that has begun has its own copy of what a parent decides, so it goes on when the parent is gone."""
+    return init_from if Path(init_from).exists() or not out else out
 
 
 def parent_fields(folder: str) -> dict:
@@ -693,28 +714,31 @@ def parent_fields(folder: str) -> dict:
     return {f.name: getattr(run, f.name) for f in fields(net.ModelConfig)} | {"config": run.config}
 
 
-def open_parent(c: Config) -> tuple:
+def open_parent(c: Config, world: parallel.World) -> tuple:
     """--init-from: read(name, box) of its weights, rounded as initial weights are, and its card."""
     if Path(c.init_from, "checkpoints").is_dir():
-        reader = newest_reader(c.init_from, "init_from")
+        reader = newest_reader(c.init_from, world, "init_from")
         read, card = reader.read, reader.meta["card"]
     else:
         read, card = net.hf_reader(data.HFWeights(c.init_from).get, c.model), {"knowledge_cutoff": "unknown"}
     return (lambda name, box: read(name, box).to(c.dtype).float()), card
 
 
-def newest_reader(folder: str, flag: str) -> data.Reader:
-    """The newest intact checkpoint of a run."""
-    reader, damaged = data.newest_checkpoint(Path(folder, "checkpoints"))
-    for line in damaged.values():
-        print(f"damaged checkpoint passed over: {line}", file=sys.stderr)
-    if reader is None:
-        raise BadInput(f"{flag} must be the folder of a run with an intact checkpoint to use, {folder} is not")
-    return reader
+def newest_reader(folder: str, world: parallel.World, flag: str = "out") -> data.Reader:
+    """The newest intact checkpoint of a run, which rank 0 looks for."""
+    def find():
+        reader, damaged = data.newest_checkpoint(Path(folder, "checkpoints"))
+        for line in damaged.values():
+            print(f"damaged checkpoint passed over: {line}", file=sys.stderr)
+        if reader is None:
+            raise BadInput(f"{flag} must be the folder of a run with an intact checkpoint to use, {folder} is not")
+        return reader.folder
+
+    return data.Reader(world.first(find))
 
 
 def same_rates(c: Config, before: Config, step: int) -> bool:
-    """Whether the updates before `step` had the learning rates that c gives them: then steps may be another number."""
+    """Whether the last update before `step` had the learning rate that c gives it, and so, in wsd, all of them."""
     return step == 0 or lr_at(step - 1, c) == lr_at(step - 1, before)
 
 
@@ -726,7 +750,8 @@ def refuse_other_run(c: Config, meta: dict, loader):
     before = saved_config(meta["config"])
     for f in fields(Config):
         if f.metadata["affects_training"] and getattr(c, f.name) != getattr(before, f.name):
-            if f.name == "steps" and same_rates(c, before, meta["step"]):
+            longer = f.name == "steps" and c.schedule == "wsd" and c.steps > before.steps
+            if longer and same_rates(c, before, meta["step"]):
                 continue
             hint = ", or make a --schedule wsd longer before its decay" if f.name == "steps" else ""
             raise BadInput(f"{f.name} must be {getattr(before, f.name)} to go on with the run in {c.out}, got "
@@ -736,10 +761,17 @@ def refuse_other_run(c: Config, meta: dict, loader):
                        "name another --out")
 
 
+def goes_on(c: Config, meta: dict, loader) -> bool:
+    with contextlib.suppress(BadInput):
+        refuse_other_run(c, meta, loader)
+        return True
+    return False
+
+
 def open_data(c: Config, world: parallel.World):
     """Loaders of both splits: of a prepared folder, of text that rank 0 prepares first, or, after pre-training, of
     conversations, pairs or prompts. A model that comes from elsewhere brings its tokenizer along."""
-    tokenizer = data.load_tokenizer(c.init_from) if c.init_from else None
+    tokenizer = data.load_tokenizer(existing_parent(c.init_from, c.out)) if c.init_from else None
 
     def prepare():
         if Path(c.data, "manifest.json").exists():
@@ -760,7 +792,7 @@ def open_data(c: Config, world: parallel.World):
         examples = functools.partial(data.Examples, c.data, tokenizer, objective=c.objective, **shape)
         loader, val = examples(**ranks), examples(split="val")
     if loader.tokenizer.vocab_size > c.vocab_size:
-        raise BadInput(f"vocab_size must be at least the {loader.tokenizer.vocab_size} of the tokenizer, got "
+        raise BadInput(f"vocab_size must be at least the {loader.tokenizer.vocab_size} of {loader.path}, got "
                        f"{c.vocab_size}")
     if tokenizer and loader.tokenizer.sha256 != tokenizer.sha256:
         raise BadInput(f"data must be prepared with the tokenizer of {c.init_from}, {c.data} is not")
@@ -829,14 +861,22 @@ class Run:
         self.step, self.saved, self.skipped, self.evaluation, self.card = 0, None, 0, None, {"wall_seconds": 0.0}
         self.checkpoints = data.Checkpoints(self.folder / "checkpoints", c.keep_checkpoints, group=world.host,
                                             first=world.first)
-        reader = self.checkpoints.newest(lambda meta: same_rates(c, saved_config(meta["config"]), meta["step"]))
-        parent = open_parent(c) if c.init_from else (None, {})
+        # a wsd run that is made longer, not shorter, goes back to a checkpoint before its decay
+        path = self.folder / "config.json"
+        longer = not path.exists() or c.steps >= json.loads(path.read_text()).get("steps", 0)
+        reader = self.checkpoints.newest(lambda meta: longer and goes_on(c, meta, loader))
+        read_start, self.parent_card = None, reader.meta.get("parent_card", {}) if reader else {}
+        if c.init_from and (reader is None or c.objective == "rl"):
+            read_start, card = open_parent(c, world)
+            if reader is not None and card != self.parent_card:
+                raise BadInput(f"init_from must be as it was when the run in {c.out} began, {c.init_from} has changed")
+            self.parent_card = card
         if reader is not None:
             refuse_other_run(c, reader.meta, loader)
             loader.load_state_dict(reader.meta["loader"])
             self.step, self.card, self.evaluation = (reader.meta[name] for name in ("step", "card", "evaluation"))
             self.saved = self.step
-        self.model = Model(c, world, reader.read if reader else parent[0])
+        self.model = Model(c, world, reader.read if reader else read_start)
         self.optimizer = make_optimizer(self.model, c)
         self.scaler = precision.LossScaler(c.loss_scale) if c.precision == "fp16" and c.loss_scale else None
         if reader is not None:
@@ -844,14 +884,15 @@ class Run:
             if self.scaler:
                 self.scaler.load_state_dict(reader.meta["loss_scaler"])
                 self.skipped = reader.meta["loss_scaler"]["skipped"]
-        self.batches, self.parent_card, self.prompts, self.text = loader, parent[1], None, None
+        self.batches, self.prompts, self.pretraining_val = loader, None, None
         if c.objective != "pretrain":
-            self.open_stage(parent[0])
+            self.open_stage(read_start)
         self.metrics = None
         if world.rank == 0:
             data.write_atomic(self.folder / "config.json", json.dumps(dataclasses.asdict(c), indent=1))
             loader.tokenizer.save(self.folder)
-            self.metrics = stack.enter_context(data.open_metrics(self.folder / "metrics.jsonl", self.step))
+            last = self.step if reader else -1
+            self.metrics = stack.enter_context(data.open_metrics(self.folder / "metrics.jsonl", last))
         self.bill, (self.peak, self.peak_source) = make_bill(c, world), peak_flops(c, world.device)
         self.first_step = world.step = self.step
         self.began = time.perf_counter() - self.card["wall_seconds"]
@@ -864,14 +905,14 @@ class Run:
         if whole_on_each_rank(c, self.world):
             self.prompts = data.Examples(c.data, tokenizer, objective="rl", micro_batch_size=1, seq_len=c.seq_len,
                                          split="val")
-        text = Path(self.parent_card.get("text", ""), "manifest.json")
-        if text.exists():
-            text = data.Loader(text.parent, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
-            if text.tokenizer.sha256 == tokenizer.sha256:
-                self.text = text
+        text = self.parent_card.get("text")
+        if text and self.world.first(lambda: Path(text, "manifest.json").exists()):
+            val = data.Loader(text, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
+            if val.num_windows and val.tokenizer.sha256 == tokenizer.sha256:
+                self.pretraining_val = val
         if c.objective == "rl":
-            start = make_stage(c, self.world.device, read=read_start) if c.kl_coef else None
-            self.batches = Rollouts(self.loader, self.model.chunks[0], c, start)
+            start = make_stage(c, self.world.device, read=read_start)
+            self.batches = Rollouts(self.loader, self.model.chunks[0], start, c)
         if c.objective == "dpo":
             folder = self.folder / "reference"
             if self.saved is None:                             # the weights are those of the start: the run begins here
@@ -908,22 +949,24 @@ class Run:
         self.on_phase(self.step, "evaluate")
         found = evaluate(self.model, self.val, c, world) if c.objective != "rl" else {}
         if self.prompts:
-            found["reward"] = reward_of_answers(self.model, self.prompts, c, world)
-            found.setdefault("val_loss", -found["reward"])                               # rl: the best has the smallest
-        if self.text:
-            few = dataclasses.replace(c, objective="pretrain", eval_windows=64)
-            found["text_loss"] = evaluate(self.model, self.text, few, world)["val_loss"]
+            reward = reward_of_answers(self.model, self.prompts, c, world)
+            if c.objective == "rl":                               # the best checkpoint is that of smallest val_loss
+                if math.isnan(reward):
+                    raise BadInput(f"reward must say something of the prompts in {c.data}, {c.reward} does not")
+                found["val_loss"] = -reward
+            found |= {} if math.isnan(reward) else {"reward": reward}
+        if self.pretraining_val:
+            as_text = dataclasses.replace(c, objective="pretrain", eval_windows=64)
+            found["text_loss"] = evaluate(self.model, self.pretraining_val, as_text, world)["val_loss"]
         self.evaluation = {"step": self.step} | found
         if not math.isfinite(found["val_loss"]):
             raise FloatingPointError(f"validation loss {found['val_loss']}")
         self.log(**self.evaluation)
-        words = {"val_loss": "{:.4f} nats/token", "val_bpb": "{:.4f} bits/byte", "val_margin": "margin {:.3f}",
-                 "val_accuracy": "{:.1%} of pairs right", "reward": c.reward + " {:.1%}",
-                 "text_loss": "pre-training text {:.4f}"}
-        if c.objective != "pretrain":
-            words["val_loss"] = "loss {:.4f}"
+        words = {"val_loss": {"pretrain": "{:.4f} nats/token", "rl": ""}.get(c.objective, "loss {:.4f}"),
+                 "val_bpb": "{:.4f} bits/byte", "val_margin": "margin {:.3f}", "val_accuracy": "{:.1%} of pairs right",
+                 "reward": "reward {:.3f}", "text_loss": "pre-training text {:.4f}"}
         world.say(f"{self.place()}  validation " + ", ".join(words[name].format(found[name])
-                                                              for name in words if name in found))
+                                                              for name in words if name in found and words[name]))
 
     def save(self):
         """Unless this step is saved already. Weights that are not finite are not saved (the last update of a run has no
@@ -940,7 +983,7 @@ class Run:
         self.checkpoints.save(self.step, self.optimizer, {
             "step": self.step, "config": dataclasses.asdict(self.c), "loader": self.loader.state_dict(),
             "card": self.card, "evaluation": self.evaluation, "keep": self.is_last_before_decay(),
-            "tokenizer_sha256": self.loader.tokenizer.sha256,
+            "parent_card": self.parent_card, "tokenizer_sha256": self.loader.tokenizer.sha256,
             "loss_scaler": self.scaler and self.scaler.state_dict() | {"skipped": self.skipped}})
         self.saved = self.step
 
@@ -970,8 +1013,11 @@ class Run:
         if self.step % c.log_interval == 0 or self.step == c.steps:
             rate = c.tokens_per_step * self.steps_since_print / self.seconds_since_print
             mfu = f"{rate * self.bill['flops_per_token'] / self.peak / self.world.size:5.1%}" if self.peak else "    -"
-            self.world.say(f"{self.place()}  loss {loss:7.4f}  lr {lr:.2e}  norm {norm:7.3f}  {rate:9,.0f} tok/s  "
-                           f"mfu {mfu}  {self.world.peak_memory() / 1e9:5.2f} GB  "
+            speed = f"{rate:9,.0f} tok/s  mfu {mfu}"
+            if c.objective == "rl":                                             # how long answers are, varies
+                speed = f"{rate / c.seq_len:7,.1f} answers/s"
+            self.world.say(f"{self.place()}  loss {loss:7.4f}  lr {lr:.2e}  norm {norm:7.3f}  {speed}  "
+                           f"{self.world.peak_memory() / 1e9:5.2f} GB  "
                            f"eta {scaling.clock((c.steps - self.step) * c.tokens_per_step / rate)}"
                            + (f"  scale {scale:g}, {self.skipped} skipped" if self.scaler else "")
                            + "".join(f"  {name} {value:.3f}" for name, value in statistics.items()))
@@ -987,18 +1033,21 @@ def make_card(run: Run) -> dict:
             "sources": parent.get("sources", []) + manifest["sources"],
             "knowledge_cutoff": max(filter(None, (manifest["knowledge_cutoff"], parent.get("knowledge_cutoff")))),
             "data_fingerprint": manifest["fingerprint"], "parameters": bill["parameters"], "step": run.step,
-            "tokens": tokens, "tokens_per_parameter": tokens / bill["parameters"],
-            "epochs": tokens / manifest["splits"]["train"]["tokens"], "flops": tokens * bill["flops_per_token"],
-            "wall_seconds": round(time.perf_counter() - run.began, 1), "torch": torch.__version__}
+            "epochs": run.loader.position / max(1, run.loader.num_windows),
+            "wall_seconds": round(time.perf_counter() - run.began, 1), "torch": torch.__version__} | (
+                {} if run.c.objective == "rl" else {                           # which trains on answers of any length
+                    "tokens": tokens, "tokens_per_parameter": tokens / bill["parameters"],
+                    "flops": tokens * bill["flops_per_token"]})
 
 
 def announcement(run: Run, seconds: float) -> str:
     """The run in numbers, before its first step."""
     c, manifest, trained_on = run.c, run.loader.manifest, run.loader.manifest["splits"]["train"]["tokens"]
+    epochs = c.steps * c.global_batch_size / (c.group_size if c.objective == "rl" else 1) / run.loader.num_windows
     peak = f"peak {run.peak / 1e9:,.0f} GFLOP/s ({run.peak_source})" if run.peak else run.peak_source
     lines = [describe(c, run.bill),
              f"data       {run.loader.path}: {trained_on:,} training tokens, so "
-             f"{run.bill['tokens'] / trained_on:.2f} epochs; knowledge cutoff {make_card(run)['knowledge_cutoff']}",
+             f"{epochs:.2f} epochs; knowledge cutoff {make_card(run)['knowledge_cutoff']}",
              f"machine    {run.world.size} x {run.world.device.type}, {torch.get_num_threads()} threads, "
              f"{c.precision}; {peak}"]
     if c.warmup_steps >= c.steps:
@@ -1007,7 +1056,7 @@ def announcement(run: Run, seconds: float) -> str:
         lines.append(f"           left out: {', '.join(f'{n:,} {why}' for why, n in manifest['dropped'].items() if n)}")
     if c.init_from:
         lines.append(f"           {c.objective}, begins with the weights of {c.init_from}")
-    if run.bill["tokens"] > 4 * trained_on and c.objective == "pretrain":
+    if epochs > 4 and c.objective == "pretrain":
         lines.append("           after 4 epochs repeated text teaches less and less (arXiv:2305.16264)")
     lines.append(f"finished   {c.out} is finished: step {run.step} of {c.steps}" if run.step == c.steps else
                  f"{'resuming' if run.step else 'starting'}   at step {run.step} of {c.steps}, "
@@ -1032,14 +1081,14 @@ def finish(run: Run):
         for n, first in enumerate((ids == data.first_id(val.tokenizer)).nonzero()[0][:3 * whole]):
             prompt = ids[first:first + 16].tolist()
             print(f"\n--- sample {n + 1} ---\n{val.tokenizer.decode(prompt)}|"
-                  f"{continuation(gpt, val.tokenizer, prompt, c, seed=n)}")
+                  f"{continuation(gpt, val.tokenizer, prompt, c, n)}")
     elif not evaluation:
         print("\nno validation: its documents do not fill one window of seq_len + 1 tokens")
     if run.prompts:
         sample = "--chat"
         for n, (prompt, _) in enumerate(run.prompts.batch(range(min(3, run.prompts.num_windows)))):
             print(f"\n--- held-out prompt {n + 1} ---\n{val.tokenizer.decode(prompt)}\n--- answer ---\n"
-                  f"{continuation(gpt, val.tokenizer, prompt, c, seed=n)}")
+                  f"{continuation(gpt, val.tokenizer, prompt, c, n)}")
     print(f"\nwall time  {scaling.clock(facts['wall_seconds'])} of training\ncard       {run.folder / 'card.md'}\n"
           f"checkpoint {run.checkpoints.folder / f'step-{c.steps:08d}'}\n"
           f"try it     python train.py --out {c.out} {sample}")
@@ -1126,17 +1175,17 @@ def peak_flops(c: Config, device) -> tuple[float | None, str]:
 
 # ---- what a trained model is used for --------------------------------------------------------------------------------
 
-def sample_answers(gpt, tokenizer, prompts, c: Config, seeds, most: int, temperature=None, top_p=None) -> list:
-    """Continue prompts, lists of ids, all at once -> the new ids of each, at most `most` and what seq_len has room for,
-    the mark of an answer's end among them if it came."""
+def sample_answers(gpt, tokenizer, prompts, c: Config, numbers, most: int) -> list:
+    """Continue prompts, lists of ids, all at once -> the new ids of each, at most `most`, the mark of an answer's end
+    among them if it came. An answer's random numbers depend on c.seed and its number."""
     device, lengths = next(gpt.parameters()).device, [len(prompt) for prompt in prompts]
     tokens = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts], device=device)
     stop = data.end_of_turn(tokenizer) if c.objective != "pretrain" else tokenizer.eos_id
     # a length that grows by one would be compiled again and again
     eager = torch.compiler.set_stance("force_eager") if compiles(c, device) else contextlib.nullcontext()
     with eager:
-        rows = gpt.generate(tokens, most, c.temperature if temperature is None else temperature, c.top_k or None,
-                            c.top_p if top_p is None else top_p, seed=list(seeds), stop=stop,
+        seeds = [data.text_hash(f"{c.seed}/{number}") % 2**63 for number in numbers]
+        rows = gpt.generate(tokens, most, c.temperature, c.top_k or None, c.top_p, seed=seeds, stop=stop,
                             vocab_size=tokenizer.vocab_size, lengths=lengths).tolist()
     answers = []
     for row, length in zip(rows, lengths, strict=True):
@@ -1145,15 +1194,15 @@ def sample_answers(gpt, tokenizer, prompts, c: Config, seeds, most: int, tempera
     return answers
 
 
-def continuation(gpt, tokenizer, prompt, c: Config, seed: int) -> str:
+def continuation(gpt, tokenizer, prompt, c: Config, number: int = 0) -> str:
     """Of one list of ids: decoded, printable."""
-    (answer,) = sample_answers(gpt, tokenizer, [prompt], c, [seed], c.max_new_tokens)
+    (answer,) = sample_answers(gpt, tokenizer, [prompt], c, [number], c.max_new_tokens)
     return tokenizer.decode(answer).encode("utf-8", "replace").decode()
 
 
 def open_run(folder: str, c: Config, world: parallel.World, flag: str = "out") -> tuple:
     """The newest checkpoint of a run -> (its reader, its tokenizer, its config for one process here)."""
-    reader, tokenizer = newest_reader(folder, flag), data.load_tokenizer(folder)
+    reader, tokenizer = newest_reader(folder, world, flag), data.load_tokenizer(folder)
     if tokenizer.sha256 != reader.meta["tokenizer_sha256"]:
         raise data.DataError(f"{folder}: its tokenizer is not the one the model was trained with")
     asked = ("attention", "eval_windows", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "json")
@@ -1171,13 +1220,19 @@ def use(c: Config, world: parallel.World) -> int:
         return 0
     reader, tokenizer, saved = open_run(c.out, c, world)
     if c.export is not None:
-        with bad_input():
+        try:
             ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
             template = data.chat_template(tokenizer) if saved.objective != "pretrain" else None
             data.export_folder(c.export, net.config_to_hf(saved.model, **ids),
                                net.hf_tensors(saved.model, reader.read), tokenizer, chat_template=template)
+        except (OSError, ValueError) as error:
+            raise BadInput(f"export must be a model and a new folder that can be written, {c.out} to {c.export}: "
+                           f"{error}") from None
         print(f"{c.out}, step {reader.meta['step']}, written as a Hugging Face model: {c.export}")
+        return 0
     if c.quantize is not None:
+        if saved.objective == "rl":
+            raise BadInput(f"quantize must be given a run with answers to calibrate on, {c.out} has prompts alone")
         model = Model(saved, world, reader.read)
         quantize(model, c.quantize, saved, world)
         gpt = model.chunks[0]
@@ -1188,10 +1243,10 @@ def use(c: Config, world: parallel.World) -> int:
     if c.sample is not None:
         if saved.objective == "pretrain":
             ids = [data.first_id(tokenizer)] + tokenizer.encode(c.sample)
-            print(c.sample + continuation(gpt, tokenizer, ids, saved, c.seed))
+            print(c.sample + continuation(gpt, tokenizer, ids, saved))
         else:
             ids, _ = data.encode_chat(tokenizer, [{"role": "user", "content": c.sample}], reply=True)
-            print(continuation(gpt, tokenizer, ids, saved, c.seed))
+            print(continuation(gpt, tokenizer, ids, saved))
     if c.chat:
         chat(gpt, tokenizer, saved)
     if c.pairs is not None:
@@ -1214,48 +1269,56 @@ def chat(gpt, tokenizer, c: Config):
             if len(ids) + c.seq_len // 4 <= c.seq_len or len(messages) == 1:
                 break
             del messages[:2]
-        answer = continuation(gpt, tokenizer, ids, c, c.seed + len(messages))
+        answer = continuation(gpt, tokenizer, ids, c, len(messages) - 1)
         print(answer, flush=True)
         messages.append({"role": "assistant", "content": answer})
 
 
-def write_pairs(gpt, tokenizer, c: Config, asked: Config, world: parallel.World):
+def write_pairs(gpt, tokenizer, c: Config, flags: Config, world: parallel.World):
     """--pairs: a preference pair for each prompt of the run's data. The real answer is chosen over a sampled one; or,
     with --judge (RLAIF: feedback from another model), of two sampled answers that which the judge finds more probable
     per token."""
-    judge, lines, same = None, [], 0
-    if asked.judge is not None:
-        reader, judge_tokenizer, judge_c = open_run(asked.judge, asked, world, "judge")
+    path, judge, equal = Path(flags.pairs), None, 0
+    if path.exists():
+        raise BadInput(f"pairs must be a new file, {path} exists")
+    if c.objective == "pretrain":
+        raise BadInput(f"pairs must be asked of a run whose data has prompts, {c.out} is pre-training")
+    if flags.judge is not None:
+        reader, judge_tokenizer, judge_c = open_run(flags.judge, flags, world, "judge")
         if judge_tokenizer.sha256 != tokenizer.sha256:
-            raise BadInput(f"judge must have the tokenizer of {c.out}, {asked.judge} has another")
+            raise BadInput(f"judge must have the tokenizer of {c.out}, {flags.judge} has another")
         judge = make_stage(judge_c, world.device, read=reader.read)
+    lines = []
     for split in ("train", "val"):
         prompts = data.Examples(c.data, tokenizer, objective="rl", micro_batch_size=1, seq_len=c.seq_len, split=split)
-        number = min(prompts.num_windows, asked.max_pairs)
+        number = min(prompts.num_windows, flags.max_pairs)
         for first in range(0, number, 64):
-            questions = prompts.batch(range(first, min(first + 64, number)))
+            places = range(first, min(first + 64, number))
+            questions = prompts.batch(places)
             ids = [prompt for prompt, _ in questions]
-            samples = [sample_answers(gpt, tokenizer, ids, c, [data.text_hash(f"{c.seed}/{split}/{first + i}/{side}")
-                                                               % 2**63 for i in range(len(ids))], c.max_new_tokens)
-                       for side in range(2 if judge else 1)]
+            if judge is None:
+                real = [data.conversation(row, "sft")[1][0] for _, row in questions]        # DataError if it has none
+            samples = [sample_answers(gpt, tokenizer, ids, c, [f"{split}/{place}/{side}" for place in places],
+                                      c.max_new_tokens) for side in range(2 if judge else 1)]
             texts = [[tokenizer.decode(answer) for answer in answers] for answers in samples]
             if judge:
                 loss_a, loss_b = (nll_per_token(judge, ids, answers) for answers in samples)
                 pairs = [(a, b) if better else (b, a) for a, b, better in zip(*texts, loss_a < loss_b, strict=True)]
             else:
-                pairs = [(data.conversation(row, "sft")[1][0], text)
-                         for (_, row), text in zip(questions, texts[0], strict=True)]
+                pairs = zip(real, texts[0], strict=True)
             for (_, row), (chosen, rejected) in zip(questions, pairs, strict=True):
-                if chosen == rejected or not chosen or not rejected:
-                    same += 1
-                    continue
-                lines.append(json.dumps({"prompt": data.conversation(row, "rl")[0], "chosen": chosen,
-                                         "rejected": rejected, "split": split}))
+                if chosen == rejected or not chosen.strip() or not rejected.strip():
+                    equal += 1
+                else:
+                    lines.append(json.dumps({"prompt": data.conversation(row, "rl")[0], "chosen": chosen,
+                                             "rejected": rejected, "split": split}) + "\n")
             if first % 640 == 0:
                 print(f"{split}: {first + len(ids):,} of {number:,} prompts answered", flush=True)
-    Path(asked.pairs).parent.mkdir(parents=True, exist_ok=True)
-    data.write_atomic(asked.pairs, "".join(line + "\n" for line in lines))
-    print(f"{asked.pairs}: {len(lines):,} pairs; {same:,} left out whose answers were equal or empty")
+                path.parent.mkdir(parents=True, exist_ok=True)             # what can go wrong with it, does so early
+                data.write_atomic(path.with_name(f".{path.name}.part"), "".join(lines))
+    data.write_atomic(path, "".join(lines))
+    path.with_name(f".{path.name}.part").unlink()
+    print(f"{path}: {len(lines):,} pairs; {equal:,} left out whose answers were equal or empty")
 
 
 def nll_per_token(gpt, prompts, answers) -> torch.Tensor:
@@ -1271,10 +1334,10 @@ def probe(newest: data.Reader, tokenizer, c: Config, world: parallel.World):
     knows nothing; and some of its text it repeats word for word."""
     def ask(gpt, text, n, most, temperature):
         ids = [data.first_id(tokenizer)] + tokenizer.encode(text)
-        answers = sample_answers(gpt, tokenizer, [ids] * n, plain, range(n), most, temperature, top_p=1.0)
+        as_is = dataclasses.replace(c, objective="pretrain", temperature=temperature, top_k=0, top_p=1.0)
+        answers = sample_answers(gpt, tokenizer, [ids] * n, as_is, range(n), most)
         return [tokenizer.decode(answer) for answer in answers]
 
-    plain = dataclasses.replace(c, objective="pretrain")                                     # documents, not answers
     temperatures, openings = (0.3, 0.6, 1.0, 1.5), ('"""A module."""\n\nimport', '"""A module."""\n\nfrom')
     print("share of imported modules that do not exist (128 samples)\n  temperature  "
           + "".join(f"{t:>8}" for t in temperatures))
@@ -1293,14 +1356,15 @@ def probe(newest: data.Reader, tokenizer, c: Config, world: parallel.World):
         prompts = [[data.first_id(tokenizer)] + tokenizer.encode(f"import {module}\n\n{module}.")
                    for module, _ in names]
         answers = [tokenizer.encode(name) for _, name in names]
-        nll = nll_per_token(gpt, prompts, answers) * torch.tensor([len(ids) for ids in answers], device=world.device)
-        losses[kind] = (nll.cpu() / torch.tensor([len(name) for _, name in names])).mean().item(), len(names)
-    (known, n_known), (new, n_new) = losses["known"], losses["new"]
-    print(f"\nknowledge cutoff {newest.meta['card']['knowledge_cutoff']}: names after `import MODULE`, nats per byte\n"
-          f"  {n_known} names of the library that it read  {known:.3f}\n  {n_new} names of newer Pythons  {new:.3f}")
+        if names:                                                          # a Python that has all of them knows of none
+            nll = nll_per_token(gpt, prompts, answers).cpu() * torch.tensor([len(ids) for ids in answers])
+            losses[kind] = (nll / torch.tensor([len(name) for _, name in names])).mean()
+    print(f"\nknowledge cutoff {newest.meta['card']['knowledge_cutoff']}: names after `import MODULE`, nats per byte")
+    for kind, loss in losses.items():
+        print(f"  functions of {'the library that it read' if kind == 'known' else 'newer Pythons':<24} {loss:6.3f}")
 
-    text = Path(newest.meta["card"].get("text", ""))
-    if (text / "manifest.json").exists():
+    text = newest.meta["card"].get("text")
+    if text and Path(text, "manifest.json").exists():
         loaders = [data.Loader(text, micro_batch_size=1, seq_len=c.seq_len, split=split) for split in ("train", "val")]
         corpus = b"".join(tokenizer.bytes[i] for ids in loaders[0].shards for i in ids.tolist())
         samples = [sample.encode("utf-8", "replace")[:400] for sample in ask(gpt, "", 8, 160, 1.0)]
@@ -1349,10 +1413,10 @@ def parse_config(argv) -> Config:
         return f"; the nearest is {close[0]}" if close else ""
 
     first = Parser(add_help=False, allow_abbrev=False)
-    for flag in ("--config", "--objective", "--init-from"):
+    for flag in ("--config", "--objective", "--init-from", "--out"):
         first.add_argument(flag)
     named = first.parse_known_args(argv)[0]
-    parent = parent_fields(named.init_from) if named.init_from else {}
+    parent = parent_fields(existing_parent(named.init_from, named.out)) if named.init_from else {}
     name = named.config or parent.get("config", "tiny")
     if name not in CONFIGS:
         raise BadInput(f"--config must be one of {', '.join(CONFIGS)}, got {name!r}{nearest(name, CONFIGS)}")
@@ -1411,6 +1475,8 @@ def derive(c: Config) -> Config:
             (c.objective == "rl" and (c.tp > 1 or c.pp > 1 or c.zero == 3),
              f"objective rl samples from the whole model on each rank: tp and pp must be 1 and zero below 3, got tp "
              f"{c.tp}, pp {c.pp}, zero {c.zero}"),
+            (c.objective == "rl" and 4 * c.answer_tokens > c.seq_len,
+             f"answer_tokens must be at most seq_len / 4, got {c.answer_tokens} of {c.seq_len}"),
             (c.objective == "dpo" and not c.document_mask, "document_mask must be on with --objective dpo, got off"),
             (0 < c.loss_scale < 2.0**-14, f"loss_scale must be 0 or at least 2**-14, got {c.loss_scale}"),
             (not c.head_dim and c.n_embd % c.n_head,
@@ -1429,15 +1495,6 @@ def derive(c: Config) -> Config:
     with bad_input():
         assert c.model                                       # ModelConfig checks its own rules
     return c
-
-
-def windows_together(c: Config) -> int:
-    """Windows that no micro-batch may part: a pair of answers, a group of answers."""
-    return {"dpo": 2, "rl": c.group_size}.get(c.objective, 1)
-
-
-def whole_on_each_rank(c: Config, world: parallel.World) -> bool:
-    return c.tp == c.pp == 1 and (c.zero < 3 or world.mesh.dp == 1)
 
 
 def join(c: Config) -> parallel.World:

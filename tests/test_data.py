@@ -11,6 +11,7 @@ import time
 import zlib
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,6 +97,22 @@ def texts(folder: Path, split: str) -> list[str]:
                          or [np.array([], int)])
     assert len(ids) == manifest["splits"][split]["tokens"]
     return [t.decode(d) for d in np.split(ids, (ids == t.bos_id).nonzero()[0][1:])] if len(ids) else []
+
+
+def test_where_no_mark_begins_a_document_the_one_that_ends_the_last_does(tmp_path, monkeypatch):
+    """GPT-2's tokenizer has one mark for both: it stands between documents once, and what follows it is predicted."""
+    assert data.first_id(SimpleNamespace(bos_id=None, eos_id=7)) == 7
+    assert data.first_id(SimpleNamespace(bos_id=0, eos_id=7)) == 0
+    monkeypatch.setattr(data, "first_id", lambda tokenizer: tokenizer.eos_id)
+    for i in range(6):
+        (tmp_path / f"{i}.txt").write_text(f"document {i} and some of its words\n" * 20)
+    loader = data.Loader(data.prepare([tmp_path], tmp_path / "out", 320), micro_batch_size=1, seq_len=64)
+    (ids,), t = loader.shards, loader.tokenizer
+    assert ids[0] == t.eos_id and (ids == t.eos_id).sum() == 5 and not (ids == t.bos_id).any() and ids[-1] != t.eos_id
+    for place in range(loader.num_windows):
+        batch = loader.batch([place])
+        assert (batch["targets"] >= 0).all()
+        assert torch.equal(batch["documents"], (batch["tokens"] == t.eos_id).cumsum(1))
 
 
 def test_every_document_comes_out_whole_once_and_on_its_side(tmp_path):

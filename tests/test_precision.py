@@ -1055,8 +1055,14 @@ def in_halves(x, w, bias, dim):
 @functools.cache
 def reordered(corpus, kind, emulate):
     """One process -> losses, weights, and how far it gets from itself when only the order of its sums changes: other
-    micro-batches, or products in halves. emulate: what train.py does on a CPU where layers are not split."""
-    argv = [*TINY, *MODELS["llama"], *CALM, "--data", str(corpus), "--precision", kind]
+    micro-batches, or products in halves. emulate: what train.py does on a CPU where layers are not split. Of two seeds,
+    since what one of them draws may be small by chance (of four seeds, norms were off by 3e-5 to 2e-4)."""
+    (losses, weights, one), (_, _, two) = (reordered_once(corpus, kind, emulate, seed) for seed in ("0", "2"))
+    return losses, weights, [max(x) for x in zip(one, two, strict=True)]
+
+
+def reordered_once(corpus, kind, emulate, seed):
+    argv = [*TINY, *MODELS["llama"], *CALM, "--data", str(corpus), "--precision", kind, "--seed", seed]
     off = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "ComputePolicy", lambda low, **x: ComputePolicy(low, **x | {"emulate": emulate}))

@@ -3,6 +3,7 @@ run, resumed bit for bit; where models come from and what they are used for."""
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import shutil
@@ -66,30 +67,31 @@ def base(corpus, tmp_path_factory) -> Path:
 
 
 def stage(files, base, objective, *flags) -> list:
-    reward = ["--reward", files["reward"], "--group-size", "4", "--kl-coef", "0.3", "--answer-tokens", "6"]
+    sampled = ["--group-size", "4", "--kl-coef", "0.3", "--answer-tokens", "6"]
     return ["--objective", objective, "--init-from", str(base), "--data", str(files[objective]), *QUICK,
-            "--lr", "0.003", "--adam-eps", "1e-6", "--grad-clip", "0.5", *(reward if objective == "rl" else []), *flags]
+            "--lr", "0.003", "--adam-eps", "1e-6", "--grad-clip", "0.5", "--reward", files["reward"],
+            *(sampled if objective == "rl" else []), *flags]
 
 
 # ---- textbook formulas -----------------------------------------------------------------------------------------------
 
-def staged(rank, n, argv, steps):
-    """Steps of a stage in float64 -> [(loss, norm, statistics ...), ...], this rank's pieces, an evaluation."""
+def staged(rank, n, argv, steps, dtype=torch.float64):
+    """Steps of a stage -> [(loss, norm, statistics ...), ...], this rank's pieces, an evaluation."""
     c = train.parse_config(argv)
     world = train.join(c)
     c = train.resolve(c, world)
-    (loader, val), (read, _) = train.open_data(c, world), train.open_parent(c)
-    model = train.Model(c, world, read, dtype=torch.float64)
+    (loader, val), (read, _) = train.open_data(c, world), train.open_parent(c, world)
+    model = train.Model(c, world, read, dtype=dtype)
     optimizer, batches = train.make_optimizer(model, c), loader
     if c.objective == "dpo":
         for each in (loader, val):
             each.reference = train.answers_nll(model, each, c, world)
     if c.objective == "rl":
-        start = train.make_stage(c, world.device, read=read, dtype=torch.float64)
-        batches = train.Rollouts(loader, model.chunks[0], c, start)
-    losses = []
+        start = train.make_stage(c, world.device, read=read, dtype=dtype)
+        batches = train.Rollouts(loader, model.chunks[0], start, c)
+    losses, scaler = [], train.precision.LossScaler(c.loss_scale) if c.precision == "fp16" else None
     for step in range(steps):
-        loss, norm, _, statistics = train.train_step(model, optimizer, batches, step, c, world)
+        loss, norm, _, statistics = train.train_step(model, optimizer, batches, step, c, world, scaler=scaler)
         losses.append((loss, norm, *statistics.values()))
     pieces = [(p.full_name, p.box, getattr(p, "flat", None), p.detach()) for p in model.parameters()]
     evaluation = {} if c.objective == "rl" else train.evaluate(model, val, c, world)
@@ -125,12 +127,16 @@ def dpo_loss(gpt, start, batch, c):
 
 
 def rl_loss(gpt, start, batch, c):
-    """-advantage log p, and half the squared log-ratio, whose gradient is that of KL(p, p_start) on samples of p."""
+    """The advantage of an answer, less what it costs, times its log p: the score-function gradient of the reward and of
+    KL(p, p_start). A token cannot be made to pay for what came before it."""
     policy = log_p(gpt, batch)
-    log_ratio = policy - log_p(start, batch).detach()
+    log_ratio = (policy - log_p(start, batch)).detach()
     rewards = batch["reward"].view(-1, c.group_size)
     advantage = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)).flatten()
-    loss = -(advantage[:, None] * policy).sum() + c.kl_coef * (log_ratio**2).sum() / 2
+    loss = 0
+    for row in range(len(policy)):
+        for t in range(policy.shape[1]):
+            loss -= (advantage[row] - c.kl_coef * log_ratio[row, t:].sum()) * policy[row, t]
     return loss / len(advantage), [rewards.mean().item(), log_ratio.sum().item() / len(advantage)]
 
 
@@ -142,9 +148,9 @@ def test_a_stage_is_its_textbook_formula(files, base, objective, loss_of):
     c = train.parse_config(argv)
     world = train.join(c)
     c = train.resolve(c, world)
-    read, (loader, _) = train.open_parent(c)[0], train.open_data(c, world)
+    read, (loader, _) = train.open_parent(c, world)[0], train.open_data(c, world)
     gpt, start = (train.make_stage(c, world.device, read=read, dtype=torch.float64) for _ in range(2))
-    batches = train.Rollouts(loader, gpt, c, None) if objective == "rl" else loader
+    batches = train.Rollouts(loader, gpt, start, c) if objective == "rl" else loader
     optimizer = torch.optim.AdamW(train.decay_groups(gpt, c), betas=(c.beta1, c.beta2), eps=c.adam_eps)
     for step in range(4):
         loss, statistics = loss_of(gpt, start, next(batches), c)
@@ -163,6 +169,19 @@ def test_a_stage_is_its_textbook_formula(files, base, objective, loss_of):
     for (name, _, _, mine), theirs in zip(pieces, gpt.parameters(), strict=True):
         assert (mine - theirs).abs().max() < 1e-10, name
     assert objective != "dpo" or ours[0][0] == math.log(2) and ours[0][3] == 0 and ours[3][3] > 0.001
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo", "rl"])
+def test_low_precision_weighs_tokens_as_float32_does(files, base, objective):
+    """Losses within the format's rounding; with the loss scale in the weights (fp16) as without (bf16)."""
+    argv = stage(files, base, objective, "--micro-batch-size", "8", "--kl-coef", "0")
+    plain = staged(0, 1, argv, 3, None)[0]
+    for kind, eps in (("bf16", 2**-7), ("fp16", 2**-10)):
+        losses = staged(0, 1, [*argv, "--precision", kind], 3, None)[0]
+        steps = range(1 if objective == "rl" else 3)                       # later, other answers are sampled
+        for step in steps:
+            assert losses[step][1] == pytest.approx(plain[step][1], rel=30 * eps)                     # gradient norms
+            assert objective == "rl" or losses[step][0] == pytest.approx(plain[step][0], rel=2 * eps)
 
 
 # ---- any layout ------------------------------------------------------------------------------------------------------
@@ -219,17 +238,39 @@ def test_a_stage_trains_and_goes_on_bit_for_bit(files, base, tmp_path, objective
     assert lines_of(out) == lines
 
 
+def test_a_stage_goes_on_when_its_parent_is_gone(files, base, tmp_path):
+    """But for rl, whose KL is measured from the parent: that must be there, and be the same."""
+    for objective, code in (("sft", 0), ("dpo", 0), ("rl", 2)):
+        parent, out = Path(shutil.copytree(base, tmp_path / "parent")), tmp_path / objective
+        argv = stage(files, parent, objective, "--out", str(out))
+        assert run(*argv)[0] == 0
+        shutil.rmtree(out / "checkpoints" / "step-00000008")
+        shutil.rmtree(parent / "checkpoints" / "step-00000008")                                  # as if trained further
+        again, _, error = run(*argv)
+        assert again == code and (code == 0 or f"--init-from must be as it was when the run in {out} began" in error)
+        shutil.rmtree(parent)
+        again, _, error = run(*argv)
+        assert again == code and error.count("\n") == (code == 2)
+
+
 def test_rollouts_are_a_function_of_seed_and_weights(files, base):
     c = train.parse_config(stage(files, base, "rl", "--micro-batch-size", "8"))
     world = train.join(c)
-    c, gpt = train.resolve(c, world), train.make_stage(c, world.device, read=train.open_parent(c)[0])
-    first, second = (next(train.Rollouts(train.open_data(c, world)[0], gpt, c)) for _ in range(2))
+    c, gpt = train.resolve(c, world), train.make_stage(c, world.device, read=train.open_parent(c, world)[0])
+    first, second = (next(train.Rollouts(train.open_data(c, world)[0], gpt, gpt, c)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (first["targets"] >= 0).sum(1).max() <= c.answer_tokens and first["tokens"].shape[0] == 8
     advantage = first["advantage"].view(-1, c.group_size)
     assert advantage.sum(1).abs().max() < 1e-5 and advantage.abs().max() > 0.5
     other = train.dataclasses.replace(c, seed=1)
-    assert not torch.equal(next(train.Rollouts(train.open_data(c, world)[0], gpt, other))["targets"], first["targets"])
+    assert not torch.equal(next(train.Rollouts(train.open_data(c, world)[0], gpt, gpt, other))["targets"],
+                           first["targets"])
+    greedy = train.dataclasses.replace(c, temperature=0.0, top_k=1, top_p=0.1)              # of its use, not training
+    assert torch.equal(next(train.Rollouts(train.open_data(c, world)[0], gpt, gpt, greedy))["targets"],
+                       first["targets"])
+    equal = train.Rollouts(train.open_data(c, world)[0], gpt, gpt, c)
+    equal.reward = lambda row, answer: 1000.1
+    assert not next(equal)["advantage"].any()
     for row, value in zip(first["targets"], first["reward"], strict=True):
         answer = data.load_tokenizer(base).decode([i for i in row.tolist() if i >= 0])
         assert value == answer.count(" ") - 1
@@ -248,6 +289,10 @@ def test_a_wsd_run_is_made_longer_as_if_it_had_been_so_from_the_start(corpus, tm
     assert all(torch.equal(short[name], long[name]) for name in long)
     assert lines_of(tmp_path / "short")[-3:] == lines_of(tmp_path / "long")[-3:]
     assert list((tmp_path / "short" / "checkpoints").glob("unused-step-00000008-*"))            # nothing is thrown away
+    for wrong in (["--steps", "10"], ["--steps", "16", "--lr", "0.1"]):              # shorter; longer, but another run
+        names = sorted((tmp_path / "short" / "checkpoints").iterdir())
+        assert run(*argv, "--out", tmp_path / "short", *wrong)[0] == 2
+        assert sorted((tmp_path / "short" / "checkpoints").iterdir()) == names
 
 
 def test_a_cosine_run_is_not_made_longer(base, corpus):
@@ -266,6 +311,8 @@ def test_a_model_goes_to_hugging_face_and_back(files, base, tmp_path):
         assert code == 0, error
     ours, theirs = (tensors_of(tmp_path / f"from-{name}") for name in ("run", "hf"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    first, second = (lines_of(tmp_path / f"from-{name}")[0]["val_loss"] for name in ("run", "hf"))
+    assert first == second and lines_of(tmp_path / "from-hf")[0]["step"] == 0
     code, _, error = run("--out", base, "--export", tmp_path / "hf", "--device", "cpu")
     assert code == 2 and "exists" in error and error.count("\n") == 1
 
@@ -300,7 +347,7 @@ def test_chat_and_sample_use_the_template(tuned, monkeypatch):
     assert code == 0 and chatted == sampled and len(sampled) > 1
     tokenizer = data.load_tokenizer(tuned)
     c = train.parse_config(["--init-from", str(tuned), "--device", "cpu"])
-    gpt = train.make_stage(c, torch.device("cpu"), read=train.open_parent(c)[0])
+    gpt = train.make_stage(c, torch.device("cpu"), read=train.open_parent(c, train.join(c))[0])
     ids, _ = data.encode_chat(tokenizer, [{"role": "user", "content": "print 6"}], reply=True)
     expected = gpt.generate(torch.tensor([ids]), 12, temperature=0, stop=data.end_of_turn(tokenizer))[0, len(ids):]
     assert sampled == tokenizer.decode(expected.tolist()) + "\n"
@@ -321,7 +368,8 @@ def test_pairs_are_real_and_sampled_answers_or_two_that_a_judge_ranks(files, bas
         assert row["split"] == split and row["rejected"] != row["chosen"] and (judge or row["chosen"] == answer)
     if judge:                                # but for answers that are encoded in another way than they were sampled
         c = train.parse_config(["--init-from", str(base), "--device", "cpu"])
-        gpt, t = train.make_stage(c, torch.device("cpu"), read=train.open_parent(c)[0]), data.load_tokenizer(base)
+        gpt = train.make_stage(c, torch.device("cpu"), read=train.open_parent(c, train.join(c))[0])
+        t = data.load_tokenizer(base)
         prompts = [data.encode_chat(t, row["prompt"], reply=True)[0] for row in rows]
         chosen, rejected = (train.nll_per_token(gpt, prompts, [t.encode(row[side]) for row in rows])
                             for side in ("chosen", "rejected"))
@@ -331,11 +379,29 @@ def test_pairs_are_real_and_sampled_answers_or_two_that_a_judge_ranks(files, bas
 
 
 def test_probe_says_what_is_invented_unknown_and_copied(base, monkeypatch):
-    monkeypatch.setattr(data, "longest_copy", lambda text, corpus: text[:7] if text[:7] in corpus else b"")
+    """With answers that are known: every other module is invented, and a sample repeats ten bytes of the text."""
+    real = next(data.Loader(json.loads((base / "config.json").read_text())["data"], micro_batch_size=1, seq_len=64))
+    t = data.load_tokenizer(base)
+    copied = t.decode(real["tokens"][0, :6].tolist())
+    texts = itertools.cycle([" os.path\n", " nosuchmodule\n"])
+
+    def sample(gpt, tokenizer, prompts, c, numbers, most):
+        return [t.encode(next(texts) if most == 8 else "@\u00e9@" + copied + "@\u00e9@") for _ in prompts]
+
+    monkeypatch.setattr(train, "sample_answers", sample)
+    monkeypatch.setattr(train, "nll_per_token", lambda gpt, prompts, answers: torch.tensor(
+        [0.5 * len(t.decode(answer)) / len(answer) for answer in answers]))
     code, printed, error = run("--out", base, "--probe", "--device", "cpu")
     assert code == 0, error
-    for words in ("modules that do not exist", "names of newer Pythons", "word for word", "held-out text"):
-        assert words in printed
+    steps = [line for line in printed.splitlines() if line.startswith("  step")]
+    assert len(steps) == 2 and all(line.split()[2:] == ["50.0%"] * 4 for line in steps)
+    assert "functions of the library that it read  0.500" in printed
+    assert f"samples        {len(copied.encode()):>4}" in printed and "held-out text" in printed
+
+
+def test_longest_copy():
+    assert data.longest_copy(b"xxhello worldyy", b"say hello world") == b"hello world"
+    assert data.longest_copy(b"abc", b"xyz") == b"" and data.longest_copy(b"abcabd", b"zabd abc") == b"abc"
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -353,6 +419,10 @@ OF_RL, OF_DPO = (["--objective", name, "--init-from", "BASE", "--data", "RL"] fo
     ([*OF_RL, "--micro-batch-size", "3"], "size must be a multiple of 8"),
     ([*OF_DPO, "--micro-batch-size", "3"], "--micro-batch-size must be a multiple"),
     ([*OF_DPO, "--no-document-mask"], "--document-mask must be on"),
+    ([*OF_RL, "--answer-tokens", "65"], "--answer-tokens must be at most seq_len / 4, got 65 of 64"),
+    ([*OF_RL, "--reward", "format"], "--reward must say something of the prompts in"),
+    (["--pairs", "BROKEN", "--out", "BASE"], "broken.jsonl exists"),
+    (["--pairs", "new.jsonl", "--out", "BASE"], "--pairs must be asked of a run whose data has prompts"),
     (["--judge", "x"], "--judge goes with --pairs"),
     (["--export", "x", "--out", "/nowhere"], "--out must be the folder of a run with an intact checkpoint"),
     ([*OF_RL, "--reward", "RAISES"], "reward wrong must give"),
@@ -365,7 +435,8 @@ def test_bad_input_is_one_line(files, base, tmp_path, flags, message):
               "BROKEN": tmp_path / "broken.jsonl"}
     flags = [places.get(flag, flag) for flag in flags]
     extra = [] if "--out" in flags else ["--out", tmp_path / "run"]
-    code, _, error = run(*flags, *extra, "--device", "cpu")
+    small = ["--answer-tokens", "16", "--eval-windows", "2"] if "RL" in str(message) or "rl" in flags else []
+    code, _, error = run(*small, *flags, *extra, "--device", "cpu")
     assert code == 2 and message in error and error.count("\n") == 1, error
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
