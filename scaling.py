@@ -36,13 +36,13 @@ had for 61 % of its compute. Llama 3.1 8B is a tenth of N_opt, on purpose: a mod
 FLOPs per token. The more it is used, the smaller is the model that reaches the same loss most cheaply (Sardana 2024).
 
 (4) What does a layout take? 7 billion parameters want 126 GB for weights, gradients and AdamW's states, and an H100 has
-80. So a step is split: dp copies of tp parts of pp stages. Per rank of a `Layout`, for a `Program`:
+80. So a step is split: dp copies of tp parts of pp stages. Per rank of a `Layout`, for a `Program` (symbols: below):
 
     memory    parameters, gradients, states     2, 4, 12 bytes per parameter of the rank; what ZeRO splits, / dp
               activations                       stored micro-batches x layers x what a layer keeps, in Megatron:
-                recompute none                  n h (10 + 24/t + 5 H T / (h t)) bytes; flash attention: 4 instead of 5 T
-                recompute selective             n h (10 + 24/t); here and above, sequence parallelism divides 10 by t
-                recompute full                  2 n h
+                recompute none                  n h (10 + 24/t + 5 H T/(h t)) bytes; flash attention: ... + 4 H/(h t)
+                recompute selective             n h (10 + 24/t); sequence parallelism divides the 10 by t
+                recompute full                  2 n h; sequence parallelism divides it by t
               stored micro-batches, on rank r   1F1B p - r;  GPipe m;  interleaved, on the first, p (1 + (p-1)/(p v))
               buffers                           gradients on their way, gathered layers, the block that runs again
     messages  {(axis, collective): (calls, payload)}. In a ring of R ranks, an all-reduce sends 2 (R-1)/R of its
@@ -111,7 +111,8 @@ def kaplan_loss(N=math.inf, D=math.inf, law=KAPLAN):
     return ((law["N_c"] / N) ** (law["alpha_N"] / law["alpha_D"]) + law["D_c"] / D) ** law["alpha_D"]
 
 
-# L = E + A / N^alpha + B / D^beta.  Hoffmann 2022, approach 3, the digits of its TeX source; all others rounded there
+# L = E + A / N^alpha + B / D^beta.  Hoffmann 2022, approach 3, with the digits of the paper's TeX source (its PDF
+# rounds them)
 HOFFMANN = {"E": 1.693371, "A": 406.4003, "B": 410.7222, "alpha": 0.33917084, "beta": 0.2849083}
 # Besiroglu 2024: the same runs read off the paper's figure, 240 of them, converged
 BESIROGLU = {"E": 1.81686, "A": 482.00572, "B": 2085.4342, "alpha": 0.34781, "beta": 0.36585}
@@ -135,10 +136,10 @@ def flops_of(runs) -> np.ndarray:
 
 
 def budgets(runs) -> list[np.ndarray]:
-    """The runs of each budget, by C. Where each C occurs three times or more, on average, its values are the budgets.
-    Else the runs are sorted by C and cut where the next C is more than 1.3 times the last. Inside a budget it must be
-    less than 1.15 times the last, and the largest C less than 1.5 times the smallest. Scattered runs have no budgets.
-    """
+    """The runs of each budget, by C. Where each value of C occurs three times or more, on average, the values are the
+    budgets. Else the runs are sorted by C and cut where the next C is more than 1.3 times the last. If any step that is
+    not cut is above 1.15, the runs are scattered: no budgets at all. A group that spans a factor of 1.5 or more is left
+    out."""
     runs = runs[np.argsort(flops_of(runs), kind="stable")]
     steps, stated = np.diff(np.log(flops_of(runs))), 3 * distinct(flops_of(runs)) <= len(runs)
     cuts = steps > (1e-6 if stated else math.log(1.3))
@@ -202,11 +203,10 @@ def fit_isoflop(runs, *, times=200, predict=lambda fit: {}) -> dict:
     """Approach 2, the plainest: {"a", "b", "k_N", "k_D": N_opt = k_N C^a, D_opt = k_D C^b, "points": the vertices of
     the budgets' parabolas, "budgets": how many there are, "without_budget": runs that belong to none, "intervals"}.
 
-    It is biased even without noise: the true curve is steeper on one side of N_opt, a parabola is not, so its vertex is
-    shifted. With u = ln(N / N_opt), loss - E ~ exp(-alpha u) / alpha + exp(beta u) / beta: to
-    third order, sizes spread evenly from N_opt / w to N_opt w put the vertex at u = (alpha - beta) ln(w)^2 / 10. That
-    shift is the same at every budget, so it spoils k_N and k_D, not a. But sizes that lie further off the optimum the
-    larger C is spoil a too.
+    It is biased even without noise: the true curve is steeper on one side of N_opt, a parabola is not. For sizes spread
+    evenly in ln N, from N_opt / w to N_opt w, ln N of the vertex is off by about (alpha - beta) ln(w)^2 / 10. That is
+    the same at every budget, so k_N and k_D are wrong and a is not. But where w or the middle of the sizes drifts with
+    C, a is wrong too.
     """
     def fit(groups):
         found = [vertex[:4] for vertex in map(parabola, groups) if vertex]
@@ -276,12 +276,13 @@ def huber(r):
 
 
 def minimise(theta, runs, iterations):
-    """S laws (S, 5) of runs (S, n, 3), each improved until no step helps it any more -> theta, sum of Huber(r).
+    """S laws (S, 5) of runs (S, n, 3), each improved until no step helps, or as often as `iterations` -> theta, sum of
+    Huber(r).
 
     A parabola of curvature min(1, DELTA / |r|) touches Huber's loss at the present r and lies above it elsewhere. So
     each step solves a least-squares problem with these weights, W, damped by mu (Levenberg):
 
-        (J^T W J + mu I) step = J^T W r        mu falls after a step that helped, and rises after one that did not
+        (H + mu tr(H) I) step = J^T W r,  H = J^T W J        mu falls after a step that helped, else it rises
     """
     theta, (r, J) = theta.copy(), residuals(theta, runs)
     f, mu, active = huber(r), np.full(len(theta), 1e-2), np.arange(len(theta))
@@ -686,9 +687,8 @@ def stored(layout: Layout, stage: int) -> float:
 
 
 def waiting_bytes(shape: Shape, layout: Layout, program: Program, stage: int) -> float:
-    """Zero bubble computes a micro-batch's weight gradients late. Until then its linears' inputs and the gradients of
-    their results wait. Those of the last linear wait until the next weight gradients are computed: at the peak of
-    memory they count only if another forward follows, m > p."""
+    """Zero bubble computes weight gradients later. Until then each linear's input and the gradient of its result wait.
+    One linear more is waiting while a forward pass runs after a backward, which is so only if m > p."""
     if layout.schedule != "zb" or layout.pp == 1:
         return 0
     n, h, t = layout.micro_batch_size * shape.seq_len, shape.n_embd, layout.tp
@@ -737,8 +737,8 @@ def memory(shape: Shape, layout: Layout, program: Program, stage: int) -> dict:
 
 
 def fullest(shape: Shape, layout: Layout, program: Program) -> dict:
-    """memory() of the rank that needs most: one of the pipeline's ends, or the first of the stages between them with so
-    many layers, as it stores the most micro-batches of those."""
+    """memory() of the rank that needs most. Candidates: the first rank, the last, and for each number of layers the
+    first rank between them that has so many, since an earlier rank stores more micro-batches."""
     layers = depth(shape.n_layer, layout.pp, layout.chunks)
     stages = {0, layout.pp - 1, *(layers.index(x, min(1, layout.pp - 1)) for x in set(layers[1:]))}
     return max((memory(shape, layout, program, r) for r in stages), key=lambda parts: sum(parts.values()))
@@ -783,9 +783,12 @@ def messages(shape: Shape, layout: Layout, program: Program, stage: int) -> dict
             found["dp", "all_gather"] = None, (rank.count + twice) * gathers * program.item
         found["dp", "all_reduce"] = None, counted + rank.count * program.gradient * (not zero)
     if layout.tp > 1:
-        # a gather and a sum each: in the layers, one for the head, one for the embedding, whose numbers are residuals
-        inside = [layers * sum(x) + is_last for x in zip(*layer_collectives(layout, program).values(), strict=True)]
-        gathers, sums = ((m * (x + is_first), m * (x * product + is_first * hidden)) for x in inside)
+        def over_tp(per_layer):                    # (calls, bytes): with the head's, and the embedding's of residuals
+            inside = layers * per_layer + is_last
+            return m * (inside + is_first), m * (inside * product + is_first * hidden)
+
+        passes = layer_collectives(layout, program).values()
+        gathers, sums = over_tp(sum(g for g, _ in passes)), over_tp(sum(r for _, r in passes))
         # the loss needs three numbers per token: max, sum of exponentials, the target's logit. `partial`: parameters
         # that tp does not split, but whose gradients it computes in parts
         partial = rank.whole if layout.sequence_parallel else layers * 2 * shape.qk_norm * shape.head_dim
@@ -815,7 +818,7 @@ def bytes_sent(messages: dict, layout: Layout) -> dict:
 
 def ring_seconds(gpu: GPU, ranks: int, bytes: float, stride: int = 1, messages: float = 1) -> float:
     """Of an all-gather or a reduce-scatter of `bytes`, all parts together, in so many messages, over `ranks` ranks
-    whose numbers are `stride` apart: a ring. Between two nodes it uses the network of all its GPUs in one of them."""
+    whose numbers are `stride` apart: a ring. Between nodes it has the network bandwidth of all its GPUs in one node."""
     inside = max(1, min(ranks, gpu.node // stride))
     nodes = math.ceil(ranks / inside)
     rate = gpu.link if nodes == 1 else min(gpu.link, inside * LINE * gpu.network)
@@ -862,7 +865,7 @@ def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: f
     ring = ring_seconds(gpu, t, n * h * program.item)
     tp_forward, tp_backward, tp_again = (sum(x) * ring for x in layer_collectives(layout, program).values())
     if program.overlap_tp:
-        tp_backward = tp_forward / 2
+        tp_backward = 2 * ring                                                     # two are left, the rest is hidden
 
     # a layer's forward, its backward (gradients of inputs, and what runs again), and its gradients of weights
     layer = linear + core + 2 * kept, linear + core_backward * core + 3 * kept + again, linear
@@ -929,7 +932,8 @@ def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: 
     layout          the fields of Layout; layers_per_rank; bubble: its share of a step, if forward and both parts of
                     backward take equally long
     memory_bytes    of the fullest rank, by part, and "total"
-    bytes_sent      {axis: bytes per step of the rank that sends most}; bytes_sent_at_zero_1: dp's, for stages 2 and 3
+    bytes_sent      {axis: bytes per step of the rank that sends most}; bytes_sent_at_zero_1: dp's, where stage 2 or 3
+                    with several micro-batches sends more
     gpu given       gpu (its name), seconds_per_step (by part), tokens_per_s, mfu, tflops, hardware_tflops (per GPU),
                     seconds, days, gpu_hours, energy_mwh, tco2, dollars, dollars_per_gpu_hour, price_source
     rank_flops      FLOP/s that a rank was measured to reach: seconds, days, without messages
@@ -974,8 +978,8 @@ FIELDS = tuple(f.name for f in dataclasses.fields(Layout) if f.name != "micro_ba
 
 
 def layouts(shape: Shape, gpu: GPU, n_gpus: int, batch: int, **fixed):
-    """Every layout of n_gpus ranks that train.py takes, but tp only inside a node, and no GPipe, which 1F1B equals in
-    time and beats in memory; `fixed` fields as they are given."""
+    """Layouts of n_gpus ranks that train.py takes: tp inside a node, up to 8 chunks and 32 windows a micro-batch, no
+    GPipe (1F1B equals it in time and beats it in memory); `fixed` fields as they are given."""
     divisors = [n for n in range(1, n_gpus + 1) if n_gpus % n == 0]
     choices = {"tp": [n for n in divisors if n <= gpu.node], "pp": divisors,
                "micro_batch_size": (1, 2, 4, 8, 16, 32), "schedule": ("1f1b", "zb", "interleaved"),
@@ -1045,7 +1049,7 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
             for layout in list(best.values())[:top]]
 
 
-# ---- the lecture ends here: what models, GPUs and runs are called, and what is none ----------------------------------
+# ---- the lecture ends here. Names: of shapes, GPUs, precisions and runs, and what is refused -------------------------
 
 def shape_of(config) -> Shape:
     """The Shape of a mapping or an object with ModelConfig's fields."""

@@ -16,15 +16,9 @@ many ranks, with runs that survive being killed. Training goes on in stages, eac
     dpo        prefer the chosen answer of a pair       it answers as people, or a judge, like it better
     rl         sample answers, reward the good ones     it gets what the reward pays for
 
-All four minimise sum_t w_t nll_t / N, and only the weights w differ ("four stages, one loss", below). A step of
-`train_step`, G windows of T tokens, over a mesh of ranks:
-
-    1.  N     = number of targets in the global batch (dpo: pairs, rl: answers), counted before the first forward pass
-    2.  forward and backward of S sum(w nll) / N (S: the loss scale, 1 but in fp16), by micro-batch and pipeline stage
-    3.  sum the gradients over dp, and over other ranks that hold a part      a sum: the mean of means is not the mean
-    4.  loss, |grad|^2 (each weight counted once) and "please stop" in one all-reduce
-    5.  loss or norm not finite: stop, exit code 3, nothing is saved; with a loss scale S: skip the step, halve S
-    6.  grad *= min(1, clip / |grad|) / S;   AdamW on float32 masters;   lr from lr_at(step)
+All four follow the gradient of sum_t w_t nll_t / N, and only the weights w differ ("four objectives, one loss", below).
+train_step() does one step, and its comments are numbered: 1. count targets, 2. forward and backward, 3. sum gradients,
+4. one all-reduce of norm and loss, 5. stop or skip if they are not finite, 6. clip and update with AdamW:
 
       m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2           m' = m / (1 - b1^t)      v' = v / (1 - b2^t)
       w -= lr (m' / (sqrt(v') + eps) + wd w)                       wd: weight decay, on matrices alone
@@ -38,7 +32,7 @@ and SIGTERM, which save first, and after kill -9, from the last checkpoint.
 Exit codes: 0 done, or stopped and saved; 2 bad input; 3 diverged; 1 anything else.
 Source: AdamW (Loshchilov 2019, arXiv:1711.05101); SFT and RLHF (Ouyang 2022, 2203.02155); DPO (Rafailov 2023,
 2305.18290); RLAIF (Bai 2022, 2212.08073).
-Map: textbook loop - configs - build - four stages - step - evaluate - the run: here a first reading ends. Then what
+Map: textbook loop - configs - build - four objectives - step - evaluate - the run: here a first reading ends. Then what
 asks for a run and what uses it: the bill - chat, pairs, probe, export - command line - ranks, main.
 """
 
@@ -184,8 +178,8 @@ class Config:
     master_weights: bool = option(True, "in a low precision: float32 copies that the optimizer updates")
     loss_scale: float = option(2.0**16, "fp16: what losses are multiplied by at first (0: no scaling)", below=1e38)
     # how it runs: same result, other cost
-    micro_batch_size: int = runtime(0, "windows per forward pass and rank (0: the largest divisor up to 8; with pp, "
-                                       "one that leaves at least 2 x pp micro-batches per step)")
+    micro_batch_size: int = runtime(0, "windows per forward pass and rank (0: the largest divisor up to 8, rl: 64; "
+                                       "with pp, one that leaves at least 2 x pp micro-batches per step)")
     recompute: str = runtime("none", "activations computed again in backward", ("none", "selective", "full"))
     attention: str = runtime("auto", "kernel; auto: triton on a GPU, sdpa elsewhere", ("auto", *flash_attn.BACKENDS))
     dp: int = runtime(0, "data-parallel ranks (0: what tp and pp leave of the world)")
@@ -266,8 +260,8 @@ CONFIGS = {
 }
 
 
-# What a later stage changes of a config. Its learning rate is this share of the config's.
-STAGES = {
+# What a later stage of training changes of a config. lr: the share of the config's learning rate.
+OBJECTIVE_DEFAULTS = {
     "pretrain": dict(lr=1.0),
     "sft": dict(lr=0.3, steps=400, warmup_steps=20, global_batch_size=16, eval_interval=200, log_interval=20,
                 micro_batch_size=0),
@@ -293,13 +287,10 @@ def bad_input():
 
 # ---- build -----------------------------------------------------------------------------------------------------------
 
-def schedule(c: Config, micro_batches: int) -> list:
+def pipeline_schedule(c: Config, micro_batches: int) -> list:
     """Each pipeline rank's operations of a step; with one stage, plain accumulation."""
-    if c.pp == 1:
-        return parallel.one_f_one_b(1, micro_batches)
-    if c.pp_schedule == "interleaved":
-        return parallel.interleaved(c.pp, micro_batches, c.pp_chunks)
-    return parallel.SCHEDULES[c.pp_schedule](c.pp, micro_batches)
+    kind = c.pp_schedule if c.pp > 1 else "1f1b"
+    return parallel.SCHEDULES[kind](c.pp, micro_batches, *[c.pp_chunks] * (kind == "interleaved"))
 
 
 def compiling_is_blocked(c: Config) -> str:
@@ -387,6 +378,8 @@ class Model(torch.nn.Module):
         super().__init__()
         self.c, self.mesh, self.world, dtype = c, world.mesh, world, dtype or c.dtype
         self.hidden_dtype = torch.promote_types(dtype, torch.float32)
+        # who sums gradients over dp: zero 0: DataParallel (below); 1, 2: the optimizer (make_optimizer calls sum_with);
+        # 3: each pipeline stage's FullyShard, which make_stage appends here
         self.sync, self.no_sync = [], contextlib.nullcontext
         self.chunks = torch.nn.ModuleList(make_stage(c, world.device, self.mesh, chunk * c.pp + self.mesh.pp_rank, read,
                                                      dtype, self.sync) for chunk in range(c.stages // c.pp))
@@ -404,12 +397,13 @@ class Model(torch.nn.Module):
             sync.finish_gradient_synchronization()
 
     def run(self, batches, loss_grad=None) -> list:
-        """Forward of micro-batches and, if it is known, backward from loss_grad, the gradient of each loss -> nll of
-        each micro-batch, on the last stage."""
+        """Micro-batches through this rank's pipeline stages. loss_grad None: forward only. Else backward too, from
+        loss_grad, the derivative of the objective by each micro-batch's loss. Returns a list: nll (B, T) of each
+        micro-batch on the last stage, None on the others."""
         c, m = self.c, len(batches)
         names = {"tokens", "targets", "weights", "documents"}
         batches = [{name: x for name, x in batch.items() if name in names} for batch in batches]
-        order = parallel.forward_only(c.pp, m, len(self.chunks)) if loss_grad is None else schedule(c, m)
+        order = parallel.forward_only(c.pp, m, len(self.chunks)) if loss_grad is None else pipeline_schedule(c, m)
 
         def hidden_like(batch):
             B, T = batch["tokens"].shape
@@ -443,22 +437,25 @@ def parameters_of(optimizer) -> list:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-# ---- four stages, one loss -------------------------------------------------------------------------------------------
+# ---- four objectives, one loss ---------------------------------------------------------------------------------------
 #
-# Every stage minimises sum_t w_t nll_t / N. Only the weights w differ, so there is one way through tp, pp and ZeRO:
+# Every stage of training follows the gradient of sum_t w_t nll_t / N, with w held fixed. Only the weights differ, so
+# there is one way through tp, pp and ZeRO:
 #
-#     pretrain   w = 1                                                      N = targets
-#     sft        w = 1 on the answer, 0 on the prompt: it has no targets    N = targets
-#     dpo        w = beta sigmoid(-margin) on the chosen answer, - the same on the rejected one            N = pairs
-#     rl         w = advantage of the sampled answer - kl_coef (log p - log p_start)                       N = answers
+#     pretrain   w = 1                                                                             N = targets
+#     sft        w = 1 on the answer; a prompt has no targets                                      N = targets
+#     dpo        w = beta sigmoid(-margin) on the chosen answer, minus that on the rejected one    N = pairs
+#     rl         w = advantage - kl_coef x the sum of log p/p_start from this token on             N = answers
 #
 # The last two are functions (batch, nll (B, T), config) -> weights (B, T), and sums over the batch: the loss, then two
 # statistics. nll comes from a pass without gradient.
 
 def preference(batch, nll, c: Config):
     """DPO (Rafailov 2023, arXiv:2305.18290, eq. 7). Rows 2u and 2u + 1 hold the chosen and the rejected answers to the
-    same prompts. reference (B, documents): nll of each answer under the starting model."""
-    answer, documents, zeros = batch["targets"] >= 0, batch["documents"], torch.zeros_like(batch["reference"])
+    same prompts. documents (B, T): the number, from 1, of the answer that a token belongs to. reference (B, documents):
+    nll of each answer under the starting model, at its number."""
+    answer, documents = batch["targets"] >= 0, batch["documents"]
+    zeros = torch.zeros_like(batch["reference"])
 
     def per_answer(x):                                                                   # (B, T) -> (B, documents)
         return zeros.scatter_add(1, documents, (x * answer).to(zeros.dtype))
@@ -540,7 +537,7 @@ def train_step(model: Model, optimizer, loader, step: int, c: Config, world: par
                on_phase=lambda step, phase: None, scaler: precision.LossScaler | None = None):
     """One update -> (loss per target, pair or answer, gradient norm before clipping, whether any rank was `asked` to
     stop, the objective's statistics).
-    A loss or norm that is not finite changes nothing but the scaler's scale. Raises FloatingPointError if the scale
+    A loss or norm that is not finite changes no weight, but the scaler's scale. Raises FloatingPointError if the scale
     cannot be halved again."""
     on_phase(step, "data")
     batches = [to_device(next(loader), c, world.device) for _ in range(c.grad_accum_steps(world.mesh.dp))]
@@ -560,7 +557,9 @@ def train_step(model: Model, optimizer, loader, step: int, c: Config, world: par
     # 2. d/dw of scale sum(w nll) / N, micro-batch by micro-batch
     scale = scaler.scale if scaler else 1.0
     loss_grad = scale / N.double()
-    if c.precision == "fp16":           # rounds small gradients of logits to 0: so weights scale them inside the loss
+    if c.precision == "fp16":
+        # per token S / N is tiny, and fp16 would round such gradients of logits to 0 before a later factor could help:
+        # so S / N goes into the tokens' weights, and backward starts from 1
         for batch in batches:
             batch["weights"] = loss_grad * batch.get("weights", torch.ones_like(batch["targets"], dtype=torch.float32))
         loss_grad = torch.ones_like(loss_grad)
@@ -574,7 +573,8 @@ def train_step(model: Model, optimizer, loader, step: int, c: Config, world: par
     total[0] = parallel.squared_norm(p.grad for p in optimizer.owned)
     total[1] = bool(asked)
     if model.counts_loss:
-        total[2:] = sum(sums if weigh else [nll.double().sum() for nll in nlls]) / N
+        losses = sums if weigh else [nll.double().sum() for nll in nlls]        # per micro-batch (with statistics)
+        total[2:] = sum(losses) / N
     sumsq, stop, loss, *statistics = world.sum(total).tolist()
     norm = math.sqrt(sumsq) / scale if math.isfinite(sumsq) else math.nan
     found_inf = not (math.isfinite(loss) and math.isfinite(norm))
@@ -610,7 +610,7 @@ def forward_passes(model: Model, loader, windows: int, c: Config, world: paralle
         batches = []
         for first in firsts[i:i + 2 * c.pp]:
             batch = loader.batch(range(first % windows, min(first % windows + c.micro_batch_size, windows)))
-            if first >= windows:                                                   # beyond the end: does not count
+            if first >= windows:       # all ranks must run equally often: one with nothing left reads others, unscored
                 batch["targets"].fill_(data.NO_TARGET)
                 batch["count"] = torch.tensor(0)
             batches.append(to_device(batch, c, world.device))
@@ -621,7 +621,7 @@ def forward_passes(model: Model, loader, windows: int, c: Config, world: paralle
 
 def evaluate(model: Model, loader, c: Config, world: parallel.World) -> dict:
     """Validation loss in nats per target, and bits per byte of text, over the whole split or eval_windows of it. dpo:
-    the loss per pair, and the share of pairs that the model ranks right."""
+    the loss per pair, the share of pairs that the model ranks right, the mean margin."""
     token_bytes = torch.from_numpy(loader.tokenizer.token_bytes).to(world.device)
     total = torch.zeros(4, dtype=torch.float64, device=world.device)
     for batch, nll in forward_passes(model, loader, windows_evaluated(loader, c), c, world):
@@ -661,6 +661,7 @@ def answers_nll(model: Model, loader, c: Config, world: parallel.World) -> torch
     table = torch.zeros(loader.num_windows, loader.num_documents + 1, dtype=torch.float64, device=world.device)
     for batch, nll in forward_passes(model, loader, loader.num_windows, c, world):
         nll = nll.double() * (batch["targets"] >= 0)
+        # += since windows that a rank reads again, unscored, add 0
         table[batch["window"]] += torch.zeros_like(table[batch["window"]]).scatter_add(1, batch["documents"], nll)
     return world.sum(table).cpu()
 
@@ -737,16 +738,19 @@ def newest_reader(folder: str, world: parallel.World, flag: str = "out") -> data
     return data.Reader(world.first(find))
 
 
+# A wsd run may be made longer: it goes on from its last checkpoint before the decay, which Run.save keeps. Checkpoints
+# that refusal() has something against, as those in the decay, are passed over if an older one will do.
+
 def same_rates(c: Config, before: Config, step: int) -> bool:
-    """Whether the last update before `step` had the learning rate that c gives it, and so, in wsd, all of them."""
+    """Whether updates 0 .. step - 1 have the same learning rates in both: the last one tells, wsd being constant."""
     return step == 0 or lr_at(step - 1, c) == lr_at(step - 1, before)
 
 
-def refuse_other_run(c: Config, meta: dict, loader):
-    """Go on only with what was begun: each field that affects training as it was (or, if new since, with its default),
-    and the same text. meta: the checkpoint's."""
+def refusal(c: Config, meta: dict, loader) -> str:
+    """Why c cannot go on with a checkpoint; "" if it can. Each field that affects training must be as it was (or, if
+    new since, at its default), and the text the same. meta: the checkpoint's."""
     if c.resume == "never":
-        raise BadInput(f"resume must be auto to go on with the run in {c.out}, got never; name another --out")
+        return f"resume must be auto to go on with the run in {c.out}, got never; name another --out"
     before = saved_config(meta["config"])
     for f in fields(Config):
         if f.metadata["affects_training"] and getattr(c, f.name) != getattr(before, f.name):
@@ -754,18 +758,12 @@ def refuse_other_run(c: Config, meta: dict, loader):
             if longer and same_rates(c, before, meta["step"]):
                 continue
             hint = ", or make a --schedule wsd longer before its decay" if f.name == "steps" else ""
-            raise BadInput(f"{f.name} must be {getattr(before, f.name)} to go on with the run in {c.out}, got "
-                           f"{getattr(c, f.name)}; name another --out for a new run{hint}")
+            return (f"{f.name} must be {getattr(before, f.name)} to go on with the run in {c.out}, got "
+                    f"{getattr(c, f.name)}; name another --out for a new run{hint}")
     if loader.state_dict()["fingerprint"] != meta["loader"]["fingerprint"]:
-        raise BadInput(f"data must be the text that the run in {c.out} began with, {c.data} is another or has changed; "
-                       "name another --out")
-
-
-def goes_on(c: Config, meta: dict, loader) -> bool:
-    with contextlib.suppress(BadInput):
-        refuse_other_run(c, meta, loader)
-        return True
-    return False
+        return (f"data must be the text that the run in {c.out} began with, {c.data} is another or has changed; "
+                "name another --out")
+    return ""
 
 
 def open_data(c: Config, world: parallel.World):
@@ -799,22 +797,18 @@ def open_data(c: Config, world: parallel.World):
     return loader, val
 
 
-@contextlib.contextmanager
-def stop_signals():
+def stop_signals(stack: contextlib.ExitStack) -> list:
     """A list that Ctrl-C and SIGTERM fill: the step in progress ends, is saved, and the run with it. A second Ctrl-C
     interrupts at once. (Ranks of --nproc get SIGINT for both; SIGTERM is how their agent ends them.)"""
-    asked, numbers = [], [signal.SIGINT] if launcher_pid() else [signal.SIGINT, signal.SIGTERM]
+    received = []
 
     def handler(number, frame):
-        asked.append(number)
+        received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, handler) for number in numbers}
-    try:
-        yield asked
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+    for number in [signal.SIGINT] if launcher_pid() else [signal.SIGINT, signal.SIGTERM]:
+        stack.callback(signal.signal, number, signal.signal(number, handler))
+    return received
 
 
 def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -> int:
@@ -827,7 +821,7 @@ def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -
             if world.host is not None:
                 parallel.set_timeout(world.host, c.timeout)           # from here on no rank works for hours alone
             world.first(lambda: lock_folder(c, stack))
-            asked = stack.enter_context(stop_signals())
+            asked = stop_signals(stack)
             run = Run(c, world, loader, val, on_phase, stack)
         world.say(announcement(run, time.perf_counter() - started))
         try:
@@ -853,7 +847,7 @@ def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -
 
 class Run:
     """A run in progress: its parts, the step it is at, and what happens there. It begins with the newest checkpoint in
-    its folder, or with the seed. `stack` closes its files."""
+    its folder, or with --init-from, or with the seed. `stack` closes its files."""
 
     def __init__(self, c: Config, world: parallel.World, loader, val, on_phase, stack: contextlib.ExitStack):
         self.c, self.world, self.loader, self.val, self.on_phase = c, world, loader, val, on_phase
@@ -861,10 +855,9 @@ class Run:
         self.step, self.saved, self.skipped, self.evaluation, self.card = 0, None, 0, None, {"wall_seconds": 0.0}
         self.checkpoints = data.Checkpoints(self.folder / "checkpoints", c.keep_checkpoints, group=world.host,
                                             first=world.first)
-        # a wsd run that is made longer, not shorter, goes back to a checkpoint before its decay
         path = self.folder / "config.json"
-        longer = not path.exists() or c.steps >= json.loads(path.read_text()).get("steps", 0)
-        reader = self.checkpoints.newest(lambda meta: longer and goes_on(c, meta, loader))
+        not_shorter = not path.exists() or c.steps >= json.loads(path.read_text()).get("steps", 0)
+        reader = self.checkpoints.newest(lambda meta: not_shorter and not refusal(c, meta, loader))
         read_start, self.parent_card = None, reader.meta.get("parent_card", {}) if reader else {}
         if c.init_from and (reader is None or c.objective == "rl"):
             read_start, card = open_parent(c, world)
@@ -872,7 +865,8 @@ class Run:
                 raise BadInput(f"init_from must be as it was when the run in {c.out} began, {c.init_from} has changed")
             self.parent_card = card
         if reader is not None:
-            refuse_other_run(c, reader.meta, loader)
+            if line := refusal(c, reader.meta, loader):
+                raise BadInput(line)
             loader.load_state_dict(reader.meta["loader"])
             self.step, self.card, self.evaluation = (reader.meta[name] for name in ("step", "card", "evaluation"))
             self.saved = self.step
@@ -886,7 +880,7 @@ class Run:
                 self.skipped = reader.meta["loss_scaler"]["skipped"]
         self.batches, self.prompts, self.pretraining_val = loader, None, None
         if c.objective != "pretrain":
-            self.open_stage(read_start)
+            self.open_objective(read_start)
         self.metrics = None
         if world.rank == 0:
             data.write_atomic(self.folder / "config.json", json.dumps(dataclasses.asdict(c), indent=1))
@@ -898,7 +892,7 @@ class Run:
         self.began = time.perf_counter() - self.card["wall_seconds"]
         self.seconds_since_print = self.steps_since_print = 0
 
-    def open_stage(self, read_start):
+    def open_objective(self, read_start):
         """What a stage after pre-training needs besides: held-out prompts to answer, the text of pre-training, whose
         loss shows what is forgotten, dpo's reference, rl's answers."""
         c, tokenizer = self.c, self.loader.tokenizer
@@ -933,10 +927,9 @@ class Run:
         return self.step == self.c.steps or bool(self.step and interval and self.step % interval == 0)
 
     def is_last_before_decay(self) -> bool:
-        """wsd: from this checkpoint on the run can be made longer, so it is kept."""
-        longer = dataclasses.replace(self.c, steps=2 * self.c.steps)
-        return (self.c.schedule == "wsd" and self.step > self.c.warmup_steps and same_rates(longer, self.c, self.step)
-                and not same_rates(longer, self.c, self.step + 1))
+        left = self.c.steps - self.step
+        return (self.c.schedule == "wsd" and self.step > self.c.warmup_steps
+                and left < max(1.0, self.c.steps * self.c.decay_fraction) <= left + 1)
 
     def place(self) -> str:
         return f"step {self.step:>{len(str(self.c.steps))}}/{self.c.steps}"
@@ -950,7 +943,7 @@ class Run:
         found = evaluate(self.model, self.val, c, world) if c.objective != "rl" else {}
         if self.prompts:
             reward = reward_of_answers(self.model, self.prompts, c, world)
-            if c.objective == "rl":                               # the best checkpoint is that of smallest val_loss
+            if c.objective == "rl":                                  # Checkpoints keeps that of the smallest val_loss
                 if math.isnan(reward):
                     raise BadInput(f"reward must say something of the prompts in {c.data}, {c.reward} does not")
                 found["val_loss"] = -reward
@@ -962,11 +955,11 @@ class Run:
         if not math.isfinite(found["val_loss"]):
             raise FloatingPointError(f"validation loss {found['val_loss']}")
         self.log(**self.evaluation)
-        words = {"val_loss": {"pretrain": "{:.4f} nats/token", "rl": ""}.get(c.objective, "loss {:.4f}"),
+        words = {"val_loss": "{:.4f} nats/token" if c.objective == "pretrain" else "loss {:.4f}",
                  "val_bpb": "{:.4f} bits/byte", "val_margin": "margin {:.3f}", "val_accuracy": "{:.1%} of pairs right",
                  "reward": "reward {:.3f}", "text_loss": "pre-training text {:.4f}"}
-        world.say(f"{self.place()}  validation " + ", ".join(words[name].format(found[name])
-                                                              for name in words if name in found and words[name]))
+        shown = [name for name in words if name in found and (name, c.objective) != ("val_loss", "rl")]
+        world.say(f"{self.place()}  validation " + ", ".join(words[name].format(found[name]) for name in shown))
 
     def save(self):
         """Unless this step is saved already. Weights that are not finite are not saved (the last update of a run has no
@@ -1069,7 +1062,8 @@ def finish(run: Run):
     c, val, evaluation = run.c, run.val, run.evaluation
     facts = run.card | {name: x for name, x in (evaluation or {}).items() if name != "step"}
     data.write_atomic(run.folder / "card.md", f"# {c.out}\n\n" + "".join(f"- {k}: {v}\n" for k, v in facts.items()))
-    gpt, whole, sample = run.model.chunks[0], whole_on_each_rank(c, run.world), '--sample "def main("'
+    gpt, whole, prompts, between = run.model.chunks[0], whole_on_each_rank(c, run.world), [], "|"
+    sample = '--sample "def main("'
     if evaluation and c.objective == "pretrain":
         windows = min(windows_evaluated(val, c), 2**22 // c.seq_len)                  # xz takes seconds for each 10 MB
         yardsticks = data.compressed_bpb(val.text(windows))
@@ -1078,17 +1072,16 @@ def finish(run: Run):
               f"{'the same text' if windows == windows_evaluated(val, c) else f'{windows:,} of its windows'})")
         # continue the first lines of three held-out documents, where this rank has the whole model
         ids = val.shards[0][:4_000_000]
-        for n, first in enumerate((ids == data.first_id(val.tokenizer)).nonzero()[0][:3 * whole]):
-            prompt = ids[first:first + 16].tolist()
-            print(f"\n--- sample {n + 1} ---\n{val.tokenizer.decode(prompt)}|"
-                  f"{continuation(gpt, val.tokenizer, prompt, c, n)}")
+        starts = (ids == data.first_id(val.tokenizer)).nonzero()[0][:3 * whole]
+        prompts = [ids[first:first + 16].tolist() for first in starts]
     elif not evaluation:
         print("\nno validation: its documents do not fill one window of seq_len + 1 tokens")
     if run.prompts:
-        sample = "--chat"
-        for n, (prompt, _) in enumerate(run.prompts.batch(range(min(3, run.prompts.num_windows)))):
-            print(f"\n--- held-out prompt {n + 1} ---\n{val.tokenizer.decode(prompt)}\n--- answer ---\n"
-                  f"{continuation(gpt, val.tokenizer, prompt, c, n)}")
+        between, sample = "\n--- answer ---\n", "--chat"
+        prompts = [ids for ids, _ in run.prompts.batch(range(min(3, run.prompts.num_windows)))]
+    for n, prompt in enumerate(prompts):
+        print(f"\n--- sample {n + 1} ---\n{val.tokenizer.decode(prompt)}{between}"
+              f"{continuation(gpt, val.tokenizer, prompt, c, n)}")
     print(f"\nwall time  {scaling.clock(facts['wall_seconds'])} of training\ncard       {run.folder / 'card.md'}\n"
           f"checkpoint {run.checkpoints.folder / f'step-{c.steps:08d}'}\n"
           f"try it     python train.py --out {c.out} {sample}")
@@ -1241,12 +1234,10 @@ def use(c: Config, world: parallel.World) -> int:
     if c.sample is not None or c.chat:
         print(f"knowledge cutoff {reader.meta['card']['knowledge_cutoff']}", file=sys.stderr)
     if c.sample is not None:
-        if saved.objective == "pretrain":
-            ids = [data.first_id(tokenizer)] + tokenizer.encode(c.sample)
-            print(c.sample + continuation(gpt, tokenizer, ids, saved))
-        else:
-            ids, _ = data.encode_chat(tokenizer, [{"role": "user", "content": c.sample}], reply=True)
-            print(continuation(gpt, tokenizer, ids, saved))
+        is_base = saved.objective == "pretrain"
+        ids = ([data.first_id(tokenizer)] + tokenizer.encode(c.sample) if is_base else
+               data.encode_chat(tokenizer, [{"role": "user", "content": c.sample}], reply=True)[0])
+        print(c.sample * is_base + continuation(gpt, tokenizer, ids, saved))
     if c.chat:
         chat(gpt, tokenizer, saved)
     if c.pairs is not None:
@@ -1264,42 +1255,47 @@ def chat(gpt, tokenizer, c: Config):
             messages.append({"role": "user", "content": input("> " if sys.stdin.isatty() else "")})
         except EOFError:
             return
-        while True:
-            ids, _ = data.encode_chat(tokenizer, messages, reply=True)
-            if len(ids) + c.seq_len // 4 <= c.seq_len or len(messages) == 1:
-                break
+        while (len(ids := data.encode_chat(tokenizer, messages, reply=True)[0]) > c.seq_len - c.seq_len // 4
+               and len(messages) > 1):
             del messages[:2]
         answer = continuation(gpt, tokenizer, ids, c, len(messages) - 1)
         print(answer, flush=True)
         messages.append({"role": "assistant", "content": answer})
 
 
-def write_pairs(gpt, tokenizer, c: Config, flags: Config, world: parallel.World):
+def write_pairs(gpt, tokenizer, saved: Config, c: Config, world: parallel.World):
     """--pairs: a preference pair for each prompt of the run's data. The real answer is chosen over a sampled one; or,
     with --judge (RLAIF: feedback from another model), of two sampled answers that which the judge finds more probable
     per token."""
-    path, judge, equal = Path(flags.pairs), None, 0
+    path, judge, equal = Path(c.pairs), None, 0
     if path.exists():
         raise BadInput(f"pairs must be a new file, {path} exists")
-    if c.objective == "pretrain":
-        raise BadInput(f"pairs must be asked of a run whose data has prompts, {c.out} is pre-training")
-    if flags.judge is not None:
-        reader, judge_tokenizer, judge_c = open_run(flags.judge, flags, world, "judge")
+    if saved.objective == "pretrain":
+        raise BadInput(f"pairs must be asked of a run whose data has prompts, {saved.out} is pre-training")
+    if c.judge is not None:
+        reader, judge_tokenizer, judge_c = open_run(c.judge, c, world, "judge")
         if judge_tokenizer.sha256 != tokenizer.sha256:
-            raise BadInput(f"judge must have the tokenizer of {c.out}, {flags.judge} has another")
+            raise BadInput(f"judge must have the tokenizer of {saved.out}, {c.judge} has another")
         judge = make_stage(judge_c, world.device, read=reader.read)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data.write_atomic(path, "")                                                       # said now, not after the work
+    except OSError as error:
+        raise BadInput(f"pairs must be a file that can be written, {path}: {error.strerror}") from None
+    path.unlink()
     lines = []
     for split in ("train", "val"):
-        prompts = data.Examples(c.data, tokenizer, objective="rl", micro_batch_size=1, seq_len=c.seq_len, split=split)
-        number = min(prompts.num_windows, flags.max_pairs)
-        for first in range(0, number, 64):
-            places = range(first, min(first + 64, number))
+        prompts = data.Examples(saved.data, tokenizer, objective="rl", micro_batch_size=1, seq_len=saved.seq_len,
+                                split=split)
+        count = min(prompts.num_windows, c.max_pairs)
+        for first in range(0, count, 64):
+            places = range(first, min(first + 64, count))
             questions = prompts.batch(places)
             ids = [prompt for prompt, _ in questions]
             if judge is None:
                 real = [data.conversation(row, "sft")[1][0] for _, row in questions]        # DataError if it has none
-            samples = [sample_answers(gpt, tokenizer, ids, c, [f"{split}/{place}/{side}" for place in places],
-                                      c.max_new_tokens) for side in range(2 if judge else 1)]
+            samples = [sample_answers(gpt, tokenizer, ids, saved, [f"{split}/{place}/{side}" for place in places],
+                                      saved.max_new_tokens) for side in range(2 if judge else 1)]
             texts = [[tokenizer.decode(answer) for answer in answers] for answers in samples]
             if judge:
                 loss_a, loss_b = (nll_per_token(judge, ids, answers) for answers in samples)
@@ -1313,11 +1309,8 @@ def write_pairs(gpt, tokenizer, c: Config, flags: Config, world: parallel.World)
                     lines.append(json.dumps({"prompt": data.conversation(row, "rl")[0], "chosen": chosen,
                                              "rejected": rejected, "split": split}) + "\n")
             if first % 640 == 0:
-                print(f"{split}: {first + len(ids):,} of {number:,} prompts answered", flush=True)
-                path.parent.mkdir(parents=True, exist_ok=True)             # what can go wrong with it, does so early
-                data.write_atomic(path.with_name(f".{path.name}.part"), "".join(lines))
+                print(f"{split}: {first + len(ids):,} of {count:,} prompts answered", flush=True)
     data.write_atomic(path, "".join(lines))
-    path.with_name(f".{path.name}.part").unlink()
     print(f"{path}: {len(lines):,} pairs; {equal:,} left out whose answers were equal or empty")
 
 
@@ -1351,17 +1344,16 @@ def probe(newest: data.Reader, tokenizer, c: Config, world: parallel.World):
             shares.append(sum(name not in sys.stdlib_module_names for name in names) / max(1, len(names)))
         print(f"  step {reader.meta['step']:>8}" + "".join(f"{share:8.1%}" for share in shares))
 
-    losses = {}
-    for kind, names in data.names_before_and_after().items():
-        prompts = [[data.first_id(tokenizer)] + tokenizer.encode(f"import {module}\n\n{module}.")
-                   for module, _ in names]
-        answers = [tokenizer.encode(name) for _, name in names]
-        if names:                                                          # a Python that has all of them knows of none
-            nll = nll_per_token(gpt, prompts, answers).cpu() * torch.tensor([len(ids) for ids in answers])
-            losses[kind] = (nll / torch.tensor([len(name) for _, name in names])).mean()
     print(f"\nknowledge cutoff {newest.meta['card']['knowledge_cutoff']}: names after `import MODULE`, nats per byte")
-    for kind, loss in losses.items():
-        print(f"  functions of {'the library that it read' if kind == 'known' else 'newer Pythons':<24} {loss:6.3f}")
+    for kind, names in data.names_before_and_after().items():
+        if names:                                                          # a Python that has all of them knows of none
+            prompts = [[data.first_id(tokenizer)] + tokenizer.encode(f"import {module}\n\n{module}.")
+                       for module, _ in names]
+            answers = [tokenizer.encode(name) for _, name in names]
+            nll = nll_per_token(gpt, prompts, answers).cpu() * torch.tensor([len(ids) for ids in answers])
+            loss = (nll / torch.tensor([len(name) for _, name in names])).mean()
+            whose = "the library that it read" if kind == "known" else "newer Pythons"
+            print(f"  functions of {whose:<24} {loss:6.3f}")
 
     text = newest.meta["card"].get("text")
     if text and Path(text, "manifest.json").exists():
@@ -1421,7 +1413,7 @@ def parse_config(argv) -> Config:
     if name not in CONFIGS:
         raise BadInput(f"--config must be one of {', '.join(CONFIGS)}, got {name!r}{nearest(name, CONFIGS)}")
     defaults = dataclasses.replace(CONFIGS[name], **parent)
-    stage = STAGES.get(named.objective, {"lr": 1.0})
+    stage = OBJECTIVE_DEFAULTS.get(named.objective, {"lr": 1.0})
     defaults = dataclasses.replace(defaults, **stage | {"lr": stage["lr"] * defaults.lr})
     parser = Parser(prog="train.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                     description="\n\n".join(__doc__.split("\n\n")[:2]))
@@ -1493,7 +1485,7 @@ def derive(c: Config) -> Config:
     c = dataclasses.replace(c, out=c.out or f"out/{folder}", n_kv_head=c.n_kv_head or c.n_head,
                             head_dim=c.head_dim or c.n_embd // c.n_head, n_ff=c.n_ff or wide)
     with bad_input():
-        assert c.model                                       # ModelConfig checks its own rules
+        _ = c.model                                          # building it checks ModelConfig's own rules
     return c
 
 
@@ -1508,10 +1500,11 @@ def resolve(c: Config, world: parallel.World) -> Config:
     """Fill in what depends on the ranks and the device: micro_batch_size 0, precision auto, attention auto. Raises
     BadInput for a batch that does not divide, and for a precision or an attention that the device lacks."""
     dp, batch = world.mesh.dp, c.global_batch_size
-    windows, rounds = batch // dp, c.pp if c.stages > c.pp else 1          # interleaved: whole rounds of micro-batches
-    unit, most = windows_together(c), 64 if c.objective == "rl" else 8
-    sizes = range(unit, min(most, windows // (1 if c.pp == 1 else 2 * c.pp)) + 1, unit)
-    micro = c.micro_batch_size or max((n for n in sizes if windows % (n * rounds) == 0), default=unit)
+    per_rank, unit = batch // dp, windows_together(c)
+    multiple = c.pp if c.stages > c.pp else 1                # interleaved: micro-batches come in whole rounds of pp
+    most = min(64 if c.objective == "rl" else 8, per_rank // (1 if c.pp == 1 else 2 * c.pp))     # keeps a pipeline full
+    micro = c.micro_batch_size or max((n for n in range(unit, most + 1, unit) if per_rank % (n * multiple) == 0),
+                                      default=unit)
     if micro % unit:
         raise BadInput(f"micro_batch_size must be a multiple of {unit} with --objective {c.objective}, got {micro}")
     if batch % (micro * dp):
@@ -1519,7 +1512,7 @@ def resolve(c: Config, world: parallel.World) -> Config:
                        f", got {batch}")
     c = dataclasses.replace(c, micro_batch_size=micro)
     with bad_input():
-        schedule(c, c.grad_accum_steps(dp))
+        pipeline_schedule(c, c.grad_accum_steps(dp))
         if c.gpu:                                            # a GPU that is not here
             kind = scaling.resolve_precision(c.precision, c.gpu)
             return dataclasses.replace(c, precision=kind, attention=c.attention.replace("auto", "triton"))
