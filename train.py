@@ -32,7 +32,7 @@ and SIGTERM, which save first, and after kill -9, from the last checkpoint.
 Exit codes: 0 done, or stopped and saved; 2 bad input; 3 diverged; 1 anything else.
 Source: AdamW (Loshchilov 2019, arXiv:1711.05101); SFT and RLHF (Ouyang 2022, 2203.02155); DPO (Rafailov 2023,
 2305.18290); RLAIF (Bai 2022, 2212.08073).
-Map: textbook loop - configs - build - four objectives - step - evaluate - the run: here a first reading ends. Then what
+Map: textbook loop - configs - four objectives - step - evaluate - build - the run: here a first reading ends. Then what
 asks for a run and what uses it: the bill - chat, pairs, probe, export - command line - ranks, main.
 """
 
@@ -210,7 +210,7 @@ class Config:
     sample: str | None = runtime(None, "continue this text with the model in --out, then exit")
     chat: bool = runtime(False, "talk with the model in --out: a line is a message")
     pairs: str | None = runtime(None, "write preference pairs to this .jsonl: the model in --out answers its prompts")
-    max_pairs: int = runtime(2000, "with --pairs: prompts of each split that are answered", at_least=1)
+    max_pairs: int = runtime(1200, "with --pairs: prompts of each split that are answered", at_least=1)
     judge: str | None = runtime(None, "with --pairs: rank two answers by their probability under the model of this run")
     probe: bool = runtime(False, "measure what the model in --out invents, cannot know, and copies, then exit")
     export: str | None = runtime(None, "write the model in --out as this Hugging Face folder, then exit")
@@ -265,7 +265,7 @@ OBJECTIVE_DEFAULTS = {
     "pretrain": dict(lr=1.0),
     "sft": dict(lr=0.3, steps=400, warmup_steps=20, global_batch_size=16, eval_interval=200, log_interval=20,
                 micro_batch_size=0),
-    "dpo": dict(lr=0.03, steps=100, warmup_steps=10, global_batch_size=32, eval_interval=50, log_interval=10,
+    "dpo": dict(lr=0.03, steps=80, warmup_steps=10, global_batch_size=32, eval_interval=50, log_interval=10,
                 weight_decay=0.0, micro_batch_size=0),
     "rl": dict(lr=0.1, steps=60, warmup_steps=5, global_batch_size=64, eval_interval=20, log_interval=5,
                weight_decay=0.0, micro_batch_size=0, reward="parses"),
@@ -283,6 +283,235 @@ def bad_input():
         yield
     except ValueError as error:
         raise BadInput(str(error)) from error
+
+
+# ---- four objectives, one loss ---------------------------------------------------------------------------------------
+#
+# Every stage of training follows the gradient of sum_t w_t nll_t / N, with w held fixed. Only the weights differ, so
+# there is one way through tp, pp and ZeRO:
+#
+#     pretrain   w = 1                                                                             N = targets
+#     sft        w = 1 on the answer; a prompt has no targets                                      N = targets
+#     dpo        w = beta sigmoid(-margin) on the chosen answer, minus that on the rejected one    N = pairs
+#     rl         w = advantage - kl_coef x the sum of log p/p_start from this token on             N = answers
+#
+# The last two are functions (batch, nll (B, T), config) -> weights (B, T), and sums over the batch: the loss, then two
+# statistics. nll comes from a pass without gradient.
+
+def preference(batch, nll, c: Config):
+    """DPO (Rafailov 2023, arXiv:2305.18290, eq. 7). Rows 2u and 2u + 1 hold the chosen and the rejected answers to the
+    same prompts. documents (B, T): the number, from 1, of the answer that a token belongs to. reference (B, documents):
+    nll of each answer under the starting model, at its number."""
+    answer, documents = batch["targets"] >= 0, batch["documents"]
+    zeros = torch.zeros_like(batch["reference"])
+
+    def per_answer(x):                                                                   # (B, T) -> (B, documents)
+        return zeros.scatter_add(1, documents, (x * answer).to(zeros.dtype))
+
+    # margin = beta (log p/p_start (chosen) - log p/p_start (rejected))                        (B/2, documents)
+    log_ratio = batch["reference"] - per_answer(nll)
+    margin = c.beta * (log_ratio[0::2] - log_ratio[1::2])
+    # loss = -log sigmoid(margin), whose derivative by a chosen token's nll is beta sigmoid(-margin)
+    w = c.beta * torch.sigmoid(-margin)
+    weights = torch.stack((w, -w), dim=1).flatten(0, 1).gather(1, documents) * answer
+    is_pair = per_answer(torch.ones_like(nll))[0::2] > 0
+    return weights.to(nll.dtype), torch.stack([x[is_pair].double().sum() for x in (F.softplus(-margin), margin > 0,
+                                                                                   margin)])
+
+
+def policy_gradient(batch, nll, c: Config):
+    """REINFORCE (Williams 1992) with the baseline of GRPO (arXiv:2402.03300): an answer's reward is compared with those
+    of the other answers to its prompt. The sum of log p - log p_start over an answer is, on average, KL(p, p_start); a
+    token pays for itself and for what it led to."""
+    answer = batch["targets"] >= 0
+    log_ratio = (batch["reference"] - nll) * answer
+    to_come = log_ratio.flip(1).cumsum(1).flip(1)
+    weights = (batch["advantage"][:, None] - c.kl_coef * to_come).to(nll.dtype) * answer
+    return weights, torch.stack([x.double().sum() for x in (weights * nll, batch["reward"], log_ratio)])
+
+
+OBJECTIVES = {"dpo": (preference, ("accuracy", "margin")), "rl": (policy_gradient, ("reward", "kl"))}
+
+
+def windows_together(c: Config) -> int:
+    """Windows that no micro-batch may part: a pair of answers, a group of answers."""
+    return {"dpo": 2, "rl": c.group_size}.get(c.objective, 1)
+
+
+def whole_on_each_rank(c: Config, world: parallel.World) -> bool:
+    return c.tp == c.pp == 1 and (c.zero < 3 or world.mesh.dp == 1)
+
+
+class Rollouts:
+    """The loader of reinforcement learning: answers that the model samples as it is now, and what they are worth.
+
+    A batch is dict(tokens, targets, advantage, reward, count, reference). An answer depends on (seed, its number, the
+    weights) alone. prompts: of data.Examples. start: the starting model.
+    """
+
+    def __init__(self, prompts, gpt, start, c: Config):
+        self.prompts, self.gpt, self.start, self.reward = prompts, gpt, start, data.find_reward(c.reward)
+        self.c = dataclasses.replace(c, temperature=1.0, top_k=0, top_p=1.0)                        # the model itself
+
+    def __next__(self) -> dict:
+        c, tokenizer = self.c, self.prompts.tokenizer
+        first = (self.prompts.position + self.prompts.dp_rank * self.prompts.micro_batch_size) * c.group_size
+        questions = [question for question in next(self.prompts) for _ in range(c.group_size)]
+        prompts = [ids for ids, _ in questions]
+        answers = sample_answers(self.gpt, tokenizer, prompts, c, range(first, first + len(prompts)), c.answer_tokens)
+        rewards = [data.call_reward(self.reward, row, tokenizer.decode(ids))
+                   for (_, row), ids in zip(questions, answers, strict=True)]
+        if math.isnan(sum(rewards)):
+            raise data.DataError(f"reward must say something of every prompt, {c.reward} does not")
+        # advantage = (reward - mean of its group) / spread of its group; in float64: equal rewards give 0
+        rewards = torch.tensor(rewards, dtype=torch.float64).view(-1, c.group_size)
+        advantage = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+        batch = data.rows_of(prompts, answers) | {"reward": rewards.flatten(), "advantage": advantage.flatten(),
+                                                  "count": torch.tensor(rewards.numel())}
+        device = next(self.start.parameters()).device
+        with torch.no_grad():
+            batch["reference"] = self.start(batch["tokens"].to(device), batch["targets"].to(device))[1]
+        return batch
+
+
+# ---- a step ----------------------------------------------------------------------------------------------------------
+
+def to_device(batch, c: Config, device):
+    return {name: x.to(device, non_blocking=True) for name, x in batch.items()
+            if c.document_mask or name != "documents"}
+
+
+def train_step(model: "Model", optimizer, loader, step: int, c: Config, world: parallel.World, asked=(),
+               on_phase=lambda step, phase: None, scaler: precision.LossScaler | None = None):
+    """One update -> (loss per target, pair or answer, gradient norm before clipping, whether any rank was `asked` to
+    stop, the objective's statistics).
+    A loss or norm that is not finite changes no weight, but the scaler's scale. Raises FloatingPointError if the scale
+    cannot be halved again."""
+    on_phase(step, "data")
+    batches = [to_device(next(loader), c, world.device) for _ in range(c.grad_accum_steps(world.mesh.dp))]
+    # 1. N = targets in the global batch, or its pairs, or answers; w, where it depends on the model
+    N = parallel.all_reduce(sum(b["count"] if "count" in b else (b["targets"] >= 0).sum() for b in batches),
+                            world.mesh.dp_group)
+    on_phase(step, "forward_backward")
+    weigh, names = OBJECTIVES.get(c.objective, (None, ()))
+    if weigh:
+        sums = []
+        with torch.no_grad():
+            nlls = model.run(batches)
+        for batch, nll in zip(batches, nlls, strict=True):
+            if nll is not None:                                                              # on the last stage
+                batch["weights"], sums_of_batch = weigh(batch, nll, c)
+                sums.append(sums_of_batch)
+    # 2. d/dw of scale sum(w nll) / N, micro-batch by micro-batch
+    scale = scaler.scale if scaler else 1.0
+    loss_grad = scale / N.double()
+    if c.precision == "fp16":
+        # per token S / N is tiny, and fp16 would round such gradients of logits to 0 before a later factor could help:
+        # so S / N goes into the tokens' weights, and backward starts from 1
+        for batch in batches:
+            batch["weights"] = loss_grad * batch.get("weights", torch.ones_like(batch["targets"], dtype=torch.float32))
+        loss_grad = torch.ones_like(loss_grad)
+    nlls = model.run(batches, loss_grad)
+    # 3. the sum over dp, and over other ranks that hold a part
+    on_phase(step, "reduce")
+    model.finish_gradient_synchronization()
+    parallel.reduce_partial_gradients(parameters_of(optimizer))
+    # 4. |grad|^2 (of replicas, the lowest rank's alone counts), the wish to stop, loss and statistics
+    total = torch.zeros(3 + len(names), dtype=torch.float64, device=world.device)
+    total[0] = parallel.squared_norm(p.grad for p in optimizer.owned)
+    total[1] = bool(asked)
+    if model.counts_loss:
+        losses = sums if weigh else [nll.double().sum() for nll in nlls]        # per micro-batch (with statistics)
+        total[2:] = sum(losses) / N
+    sumsq, stop, loss, *statistics = world.sum(total).tolist()
+    norm = math.sqrt(sumsq) / scale if math.isfinite(sumsq) else math.nan
+    found_inf = not (math.isfinite(loss) and math.isfinite(norm))
+    # 5. and 6. clip, unscale, update
+    if not found_inf:
+        on_phase(step, "update")
+        factor = (c.grad_clip / norm if c.grad_clip and norm > c.grad_clip else 1.0) / scale
+        if factor != 1.0:
+            torch._foreach_mul_([p.grad for p in parameters_of(optimizer)], factor)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, c)
+        optimizer.step()
+    optimizer.zero_grad()
+    if scaler:
+        scaler.update(found_inf)
+    return loss, norm, stop > 0, dict(zip(names, statistics, strict=True))
+
+
+# ---- evaluate --------------------------------------------------------------------------------------------------------
+
+def windows_evaluated(loader, c: Config) -> int:
+    together = windows_together(c)
+    return min(loader.num_windows, math.ceil((c.eval_windows or loader.num_windows) / together) * together)
+
+
+@torch.no_grad()
+def forward_passes(model: "Model", loader, windows: int, c: Config, world: parallel.World):
+    """The first `windows` windows of a split, in micro-batches, each rank its share -> (batch, nll), where the loss is
+    counted."""
+    num_batches = math.ceil(windows / (world.mesh.dp * c.micro_batch_size))                     # equal on all ranks
+    firsts = [(i * world.mesh.dp + world.mesh.dp_rank) * c.micro_batch_size for i in range(num_batches)]
+    for i in range(0, num_batches, 2 * c.pp):            # several at a time, so that all stages of a pipeline have work
+        batches = []
+        for first in firsts[i:i + 2 * c.pp]:
+            batch = loader.batch(range(first % windows, min(first % windows + c.micro_batch_size, windows)))
+            if first >= windows:       # all ranks must run equally often: one with nothing left reads others, unscored
+                batch["targets"].fill_(data.NO_TARGET)
+                batch["count"] = torch.tensor(0)
+            batches.append(to_device(batch, c, world.device))
+        nlls = model.run(batches)
+        if model.counts_loss:
+            yield from zip(batches, nlls, strict=True)
+
+
+def evaluate(model: "Model", loader, c: Config, world: parallel.World) -> dict:
+    """Validation loss in nats per target, and bits per byte of text, over the whole split or eval_windows of it. dpo:
+    the loss per pair, the share of pairs that the model ranks right, the mean margin."""
+    token_bytes = torch.from_numpy(loader.tokenizer.token_bytes).to(world.device)
+    total = torch.zeros(4, dtype=torch.float64, device=world.device)
+    for batch, nll in forward_passes(model, loader, windows_evaluated(loader, c), c, world):
+        if c.objective == "dpo":
+            total += torch.cat([batch["count"][None], preference(batch, nll, c)[1]])
+        else:
+            is_target = batch["targets"] >= 0
+            text = token_bytes[batch["targets"].clamp(min=0)] * is_target
+            total[:3] += torch.stack([is_target.sum(), nll.double().sum(), text.sum()])
+    count, loss, *rest = world.sum(total).tolist()
+    if c.objective == "dpo":
+        return {"val_loss": loss / count, "val_accuracy": rest[0] / count, "val_margin": rest[1] / count}
+    # bpb = nats / ln 2 / bytes
+    return {"val_loss": loss / count, "val_bpb": loss / math.log(2) / rest[0], "val_targets": int(count)}
+
+
+def reward_of_answers(model: "Model", prompts, c: Config, world: parallel.World) -> float:
+    """Mean reward of an answer to each of 64 held-out prompts, those for which the reward says something; nan if there
+    are none. Every rank must have the whole model."""
+    reward, total = data.find_reward(c.reward), torch.zeros(2, dtype=torch.float64, device=world.device)
+    places = range(world.rank, min(64, prompts.num_windows), world.size)
+    if places:
+        questions = prompts.batch(places)
+        answers = sample_answers(model.chunks[0], prompts.tokenizer, [ids for ids, _ in questions], c, places,
+                                 c.answer_tokens if c.objective == "rl" else c.max_new_tokens)
+        for (_, row), ids in zip(questions, answers, strict=True):
+            value = data.call_reward(reward, row, prompts.tokenizer.decode(ids))
+            if not math.isnan(value):
+                total += torch.tensor([value, 1.0], device=world.device)
+    value, count = world.sum(total).tolist()
+    return value / count if count else math.nan
+
+
+@torch.no_grad()
+def answers_nll(model: "Model", loader, c: Config, world: parallel.World) -> torch.Tensor:
+    """nll of every answer under the model as it is, (windows, documents), on every rank: DPO's reference."""
+    table = torch.zeros(loader.num_windows, loader.num_documents + 1, dtype=torch.float64, device=world.device)
+    for batch, nll in forward_passes(model, loader, loader.num_windows, c, world):
+        nll = nll.double() * (batch["targets"] >= 0)
+        # += since windows that a rank reads again, unscored, add 0
+        table[batch["window"]] += torch.zeros_like(table[batch["window"]]).scatter_add(1, batch["documents"], nll)
+    return world.sum(table).cpu()
 
 
 # ---- build -----------------------------------------------------------------------------------------------------------
@@ -435,235 +664,6 @@ def make_optimizer(model: Model, c: Config):
 def parameters_of(optimizer) -> list:
     """All that this rank updates. (optimizer.owned leaves out copies that a lower rank counts.)"""
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-# ---- four objectives, one loss ---------------------------------------------------------------------------------------
-#
-# Every stage of training follows the gradient of sum_t w_t nll_t / N, with w held fixed. Only the weights differ, so
-# there is one way through tp, pp and ZeRO:
-#
-#     pretrain   w = 1                                                                             N = targets
-#     sft        w = 1 on the answer; a prompt has no targets                                      N = targets
-#     dpo        w = beta sigmoid(-margin) on the chosen answer, minus that on the rejected one    N = pairs
-#     rl         w = advantage - kl_coef x the sum of log p/p_start from this token on             N = answers
-#
-# The last two are functions (batch, nll (B, T), config) -> weights (B, T), and sums over the batch: the loss, then two
-# statistics. nll comes from a pass without gradient.
-
-def preference(batch, nll, c: Config):
-    """DPO (Rafailov 2023, arXiv:2305.18290, eq. 7). Rows 2u and 2u + 1 hold the chosen and the rejected answers to the
-    same prompts. documents (B, T): the number, from 1, of the answer that a token belongs to. reference (B, documents):
-    nll of each answer under the starting model, at its number."""
-    answer, documents = batch["targets"] >= 0, batch["documents"]
-    zeros = torch.zeros_like(batch["reference"])
-
-    def per_answer(x):                                                                   # (B, T) -> (B, documents)
-        return zeros.scatter_add(1, documents, (x * answer).to(zeros.dtype))
-
-    # margin = beta (log p/p_start (chosen) - log p/p_start (rejected))                        (B/2, documents)
-    log_ratio = batch["reference"] - per_answer(nll)
-    margin = c.beta * (log_ratio[0::2] - log_ratio[1::2])
-    # loss = -log sigmoid(margin), whose derivative by a chosen token's nll is beta sigmoid(-margin)
-    w = c.beta * torch.sigmoid(-margin)
-    weights = torch.stack((w, -w), dim=1).flatten(0, 1).gather(1, documents) * answer
-    is_pair = per_answer(torch.ones_like(nll))[0::2] > 0
-    return weights.to(nll.dtype), torch.stack([x[is_pair].double().sum() for x in (F.softplus(-margin), margin > 0,
-                                                                                   margin)])
-
-
-def policy_gradient(batch, nll, c: Config):
-    """REINFORCE (Williams 1992) with the baseline of GRPO (arXiv:2402.03300): an answer's reward is compared with those
-    of the other answers to its prompt. The sum of log p - log p_start over an answer is, on average, KL(p, p_start); a
-    token pays for itself and for what it led to."""
-    answer = batch["targets"] >= 0
-    log_ratio = (batch["reference"] - nll) * answer
-    to_come = log_ratio.flip(1).cumsum(1).flip(1)
-    weights = (batch["advantage"][:, None] - c.kl_coef * to_come).to(nll.dtype) * answer
-    return weights, torch.stack([x.double().sum() for x in (weights * nll, batch["reward"], log_ratio)])
-
-
-OBJECTIVES = {"dpo": (preference, ("accuracy", "margin")), "rl": (policy_gradient, ("reward", "kl"))}
-
-
-def windows_together(c: Config) -> int:
-    """Windows that no micro-batch may part: a pair of answers, a group of answers."""
-    return {"dpo": 2, "rl": c.group_size}.get(c.objective, 1)
-
-
-def whole_on_each_rank(c: Config, world: parallel.World) -> bool:
-    return c.tp == c.pp == 1 and (c.zero < 3 or world.mesh.dp == 1)
-
-
-class Rollouts:
-    """The loader of reinforcement learning: answers that the model samples as it is now, and what they are worth.
-
-    A batch is dict(tokens, targets, advantage, reward, count, reference). An answer depends on (seed, its number, the
-    weights) alone. prompts: of data.Examples. start: the starting model.
-    """
-
-    def __init__(self, prompts, gpt, start, c: Config):
-        self.prompts, self.gpt, self.start, self.reward = prompts, gpt, start, data.find_reward(c.reward)
-        self.c = dataclasses.replace(c, temperature=1.0, top_k=0, top_p=1.0)                        # the model itself
-
-    def __next__(self) -> dict:
-        c, tokenizer = self.c, self.prompts.tokenizer
-        first = (self.prompts.position + self.prompts.dp_rank * self.prompts.micro_batch_size) * c.group_size
-        questions = [question for question in next(self.prompts) for _ in range(c.group_size)]
-        prompts = [ids for ids, _ in questions]
-        answers = sample_answers(self.gpt, tokenizer, prompts, c, range(first, first + len(prompts)), c.answer_tokens)
-        rewards = [data.call_reward(self.reward, row, tokenizer.decode(ids))
-                   for (_, row), ids in zip(questions, answers, strict=True)]
-        if math.isnan(sum(rewards)):
-            raise data.DataError(f"reward must say something of every prompt, {c.reward} does not")
-        # advantage = (reward - mean of its group) / spread of its group; in float64: equal rewards give 0
-        rewards = torch.tensor(rewards, dtype=torch.float64).view(-1, c.group_size)
-        advantage = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
-        batch = data.rows_of(prompts, answers) | {"reward": rewards.flatten(), "advantage": advantage.flatten(),
-                                                  "count": torch.tensor(rewards.numel())}
-        device = next(self.start.parameters()).device
-        with torch.no_grad():
-            batch["reference"] = self.start(batch["tokens"].to(device), batch["targets"].to(device))[1]
-        return batch
-
-
-# ---- a step ----------------------------------------------------------------------------------------------------------
-
-def to_device(batch, c: Config, device):
-    return {name: x.to(device, non_blocking=True) for name, x in batch.items()
-            if c.document_mask or name != "documents"}
-
-
-def train_step(model: Model, optimizer, loader, step: int, c: Config, world: parallel.World, asked=(),
-               on_phase=lambda step, phase: None, scaler: precision.LossScaler | None = None):
-    """One update -> (loss per target, pair or answer, gradient norm before clipping, whether any rank was `asked` to
-    stop, the objective's statistics).
-    A loss or norm that is not finite changes no weight, but the scaler's scale. Raises FloatingPointError if the scale
-    cannot be halved again."""
-    on_phase(step, "data")
-    batches = [to_device(next(loader), c, world.device) for _ in range(c.grad_accum_steps(world.mesh.dp))]
-    # 1. N = targets in the global batch, or its pairs, or answers; w, where it depends on the model
-    N = parallel.all_reduce(sum(b["count"] if "count" in b else (b["targets"] >= 0).sum() for b in batches),
-                            world.mesh.dp_group)
-    on_phase(step, "forward_backward")
-    weigh, names = OBJECTIVES.get(c.objective, (None, ()))
-    if weigh:
-        sums = []
-        with torch.no_grad():
-            nlls = model.run(batches)
-        for batch, nll in zip(batches, nlls, strict=True):
-            if nll is not None:                                                              # on the last stage
-                batch["weights"], sums_of_batch = weigh(batch, nll, c)
-                sums.append(sums_of_batch)
-    # 2. d/dw of scale sum(w nll) / N, micro-batch by micro-batch
-    scale = scaler.scale if scaler else 1.0
-    loss_grad = scale / N.double()
-    if c.precision == "fp16":
-        # per token S / N is tiny, and fp16 would round such gradients of logits to 0 before a later factor could help:
-        # so S / N goes into the tokens' weights, and backward starts from 1
-        for batch in batches:
-            batch["weights"] = loss_grad * batch.get("weights", torch.ones_like(batch["targets"], dtype=torch.float32))
-        loss_grad = torch.ones_like(loss_grad)
-    nlls = model.run(batches, loss_grad)
-    # 3. the sum over dp, and over other ranks that hold a part
-    on_phase(step, "reduce")
-    model.finish_gradient_synchronization()
-    parallel.reduce_partial_gradients(parameters_of(optimizer))
-    # 4. |grad|^2 (of replicas, the lowest rank's alone counts), the wish to stop, loss and statistics
-    total = torch.zeros(3 + len(names), dtype=torch.float64, device=world.device)
-    total[0] = parallel.squared_norm(p.grad for p in optimizer.owned)
-    total[1] = bool(asked)
-    if model.counts_loss:
-        losses = sums if weigh else [nll.double().sum() for nll in nlls]        # per micro-batch (with statistics)
-        total[2:] = sum(losses) / N
-    sumsq, stop, loss, *statistics = world.sum(total).tolist()
-    norm = math.sqrt(sumsq) / scale if math.isfinite(sumsq) else math.nan
-    found_inf = not (math.isfinite(loss) and math.isfinite(norm))
-    # 5. and 6. clip, unscale, update
-    if not found_inf:
-        on_phase(step, "update")
-        factor = (c.grad_clip / norm if c.grad_clip and norm > c.grad_clip else 1.0) / scale
-        if factor != 1.0:
-            torch._foreach_mul_([p.grad for p in parameters_of(optimizer)], factor)
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, c)
-        optimizer.step()
-    optimizer.zero_grad()
-    if scaler:
-        scaler.update(found_inf)
-    return loss, norm, stop > 0, dict(zip(names, statistics, strict=True))
-
-
-# ---- evaluate --------------------------------------------------------------------------------------------------------
-
-def windows_evaluated(loader, c: Config) -> int:
-    together = windows_together(c)
-    return min(loader.num_windows, math.ceil((c.eval_windows or loader.num_windows) / together) * together)
-
-
-@torch.no_grad()
-def forward_passes(model: Model, loader, windows: int, c: Config, world: parallel.World):
-    """The first `windows` windows of a split, in micro-batches, each rank its share -> (batch, nll), where the loss is
-    counted."""
-    num_batches = math.ceil(windows / (world.mesh.dp * c.micro_batch_size))                     # equal on all ranks
-    firsts = [(i * world.mesh.dp + world.mesh.dp_rank) * c.micro_batch_size for i in range(num_batches)]
-    for i in range(0, num_batches, 2 * c.pp):            # several at a time, so that all stages of a pipeline have work
-        batches = []
-        for first in firsts[i:i + 2 * c.pp]:
-            batch = loader.batch(range(first % windows, min(first % windows + c.micro_batch_size, windows)))
-            if first >= windows:       # all ranks must run equally often: one with nothing left reads others, unscored
-                batch["targets"].fill_(data.NO_TARGET)
-                batch["count"] = torch.tensor(0)
-            batches.append(to_device(batch, c, world.device))
-        nlls = model.run(batches)
-        if model.counts_loss:
-            yield from zip(batches, nlls, strict=True)
-
-
-def evaluate(model: Model, loader, c: Config, world: parallel.World) -> dict:
-    """Validation loss in nats per target, and bits per byte of text, over the whole split or eval_windows of it. dpo:
-    the loss per pair, the share of pairs that the model ranks right, the mean margin."""
-    token_bytes = torch.from_numpy(loader.tokenizer.token_bytes).to(world.device)
-    total = torch.zeros(4, dtype=torch.float64, device=world.device)
-    for batch, nll in forward_passes(model, loader, windows_evaluated(loader, c), c, world):
-        if c.objective == "dpo":
-            total += torch.cat([batch["count"][None], preference(batch, nll, c)[1]])
-        else:
-            is_target = batch["targets"] >= 0
-            text = token_bytes[batch["targets"].clamp(min=0)] * is_target
-            total[:3] += torch.stack([is_target.sum(), nll.double().sum(), text.sum()])
-    count, loss, *rest = world.sum(total).tolist()
-    if c.objective == "dpo":
-        return {"val_loss": loss / count, "val_accuracy": rest[0] / count, "val_margin": rest[1] / count}
-    # bpb = nats / ln 2 / bytes
-    return {"val_loss": loss / count, "val_bpb": loss / math.log(2) / rest[0], "val_targets": int(count)}
-
-
-def reward_of_answers(model: Model, prompts, c: Config, world: parallel.World) -> float:
-    """Mean reward of an answer to each of 64 held-out prompts, those for which the reward says something; nan if there
-    are none. Every rank must have the whole model."""
-    reward, total = data.find_reward(c.reward), torch.zeros(2, dtype=torch.float64, device=world.device)
-    places = range(world.rank, min(64, prompts.num_windows), world.size)
-    if places:
-        questions = prompts.batch(places)
-        answers = sample_answers(model.chunks[0], prompts.tokenizer, [ids for ids, _ in questions], c, places,
-                                 c.answer_tokens if c.objective == "rl" else c.max_new_tokens)
-        for (_, row), ids in zip(questions, answers, strict=True):
-            value = data.call_reward(reward, row, prompts.tokenizer.decode(ids))
-            if not math.isnan(value):
-                total += torch.tensor([value, 1.0], device=world.device)
-    value, count = world.sum(total).tolist()
-    return value / count if count else math.nan
-
-
-@torch.no_grad()
-def answers_nll(model: Model, loader, c: Config, world: parallel.World) -> torch.Tensor:
-    """nll of every answer under the model as it is, (windows, documents), on every rank: DPO's reference."""
-    table = torch.zeros(loader.num_windows, loader.num_documents + 1, dtype=torch.float64, device=world.device)
-    for batch, nll in forward_passes(model, loader, loader.num_windows, c, world):
-        nll = nll.double() * (batch["targets"] >= 0)
-        # += since windows that a rank reads again, unscored, add 0
-        table[batch["window"]] += torch.zeros_like(table[batch["window"]]).scatter_add(1, batch["documents"], nll)
-    return world.sum(table).cpu()
 
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
