@@ -718,15 +718,15 @@ def parent_fields(folder: str) -> dict:
 def open_parent(c: Config, world: parallel.World) -> tuple:
     """--init-from: read(name, box) of its weights, rounded as initial weights are, and its card."""
     if Path(c.init_from, "checkpoints").is_dir():
-        reader = newest_reader(c.init_from, world, "init_from")
+        reader = newest_reader(c.init_from, "init_from", world.first)
         read, card = reader.read, reader.meta["card"]
     else:
         read, card = net.hf_reader(data.HFWeights(c.init_from).get, c.model), {"knowledge_cutoff": "unknown"}
     return (lambda name, box: read(name, box).to(c.dtype).float()), card
 
 
-def newest_reader(folder: str, world: parallel.World, flag: str = "out") -> data.Reader:
-    """The newest intact checkpoint of a run, which rank 0 looks for."""
+def newest_reader(folder: str, flag: str, first=lambda work: work()) -> data.Reader:
+    """The newest intact checkpoint of a run. first: world.first, where all ranks ask, and rank 0 looks for it."""
     def find():
         reader, damaged = data.newest_checkpoint(Path(folder, "checkpoints"))
         for line in damaged.values():
@@ -735,7 +735,7 @@ def newest_reader(folder: str, world: parallel.World, flag: str = "out") -> data
             raise BadInput(f"{flag} must be the folder of a run with an intact checkpoint to use, {folder} is not")
         return reader.folder
 
-    return data.Reader(world.first(find))
+    return data.Reader(first(find))
 
 
 # A wsd run may be made longer: it goes on from its last checkpoint before the decay, which Run.save keeps. Checkpoints
@@ -1193,9 +1193,9 @@ def continuation(gpt, tokenizer, prompt, c: Config, number: int = 0) -> str:
     return tokenizer.decode(answer).encode("utf-8", "replace").decode()
 
 
-def open_run(folder: str, c: Config, world: parallel.World, flag: str = "out") -> tuple:
+def open_run(folder: str, c: Config, flag: str = "out") -> tuple:
     """The newest checkpoint of a run -> (its reader, its tokenizer, its config for one process here)."""
-    reader, tokenizer = newest_reader(folder, world, flag), data.load_tokenizer(folder)
+    reader, tokenizer = newest_reader(folder, flag), data.load_tokenizer(folder)
     if tokenizer.sha256 != reader.meta["tokenizer_sha256"]:
         raise data.DataError(f"{folder}: its tokenizer is not the one the model was trained with")
     asked = ("attention", "eval_windows", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "json")
@@ -1211,7 +1211,7 @@ def use(c: Config, world: parallel.World) -> int:
         raise BadInput(f"quantize must be left to one process, there are {world.size}")
     if world.rank != 0:
         return 0
-    reader, tokenizer, saved = open_run(c.out, c, world)
+    reader, tokenizer, saved = open_run(c.out, c)
     if c.export is not None:
         try:
             ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
@@ -1273,7 +1273,7 @@ def write_pairs(gpt, tokenizer, saved: Config, c: Config, world: parallel.World)
     if saved.objective == "pretrain":
         raise BadInput(f"pairs must be asked of a run whose data has prompts, {saved.out} is pre-training")
     if c.judge is not None:
-        reader, judge_tokenizer, judge_c = open_run(c.judge, c, world, "judge")
+        reader, judge_tokenizer, judge_c = open_run(c.judge, c, "judge")
         if judge_tokenizer.sha256 != tokenizer.sha256:
             raise BadInput(f"judge must have the tokenizer of {saved.out}, {c.judge} has another")
         judge = make_stage(judge_c, world.device, read=reader.read)

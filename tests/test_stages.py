@@ -230,7 +230,7 @@ def test_a_stage_trains_and_goes_on_bit_for_bit(files, base, tmp_path, objective
         assert evaluations[0]["val_loss"] == math.log(2) and evaluations[-1]["val_margin"] > 0
     card = data.newest_checkpoint(out / "checkpoints")[0].meta["card"]
     assert card["parent"] == str(base) and card["objective"] == objective and card["knowledge_cutoff"]
-    assert str(files[objective]) in card["sources"] and len(card["sources"]) > 1 and "--- held-out prompt 1" in printed
+    assert str(files[objective]) in card["sources"] and len(card["sources"]) > 1 and "--- answer ---" in printed
     shutil.rmtree(out / "checkpoints" / "step-00000008")                                              # killed before it
     assert run(*argv, "--out", out)[0] == 0
     again = tensors_of(out)
