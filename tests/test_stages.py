@@ -295,6 +295,18 @@ def test_a_wsd_run_is_made_longer_as_if_it_had_been_so_from_the_start(corpus, tm
         assert sorted((tmp_path / "short" / "checkpoints").iterdir()) == names
 
 
+def test_a_wsd_run_that_was_stopped_is_not_made_shorter_than_it_is(corpus, tmp_path):
+    """Its newest checkpoint is in the warm-up, whose rates are those of any length: it would never end."""
+    argv = [*SHAPE, *QUICK, "--data", corpus, "--schedule", "wsd", "--decay-fraction", "0.25", "--out", tmp_path,
+            "--keep-checkpoints", "9", "--warmup-steps", "5"]
+    assert run(*argv)[0] == 0
+    for path in (tmp_path / "checkpoints").glob("step-*"):
+        if path.name > "step-00000004":
+            shutil.rmtree(path)
+    code, _, error = run(*argv, "--steps", "3")
+    assert code == 2 and "--steps must be 8 to go on" in error
+
+
 def test_a_cosine_run_is_not_made_longer(base, corpus):
     code, _, error = run(*SHAPE, *QUICK, "--data", corpus, "--out", base, "--lr", "0.01", "--steps", "20")
     assert code == 2 and error.count("\n") == 1 and "--steps must be 8 to go on" in error and "--schedule wsd" in error
