@@ -128,6 +128,21 @@ def write_atomic(path, content: str | bytes):
     fsync_folder(path.parent)
 
 
+@contextlib.contextmanager
+def new_folder(out: Path):
+    """A temporary folder to fill, which becomes `out` when all is in it, or is gone. What a kill left is removed."""
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.rename(temporary, out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_folder(out.parent)
+
+
 def open_metrics(path, step: int):
     """A .jsonl of one line per step, open for the lines to come. Lines after `step` are cut off: a run that was killed
     wrote more of them than it saved, the last one perhaps torn."""
@@ -506,20 +521,12 @@ def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fracti
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.parent / f".{out.name}.lock"):
         if not ready():                                         # another process may have been faster
-            temporary = out.with_name(f".{out.name}.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)        # left by a killed preparation: not to be trusted
-            temporary.mkdir()
-            try:
+            with new_folder(out) as temporary:
                 manifest = write_tokens(temporary, files, tokenizer, vocab_size, val_fraction, sample_bytes,
                                         shard_tokens, log)
                 write_sealed(temporary / "manifest.json", {
                     "kind": "tokens", "version": FORMAT_VERSION, "key": key, "sources": [str(s) for s in sources],
                     "files": len(files), "knowledge_cutoff": knowledge_cutoff(sources, files)} | manifest)
-                os.rename(temporary, out)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
-            fsync_folder(out.parent)
     return out
 
 
@@ -558,7 +565,7 @@ def write_tokens(folder, files, tokenizer, vocab_size, val_fraction, sample_byte
     begin = first_id(tokenizer)
     dtype, splits = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32, {}
     for split in ("train", "val"):
-        counts, shards, buffer, held = Counter(), [], [], 0
+        counts, shards, buffer, num_buffered = Counter(), [], [], 0
         for text in itertools.chain(documents(split), [None]):            # None: the end
             if text is not None:
                 ids = [begin]
@@ -566,13 +573,13 @@ def write_tokens(folder, files, tokenizer, vocab_size, val_fraction, sample_byte
                     ids += tokenizer.encode(part)
                 ids += [tokenizer.eos_id] * (tokenizer.eos_id != begin)
                 buffer.append(np.array(ids, dtype))
-                held += len(ids)
+                num_buffered += len(ids)
                 counts.update(documents=1, bytes=len(text.encode()), tokens=len(ids))
-            if held and (text is None or held >= shard_tokens):
+            if num_buffered and (text is None or num_buffered >= shard_tokens):
                 ids, file = np.concatenate(buffer), f"{split}-{len(shards):05d}.bin"
-                shards.append({"file": file, "tokens": held, "crc32": write_shard(folder / file, ids),
+                shards.append({"file": file, "tokens": num_buffered, "crc32": write_shard(folder / file, ids),
                                "blocks": block_checksums(ids)})
-                buffer, held = [], 0
+                buffer, num_buffered = [], 0
         splits[split] = {name: counts[name] for name in ("documents", "bytes", "tokens")} | {"shards": shards}
         log(f"{split}: {counts['documents']:,} documents, {counts['bytes'] / 1e6:.2f} MB, {counts['tokens']:,} tokens")
 
@@ -1589,15 +1596,12 @@ def export_folder(out, config: dict, tensors, tokenizer: Tokenizer, *, chat_temp
     """Write a folder that transformers, and what builds on it, loads. config: of config_to_hf; tensors: an iterable of
     (name, tensor), of hf_tensors, consumed a shard at a time. Whole or absent; raises DataError where `out` exists."""
     out = Path(out)
-    temporary = out.with_name(f".{out.name}.tmp")
     if out.exists():
         raise DataError(f"{out}: a model must be exported to a new folder, this one exists")
     if tokenizer.vocab_size > config["vocab_size"]:
         raise DataError(f"{out}: vocab_size must be at least the tokenizer's {tokenizer.vocab_size}, "
                         f"got {config['vocab_size']}")
-    shutil.rmtree(temporary, ignore_errors=True)                     # left by a killed export
-    temporary.mkdir(parents=True)
-    try:
+    with new_folder(out) as temporary:
         shard, size, total, shards = {}, 0, 0, []
         for name, t in itertools.chain(tensors, [(None, torch.empty(0))]):                  # None: the end
             if shard and (name is None or size + t.nbytes > max_shard_bytes):
@@ -1619,11 +1623,6 @@ def export_folder(out, config: dict, tensors, tokenizer: Tokenizer, *, chat_temp
         settings = tokenizer_config(tokenizer) | ({"chat_template": chat_template} if chat_template else {})
         write_atomic(temporary / "tokenizer_config.json", json.dumps(settings, indent=1))
         write_atomic(temporary / "config.json", json.dumps(config, indent=1))
-        os.rename(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    fsync_folder(out.parent)
     return out
 
 

@@ -92,10 +92,10 @@ def heads(*tensors):
 
 def runs(x: Tensor):
     """x (B, L) -> the first and the last position of the unbroken run of equal values around each, (B, L) each."""
-    at, new = torch.arange(x.shape[1], device=x.device), x[:, 1:] != x[:, :-1]
+    position, new = torch.arange(x.shape[1], device=x.device), x[:, 1:] != x[:, :-1]
     starts, ends = F.pad(new, (1, 0), value=True), F.pad(new, (0, 1), value=True)
-    return (torch.where(starts, at, 0).cummax(1).values,
-            torch.where(ends, at, x.shape[1]).flip(1).cummin(1).values.flip(1))
+    return (torch.where(starts, position, 0).cummax(1).values,
+            torch.where(ends, position, x.shape[1]).flip(1).cummin(1).values.flip(1))
 
 
 def document_spans(documents: Tensor) -> Tensor:
@@ -110,14 +110,14 @@ def document_spans(documents: Tensor) -> Tensor:
     return torch.stack((first, last, *runs(documents)))
 
 
-def interval(n, other, behind, ahead, spans, device):
+def interval(n, other, num_before, num_after, spans, device):
     """What each of the n positions of one side sees of the other side, which has `other`: (4, B or 1, n) int32.
 
     [0], [1]: start and stop of what it may see.  [2], [3]: start and stop of where it sees everything: less only
-    where a document's id comes back.  behind, ahead: how far from its own place it sees.
+    where a document's id comes back.  num_before, num_after: how far from its own place it sees.
     """
-    at = torch.arange(n, device=device) + other - n
-    start, stop = (at - behind).clamp(0, other), (at + ahead + 1).clamp(0, other)
+    place = torch.arange(n, device=device) + other - n
+    start, stop = (place - num_before).clamp(0, other), (place + num_after + 1).clamp(0, other)
     bounds = torch.stack((start, stop, start, stop))[:, None]                                        # (4, 1, n)
     if spans is not None:
         L = spans.shape[-1]
@@ -238,8 +238,8 @@ TILE = 256
 def tile_plan(q, k, causal, window, documents):
     """What forward and backward share: (batch, K/V head, queries, walk) to go through, a tile's mask, how to view x."""
     (B, T), (K, S) = q.shape[::2], k.shape[1:3]
-    at = limits(T, S, causal, window, documents, q.device)
-    walks = tiles(at.rows, TILE, TILE).tolist()
+    mask_limits = limits(T, S, causal, window, documents, q.device)
+    walks = tiles(mask_limits.rows, TILE, TILE).tolist()
     work = [(b, h, slice(i * TILE, min((i + 1) * TILE, T)), walk)
             for b in range(B) for i, walk in enumerate(walks[b % len(walks)]) for h in range(K)]
 
@@ -248,9 +248,10 @@ def tile_plan(q, k, causal, window, documents):
         """True where query i, i + 1, ... must not see key j, j + 1, ...: (rows, columns) bool."""
         rows = torch.arange(i, min(i + TILE, T), device=q.device)
         columns = torch.arange(j, min(j + TILE, S), device=q.device)
-        start, stop = at.rows[:2, b % len(walks), rows, None]
+        start, stop = mask_limits.rows[:2, b % len(walks), rows, None]
         mask = (columns < start) | (columns >= stop)
-        return mask if at.ids is None else mask | (at.ids[b, -T:][rows, None] != at.ids[b, -S:][columns])
+        ids = mask_limits.ids
+        return mask if ids is None else mask | (ids[b, -T:][rows, None] != ids[b, -S:][columns])
 
     def fold(x):                                                            # (B, H, n, D) -> (B, K, group, n, D)
         return x.to(accumulator(q.dtype)).unflatten(1, (K, -1)).contiguous()
@@ -359,13 +360,13 @@ if triton is not None:
             tile = matrix.load([start, 0])
         else:
             row, d = (start + tl.arange(0, BLOCK).to(INDEX))[:, None], tl.arange(0, BLOCK_D).to(INDEX)[None, :]
-            at = matrix + row * stride[2] + d * stride[3]
+            address = matrix + row * stride[2] + d * stride[3]
             if CHECK:
-                tile = tl.load(at, mask=(row < n) & (d < D), other=0.0)
+                tile = tl.load(address, mask=(row < n) & (d < D), other=0.0)
             elif BLOCK_D != D:
-                tile = tl.load(at, mask=d < D, other=0.0)
+                tile = tl.load(address, mask=d < D, other=0.0)
             else:
-                tile = tl.load(at)
+                tile = tl.load(address)
         return tile
 
     @triton.jit
@@ -375,36 +376,36 @@ if triton is not None:
         tl.store(base + row * stride[2] + d * stride[3], tile.to(x.dtype.element_ty), mask=(row < n) & (d < D))
 
     @triton.jit
-    def _range(bounds, plane, at, STEP: tl.constexpr):
-        """bounds (4, n) at positions `at` -> (lo, full_lo, full_hi, hi) as in tiles()."""
-        lo, hi = tl.min(tl.load(bounds + at), 0) // STEP * STEP, tl.max(tl.load(bounds + plane + at), 0)
-        full_lo = tl.cdiv(tl.max(tl.load(bounds + 2 * plane + at), 0), STEP) * STEP
-        full_hi = tl.min(tl.load(bounds + 3 * plane + at), 0) // STEP * STEP
+    def _range(bounds, plane, offsets, STEP: tl.constexpr):
+        """bounds (4, n) at positions `offsets` -> (lo, full_lo, full_hi, hi) as in tiles()."""
+        lo, hi = tl.min(tl.load(bounds + offsets), 0) // STEP * STEP, tl.max(tl.load(bounds + plane + offsets), 0)
+        full_lo = tl.cdiv(tl.max(tl.load(bounds + 2 * plane + offsets), 0), STEP) * STEP
+        full_hi = tl.min(tl.load(bounds + 3 * plane + offsets), 0) // STEP * STEP
         if full_hi <= full_lo:
             full_lo = lo
             full_hi = lo
         return lo, full_lo, full_hi, hi
 
     @triton.jit
-    def _edge(bounds, plane, at, ids, own, walked, EDGES: tl.constexpr):
+    def _edge(bounds, plane, offsets, ids, own, walked, EDGES: tl.constexpr):
         """What tells a hidden score at the edges. Loaded after the full tiles: registers are scarce there. own, walked:
         where in ids this program's positions start, and those it walks over."""
-        own_id = at
+        own_id = offsets
         edge = None
         if EDGES:
             if ids is not None:
-                own_id = tl.load(ids + own + at)
-            edge = tl.load(bounds + at), tl.load(bounds + plane + at), own_id, walked
+                own_id = tl.load(ids + own + offsets)
+            edge = tl.load(bounds + offsets), tl.load(bounds + plane + offsets), own_id, walked
         return edge
 
     @triton.jit
     def _hidden(edge, ids, start, n, BLOCK: tl.constexpr):
         """Where the mask hides a score: the program's own positions are rows, the walked from `start` on columns."""
         first, last, own_id, walked = edge
-        at = (start + tl.arange(0, BLOCK))[None, :]
-        hidden = (at < first[:, None]) | (at >= last[:, None])
+        position = (start + tl.arange(0, BLOCK))[None, :]
+        hidden = (position < first[:, None]) | (position >= last[:, None])
         if ids is not None:
-            hidden |= own_id[:, None] != tl.load(ids + walked + at, mask=at < n)
+            hidden |= own_id[:, None] != tl.load(ids + walked + position, mask=position < n)
         return hidden
 
     @triton.jit
@@ -457,17 +458,17 @@ if triton is not None:
 
     @triton.jit
     def _program(bounds, bounds_stride, n, LONG_LAST: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
-        """This program's batch, head, `rows` positions from `start` on (at: 0, 1, ... rows - 1, rows - 1), and what it
-        walks over. LONG_LAST: a causal mask makes the last positions' walks the longest: first."""
+        """This program's batch, head, `rows` positions from `start` on (offsets: 0, 1, ... rows - 1, rows - 1), and
+        what it walks over. LONG_LAST: a causal mask makes the last positions' walks the longest: first."""
         b, h, block = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(0)
         if LONG_LAST:
             block = tl.num_programs(0) - 1 - block
         start = block.to(tl.int64) * BLOCK
         rows = (n - start).to(tl.int32)
-        at = tl.minimum(tl.arange(0, BLOCK), rows - 1)
+        offsets = tl.minimum(tl.arange(0, BLOCK), rows - 1)
         bounds += b * bounds_stride[1] + start
-        lo, full_lo, full_hi, hi = _range(bounds, bounds_stride[0], at, STEP)
-        return b, h, start, rows, at, bounds, lo, full_lo, full_hi, hi
+        lo, full_lo, full_hi, hi = _range(bounds, bounds_stride[0], offsets, STEP)
+        return b, h, start, rows, offsets, bounds, lo, full_lo, full_hi, hi
 
     @triton.jit
     def _attn_fwd(q, k, v, o, lse, bounds, ids, strides, bounds_stride, T, S, L,
@@ -542,10 +543,10 @@ if triton is not None:
                     i += tl.where(i < full_lo, 0, full_hi - full_lo) if EDGES else 0
                     q_i = _load(q_h, sq, i, T, D, BLOCK_M, BLOCK_D, INDEX, EDGES, TMA)                 # (M, D)
                     do_i = _load(do_h, sdo, i, T, D, BLOCK_M, BLOCK_D, INDEX, EDGES, TMA)
-                    at = i + tl.arange(0, BLOCK_M)
-                    there, other = (at < T, 0.0) if EDGES else (None, None)
-                    lse_i = tl.load(lse2 + row + at, mask=there, other=other)                          # (M)
-                    delta_i = tl.load(delta + row + at, mask=there, other=other)
+                    position = i + tl.arange(0, BLOCK_M)
+                    there, other = (position < T, 0.0) if EDGES else (None, None)
+                    lse_i = tl.load(lse2 + row + position, mask=there, other=other)                          # (M)
+                    delta_i = tl.load(delta + row + position, mask=there, other=other)
                     dk_j, dv_j = _dkdv_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dk_j, dv_j,
                                             edge, ids, i, T, SCALE, PRECISION)
         _store(dk, sdk, b, h, start, rows, dk_j * (SCALE * LN2), D, INDEX)
@@ -623,13 +624,13 @@ def tuned(name, row_bytes, chip, size_class):
     return triton.autotune(configs(name, row_bytes, chip), key=[])(globals()[name])
 
 
-def arguments(name, matrices, vectors, at, sm_scale, capability):
+def arguments(name, matrices, vectors, mask_limits, sm_scale, capability):
     """What the three large kernels are called with: matrices q, k, v, ... (B, heads, n, D), vectors of numbers a row,
     the mask. capability: (major, minor) of an NVIDIA chip, (0, 0) elsewhere -> args, options."""
     q, k = matrices[:2]
     (H, T, D), (K, S) = q.shape[1:], k.shape[1:3]
-    bounds = at.columns if name == "_bwd_dkdv" else at.rows
-    args = (*matrices, *vectors, bounds, at.ids, tuple(x.stride() for x in matrices),
+    bounds = mask_limits.columns if name == "_bwd_dkdv" else mask_limits.rows
+    args = (*matrices, *vectors, bounds, mask_limits.ids, tuple(x.stride() for x in matrices),
             (bounds.stride(0), bounds.stride(1) if bounds.shape[1] > 1 else 0), T, S, max(T, S))
     aligned = all(x.stride(3) == 1 and x.stride(2) > 0 and
                   not (x.data_ptr() | x.itemsize * (x.stride(0) | x.stride(1) | x.stride(2))) % 16
@@ -641,13 +642,13 @@ def arguments(name, matrices, vectors, at, sm_scale, capability):
                       PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32")
 
 
-def launch(name, matrices, vectors, at, sm_scale):
+def launch(name, matrices, vectors, mask_limits, sm_scale):
     """Run _attn_fwd, _bwd_dkdv or _bwd_dq."""
     q, k = matrices[:2]
     shared, block = (k, "BLOCK_N") if name == "_bwd_dkdv" else (q, "BLOCK_M")       # whose positions the programs share
     cuda = not INTERPRET and not torch.version.hip
-    args, options = arguments(name, matrices, vectors, at, sm_scale, torch.cuda.get_device_capability(q.device) if cuda
-                              else (0, 0))
+    capability = torch.cuda.get_device_capability(q.device) if cuda else (0, 0)
+    args, options = arguments(name, matrices, vectors, mask_limits, sm_scale, capability)
     if options["TMA"] and not INTERPRET:                   # descriptors made by a kernel live in memory it is given
         device = q.device                                  # not q itself: the allocator would keep it
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
@@ -663,23 +664,23 @@ def launch(name, matrices, vectors, at, sm_scale):
 
 
 def flash_forward_triton(q, k, v, causal, sm_scale, window, documents):
-    at = limits(q.shape[2], k.shape[2], causal, window, documents, q.device)
+    mask_limits = limits(q.shape[2], k.shape[2], causal, window, documents, q.device)
     o = torch.empty_like(q)
     lse = torch.empty(q.shape[:3], dtype=accumulator(q.dtype), device=q.device)
-    launch("_attn_fwd", (q, k, v, o), (lse,), at, sm_scale)
+    launch("_attn_fwd", (q, k, v, o), (lse,), mask_limits, sm_scale)
     return o, lse
 
 
 def flash_backward_triton(do, dlse, q, k, v, o, lse, causal, sm_scale, window, documents):
     (B, H, T, D), block_m, block_d = q.shape, 64, max(16, triton.next_power_of_2(q.shape[3]))
-    at = limits(T, k.shape[2], causal, window, documents, q.device)
+    mask_limits = limits(T, k.shape[2], causal, window, documents, q.device)
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     with torch.cuda.device_of(q):
         _bwd_preprocess[(triton.cdiv(T, block_m), H, B)](
             o, do, lse, dlse, delta, lse2, (o.stride(), do.stride(), dlse.stride()), T, D, block_d, block_m)
-    launch("_bwd_dkdv", (q, k, v, do, dk, dv), (lse2, delta), at, sm_scale)
-    launch("_bwd_dq", (q, k, v, do, dq), (lse2, delta), at, sm_scale)
+    launch("_bwd_dkdv", (q, k, v, do, dk, dv), (lse2, delta), mask_limits, sm_scale)
+    launch("_bwd_dq", (q, k, v, do, dq), (lse2, delta), mask_limits, sm_scale)
     return dq, dk, dv
 
 
@@ -869,8 +870,8 @@ def flash_attention(q, k, v, *, causal=True, sm_scale=None, window=None, documen
     device = q.device.type
     backend = resolve_backend(backend, q.device, return_lse)
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
-        q, k, v = (x.to(low) if x.dtype in DTYPES[:3] else x for x in (q, k, v))
+        low_dtype = torch.get_autocast_dtype(device)
+        q, k, v = (x.to(low_dtype) if x.dtype in DTYPES[:3] else x for x in (q, k, v))
     check(q, k, v, sm_scale, window, documents, backend)
     if backend == "reference":
         return attention_reference(q, k, v, causal=causal, sm_scale=sm_scale, window=window, documents=documents,
@@ -883,7 +884,7 @@ def flash_attention(q, k, v, *, causal=True, sm_scale=None, window=None, documen
 
 # ---- HBM traffic: the formula and a counter --------------------------------------------------------------------------
 
-def traffic(q, k, at: Limits, blocks) -> dict:
+def traffic(q, k, mask_limits: Limits, blocks) -> dict:
     """Bytes that each kernel asks of memory, {kernel: (requested, distinct)}.
 
     q, k: tensors of the shapes and dtype asked about (the meta device will do); blocks: {kernel: (BLOCK_M, BLOCK_N)}.
@@ -892,25 +893,25 @@ def traffic(q, k, at: Limits, blocks) -> dict:
     truth lies between. Scores appear in neither. (Dao 2022, theorem 2, has the order: T S D^2 / SRAM size.)
     """
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    number, ids = accumulator(q.dtype).itemsize, 4 if at.ids is not None else 0
+    number, ids = accumulator(q.dtype).itemsize, 4 if mask_limits.ids is not None else 0
     row = D * q.itemsize                                                    # of q, k, v, o, do, dq, dk or dv
     queries, keys, passes = B * H * T, B * K * S, H // K
     result = {"_bwd_preprocess": 2 * (queries * (2 * row + 4 * number),)}
     for name, bounds, stop, own, own_passes, walked, distinct in (
-            ("_attn_fwd", at.rows, S, queries * (2 * row + number + 16), 1, 2 * row,
+            ("_attn_fwd", mask_limits.rows, S, queries * (2 * row + number + 16), 1, 2 * row,
              queries * (2 * row + number) + keys * 2 * row),
-            ("_bwd_dq", at.rows, S, queries * (3 * row + 2 * number + 16), 1, 2 * row,
+            ("_bwd_dq", mask_limits.rows, S, queries * (3 * row + 2 * number + 16), 1, 2 * row,
              queries * (3 * row + 2 * number) + keys * 2 * row),
-            ("_bwd_dkdv", at.columns, T, keys * (4 * row + 16), passes, 2 * row + 2 * number,
+            ("_bwd_dkdv", mask_limits.columns, T, keys * (4 * row + 16), passes, 2 * row + 2 * number,
              queries * (2 * row + 2 * number) + keys * 4 * row)):
-        block, step = blocks[name] if bounds is at.rows else blocks[name][::-1]
+        block, step = blocks[name] if bounds is mask_limits.rows else blocks[name][::-1]
         lo, full_lo, full_hi, hi = tiles(bounds, block, step).unbind(-1)
         end = ((hi + step - 1) // step * step).clamp(max=stop).where(hi > lo, lo)
         walks = H * B // bounds.shape[1]                                    # by how many programs each is walked
         seen, masked = (int(x.sum()) * walks for x in (end - lo, end - lo - full_hi + full_lo))
-        own += (queries if bounds is at.rows else keys) * own_passes * (8 + ids)          # limits and ids at the edges
+        own += (queries if bounds is mask_limits.rows else keys) * own_passes * (8 + ids)     # limits, ids at the edges
         result[name] = (own + seen * walked + masked * ids,
-                        distinct + sum(x.nbytes for x in (bounds, at.ids) if x is not None))
+                        distinct + sum(x.nbytes for x in (bounds, mask_limits.ids) if x is not None))
     return result
 
 
@@ -931,12 +932,12 @@ def count_traffic(kernel, tensors):
         def watched(builder, pointers, *args, **options):
             itemsize = pointers.get_element_ty().primitive_bitwidth // 8
             there = args[place_of_mask].data.astype("bool")
-            at = torch.from_numpy(pointers.data.astype("int64")[there]).unique()
-            outside = len(at) - int(sum(((a <= at) & (at + itemsize <= b)).sum() for a, b in spans))
+            address = torch.from_numpy(pointers.data.astype("int64")[there]).unique()
+            outside = len(address) - int(sum(((a <= address) & (address + itemsize <= b)).sum() for a, b in spans))
             if outside:
                 raise IndexError(f"the kernel touches {outside} addresses outside its tensors")
-            requested.append(len(at) * itemsize)
-            sectors.append((at // 32).unique())
+            requested.append(len(address) * itemsize)
+            sectors.append((address // 32).unique())
             return access(builder, pointers, *args, **options)
         return watched
 
@@ -1039,13 +1040,13 @@ def demo():
     if INTERPRET:
         q, k, v, do, o, dq, dk, dv = (torch.randn(1, 2, 128, 32, dtype=torch.float16) for _ in range(8))
         lse, delta = torch.zeros(1, 2, 128), torch.zeros(1, 2, 128)
-        at = limits(128, 128, True, None, None, q.device)
-        formula = traffic(q, k, at, blocks)
+        mask_limits = limits(128, 128, True, None, None, q.device)
+        formula = traffic(q, k, mask_limits, blocks)
         for name, matrices, vectors in (("_attn_fwd", (q, k, v, o), (lse,)),
                                         ("_bwd_dkdv", (q, k, v, do, dk, dv), (lse, delta)),
                                         ("_bwd_dq", (q, k, v, do, dq), (lse, delta))):
-            counted = count_traffic(lambda work=(name, matrices, vectors): launch(*work, at, 0.1),
-                                    (*matrices, *vectors, at.rows, at.columns))
+            counted = count_traffic(lambda work=(name, matrices, vectors): launch(*work, mask_limits, 0.1),
+                                    (*matrices, *vectors, mask_limits.rows, mask_limits.columns))
             print(f"    {name:<10} bytes requested {counted[0]:,} | {formula[name][0]:,}   distinct {counted[1]:,} | "
                   f"{formula[name][1]:,}")
             assert counted == formula[name]

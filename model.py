@@ -267,14 +267,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dx = torch.empty(x.shape, dtype=acc, device=device) if with_grad else None
         dw = torch.zeros(weight.shape, dtype=acc, device=device) if with_grad else None
         for lo in range(0, N, rows):
-            at = slice(lo, min(lo + rows, N))
-            nll[at], dz = softmax(x[at] @ weight.T, targets[at], weights[at], with_grad)             # z (n, V)
+            chunk = slice(lo, min(lo + rows, N))
+            nll[chunk], dz = softmax(x[chunk] @ weight.T, targets[chunk], weights[chunk], with_grad)    # z (n, V)
             if with_grad:
-                dx[at] = dz @ weight                                                                 # (n, C)
+                dx[chunk] = dz @ weight                                                                 # (n, C)
                 if dw.dtype == dz.dtype:
-                    torch.addmm(dw, dz.T, x[at], out=dw)                                             # (V, C)
+                    torch.addmm(dw, dz.T, x[chunk], out=dw)                                             # (V, C)
                 else:
-                    dw += dz.T @ x[at]
+                    dw += dz.T @ x[chunk]
         if with_grad:
             ctx.save_for_backward(dx, dw)
         ctx.mark_non_differentiable(nll)
@@ -501,8 +501,8 @@ def keyed_init(full_name: str, box, seed: int, config: ModelConfig) -> torch.Ten
         values = stream.standard_normal(hi - lo, np.float32)
         if shape != sizes:                # a box's elements come in the full tensor's order: keep those inside, in turn
             inside = np.ones(hi - lo, bool)
-            for at, (start, stop, _) in zip(np.unravel_index(np.arange(lo, hi), sizes), box, strict=True):
-                inside &= (start <= at) & (at < stop)
+            for index, (start, stop, _) in zip(np.unravel_index(np.arange(lo, hi), sizes), box, strict=True):
+                inside &= (start <= index) & (index < stop)
             values = values[inside]
         out[filled:filled + len(values)] = values
         filled += len(values)

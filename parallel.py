@@ -149,10 +149,10 @@ class Mesh:
                 setattr(self, f"{name}_group", group if degree > 1 else None)
             if pp > 1:
                 lines = mesh.mesh.flatten(1).T.tolist()                            # the ranks of each pipeline
-                made = [dist.new_subgroups_by_enumeration(x)[0]
+                groups = [dist.new_subgroups_by_enumeration(x)[0]
                         for x in (lines, lines, [[line[0], line[-1]] for line in lines])]
                 ends = self.pp_rank in (0, pp - 1)
-                self.pp_groups, self.ends_group = made[:2], made[2] if ends else None
+                self.pp_groups, self.ends_group = groups[:2], groups[2] if ends else None
             if dist.get_backend() != "fake":                 # torch's own default is half an hour, whatever the world's
                 for group in (self.dp_group, self.tp_group, self.pp_group, *(self.pp_groups or ()), self.ends_group):
                     if group is not None:
@@ -183,7 +183,7 @@ def find_device(name: str, local_rank: int) -> torch.device:
                 device = torch.device(name, local_rank % torch.accelerator.device_count())
             torch.accelerator.set_device_index(device.index)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ZeroDivisionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, ZeroDivisionError) as error:
         why = "there is none" if isinstance(error, ZeroDivisionError) else str(error).splitlines()[0]
         raise ValueError(f"device must be usable here, got {name!r}: {why}") from None
     return device
@@ -336,13 +336,13 @@ class DataParallel(nn.Module):
                 dist.broadcast(x.detach(), group_src=0, group=group)
             except RuntimeError as error:
                 raise RuntimeError(f"{name}, {x.dtype}, could not be broadcast: {error}") from error
-        held = defaultdict(list)                                                    # dtype -> the bucket being filled
+        filling = defaultdict(list)                                                  # dtype -> the bucket being filled
         for p in reversed(trainable(module)):
             dtype = p.grad_dtype or p.dtype
-            held[dtype].append(p)
-            if sum(x.numel() for x in held[dtype]) * dtype.itemsize >= bucket_mb * 1e6:
-                self.buckets.append(Bucket(held.pop(dtype), dtype))
-        self.buckets += [Bucket(params, dtype) for dtype, params in held.items()]
+            filling[dtype].append(p)
+            if sum(x.numel() for x in filling[dtype]) * dtype.itemsize >= bucket_mb * 1e6:
+                self.buckets.append(Bucket(filling.pop(dtype), dtype))
+        self.buckets += [Bucket(params, dtype) for dtype, params in filling.items()]
         for bucket in self.buckets:
             for p in bucket.params:
                 self.bucket_of[p] = bucket
@@ -386,11 +386,13 @@ class DataParallel(nn.Module):
         if not self.buckets:
             return
         params = [p for bucket in self.buckets for p in bucket.params]
-        here = [p.grad is not None for p in params]
+        has_grad = [p.grad is not None for p in params]
         while self.started < len(self.buckets):
             self.start()
-        used = all_reduce(torch.tensor(here, dtype=torch.uint8, device=params[0].device), self.group, dist.ReduceOp.MAX)
-        used = dict(zip(params, here if all(here) else used.tolist(), strict=True))     # a host does not wait in vain
+        flags = torch.tensor(has_grad, dtype=torch.uint8, device=params[0].device)
+        flags = all_reduce(flags, self.group, dist.ReduceOp.MAX)
+        # read only where it matters: reading makes the host wait
+        used = dict(zip(params, has_grad if all(has_grad) else flags.tolist(), strict=True))
         for bucket in self.buckets:
             bucket.work.wait()
             if self.reduce == "mean":
@@ -469,17 +471,17 @@ class Regather:
         return whole
 
 
-def shard(p: nn.Parameter, dim: int, group, made: dict) -> nn.Parameter:
-    """This rank's equal part of p along dim, with p's attributes and its own box; made: those there are already."""
-    if p not in made:
+def shard(p: nn.Parameter, dim: int, group, shards: dict) -> nn.Parameter:
+    """This rank's equal part of p along dim, with p's attributes and its own box; shards: those made already."""
+    if p not in shards:
         part = p.shape[dim] // size(group)
-        at = rank(group) * part
-        new = nn.Parameter(p.detach().narrow(dim, at, part).clone(), requires_grad=p.requires_grad)
+        offset = rank(group) * part
+        new = nn.Parameter(p.detach().narrow(dim, offset, part).clone(), requires_grad=p.requires_grad)
         new.__dict__.update(p.__dict__)
         start, _, full = p.box[dim]
-        new.box = (*p.box[:dim], (start + at, start + at + part, full), *p.box[dim + 1:])
-        made[p] = new
-    return made[p]
+        new.box = (*p.box[:dim], (start + offset, start + offset + part, full), *p.box[dim + 1:])
+        shards[p] = new
+    return shards[p]
 
 
 class ParallelModule(nn.Module):
@@ -487,26 +489,26 @@ class ParallelModule(nn.Module):
 
     dim, lacks = 0, ()                                    # the matrix is split along dim; what the module must not have
 
-    def __init__(self, module: nn.Module, group=None, sequence_parallel: bool = False, made: dict | None = None):
+    def __init__(self, module: nn.Module, group=None, sequence_parallel: bool = False, shards: dict | None = None):
         super().__init__()
-        made = {} if made is None else made
-        self.weight, bias = shard(module.weight, self.dim, group, made), getattr(module, "bias", None)
-        self.bias = bias if self.dim or bias is None else shard(bias, 0, group, made)
+        shards = {} if shards is None else shards
+        self.weight, bias = shard(module.weight, self.dim, group, shards), getattr(module, "bias", None)
+        self.bias = bias if self.dim or bias is None else shard(bias, 0, group, shards)
         self.group, self.sequence_parallel, self.shared = group, sequence_parallel, None
 
     def enter(self, x):
         """f(x) and the context to compute in, made once for all the layers that read x (q, k and v; gate and up): they
         share a dict, which their parent's forward empties at its end. x takes the weight's dtype here, so that
         what crosses the wire, and what is kept, is what the layers multiply."""
-        made, key = self.shared, (id(x), x._version, torch.is_grad_enabled())
-        if made is None or key not in made:
-            low = x.to(self.weight.dtype)
-            whole = copy_to_tp_region(low, self.group, self.sequence_parallel)
-            keep = Regather(low, whole, self.group).hooks() if self.sequence_parallel else contextlib.nullcontext()
-            if made is None:
+        entered, key = self.shared, (id(x), x._version, torch.is_grad_enabled())
+        if entered is None or key not in entered:
+            cast = x.to(self.weight.dtype)
+            whole = copy_to_tp_region(cast, self.group, self.sequence_parallel)
+            keep = Regather(cast, whole, self.group).hooks() if self.sequence_parallel else contextlib.nullcontext()
+            if entered is None:
                 return whole, keep
-            made[key] = whole, keep, x                                  # with x, so that no other tensor gets its id
-        return made[key][:2]
+            entered[key] = whole, keep, x                                  # with x, so that no other tensor gets its id
+        return entered[key][:2]
 
     def leave(self, x):
         """g(x)."""
@@ -564,19 +566,19 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         W, lo, acc = weight.to(x.dtype), weight.box[0][0], weights.dtype
         ctx.dtypes, nll, dx, dw = (x.dtype, weight.dtype), [], [], torch.zeros_like(W, dtype=acc) if with_grad else None
         for x_i, target, w in zip(*(t.split(rows) for t in (x, targets[:, None], weights[:, None])), strict=True):
-            here, w = (target >= lo) & (target < lo + len(W)), w * (target >= 0)                       # (n, 1)
-            local = (target - lo).masked_fill(~here, 0)
+            is_own, w = (target >= lo) & (target < lo + len(W)), w * (target >= 0)                       # (n, 1)
+            local = (target - lo).masked_fill(~is_own, 0)
             # z = x W^T - m
             z = (x_i @ W.T).to(acc)                                                                    # (n, V/ranks)
             z -= all_reduce(z.amax(1, keepdim=True), group, dist.ReduceOp.MAX)
             # l = sum exp(z), and z_target from the rank that has it
-            z_target = z.gather(1, local) * here
+            z_target = z.gather(1, local) * is_own
             p = z.exp_()
             l, z_target = all_reduce(torch.stack((p.sum(1, keepdim=True), z_target)), group)
             nll.append((l.log() - z_target) * (target >= 0))
             if with_grad:
                 # dz = w (p / l - [target here])
-                dz = p.mul_(w / l).scatter_add_(1, local, -w * here).to(W.dtype)
+                dz = p.mul_(w / l).scatter_add_(1, local, -w * is_own).to(W.dtype)
                 dx.append((dz @ W).to(acc))
                 dw += dz.T @ x_i
         nll = torch.cat(nll)[:, 0]
@@ -637,7 +639,7 @@ def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN,
     for name, p in model.named_parameters():
         p.__dict__.setdefault("full_name", name)
         p.__dict__.setdefault("box", tuple((0, length, length) for length in p.shape))
-    n, made, readers, modules = size(group), {}, {}, dict(model.named_modules())
+    n, shards, readers, modules = size(group), {}, {}, dict(model.named_modules())
     met = {name: pattern for name in list(modules)[1:] for pattern in reversed(plan) if fnmatchcase(name, pattern)}
     if not met or plan is not PLAN and set(plan) - set(met.values()):
         raise ValueError("plan must meet a module with each pattern, "
@@ -667,14 +669,14 @@ def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN,
             if length % (unit * n):
                 size_of = f"{length // unit} heads" if unit > 1 else f"size {length}"
                 raise ValueError(f"{name}: tp must divide its {size_of}, got {n}")
-            setattr(parent, child, twin(module, group, sequence_parallel, made))
+            setattr(parent, child, twin(module, group, sequence_parallel, shards))
             if style == "column":
                 if parent not in readers:
                     readers[parent] = {}
                     parent.register_forward_hook(lambda *_, shared=readers[parent]: shared.clear(), always_call=True)
                 getattr(parent, child).shared = readers[parent]
     if sequence_parallel:
-        for p in set(model.parameters()) - set(made.values()):
+        for p in set(model.parameters()) - set(shards.values()):
             p.sum_over = (group,)
     return model
 
@@ -695,8 +697,8 @@ def run_ahead(p: int, m: int, v: int, ahead) -> list[list[Op]]:
     """Rank r runs ahead(r) forwards, then one forward and one backward in turns, then the backwards that are left. With
     v chunks a rank, p micro-batches go through one chunk before the next. The number ahead is all that differs:"""
     rounds = [range(i, min(i + p, m)) for i in range(0, m, p)]
-    forward = [Op("F", i, c) for few in rounds for c in range(v) for i in few]
-    backward = [Op("B", i, c) for few in rounds for c in reversed(range(v)) for i in few]
+    forward = [Op("F", i, c) for round_ in rounds for c in range(v) for i in round_]
+    backward = [Op("B", i, c) for round_ in rounds for c in reversed(range(v)) for i in round_]
     schedule = []
     for r in range(p):
         n = min(ahead(r), m * v)
@@ -887,17 +889,17 @@ class Channels:
     def __init__(self, schedule, groups, timeout: float):
         self.p, self.groups, self.timeout = len(schedule), groups, timedelta(seconds=timeout)
         self.rank = 0 if groups is None else rank(groups[0])
-        self.coming, self.arriving, self.sending, self.here, self.had = defaultdict(deque), {}, {}, {}, {}
+        self.coming, self.arriving, self.sending, self.here, self.receipts = defaultdict(deque), {}, {}, {}, {}
         last = self.p * (1 + max(op.chunk for op in schedule[0])) - 1
         for source, ops in enumerate(schedule):
-            had = []                                                           # since its message before
+            receipts = []                                                           # since its message before
             for op in ops:
                 s = stage(op, source, self.p)
-                had.append(awaits(op, s, last))
+                receipts.append(awaits(op, s, last))
                 message = passes_on(op, s, last)
                 if message is not None and message[2] % self.p == self.rank:
                     self.coming[source].append(message)
-                    self.had[message], had = had, []
+                    self.receipts[message], receipts = receipts, []
 
     def send(self, x: Tensor, message):
         target = message[2] % self.p
@@ -917,7 +919,7 @@ class Channels:
             x = like(coming[1])
             self.arriving[coming] = x, self.start(dist.irecv, x, source, self.rank > source)
         x = self.wait(*self.arriving.pop(message))
-        for sent in self.had[message]:
+        for sent in self.receipts[message]:
             if sent in self.sending:                                             # gloo's are not done until waited for
                 self.wait(*self.sending.pop(sent))
         return x
@@ -1011,12 +1013,12 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
 
 def reduce_partial_gradients(params):
     """Add up what sum_over says is partial, one message a group. After the gradients' sum over dp."""
-    held = defaultdict(list)
+    partial = defaultdict(list)
     for p in params:
         for group in getattr(p, "sum_over", ()) if p.requires_grad else ():
             p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad
-            held[group].append(p.grad)
-    for group, gradients in held.items():
+            partial[group].append(p.grad)
+    for group, gradients in partial.items():
         flat = all_reduce(torch.cat([g.flatten() for g in gradients]), group)
         for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             g.copy_(part.view_as(g))
@@ -1109,13 +1111,14 @@ class CommLedger(TorchDispatchMode):
 
     def record(self, name, args):
         schema = COLLECTIVES.get(name, name)
-        at = next(i for i, x in enumerate(args) if isinstance(x, torch.ScriptObject))
-        group = dist.ProcessGroup.unbox(args[at])
-        tensors = [x for arg in args[:at] for x in (arg if isinstance(arg, list) else [arg]) if isinstance(x, Tensor)]
+        group_place = next(i for i, x in enumerate(args) if isinstance(x, torch.ScriptObject))
+        group = dist.ProcessGroup.unbox(args[group_place])
+        tensors = [x for arg in args[:group_place] for x in (arg if isinstance(arg, list) else [arg])
+                   if isinstance(x, Tensor)]
         if not tensors:                                                                                      # a barrier
             return
         whole = max(tensors, key=lambda x: x.numel())                    # gathered, or to be scattered: all parts
-        peer = args[at + 1] if schema in ("send", "recv") else None
+        peer = args[group_place + 1] if schema in ("send", "recv") else None
         self.calls.append(Call(self.names.get(group.group_name, group.group_name), self.phase, schema, whole.nbytes,
                                group.size(), tuple(whole.shape), whole.dtype, peer))
 
@@ -1200,17 +1203,17 @@ def demo():
         layers = sum(len(x.layers) for x in model)
         partial = sum(8 * p.numel() for p in params if hasattr(p, "sum_over"))
 
-        def half(n):                                       # what a rank sends of a gathered, or scattered, tensor
+        def ring_share(n):                                       # what a rank sends of a gathered, or scattered, tensor
             return (n - 1) / n
 
         # gradients; a byte per parameter tells whether it has one; the number of targets
-        dp = 2 * half(mesh.dp) * (sum(8 * p.numel() for p in params) + len(params) + 8)
+        dp = 2 * ring_share(mesh.dp) * (sum(8 * p.numel() for p in params) + len(params) + 8)
         # f, g and their adjoints, and the gathering in backward; of the embedding and the head one collective each way
         halves = m * ((5 if sequence_parallel else 4) * layers + 2 * first + 2 * last)
-        tp = half(mesh.tp) * (halves * hidden + 2 * (m * last * 3 * 8 * 8 + partial))
+        tp = ring_share(mesh.tp) * (halves * hidden + 2 * (m * last * 3 * 8 * 8 + partial))
         boundaries = sum((s > 0) + (s < of - 1) for s in stages)
         pp = m * boundaries * hidden / (mesh.tp if sequence_parallel else 1)
-        total = 2 * half(4) * 3 * 8                       # loss, norm, stop: over all ranks, so on the axis that is all
+        total = 2 * ring_share(4) * 3 * 8                 # loss, norm, stop: over all ranks, so on the axis that is all
         return {"dp": dp + total * (mesh.dp == 4), "tp": tp + total * (mesh.tp == 4), "pp": pp}
 
     def run(r, store):

@@ -81,9 +81,9 @@ class Format:
     bits = property(lambda self: 1 + self.exponent_bits + self.mantissa_bits)
     bias = property(lambda self: 2 ** (self.exponent_bits - 1) - 1)
     # exponent of the smallest normal number; all spacings below are as there
-    low = property(lambda self: self.mantissa_bits if self.integer else 1 - self.bias)
-    smallest_normal = property(lambda self: 1.0 if self.integer else 2.0 ** self.low)
-    smallest_subnormal = property(lambda self: 2.0 ** (self.low - self.mantissa_bits))
+    min_exponent = property(lambda self: self.mantissa_bits if self.integer else 1 - self.bias)
+    smallest_normal = property(lambda self: 1.0 if self.integer else 2.0 ** self.min_exponent)
+    smallest_subnormal = property(lambda self: 2.0 ** (self.min_exponent - self.mantissa_bits))
     eps = property(lambda self: 1.0 if self.integer else 2.0 ** -self.mantissa_bits)
     # decimal digits that survive
     digits = property(lambda self: math.floor(self.mantissa_bits * math.log10(2)))
@@ -112,7 +112,7 @@ def spacing(x: Tensor, fmt: str) -> Tensor:
     exponent = torch.frexp(x.double()).exponent - 1                                        # x = 1.f 2^exponent
     if f.integer:
         return torch.ones_like(x, dtype=torch.float64)
-    exponent = exponent.clamp(min=f.low).where(x != 0, f.low)
+    exponent = exponent.clamp(min=f.min_exponent).where(x != 0, f.min_exponent)
     return torch.ldexp(torch.ones_like(x, dtype=torch.float64), exponent - f.mantissa_bits)
 
 
@@ -255,14 +255,14 @@ class MasterWeights(torch.optim.Optimizer):
                 loss = closure()
         for ours, theirs in zip(self.param_groups, self.inner.param_groups, strict=True):
             theirs.update({key: x for key, x in ours.items() if key != "params"})          # a schedule's learning rate
-        low = {p: m for p, m in self.masters.items() if m is not p and p.grad is not None}
+        master_of = {p: m for p, m in self.masters.items() if m is not p and p.grad is not None}
         for p, m in self.masters.items():
             if m is p and p.grad is not None and torch.promote_types(p.dtype, torch.float32) != p.dtype:
                 raise RuntimeError("params must stay frozen if they were at construction, one without a master got a "
                                    "gradient")
         for p, m in self.masters.items():
             self.inner.state[m] = {key: x for key, x in self.state[p].items() if key != "master"}
-        for p, m in low.items():
+        for p, m in master_of.items():
             if not self.keep:
                 m.data = p.float()
             m.grad = p.grad
@@ -270,9 +270,9 @@ class MasterWeights(torch.optim.Optimizer):
         for p, m in self.masters.items():
             self.state[p].update(self.inner.state[m])
         # p = cast(m)
-        if low and self.rounding == "nearest":
-            torch._foreach_copy_(list(low), list(low.values()))
-        for p, m in low.items():
+        if master_of and self.rounding == "nearest":
+            torch._foreach_copy_(list(master_of), list(master_of.values()))
+        for p, m in master_of.items():
             if self.rounding == "stochastic":
                 p.copy_(cast(m, NAMES[p.dtype], "stochastic", generator=self.generator))
             m.grad = None
@@ -418,14 +418,14 @@ class ComputePolicy(TorchFunctionMode):
     fp8_products) is multiplied by that in F.linear's place. emulate: float32 kernels on rounded numbers, their result
     rounded: what a low kernel does, and ten times as fast where a CPU has none, but backward keeps float32. A call is
     looked up as it is made, not what torch makes of it inside; one in place, or with out=, runs as it is given. A
-    policy holds in the thread that entered it. Raises ValueError for another low.
+    policy holds in the thread that entered it. Raises ValueError for another low_dtype.
     """
 
-    def __init__(self, low: torch.dtype, table: dict = OPERATIONS, emulate: bool = False):
+    def __init__(self, low_dtype: torch.dtype, table: dict = OPERATIONS, emulate: bool = False):
         super().__init__()
-        if low not in (torch.bfloat16, torch.float16):
-            raise ValueError(f"low must be torch.bfloat16 or torch.float16, got {low}")
-        self.low, self.table, self.emulate = low, table, emulate
+        if low_dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"low_dtype must be torch.bfloat16 or torch.float16, got {low_dtype}")
+        self.low_dtype, self.table, self.emulate = low_dtype, table, emulate
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -433,15 +433,15 @@ class ComputePolicy(TorchFunctionMode):
         if to is not None and kwargs.get("out") is None:
             weight = args[1] if len(args) > 1 else kwargs.get("weight")
             if function is F.linear and hasattr(weight, "product"):
-                function = lowered(weight.product, self.low if to is LOW else to)
+                function = lowered(weight.product, self.low_dtype if to is LOW else to)
             else:
                 function = self.in_low(function) if to is LOW else lowered(function, to)
         return function(*args, **kwargs)
 
     def in_low(self, function):
         if self.emulate:
-            return lowered(lambda *x, **k: convert(lowered(function, FULL)(*x, **k), self.low), self.low)
-        return lowered(function, self.low)
+            return lowered(lambda *x, **k: convert(lowered(function, FULL)(*x, **k), self.low_dtype), self.low_dtype)
+        return lowered(function, self.low_dtype)
 
     def as_operation(self, function):
         """function, made of any others, as the table's LOW has one of torch's: what it calls is not looked up."""
@@ -639,10 +639,10 @@ def decode(codes, scale, zero, shape) -> Tensor:
 
 def grid(w: Tensor, levels: int):
     """scale, zero of the rows of w (out, n): levels + 1 steps from the smallest (or 0) to the largest (or 0). (out,)"""
-    low, high = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
+    lowest, highest = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
     # bfloat16 may round it down by 2^-9: rather a wider step than a number that is out of reach
-    scale = ((high - low) / levels * (1 + 2**-8)).clamp(min=2.0**-100).bfloat16()
-    return scale, (-low / scale).round().to(torch.uint8)
+    scale = ((highest - lowest) / levels * (1 + 2**-8)).clamp(min=2.0**-100).bfloat16()
+    return scale, (-lowest / scale).round().to(torch.uint8)
 
 
 def nearest_code(w, scale, zero, levels: int) -> Tensor:
@@ -775,16 +775,16 @@ class Problem:
     def train(self, precision: str, *, init_scale: float = 0.0, **options) -> dict:
         """A loop with all that low precision needs -> {"loss": held out, "zeros": gradients that are 0, "still":
         weights that an update does not move, "skipped": steps, "bytes": a parameter}; shares of the last 50 steps."""
-        low = PRECISIONS[precision]
+        dtype = PRECISIONS[precision]
         student = nn.Sequential(nn.Linear(64, 128, bias=False), nn.GELU(), nn.LayerNorm(128, bias=False),
                                 nn.Linear(128, 128, bias=False), nn.GELU(), nn.Linear(128, 32, bias=False))
         for p, like in zip(student.parameters(), (64, 0, 128, 128), strict=True):
             generator = torch.Generator().manual_seed(p.numel())
-            p.data = (torch.randn(p.shape, generator=generator) / like**0.5 if like else torch.ones(p.shape)).to(low)
-        if low.itemsize == 2:
+            p.data = (torch.randn(p.shape, generator=generator) / like**0.5 if like else torch.ones(p.shape)).to(dtype)
+        if dtype.itemsize == 2:
             if precision == "fp8":
                 fp8_products(student, leave_out=("5",))
-            ComputePolicy(low, emulate=True).applied(student)
+            ComputePolicy(dtype, emulate=True).applied(student)
         params = list(student.parameters())
         optimizer = MasterWeights(params, torch.optim.AdamW, weight_decay=0.0, eps=1e-15, **options)
         scaler = LossScaler(init_scale, growth_interval=50) if init_scale else None
@@ -808,13 +808,13 @@ class Problem:
                 zeros.append(share(g == 0 for g in grads))
                 still.append(share(a == b for a, b in zip(before, kept, strict=True)))
             skipped += found_inf
-            held = [*params, *grads, *(x for s in optimizer.state.values() for x in s.values())]
+            tensors = [*params, *grads, *(x for s in optimizer.state.values() for x in s.values())]
             optimizer.zero_grad()
         with torch.no_grad():
             loss = self.loss(student, self.held_out).item() / len(self.held_out)
         n = sum(p.numel() for p in params)
         return {"loss": loss, "zeros": sum(zeros[-50:]) / 50, "still": sum(still[-50:]) / 50, "skipped": skipped,
-                "bytes": sum(x.nbytes for x in held if x.numel() > 1) / n, "student": student}
+                "bytes": sum(x.nbytes for x in tensors if x.numel() > 1) / n, "student": student}
 
 
 def share(masks) -> float:

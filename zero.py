@@ -77,10 +77,10 @@ def memory_per_rank(num_params: float, stage: int, dp: int, *, param_bytes: floa
     of mixed-precision Adam, K = 12; plain float32 Adam is 4, 4, 8. (Rajbhandari 2020, Figure 1, Table 1)"""
     if stage not in (0, 1, 2, 3):
         raise ValueError(f"stage must be one of 0, 1, 2, 3, got {stage}")
-    held = {"parameters": param_bytes * num_params / (dp if stage >= 3 else 1),
+    parts = {"parameters": param_bytes * num_params / (dp if stage >= 3 else 1),
             "gradients": grad_bytes * num_params / (dp if stage >= 2 else 1),
             "states": state_bytes * num_params / (dp if stage >= 1 else 1)}
-    return held | {"total": sum(held.values())}
+    return parts | {"total": sum(parts.values())}
 
 
 def comm_volume(num_params: float, stage: int, dp: int, micro_batches: int = 1) -> dict:
@@ -131,14 +131,14 @@ class Bucket:
 
     def flat(self, p: Tensor) -> tuple[int, int]:
         """(lo, hi): the elements of p that lie in this rank's slice; lo = hi if none do."""
-        at = rank(self.group) * self.slice - self.start[p]
-        return min(max(at, 0), p.numel()), min(max(at + self.slice, 0), p.numel())
+        first = rank(self.group) * self.slice - self.start[p]
+        return min(max(first, 0), p.numel()), min(max(first + self.slice, 0), p.numel())
 
     def part(self, row: Tensor, p: Tensor) -> Tensor:
         """p's elements in this rank's slice."""
         lo, hi = self.flat(p)
-        at = self.start[p] - rank(self.group) * self.slice
-        return row[at + lo:at + hi]
+        offset = self.start[p] - rank(self.group) * self.slice
+        return row[offset + lo:offset + hi]
 
     def shard(self, p: Tensor, row: Tensor) -> nn.Parameter:
         """What this rank updates of p: a view of its slice, with p's attributes and flat."""
@@ -198,14 +198,14 @@ class Bucket:
 def make_buckets(params, group, bucket_mb: float) -> list[Bucket]:
     """In the order in which gradients come: from the last parameter to the first. Parameters share a bucket if
     dtypes, device and sum_over are equal (a weight tied across stages has its own on both: they add its slices up)."""
-    held, buckets = defaultdict(list), []
+    filling, buckets = defaultdict(list), []
     for p in reversed(params):
         dtype = p.grad_dtype or p.dtype
-        few = held[key := (p.dtype, dtype, p.device, getattr(p, "sum_over", ()))]
-        few.append(p)
-        if sum(x.numel() for x in few) * dtype.itemsize >= bucket_mb * 1e6:
-            buckets.append(Bucket(held.pop(key), group))
-    return buckets + [Bucket(few, group) for few in held.values()]
+        params_of_bucket = filling[key := (p.dtype, dtype, p.device, getattr(p, "sum_over", ()))]
+        params_of_bucket.append(p)
+        if sum(x.numel() for x in params_of_bucket) * dtype.itemsize >= bucket_mb * 1e6:
+            buckets.append(Bucket(filling.pop(key), group))
+    return buckets + [Bucket(params_of_bucket, group) for params_of_bucket in filling.values()]
 
 
 def check(group, reduce: str, params):
@@ -241,10 +241,10 @@ class GradientShards:
         self.arrivals, self.sent, self.flying = {}, 0, None     # of a step: gradients of each parameter, buckets' sends
         for p in self.bucket_of:
             p.register_post_accumulate_grad_hook(self.ready)
-        here, mine = weakref.ref(self), set(shards.values())
+        this, mine = weakref.ref(self), set(shards.values())
 
         def not_yet(optimizer, *_):
-            pending = here() is not None and here().arrivals
+            pending = this() is not None and this().arrivals
             if pending and any(not mine.isdisjoint(group["params"]) for group in optimizer.param_groups):
                 raise RuntimeError("gradients must be summed before the update: call finish_gradient_synchronization() "
                                    "between backward and step()")
@@ -256,8 +256,9 @@ class GradientShards:
         self.bucket_of[p].take(p)
         self.arrivals[p] = self.arrivals.get(p, 0) + self.synchronize
         while True:
-            passes, at = divmod(self.sent, len(self.buckets))                   # of the next bucket: how often it left
-            waiting = (x for x in self.buckets[at].params if x in self.awaited and self.arrivals.get(x, 0) <= passes)
+            passes, number = divmod(self.sent, len(self.buckets))               # of the next bucket: how often it left
+            waiting = (x for x in self.buckets[number].params
+                       if x in self.awaited and self.arrivals.get(x, 0) <= passes)
             if self.arrivals[p] <= passes or any(True for _ in waiting):
                 return
             self.send()
@@ -436,8 +437,8 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
                 p.data = bucket.view(bucket.weights, p).copy_(p.data)
                 p.sharded, shards[p] = True, bucket.shard(p, bucket.own(bucket.weights))
         self.watch(buckets, shards, group, reduce)
-        self.inner = optimizer_cls([few | {"params": [shards.get(p, p) for p in few["params"]]}
-                                    for few in self.param_groups], **kwargs)
+        self.inner = optimizer_cls([options | {"params": [shards.get(p, p) for p in options["params"]]}
+                                    for options in self.param_groups], **kwargs)
         self.show_inner()
 
     def show_inner(self):
@@ -459,7 +460,7 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
             self.finish_gradient_synchronization()
-        for p in itertools.chain(*(few["params"] for few in self.param_groups)):
+        for p in itertools.chain(*(options["params"] for options in self.param_groups)):
             if p.requires_grad and not getattr(p, "sharded", False):
                 raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} must stay frozen, as it was at "
                                    "construction, it is not")
@@ -509,11 +510,11 @@ class Unit(Bucket):
         self.shards = {p: self.shard(p, self.weights) for p in params}
         self.free()
 
-    def swap(self, those):
-        """Make the modules hold those[p] in the place of p."""
+    def swap(self, replacements):
+        """Make the modules hold replacements[p] in the place of p."""
         for p, places in zip(self.params, self.places, strict=True):
             for module, name in places:
-                module._parameters[name] = those[p]
+                module._parameters[name] = replacements[p]
 
     def gather(self):
         """Start to gather the row."""
@@ -624,8 +625,8 @@ class FullyShard(GradientShards, nn.Module):
                 if p is not None:
                     places[p][holder, name] = owners[p][owner] = True
         alike = defaultdict(list)
-        for p, few in owners.items():
-            alike[tuple(few), p.dtype, p.device, p.requires_grad, getattr(p, "sum_over", ())].append(p)
+        for p, units_of in owners.items():
+            alike[tuple(units_of), p.dtype, p.device, p.requires_grad, getattr(p, "sum_over", ())].append(p)
         for name, x in module.named_buffers():
             if x.is_meta:
                 raise ValueError(f"{name} must not be on the meta device, init gives parameters alone")
@@ -636,15 +637,16 @@ class FullyShard(GradientShards, nn.Module):
                 raise RuntimeError(f"{name}, {x.dtype}, could not be broadcast: {error}") from error
         self.compute_dtype, self.units, self.visits = compute_dtype, [], []
         self.needs = defaultdict(list)                             # module -> its units
-        for (few, *_), params in alike.items():
+        for (units_of, *_), params in alike.items():
             unit = Unit(params, [list(places[p]) for p in params], group, compute_dtype, reduce_dtype, init)
             self.units.append(unit)
-            for owner in few:
+            for owner in units_of:
                 self.needs[owner].append(unit)
         self.order = [x for x in module.modules() if x in self.needs]
-        for at, owner in enumerate(self.order):
-            owner.register_forward_pre_hook(functools.partial(self.enter, at), with_kwargs=True, prepend=True)
-            owner.register_forward_hook(functools.partial(self.leave, at), always_call=True)
+        for place, owner in enumerate(self.order):
+            owner.register_forward_pre_hook(functools.partial(self.before_forward, place), with_kwargs=True,
+                                            prepend=True)
+            owner.register_forward_hook(functools.partial(self.after_forward, place), always_call=True)
         self.module = module
         self.watch([unit for unit in reversed(self.units) if unit.params[0].requires_grad],
                    {p: shard for unit in self.units for p, shard in unit.shards.items()}, group, reduce)
@@ -668,33 +670,33 @@ class FullyShard(GradientShards, nn.Module):
             if not unit.holders:
                 unit.free()
 
-    def prefetch(self, at: int):
-        for unit in self.needs[self.order[at]] if 0 <= at < len(self.order) else ():
+    def prefetch(self, place: int):
+        for unit in self.needs[self.order[place]] if 0 <= place < len(self.order) else ():
             unit.gather()
 
-    def enter(self, at, module, args, kwargs):
+    def before_forward(self, place, module, args, kwargs):
         """Before a block's forward."""
         visit = object()
-        self.begin(at, visit, at + 1)
+        self.gather_for(place, visit, place + 1)
         leaves, spec = tree_flatten((args, kwargs))
         differentiable = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
         if torch.is_grad_enabled() and differentiable:
-            inputs = Leave.apply(functools.partial(self.end, at, visit), *(leaves[i] for i in differentiable))
+            inputs = Leave.apply(functools.partial(self.release, place, visit), *(leaves[i] for i in differentiable))
             for i, x in zip(differentiable, inputs, strict=True):
                 leaves[i] = x
         self.visits.append((visit, bool(differentiable)))
         return tree_unflatten(leaves, spec)
 
-    def leave(self, at, module, args, out):
+    def after_forward(self, place, module, args, out):
         """After it."""
         visit, leaves = self.visits.pop()
 
         def before_backward(_):
-            self.begin(at, visit, at - 1)
+            self.gather_for(place, visit, place - 1)
             if not leaves:                                      # an embedding: no gradient leaves it when it is through
-                torch.autograd.Variable._execution_engine.queue_callback(lambda: self.end(at, visit))
+                torch.autograd.Variable._execution_engine.queue_callback(lambda: self.release(place, visit))
 
-        self.end(at, visit)
+        self.release(place, visit)
         rows = {unit.row.untyped_storage()._cdata for unit in self.units}
         for x in tree_leaves(vars(out) if is_dataclass(out) else out):
             if isinstance(x, Tensor) and x.untyped_storage()._cdata in rows:
@@ -703,16 +705,16 @@ class FullyShard(GradientShards, nn.Module):
             if isinstance(x, Tensor) and x.requires_grad:
                 x.register_hook(before_backward)
 
-    def begin(self, at, visit, then):
-        units = self.needs[self.order[at]]
+    def gather_for(self, place, visit, then):
+        units = self.needs[self.order[place]]
         again = any(unit.holders for unit in units)                          # a forward that a backward repeats
         for unit in units:
             unit.hold(visit)
         if not again:
             self.prefetch(then)
 
-    def end(self, at, visit):
-        for unit in self.needs[self.order[at]]:
+    def release(self, place, visit):
+        for unit in self.needs[self.order[place]]:
             unit.free(visit)
 
     def finish_gradient_synchronization(self):
@@ -793,10 +795,10 @@ class MemoryLedger(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         seen, total = set(), 0
         for kind, tensors in self.holdings().items():
-            here = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
-            held = sum(n for key, n in here.items() if key not in seen)
-            seen |= here.keys()
-            self.peak[kind], total = max(self.peak[kind], held), total + held
+            sizes = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
+            new_bytes = sum(n for key, n in sizes.items() if key not in seen)
+            seen |= sizes.keys()
+            self.peak[kind], total = max(self.peak[kind], new_bytes), total + new_bytes
         self.peak["total"] = max(self.peak["total"], total)
         return out
 
@@ -845,12 +847,12 @@ def demo():
                                                 bucket_mb=8 * 1024 / 1e6, lr=0.01)
 
         def there():
-            held = holdings(sync, optimizer) if stage else {
+            tensors = holdings(sync, optimizer) if stage else {
                 "parameters": list(toy.parameters()),
                 "states": [x for state in optimizer.state.values() for x in state.values()],
                 "gradients": [x for x in (*(p.grad for p in toy.parameters()), *(b.flat for b in sync.buckets))
                               if x is not None]}
-            return held | {"states": [x for x in held["states"] if x.ndim]}
+            return tensors | {"states": [x for x in tensors["states"] if x.ndim]}
 
         memory = MemoryLedger(there)
         for step in range(3):

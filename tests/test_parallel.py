@@ -423,7 +423,7 @@ def test_every_schedule_is_complete_in_order_and_free_of_deadlock():
             sent += len(coming)
             assert len(set(coming)) == len(coming) and set(coming) <= set(needed)
             # nothing of a rank's is said to have arrived twice
-            had = [x for newly in channels.had.values() for x in newly if x is not None]
+            had = [x for newly in channels.receipts.values() for x in newly if x is not None]
             assert len(set(had)) == len(had)
         assert sent == sum(
             op.kind == "F" and parallel.stage(op, r, p) > 0 or op.kind == "B" and parallel.stage(op, r, p) < p * v - 1

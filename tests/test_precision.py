@@ -521,7 +521,7 @@ def test_what_runs_in_what():
     assert seen.pop("wide") == torch.float64
     assert {dtype for name, dtype in seen.items() if name not in low} == {torch.float32}
     assert torch.mm(x, x).dtype == torch.float32 and not policy.active()
-    with pytest.raises(ValueError, match="low must be torch.bfloat16 or torch.float16, got torch.float32"):
+    with pytest.raises(ValueError, match="low_dtype must be torch.bfloat16 or torch.float16, got torch.float32"):
         ComputePolicy(torch.float32)
 
 
