@@ -150,7 +150,7 @@ class Mesh:
             if pp > 1:
                 lines = mesh.mesh.flatten(1).T.tolist()                            # the ranks of each pipeline
                 groups = [dist.new_subgroups_by_enumeration(x)[0]
-                        for x in (lines, lines, [[line[0], line[-1]] for line in lines])]
+                          for x in (lines, lines, [[line[0], line[-1]] for line in lines])]
                 ends = self.pp_rank in (0, pp - 1)
                 self.pp_groups, self.ends_group = groups[:2], groups[2] if ends else None
             if dist.get_backend() != "fake":                 # torch's own default is half an hour, whatever the world's

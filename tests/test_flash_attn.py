@@ -468,7 +468,7 @@ PLANTED = {  # what is wrong -> (the line, what it becomes)
     "torch: no delta": ("minus_delta = minus_delta - (dof", "minus_delta = minus_delta - 0 * (dof"),
     "torch: no scale in dq": ("dq_i.mul_(sm_scale)", "dq_i"),
     "torch: a hidden tile taken as full": ("full_stop.amin(-1) // step", "full_stop.amax(-1) // step"),
-    "masks: < for <=": ("(at + ahead + 1).clamp", "(at + ahead).clamp"),
+    "masks: < for <=": ("(place + num_after + 1).clamp", "(place + num_after).clamp"),
     "triton: the wrong group's keys": ("k = _matrix(k, sk, b, h // GROUP,", "k = _matrix(k, sk, b, h % GROUP,"),
     "triton: alpha not applied to o": ("v, acc * alpha[:, None], input", "v, acc, input"),
     "triton: no delta in dk": ("ds = p * (dp - delta[None, :])", "ds = p * dp"),
