@@ -125,3 +125,8 @@ def corpus(tmp_path_factory) -> Path:
     library = Path(sysconfig.get_path("stdlib"))
     files = sorted(library.glob("[a-d]*.py"))
     return data.prepare(files, tmp_path_factory.mktemp("corpus") / "text", 512, val_fraction=0.1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(corpus):
+    return data.Tokenizer(corpus / "tokenizer.model")
