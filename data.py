@@ -65,7 +65,7 @@ import sys
 import sysconfig
 import time
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -131,10 +131,10 @@ def open_metrics(path, step: int):
     """A .jsonl of one line per step, open for the lines to come. Lines after `step` are cut off: a run that was killed
     wrote more of them than it saved, the last one perhaps torn."""
     path, lines = Path(path), []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):        # torn, or edited by a person
             if json.loads(line)["step"] <= step:
-                lines.append(line + "\n")
+                lines.append(line.decode() + "\n")
     write_atomic(path, "".join(lines))
     return open(path, "a")
 
@@ -151,9 +151,9 @@ def read_sealed(path, kind: str) -> dict:
         sealed = json.loads(Path(path).read_text())
         content = sealed["content"]
         intact = zlib.crc32(json.dumps(content, indent=1, sort_keys=True).encode()) == sealed["crc32"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: not a readable manifest ({type(error).__name__}: {error})") from None
-    if not intact:
+    if not intact or not isinstance(content, dict):
         raise DataError(f"{path}: its checksum does not match its content")
     if content.get("kind") != kind or content.get("version") != FORMAT_VERSION:
         raise DataError(f"{path}: must be a {kind} manifest of version {FORMAT_VERSION}, "
@@ -161,9 +161,36 @@ def read_sealed(path, kind: str) -> dict:
     return content
 
 
+@contextlib.contextmanager
+def fields_of(path):
+    """While a manifest is read: a field that is missing or of another type is a DataError that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise error if isinstance(error, DataError) else DataError(
+            f"{path}: a field is missing or of another type ({type(error).__name__}: {error})") from None
+
+
 # ---- sources ---------------------------------------------------------------------------------------------------------
 
 TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def is_run(folder: Path) -> bool:
+    """A folder that training wrote; its metrics and cards are no text to train on."""
+    return (folder / "checkpoints").is_dir() and (folder / "config.json").exists()
+
+
+def files_under(folder: Path):
+    """Every file below a folder, through symbolic links too, without hidden ones and without runs."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in seen or is_run(Path(root)):
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(root, name) for name in names if not name.startswith("."))
 
 
 def source_files(sources) -> list[Path]:
@@ -175,43 +202,51 @@ def source_files(sources) -> list[Path]:
         root = Path(sysconfig.get_path("stdlib"))
         return sorted(p for p in root.rglob("*.py") if not TEST_FOLDERS & set(p.relative_to(root).parts))
     files = set()
-    for source in sources:
-        found = [Path(source)] if Path(source).exists() else [Path(p) for p in glob.glob(str(source), recursive=True)]
-        found = [p for f in found for p in (f.rglob("*") if f.is_dir() else [f])]
+    for source in map(str, sources):
+        if not source.strip():
+            raise DataError(f"source must be a name of files, got {source!r}")
+        if Path(source).is_file():
+            found = [Path(source)]
+        elif Path(source).is_dir():
+            found = files_under(Path(source))
+        else:
+            paths = [Path(p) for p in glob.glob(source, recursive=True)]
+            found = [p for path in paths if not is_run(path.parent)
+                     for p in (files_under(path) if path.is_dir() else [path])]
         found = [p for p in found if p.suffix in SUFFIXES and p.is_file()]
         if not found:
-            raise DataError(f"source {str(source)!r} must match a {', '.join(SUFFIXES)} file, it matches none")
+            prepared = " (its manifest.json is missing: prepare it again)" if list(Path(source).glob("*.bin")) else ""
+            raise DataError(f"source {source!r} must match a {', '.join(SUFFIXES)} file, it matches none{prepared}")
         files.update(found)
     return sorted(files)
 
 
-def read_documents(files, dropped: Counter):
-    """Yield each document (str) once, in order, counting what is dropped and why. A file is one document, a .jsonl
-    line too."""
+def read_documents(files, dropped):
+    """Yield each document (str) once, in order. A file is one document, a .jsonl line too. dropped: a defaultdict(list)
+    of files, by why a document was left out. Raises DataError for a file that cannot be read."""
     seen = set()
     for path in files:
-        raw = path.read_bytes()
+        try:
+            raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")                           # a byte order mark
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
         for part in raw.splitlines() if path.suffix == ".jsonl" else [raw]:
             try:
                 text = part.decode("utf-8")
                 if path.suffix == ".jsonl":
                     text = json.loads(text)["text"] if text.strip() else ""
                     text.encode("utf-8")                   # an escaped lone surrogate is no text, and no str is no text
+                digest = text_hash(text)
+                reason = "empty" if not text.strip() else "duplicate" if digest in seen else None
             except UnicodeError:
-                dropped["invalid UTF-8"] += 1
-                continue
-            except (ValueError, KeyError, TypeError, AttributeError):
-                dropped["no text field"] += 1
-                continue
-            if not text.strip():
-                dropped["empty"] += 1
-                continue
-            digest = text_hash(text)
-            if digest in seen:
-                dropped["duplicate"] += 1
-                continue
-            seen.add(digest)
-            yield text
+                reason = "invalid UTF-8"
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                reason = "no text field"
+            if reason:
+                dropped[reason].append(path)
+            else:
+                seen.add(digest)
+                yield text
 
 
 def text_hash(text: str) -> int:
@@ -229,9 +264,20 @@ def validation_side(hashes: set, val_fraction: float) -> set:
 
 
 def held_out(texts, val_fraction: float) -> set:
-    """Those of the texts that prepare() holds out."""
+    """Those of the texts that validation_side holds out."""
     by_hash = {text_hash(text): text for text in texts}
     return {by_hash[h] for h in validation_side(set(by_hash), val_fraction)}
+
+
+def split_documents(sizes: dict, val_fraction: float) -> tuple[set, set]:
+    """{hash of a document: its bytes} -> the hashes of those that are held out, and of those that are cut in two.
+
+    About val_fraction of the bytes is held out. A document that is twice as large as that is cut: its end is held out.
+    Of the others each is on the side that its own hash says.
+    """
+    cut = {h for h, size in sizes.items() if size > 2 * val_fraction * sum(sizes.values()) > 0}
+    small = set(sizes) - cut
+    return {h for h in validation_side(small, val_fraction) if not cut or h % 10**6 < val_fraction * 10**6}, cut
 
 
 def knowledge_cutoff(sources, files) -> str:
@@ -455,8 +501,7 @@ def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fracti
 
     out: default data/NAME-KEY, KEY a fingerprint of files and settings. A folder already prepared from the same is
     used as it is; one that holds something else is refused. The work is done in a temporary folder that is renamed at
-    the end. A document's side is decided by its own hash, so it is the same whatever else there is and in whatever
-    order; if that leaves a side empty, one document goes there, and a lone document is cut in two at a line end.
+    the end. A document's side is decided by its own hash, so it does not depend on the order; see split_documents.
     tokenizer: used, and saved, instead of training one of vocab_size (a model that goes on training keeps its own).
     Raises DataError.
     """
@@ -492,31 +537,36 @@ def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fracti
 def write_tokens(folder, files, tokenizer, vocab_size, val_fraction, sample_bytes, shard_tokens, log) -> dict:
     """Tokenizer and shards of both splits into `folder`; returns what the manifest says of them."""
     # pass 1: what is there, and which side each document is on
-    dropped = Counter()
-    hashes = {text_hash(text): len(text.encode()) for text in read_documents(files, dropped)}
-    if not hashes:
-        raise DataError(f"{files[0]}{' ...' * (len(files) > 1)}: sources must hold text, dropped: {dict(dropped)}")
-    lone = len(hashes) == 1
-    val = validation_side(set(hashes), val_fraction)
+    dropped_files = defaultdict(list)
+    sizes = {text_hash(text): len(text.encode()) for text in read_documents(files, dropped_files)}
+    dropped = {reason: len(paths) for reason, paths in dropped_files.items()}
+    if not sizes:
+        raise DataError(f"{files[0]}{' ...' * (len(files) > 1)}: sources must hold text, dropped: {dropped}")
+    for reason, paths in dropped_files.items():
+        names = ", ".join(map(str, sorted(set(paths))[:3]))
+        log(f"left out: {len(paths):,} {reason}: {names}{', ...' * (len(set(paths)) > 3)}")
+    val, cut = split_documents(sizes, val_fraction)
 
     def documents(split):
-        for text in read_documents(files, Counter()):
-            if lone:
-                cut = text.find("\n", int(len(text) * (1 - val_fraction))) + 1 or len(text)
-                if part := text[:cut] if split == "train" else text[cut:]:
-                    yield part
-            elif (text_hash(text) in val) == (split == "val"):
-                yield text
+        for text in read_documents(files, defaultdict(list)):
+            digest = text_hash(text)
+            if digest in cut:                              # at a line end, if there is one in what would be held out
+                start = int(len(text) * (1 - val_fraction))
+                end_of_line = text.find("\n", start, len(text) - 1) + 1 or start
+                if part := text[:end_of_line] if split == "train" else text[end_of_line:]:
+                    yield digest, part
+            elif (digest in val) == (split == "val"):
+                yield digest, text
 
     # pass 2: the tokenizer, from training documents alone, those of smallest hash up to sample_bytes
     if tokenizer is None:
         chosen, total = set(), 0
-        for h in sorted(hashes.keys() - val):
+        for h in sorted(sizes.keys() - val):
             chosen.add(h)
-            total += hashes[h]
+            total += sizes[h]
             if total >= sample_bytes:
                 break
-        tokenizer = Tokenizer.train((t for t in documents("train") if lone or text_hash(t) in chosen), vocab_size)
+        tokenizer = Tokenizer.train((t for h, t in documents("train") if h in chosen), vocab_size)
         log(f"tokenizer: {tokenizer.vocab_size} pieces from {total / 1e6:.1f} MB")
     tokenizer_file = tokenizer.save(folder)
 
@@ -525,7 +575,7 @@ def write_tokens(folder, files, tokenizer, vocab_size, val_fraction, sample_byte
     dtype, splits = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32, {}
     for split in ("train", "val"):
         counts, shards, buffer, num_buffered = Counter(), [], [], 0
-        for text in itertools.chain(documents(split), [None]):            # None: the end
+        for text in itertools.chain((text for _, text in documents(split)), [None]):       # None: the end
             if text is not None:
                 ids = [begin]
                 for part in split_text(text, 2**20):                      # not all of a huge file at once
@@ -543,7 +593,7 @@ def write_tokens(folder, files, tokenizer, vocab_size, val_fraction, sample_byte
         log(f"{split}: {counts['documents']:,} documents, {counts['bytes'] / 1e6:.2f} MB, {counts['tokens']:,} tokens")
 
     content = [(split, s["file"], s["tokens"], s["crc32"]) for split in splits for s in splits[split]["shards"]]
-    return {"dropped": dict(dropped), "splits": splits,
+    return {"dropped": dropped, "splits": splits,
             "tokenizer": {"file": tokenizer_file, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
             "fingerprint": hashlib.sha256(repr((tokenizer.sha256, content)).encode()).hexdigest()}
 
@@ -651,6 +701,10 @@ class Loader(Batches):
     def __init__(self, path, *, verify: bool = True, **layout):
         super().__init__(path, **layout)
         self.manifest = read_sealed(self.path / "manifest.json", "tokens")
+        with fields_of(self.path / "manifest.json"):
+            self.open(verify)
+
+    def open(self, verify: bool):
         self.vocab_size = self.manifest["tokenizer"]["vocab_size"]
         self.tokenizer = load_tokenizer(self.path / self.manifest["tokenizer"]["file"])
         if self.tokenizer.sha256 != self.manifest["tokenizer"]["sha256"]:
@@ -794,11 +848,7 @@ def write_checkpoint(folder, pieces, meta: dict, *, group=None):
             if (entry["shape"], entry["dtype"]) != (shape, dtype):
                 raise DataError(f"{name}: its pieces must agree on shape and dtype, got {entry['shape']} and {shape}")
             entry["pieces"].append(piece)
-        for name, entry in tensors.items():
-            boxes = [piece["box"] for piece in entry["pieces"]]
-            covered = sum(math.prod(stop - start for start, stop, _ in box) for box in boxes)
-            if covered != math.prod(entry["shape"]) or any_overlap(boxes):
-                raise DataError(f"{name}: its pieces must tile {entry['shape']} once, they hold {covered} elements")
+        check_tiling(tensors)
         write_sealed(temporary / "manifest.json",
                      {"kind": "checkpoint", "version": FORMAT_VERSION, "meta": meta, "tensors": tensors})
         os.rename(temporary, folder)
@@ -836,6 +886,17 @@ def check_box(name: str, box, shape):
         raise DataError(f"{name}: box must be (start, stop, size) within shape {list(shape)}, got {box}")
 
 
+def check_tiling(tensors: dict):
+    """Every tensor of a manifest is covered once by its pieces."""
+    for name, entry in tensors.items():
+        all_boxes = [piece["box"] for piece in entry["pieces"]]
+        for box in all_boxes:
+            check_box(name, box, entry["shape"])
+        covered = sum(math.prod(stop - start for start, stop, _ in box) for box in all_boxes)
+        if covered != math.prod(entry["shape"]) or any_overlap(all_boxes):
+            raise DataError(f"{name}: its pieces must tile {entry['shape']} once, they hold {covered} elements")
+
+
 def overlap(a, b):
     """The intersection of two boxes as ((start, stop), ...), or None."""
     both = tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in zip(a, b, strict=True))
@@ -863,8 +924,14 @@ class Reader:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        manifest = read_sealed(self.folder / "manifest.json", "checkpoint")
-        self.meta, self.tensors, self.headers = manifest["meta"], manifest["tensors"], {}
+        path = self.folder / "manifest.json"
+        manifest = read_sealed(path, "checkpoint")
+        with fields_of(path):
+            self.meta, self.tensors, self.headers = dict(manifest["meta"]), manifest["tensors"], {}
+            try:
+                check_tiling(self.tensors)
+            except DataError as error:
+                raise DataError(f"{path}: {error}") from None
 
     def names(self) -> list[str]:
         return list(self.tensors)
@@ -946,13 +1013,13 @@ class Checkpoints:
         the newest ones is usable(meta), but an older one is, the newer are put aside too. Raises DataError if there are
         damaged ones alone. Saves that were killed are removed."""
         def find():
-            for stale in self.folder.glob(".*.tmp"):
+            for stale in self.folder.glob(".step-*.tmp"):
                 shutil.rmtree(stale)
             reader, damaged = newest_checkpoint(self.folder)
             if reader is not None and not usable(reader.meta):
                 older, damaged_too = newest_checkpoint(self.folder, usable)
                 if older is not None:
-                    for path in (p for p in self.folder.glob("step-*") if p > older.folder and p not in damaged_too):
+                    for path in (p for p in step_folders(self.folder) if p > older.folder and p not in damaged_too):
                         path.rename(path.with_name(f"unused-{path.name}-{int(time.time())}"))
                         print(f"checkpoint put aside, the run goes on from an earlier one: {path}")
                     reader, damaged = older, damaged_too
@@ -975,7 +1042,7 @@ class Checkpoints:
 
     def prune(self):
         losses, kept = {}, set()
-        for path in sorted(self.folder.glob("step-*")):
+        for path in step_folders(self.folder):
             with contextlib.suppress(DataError):                                     # damaged since: left alone
                 meta = Reader(path).meta
                 evaluated = meta["evaluation"] and meta["evaluation"]["step"] == meta["step"]
@@ -984,7 +1051,7 @@ class Checkpoints:
         best = min(losses, key=losses.get)
         for path in list(losses)[:-self.keep]:
             if path not in kept and (path != best or losses[path] == math.inf):
-                shutil.rmtree(path)
+                shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")))     # whole or, after a kill, stale
 
     def load(self, optimizer, reader: Reader):
         """Masters and states of what this rank updates; no more of a tensor is read than that."""
@@ -1003,13 +1070,20 @@ class Checkpoints:
                     optimizer.state[p][key] = reader.read(name, ()).to(p.device) if whole else read(name)
 
 
+def step_folders(folder) -> list[Path]:
+    """The checkpoints' folders, step-00000400, oldest first; a copy under another name is not ours."""
+    return sorted(path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name))
+
+
 def newest_checkpoint(folder, usable=lambda meta: True) -> tuple[Reader | None, dict]:
     """The newest intact checkpoint step-* under `folder` that is usable(meta), verified; and {path: what is wrong} of
     damaged newer ones."""
     damaged = {}
-    for path in sorted(Path(folder).glob("step-*"), reverse=True):
+    for path in reversed(step_folders(folder)):
         try:
             reader = Reader(path)
+            if reader.meta.get("step") != int(path.name[5:]):
+                raise DataError(f"{path}: must hold the step of its name, it holds {reader.meta.get('step')!r}")
             if usable(reader.meta):
                 reader.verify()
                 return reader, damaged

@@ -63,7 +63,7 @@ import re
 import runpy
 import sys
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -676,14 +676,16 @@ def main(argv):
                                                                          "(default %(default)s)")
     parser.add_argument("--max-chars", type=int, default=600, help="longest row (default %(default)s)")
     args = parser.parse_args(argv)
-    out, dropped = Path(args.out), Counter()
+    out, dropped_files = Path(args.out), defaultdict(list)
     try:
         if out.name == "prompts.jsonl":
             raise RowError(f"{out}: out must have another name, prompts.jsonl is written in the same folder")
-        documents = list(data.read_documents(data.source_files(args.sources), dropped))
-        held_out = data.held_out(documents, args.val_fraction)
-        rows, prompts, dropped_rows = instructions(documents, held_out, args.max_chars)
-        dropped += dropped_rows
+        documents = list(data.read_documents(data.source_files(args.sources), dropped_files))
+        val, _ = data.split_documents({data.text_hash(text): len(text.encode()) for text in documents},
+                                      args.val_fraction)
+        held_out = {text for text in documents if data.text_hash(text) in val}
+        rows, prompts, dropped = instructions(documents, held_out, args.max_chars)
+        dropped.update({reason: len(paths) for reason, paths in dropped_files.items()})
         if not rows:
             raise RowError(f"{out}: sources must hold functions with docstrings, dropped: {dict(dropped)}")
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -701,7 +701,8 @@ def open_data(c: Config, world: parallel.World):
         if Path(c.data, "manifest.json").exists():
             return Path(c.data)
         print(f"data       preparing {c.data}", flush=True)
-        return data.prepare(c.data.split(","), vocab_size=c.vocab_size, tokenizer=tokenizer,
+        sources = [c.data] if Path(c.data).exists() else c.data.split(",")
+        return data.prepare(sources, vocab_size=c.vocab_size, tokenizer=tokenizer,
                             log=lambda line: print("           " + line, flush=True))
 
     shape = dict(micro_batch_size=c.micro_batch_size, seq_len=c.seq_len)

@@ -122,11 +122,11 @@ def test_where_no_mark_begins_a_document_the_one_that_ends_the_last_does(tmp_pat
     assert data.first_id(SimpleNamespace(bos_id=None, eos_id=7)) == 7
     assert data.first_id(SimpleNamespace(bos_id=0, eos_id=7)) == 0
     monkeypatch.setattr(data, "first_id", lambda tokenizer: tokenizer.eos_id)
-    for i in range(6):
+    for i in range(6):                                      # each is larger than a tenth, so its end is held out
         (tmp_path / f"{i}.txt").write_text(f"document {i} and some of its words\n" * 20)
     loader = data.Loader(data.prepare([tmp_path], tmp_path / "out", 320), micro_batch_size=1, seq_len=64)
     (ids,), t = loader.shards, loader.tokenizer
-    assert ids[0] == t.eos_id and (ids == t.eos_id).sum() == 5 and not (ids == t.bos_id).any() and ids[-1] != t.eos_id
+    assert ids[0] == t.eos_id and (ids == t.eos_id).sum() == 6 and not (ids == t.bos_id).any() and ids[-1] != t.eos_id
     for place in range(loader.num_windows):
         batch = loader.batch([place])
         assert (batch["targets"] >= 0).all()
@@ -170,19 +170,35 @@ def test_what_is_dropped_is_counted_and_the_manifest_says_all(tmp_path):
     assert bytes_in == m["splits"]["train"]["bytes"] + m["splits"]["val"]["bytes"]
 
 
-def test_one_document_is_cut_and_two_are_one_each(tmp_path):
+def test_the_end_of_a_large_document_is_held_out(tmp_path):
     text = "".join(f"line {i} of the only file, which is rather long\n" for i in range(400))
     (tmp_path / "one.txt").write_text(text)
     out = data.prepare([tmp_path / "one.txt"], tmp_path / "out", 320)
     (train,), (val,) = texts(out, "train"), texts(out, "val")
     assert train + val == text and 0.03 < len(val) / len(text) < 0.05 and train.endswith("\n")
-    (tmp_path / "two.txt").write_text("something else entirely " * 50)
+    # without a line end anywhere, it is cut there; a note beside a book changes nothing
+    endless = "something else entirely " * 400
+    (tmp_path / "two.txt").write_text(endless)
+    (tmp_path / "note.txt").write_text("a short note\n")
     out = data.prepare([str(tmp_path / "*.txt")], tmp_path / "out2", 320)
-    assert len(texts(out, "train")) == len(texts(out, "val")) == 1
+    train, val = texts(out, "train"), texts(out, "val")
+    assert set(train + val) - {"a short note\n"} == {text[:text.index(val[0])], val[0], endless[:9120], endless[9120:]}
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 10, 15, 25, 60])
+def test_about_the_fraction_asked_for_is_held_out_by_bytes(count):
+    """Documents whose sizes are as uneven as those of files are: the largest is a third, the next a ninth of all."""
+    for seed in range(200):
+        rng = random.Random(seed)
+        sizes = {rng.getrandbits(64): 1 + int(1e6 / 3 ** min(i, 12) * rng.uniform(0.5, 2)) for i in range(count)}
+        val, cut = data.split_documents(sizes, 0.05)
+        assert not val & cut and max(sizes, key=sizes.get) in cut
+        share = (sum(sizes[h] for h in val) + 0.05 * sum(sizes[h] for h in cut)) / sum(sizes.values())
+        assert 0.03 < share < 0.22, (seed, share)
 
 
 def test_a_given_tokenizer_is_kept(tmp_path, tokenizer):
-    source = write_corpus(tmp_path / "src", 8)
+    source = write_corpus(tmp_path / "src", 30)
     out = data.prepare([source], tmp_path / "out", tokenizer=tokenizer)
     one = data.Loader(out, micro_batch_size=1, seq_len=16)
     assert one.tokenizer.proto == tokenizer.proto and one.vocab_size == 512
@@ -209,12 +225,14 @@ def test_a_failed_preparation_does_not_stand_in_the_way(tmp_path):
     assert visible(tmp_path) == ["out", "src"] and not list(tmp_path.glob(".*.tmp"))
 
 
-def test_both_sides_have_a_document(tmp_path):
-    for n in range(2, 12):
+def test_both_sides_have_text(tmp_path):
+    for n in (2, 3, 7, 12):
         source = write_corpus(tmp_path / f"src{n}", n)
-        out = data.prepare([source], tmp_path / f"out{n}", 320, val_fraction=0.999 if n % 2 else 0.001)
-        train, val = texts(out, "train"), texts(out, "val")
-        assert train and val and len(train + val) == n
+        for fraction in (0.001, 0.999):
+            out = data.prepare([source], tmp_path / f"out{n}-{fraction}", 320, val_fraction=fraction)
+            train, val = texts(out, "train"), texts(out, "val")
+            assert train and val and Counter("".join(train + val)) == Counter(
+                "".join(path.read_bytes().decode() for path in source.iterdir()))
 
 
 def test_text_without_line_ends_trains_and_survives(tmp_path):
@@ -224,7 +242,7 @@ def test_text_without_line_ends_trains_and_survives(tmp_path):
     out = data.prepare([str(tmp_path / "*.*")], tmp_path / "out", 400, val_fraction=0.3)
     t = data.Tokenizer(out / "tokenizer.model")
     line = (tmp_path / "line.txt").read_text()
-    assert line in texts(out, "train") + texts(out, "val")
+    assert line == "".join(part for split in ("train", "val") for part in texts(out, split) if part[0] < "\x80")
     assert len(t.encode(line)) < len(line) / 2                     # it was learned from
     for size in (1, 7, 1000):
         for text in ("", "a", "ab\n\ncd\n" * 50, line[:5000]):
@@ -243,6 +261,44 @@ def test_prepared_once_and_another_corpus_is_refused(tmp_path):
     with pytest.raises(data.DataError, match="exists"):
         data.prepare([source], tmp_path / "mine", 320)
     assert (out / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_only_what_was_named_is_read(tmp_path, monkeypatch):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a,b.txt").write_text("a file with a comma in its name\n" * 20)
+    for hidden in (".git/config.txt", "texts/.cache.md", ".venv/lib/module.py"):
+        path = tmp_path / hidden
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("hidden\n")
+    for path in ("out/tiny/metrics.jsonl", "out/tiny/card.md", "out/tiny/config.json", "out/tiny/checkpoints/x.txt"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("of a run\n")
+    elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "c.md").write_text("through a link\n")
+    (tmp_path / "texts" / "link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(tmp_path)                                                           # a loop ends
+    monkeypatch.chdir(tmp_path)
+    expected = ["texts/a,b.txt", "texts/link/c.md"]
+    assert [str(p) for p in data.source_files(["."])] == expected
+    assert [str(p) for p in data.source_files(["*"])] == expected
+    assert {p.name for p in data.source_files(["**/*.md"])} == {"c.md"}
+    assert [p.name for p in data.source_files(["texts/a,b.txt"])] == ["a,b.txt"]
+    for empty in ("", " "):
+        with pytest.raises(data.DataError, match="source must be a name of files, got"):
+            data.source_files(["texts", empty])
+
+
+def test_text_is_read_as_it_comes_and_what_is_left_out_is_named(tmp_path):
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\n".join(
+        [json.dumps({"text": "the first line\n" * 40}).encode(), b"[" * 5000 + b"]" * 5000]))
+    (tmp_path / "utf16.txt").write_text("text\n" * 9, encoding="utf-16")
+    (tmp_path / "latin1.txt").write_text("caf\u00e9\n" * 9, encoding="latin-1")
+    said = []
+    out = data.prepare([tmp_path], tmp_path / "out", 320, log=said.append)
+    assert "".join(texts(out, "train") + texts(out, "val")) == "the first line\n" * 40
+    assert f"left out: 2 invalid UTF-8: {tmp_path}/latin1.txt, {tmp_path}/utf16.txt" in said
+    assert f"left out: 1 no text field: {tmp_path}/bom.jsonl" in said
 
 
 @pytest.mark.parametrize("sources, message", [
@@ -512,7 +568,7 @@ def test_safetensors_is_the_oracle(tmp_path):
 def simple_checkpoint(folder, value=1.0):
     data.write_checkpoint(folder, [("w", ((0, 4, 4), (0, 3, 3)), torch.full((4, 3), value)),
                                    ("s", (), torch.tensor(value))],
-                          {"value": value})
+                          {"value": value} | ({"step": int(folder.name[5:])} if folder.name[:5] == "step-" else {}))
     return folder
 
 
@@ -580,6 +636,74 @@ def test_a_disk_that_fails_to_read_is_damage(tmp_path, monkeypatch):
     with pytest.raises(data.DataError, match="rank-00000.safetensors: .* cannot be read .Input/output error"):
         reader.verify()
     assert data.newest_checkpoint(tmp_path)[0] is None
+
+
+def reseal(folder, change):
+    """A manifest with other content and a checksum that fits it."""
+    sealed = json.loads((folder / "manifest.json").read_text())
+    change(sealed["content"])
+    data.write_sealed(folder / "manifest.json", sealed["content"])
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda m: m.pop("meta"), "KeyError: 'meta'"), (lambda m: m.update(meta=3), "TypeError"),
+    (lambda m: m.update(tensors=[]), "AttributeError"), (lambda m: m["tensors"].update(w=None), "TypeError"),
+    (lambda m: m["tensors"]["w"].pop("pieces"), "KeyError: 'pieces'"),
+    (lambda m: m["tensors"]["w"].update(shape="4 x 3"), "box must be .start, stop, size. within shape"),
+    (lambda m: m["tensors"]["w"].update(shape=[4, 4]), "box must be .start, stop, size. within shape"),
+    (lambda m: m["tensors"]["w"].update(pieces=[]), r"w: its pieces must tile \[4, 3\] once, they hold 0"),
+    (lambda m: m["tensors"]["w"]["pieces"].extend(m["tensors"]["w"]["pieces"]), "once, they hold 24"),
+    (lambda m: m["tensors"]["w"]["pieces"][0].update(box=[[0, 2]]), "ValueError"),
+    (lambda m: m["tensors"]["w"]["pieces"][0].update(box=[[0, "4", 4], [0, 3, 3]]), "TypeError")], ids=range(11))
+def test_a_manifest_that_a_person_changed_is_named(tmp_path, change, message):
+    folder = simple_checkpoint(tmp_path / "step-00000001")
+    reseal(folder, change)
+    with pytest.raises(data.DataError, match=f"step-00000001/manifest.json: .*{message}") as error:
+        data.Reader(folder)
+    assert "\n" not in str(error.value)
+    reader, damaged = data.newest_checkpoint(tmp_path)
+    assert reader is None and list(damaged) == [folder]
+
+
+@pytest.mark.parametrize("change", [
+    lambda m: m.pop("tokenizer"), lambda m: m.update(splits=[]), lambda m: m["splits"]["train"].update(shards=7),
+    lambda m: m["tokenizer"].update(file=None), lambda m: m["splits"]["train"]["shards"][0].pop("file")], ids=range(5))
+def test_a_prepared_folder_that_a_person_changed_is_named(corpus, tmp_path, change):
+    folder = copy_corpus(corpus, tmp_path / "text")
+    reseal(folder, change)
+    with pytest.raises(data.DataError, match="text/manifest.json: a field is missing or of another type") as error:
+        loader(folder)
+    assert "\n" not in str(error.value)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(data.DataError, match="its manifest.json is missing: prepare it again"):
+        data.source_files([folder])
+
+
+def test_a_checkpoint_holds_the_step_of_its_name_and_copies_are_not_touched(tmp_path):
+    for step in (2, 4):
+        simple_checkpoint(tmp_path / f"step-{step:08d}", step)
+    data.shutil.copytree(tmp_path / "step-00000004", tmp_path / "step-00000006")
+    data.shutil.copytree(tmp_path / "step-00000004", tmp_path / "step-00000004.mybackup")
+    (tmp_path / ".notes.tmp").mkdir()
+    (tmp_path / ".step-00000001.tmp").mkdir()                                   # a rotation that was killed
+    reader, damaged = data.newest_checkpoint(tmp_path)
+    assert reader.meta["value"] == 4
+    assert "must hold the step of its name, it holds 4" in damaged[tmp_path / "step-00000006"]
+    checkpoints = data.Checkpoints(tmp_path, keep=1)
+    assert checkpoints.newest().folder.name == "step-00000004"
+    for folder in data.step_folders(tmp_path):
+        reseal(folder, lambda m: m["meta"].update(evaluation=None))
+    checkpoints.prune()
+    left = {path.name.split("-00000006-")[0] for path in tmp_path.iterdir()}
+    assert left == {"step-00000004", "step-00000004.mybackup", ".notes.tmp", "damaged-step"}
+
+
+def test_a_log_that_a_person_edited_goes_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\n{"loss": 2}\n[1]\n7\n{"step": "x"}\n{"step": 2, "loss": 3.0}\n'
+                     b'{"step": 3}\n{"st')
+    data.open_metrics(path, 2).close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2, "loss": 3.0}\n'
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "corpus"])
