@@ -783,7 +783,9 @@ class Run:
         self.checkpoints = data.Checkpoints(self.folder / "checkpoints", c.keep_checkpoints, group=world.host,
                                             first=world.first)
         path = self.folder / "config.json"
-        not_shorter = not path.exists() or c.steps >= json.loads(path.read_text()).get("steps", 0)
+        not_shorter = True
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):     # absent, or edited: it is written anew
+            not_shorter = c.steps >= json.loads(path.read_text())["steps"]
         reader = self.checkpoints.newest(lambda meta: not_shorter and not refusal(c, meta, loader))
         read_start, self.parent_card = None, reader.meta.get("parent_card", {}) if reader else {}
         if c.init_from and (reader is None or c.objective == "rl"):
@@ -1141,6 +1143,8 @@ def open_run(folder: str, c: Config, flag: str = "out") -> tuple:
 def use(c: Config, world: parallel.World) -> int:
     """--sample, --chat, --pairs, --probe, --export, --quantize: with the newest checkpoint in --out, which says what
     model it is."""
+    if c.quantize is not None and c.data != Config.data:
+        raise BadInput(f"data must be left out with --quantize, which reads the run's own text, got {c.data}")
     if c.quantize is not None and world.size > 1:
         raise BadInput(f"quantize must be left to one process, there are {world.size}")
     if world.rank != 0:
@@ -1161,7 +1165,7 @@ def use(c: Config, world: parallel.World) -> int:
         if saved.objective == "rl":
             raise BadInput(f"quantize must be given a run with answers to calibrate on, {c.out} has prompts alone")
         model = Model(saved, world, reader.read)
-        quantize(model, c.quantize, saved, world)
+        quantize(model, c.quantize, saved, world, reader.meta["loader"]["fingerprint"])
         gpt = model.chunks[0]
     else:
         gpt = make_stage(saved, world.device, read=reader.read)
@@ -1232,9 +1236,11 @@ def probe(newest: data.Reader, tokenizer, c: Config, world: parallel.World):
     finetune.probe(models, ask, tokenizer, begin, card["knowledge_cutoff"], corpus, unseen)
 
 
-def quantize(model: Model, fmt: str, c: Config, world: parallel.World):
+def quantize(model: Model, fmt: str, c: Config, world: parallel.World, fingerprint: str):
     """The weights become integers, by GPTQ on 64 windows of the training text; print what that saves and costs."""
     loader, val = open_data(c, world)
+    if loader.manifest["fingerprint"] != fingerprint:
+        raise BadInput(f"quantize must measure on the text that {c.out} was trained on, {loader.path} is another")
     batches = [to_device(next(loader), c, world.device) for _ in range(math.ceil(64 / c.micro_batch_size))]
     calibration = [{name: batch[name] for name in ("tokens", "documents") if name in batch} for batch in batches]
 

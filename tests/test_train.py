@@ -813,3 +813,34 @@ def test_a_gpu_runs_what_a_cpu_runs(corpus, tmp_path, reference, flags, near):
         got = [x["loss"] for x in metrics(tmp_path / "run") if "loss" in x]
         assert got == pytest.approx([x["loss"] for x in metrics(reference) if "loss" in x], abs=near)
         shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000012")
+
+
+def test_a_model_is_measured_on_its_own_text(tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"line {i * i} of a text\n" for i in range(3000)))
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "run"
+
+    def quantize(*flags):
+        with contextlib.redirect_stdout(io.StringIO()) as o, contextlib.redirect_stderr(io.StringIO()) as e:
+            code = train.main(["--out", str(out), "--quantize", "int8", "--device", "cpu", *flags])
+        return code, o.getvalue(), e.getvalue()
+
+    assert run(text, out, "--vocab-size", "512")[0] == 0
+    code, stdout, _ = quantize()
+    assert code == 0 and "validation" in stdout
+    text.write_text(text.read_text() + "one more line\n" * 200)
+    code, stdout, stderr = quantize()
+    assert code == 2 and stderr.count("\n") == 1 and f"must measure on the text that {out} was trained on" in stderr
+    code, stdout, stderr = quantize("--data", str(text))
+    assert code == 2 and "--data must be left out with --quantize" in stderr
+
+
+def test_a_config_that_a_person_edited_is_written_anew(corpus, tmp_path):
+    assert run(corpus, tmp_path / "run")[0] == 0
+    written = (tmp_path / "run" / "config.json").read_text()
+    for edited in ("{", "[1]", '{"steps": "many"}', "{}"):
+        (tmp_path / "run" / "config.json").write_text(edited)
+        code, stdout, _ = run(corpus, tmp_path / "run")
+        assert code == 0 and "is finished" in stdout
+        assert (tmp_path / "run" / "config.json").read_text() == written
