@@ -82,6 +82,10 @@ class DataError(ValueError):
     """Bad sources, shards or checkpoints: one line that names the file, the rule and the value."""
 
 
+class SaveError(DataError):
+    """The disk did not take a checkpoint; those that were there are intact."""
+
+
 # ---- files that are whole or absent ----------------------------------------------------------------------------------
 
 def fsync_folder(path):
@@ -127,13 +131,13 @@ def new_folder(out: Path):
     fsync_folder(out.parent)
 
 
-def open_metrics(path, step: int):
-    """A .jsonl of one line per step, open for the lines to come. Lines after `step` are cut off: a run that was killed
-    wrote more of them than it saved, the last one perhaps torn."""
+def open_metrics(path, keep):
+    """A .jsonl of one object per line, open for the lines to come. Lines that are not keep(object) are cut off: a run
+    that was killed wrote more of them than it saved, the last one perhaps torn."""
     path, lines = Path(path), []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):        # torn, or edited by a person
-            if json.loads(line)["step"] <= step:
+            if keep(json.loads(line)):
                 lines.append(line.decode() + "\n")
     write_atomic(path, "".join(lines))
     return open(path, "a")
@@ -813,12 +817,27 @@ def piece_key(name: str, box) -> str:
     return name if whole else f"{name}[{','.join(f'{start}:{stop}' for start, stop, _ in box)}]"
 
 
+def on_all_ranks(work, group) -> list:
+    """work() on each rank -> the results of all. An OSError on one rank is raised on all, as a SaveError."""
+    try:
+        everyone = [(work(), None)]
+    except OSError as error:
+        everyone = [(None, error.strerror)]
+    if group is not None:
+        mine, everyone = everyone[0], [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(everyone, mine, group=group)
+    for rank, (_, error) in enumerate(everyone):
+        if error:
+            raise SaveError(f"rank {rank}: {error}")
+    return [result for result, _ in everyone]
+
+
 def write_checkpoint(folder, pieces, meta: dict, *, group=None):
     """Write pieces, an iterable of (name, box, tensor), and meta (JSON) as one checkpoint folder. Every rank of
     `group` calls it with the pieces it owns; together they must tile every tensor, which is checked. Whole or absent:
-    a temporary folder, one file a rank, all flushed, manifest last, then the rename. Raises DataError."""
-    distributed = group is not None
-    rank = torch.distributed.get_rank(group) if distributed else 0
+    a temporary folder, one file per rank, all flushed, manifest last, then the rename. Raises DataError, and SaveError
+    on all ranks where the disk failed on one."""
+    rank = torch.distributed.get_rank(group) if group is not None else 0
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.tmp")
     pieces = [(name, tuple(map(tuple, box)), t) for name, box, t in pieces]
@@ -828,33 +847,39 @@ def write_checkpoint(folder, pieces, meta: dict, *, group=None):
             raise DataError(f"{name}: its piece must have the shape of its box {box}, got {list(t.shape)}")
     if folder.exists():
         raise DataError(f"{folder}: a checkpoint must be written to a new folder, this one exists")
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    if distributed:
-        torch.distributed.barrier(group)
-    file = f"rank-{rank:05d}.safetensors"
-    crcs = write_safetensors(temporary / file, {piece_key(name, box): t for name, box, t in pieces})
-    mine = [(name, [size for _, _, size in box], DTYPE_NAMES[t.dtype],
-             {"file": file, "box": box, "crc32": crcs[piece_key(name, box)]}) for name, box, t in pieces]
-    everyone = [mine]
-    if distributed:
-        everyone = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(everyone, mine, group=group)
-    if rank == 0:
+
+    def make_folder():
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+    def write_pieces():
+        file = f"rank-{rank:05d}.safetensors"
+        crcs = write_safetensors(temporary / file, {piece_key(name, box): t for name, box, t in pieces})
+        return [(name, [size for _, _, size in box], DTYPE_NAMES[t.dtype],
+                 {"file": file, "box": box, "crc32": crcs[piece_key(name, box)]}) for name, box, t in pieces]
+
+    def write_manifest():
+        if rank == 0:
+            write_sealed(temporary / "manifest.json",
+                         {"kind": "checkpoint", "version": FORMAT_VERSION, "meta": meta, "tensors": tensors})
+            os.rename(temporary, folder)
+            fsync_folder(folder.parent)
+
+    try:
+        on_all_ranks(make_folder, group)
         tensors = {}
-        for name, shape, dtype, piece in (entry for entries in everyone for entry in entries):
+        for name, shape, dtype, piece in itertools.chain(*on_all_ranks(write_pieces, group)):
             entry = tensors.setdefault(name, {"shape": shape, "dtype": dtype, "pieces": []})
             if (entry["shape"], entry["dtype"]) != (shape, dtype):
                 raise DataError(f"{name}: its pieces must agree on shape and dtype, got {entry['shape']} and {shape}")
             entry["pieces"].append(piece)
         check_tiling(tensors)
-        write_sealed(temporary / "manifest.json",
-                     {"kind": "checkpoint", "version": FORMAT_VERSION, "meta": meta, "tensors": tensors})
-        os.rename(temporary, folder)
-        fsync_folder(folder.parent)
-    if distributed:
-        torch.distributed.barrier(group)
+        on_all_ranks(write_manifest, group)
+    except SaveError as error:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise SaveError(f"{folder}: cannot be written, {error}") from None
 
 
 def boxes(box, lo: int, hi: int):

@@ -125,13 +125,13 @@ class Config:
 
     config: str = runtime("tiny", "named set of defaults")
     # the model, as in model.ModelConfig; 0 derives
-    vocab_size: int = option(2048, "rows of embedding and head; also the tokenizer's pieces")
-    seq_len: int = option(256, "tokens of context, T")
-    n_layer: int = option(4, "blocks")
-    n_head: int = option(4, "query heads", at_least=1)
+    vocab_size: int = option(2048, "rows of embedding and head; also the tokenizer's pieces", at_most=2**24)
+    seq_len: int = option(256, "tokens of context, T", at_least=2, at_most=2**24)
+    n_layer: int = option(4, "blocks", at_least=1, at_most=2**16)
+    n_head: int = option(4, "query heads", at_least=1, at_most=2**16)
     n_kv_head: int = option(0, "key/value heads (0: n_head)")
     head_dim: int = option(0, "dimensions of a head (0: n_embd / n_head)")
-    n_embd: int = option(96, "width of the residual stream, C")
+    n_embd: int = option(96, "width of the residual stream, C", at_least=1, at_most=2**20)
     n_ff: int = option(0, "width of the MLP (0: 8/3 C rounded up to 64 for swiglu, 4 C for gelu)")
     norm: str = option("rmsnorm", "normalisation", ("rmsnorm", "layernorm"))
     position: str = option("rope", "position encoding", ("rope", "learned"))
@@ -156,7 +156,7 @@ class Config:
     document_mask: bool = option(True, "attend within a document only")
     # the optimisation
     steps: int = option(2000, "optimizer steps", at_least=1)
-    global_batch_size: int = option(8, "windows per step, over all ranks and micro-batches", at_least=1)
+    global_batch_size: int = option(8, "windows per step, over all ranks and micro-batches", at_least=1, at_most=2**24)
     lr: float = option(3e-3, "peak learning rate")
     min_lr_ratio: float = option(0.1, "final learning rate / peak", at_most=1)
     warmup_steps: int = option(100, "steps of linear rise")
@@ -351,6 +351,9 @@ def train_step(model: "Model", optimizer, loader, step: int, c: Config, world: p
         total[2:] = sum(losses) / N
     sumsq, stop, loss, *statistics = world.sum(total).tolist()
     norm = math.sqrt(sumsq) / scale if math.isfinite(sumsq) else math.nan
+    if math.isnan(loss) and not N.item():
+        raise data.DataError(f"data must have a target in every batch, that of step {step + 1} has none; "
+                             f"--seq-len is {c.seq_len}")
     found_inf = not (math.isfinite(loss) and math.isfinite(norm))
     # 5. and 6. clip, unscale, update
     if not found_inf:
@@ -375,12 +378,14 @@ def windows_evaluated(loader, c: Config) -> int:
 
 
 @torch.no_grad()
-def forward_passes(model: "Model", loader, windows: int, c: Config, world: parallel.World):
+def forward_passes(model: "Model", loader, windows: int, c: Config, world: parallel.World, asked=()):
     """The first `windows` windows of a split, in micro-batches, each rank its share -> (batch, nll), where the loss is
-    counted."""
+    counted. It ends early when a rank was `asked` to stop."""
     num_batches = math.ceil(windows / (world.mesh.dp * c.micro_batch_size))                     # equal on all ranks
     firsts = [(i * world.mesh.dp + world.mesh.dp_rank) * c.micro_batch_size for i in range(num_batches)]
     for i in range(0, num_batches, 2 * c.pp):            # several at a time, so that all stages of a pipeline have work
+        if any(parallel.gather_objects(bool(asked), world.host)):
+            return
         batches = []
         for first in firsts[i:i + 2 * c.pp]:
             batch = loader.batch(range(first % windows, min(first % windows + c.micro_batch_size, windows)))
@@ -393,12 +398,13 @@ def forward_passes(model: "Model", loader, windows: int, c: Config, world: paral
             yield from zip(batches, nlls, strict=True)
 
 
-def evaluate(model: "Model", loader, c: Config, world: parallel.World) -> dict:
+def evaluate(model: "Model", loader, c: Config, world: parallel.World, asked=()) -> dict | None:
     """Validation loss in nats per target, and bits per byte of text, over the whole split or eval_windows of it. dpo:
-    the loss per pair, the share of pairs that the model ranks right, the mean margin."""
+    the loss per pair, the share of pairs that the model ranks right, the mean margin. None if a rank was asked to stop.
+    """
     token_bytes = torch.from_numpy(loader.tokenizer.token_bytes).to(world.device)
     total = torch.zeros(4, dtype=torch.float64, device=world.device)
-    for batch, nll in forward_passes(model, loader, windows_evaluated(loader, c), c, world):
+    for batch, nll in forward_passes(model, loader, windows_evaluated(loader, c), c, world, asked):
         if c.objective == "dpo":
             total += torch.cat([batch["count"][None], finetune.preference(batch, nll, c)[1]])
         else:
@@ -406,6 +412,8 @@ def evaluate(model: "Model", loader, c: Config, world: parallel.World) -> dict:
             text = token_bytes[batch["targets"].clamp(min=0)] * is_target
             total[:3] += torch.stack([is_target.sum(), nll.double().sum(), text.sum()])
     count, loss, *rest = world.sum(total).tolist()
+    if any(parallel.gather_objects(bool(asked), world.host)):
+        return None
     if c.objective == "dpo":
         return {"val_loss": loss / count, "val_accuracy": rest[0] / count, "val_margin": rest[1] / count}
     # bpb = nats / ln 2 / bytes
@@ -725,15 +733,15 @@ def open_data(c: Config, world: parallel.World):
 
 
 def stop_signals(stack: contextlib.ExitStack) -> list:
-    """A list that Ctrl-C and SIGTERM fill: the step in progress ends, is saved, and the run with it. A second Ctrl-C
-    interrupts at once. (Ranks of --nproc get SIGINT for both; SIGTERM is how their agent ends them.)"""
+    """A list that Ctrl-C, SIGTERM and SIGHUP fill: the step in progress ends, is saved, and the run with it. A second
+    Ctrl-C interrupts at once. (Ranks of --nproc get SIGINT for both; SIGTERM is how their agent ends them.)"""
     received = []
 
     def handler(number, frame):
         received.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    for number in [signal.SIGINT] if launcher_pid() else [signal.SIGINT, signal.SIGTERM]:
+    for number in [signal.SIGINT] if launcher_pid() else [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]:
         stack.callback(signal.signal, number, signal.signal(number, handler))
     return received
 
@@ -754,18 +762,17 @@ def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -
         try:
             while True:
                 if run.is_due(c.eval_interval) or run.step == 0 and c.objective != "pretrain":
-                    run.evaluate()
+                    stopping |= run.evaluate(asked)
                 if run.is_due(c.checkpoint_interval) or run.is_last_before_decay() or stopping:
-                    run.save()
-                if run.step == c.steps:
-                    break
+                    run.save(stopping)
                 if stopping:
                     world.say(f"\nstopped at step {run.step} of {c.steps} and saved; the same command goes on")
                     return 0
+                if run.step == c.steps:
+                    break
                 stopping = run.take_step(asked)
         except FloatingPointError as error:
-            saved = f"the checkpoint of step {run.saved} is intact" if run.saved else "there was no checkpoint yet"
-            world.say(f"step {run.step}: diverged, {error}; {saved}; try a lower --lr than {c.lr}")
+            world.say(f"step {run.step}: diverged, {error}; {run.newest_saved()}; try a lower --lr than {c.lr}")
             return 3
         if world.rank == 0:
             finish(run)
@@ -812,10 +819,12 @@ class Run:
             self.open_objective(read_start)
         self.metrics = None
         if world.rank == 0:
-            data.write_atomic(self.folder / "config.json", json.dumps(dataclasses.asdict(c), indent=1))
-            loader.tokenizer.save(self.folder)
-            last = self.step if reader else -1
-            self.metrics = stack.enter_context(data.open_metrics(self.folder / "metrics.jsonl", last))
+            self.write_identity()
+            # of this step, the evaluation only if the checkpoint has it: else it is made again
+            evaluated = self.evaluation and self.evaluation["step"] == self.step
+            self.metrics = stack.enter_context(data.open_metrics(
+                self.folder / "metrics.jsonl",
+                lambda line: reader and line["step"] <= self.step - ("val_loss" in line and not evaluated)))
         self.bill, (self.peak, self.peak_source) = make_bill(c, world), peak_flops(c, world.device)
         self.first_step = world.step = self.step
         self.began = time.perf_counter() - self.card["wall_seconds"]
@@ -863,13 +872,16 @@ class Run:
     def place(self) -> str:
         return f"step {self.step:>{len(str(self.c.steps))}}/{self.c.steps}"
 
-    def evaluate(self):
-        """Unless the checkpoint that was read holds this step's evaluation."""
+    def evaluate(self, asked: list) -> bool:
+        """Evaluate, unless the checkpoint that was read holds this step's evaluation -> whether it was left because a
+        rank was asked to stop. It is then made after the run has gone on."""
         c, world = self.c, self.world
         if not self.val.num_windows or self.evaluation and self.evaluation["step"] == self.step:
-            return
+            return False
         self.on_phase(self.step, "evaluate")
-        found = evaluate(self.model, self.val, c, world) if c.objective != "rl" else {}
+        found = evaluate(self.model, self.val, c, world, asked) if c.objective != "rl" else {}
+        if found is None:
+            return True
         if self.prompts:
             reward = reward_of_answers(self.model, self.prompts, c, world)
             if c.objective == "rl":                                  # Checkpoints keeps that of the smallest val_loss
@@ -889,12 +901,15 @@ class Run:
                  "reward": "reward {:.3f}", "text_loss": "pre-training text {:.4f}"}
         shown = [name for name in words if name in found and (name, c.objective) != ("val_loss", "rl")]
         world.say(f"{self.place()}  validation " + ", ".join(words[name].format(found[name]) for name in shown))
+        return False
 
-    def save(self):
+    def save(self, stopping: bool):
         """Unless this step is saved already. Weights that are not finite are not saved (the last update of a run has no
         later loss to tell), nor the end of a run whose replicas differ."""
         if self.step == self.saved:
             return
+        if self.step == self.c.steps == self.skipped:
+            raise FloatingPointError("every step was skipped, no weight has changed")
         not_finite = sum((~p.detach().isfinite()).any().double() for p in self.model.parameters())
         if self.world.sum(not_finite).item():
             raise FloatingPointError("a weight is not finite")
@@ -902,12 +917,28 @@ class Run:
             parallel.check_replicas(self.model.parameters(), self.world.host)
         self.on_phase(self.step, "checkpoint")
         self.card = make_card(self)
-        self.checkpoints.save(self.step, self.optimizer, {
-            "step": self.step, "config": dataclasses.asdict(self.c), "loader": self.loader.state_dict(),
-            "card": self.card, "evaluation": self.evaluation, "keep": self.is_last_before_decay(),
-            "parent_card": self.parent_card, "tokenizer_sha256": self.loader.tokenizer.sha256,
-            "loss_scaler": self.scaler and self.scaler.state_dict() | {"skipped": self.skipped}})
+        try:
+            self.checkpoints.save(self.step, self.optimizer, {
+                "step": self.step, "config": dataclasses.asdict(self.c), "loader": self.loader.state_dict(),
+                "card": self.card, "evaluation": self.evaluation, "keep": self.is_last_before_decay(),
+                "parent_card": self.parent_card, "tokenizer_sha256": self.loader.tokenizer.sha256,
+                "loss_scaler": self.scaler and self.scaler.state_dict() | {"skipped": self.skipped}})
+        except data.SaveError as error:
+            if self.step == self.c.steps or stopping:
+                raise
+            self.world.say(f"{self.place()}  {error}; {self.newest_saved()}; the run goes on and tries again")
+            return
         self.saved = self.step
+        if self.world.rank == 0 and not (self.folder / "config.json").exists():             # somebody moved it away
+            self.write_identity()
+
+    def newest_saved(self) -> str:
+        return f"the checkpoint of step {self.saved} is intact" if self.saved else "there was no checkpoint yet"
+
+    def write_identity(self):
+        """What a checkpoint needs beside it: the config, and the tokenizer."""
+        data.write_atomic(self.folder / "config.json", json.dumps(dataclasses.asdict(self.c), indent=1))
+        self.loader.tokenizer.save(self.folder)
 
     def take_step(self, asked: list) -> bool:
         """One update, logged -> whether any rank was asked to stop."""
@@ -1340,6 +1371,7 @@ def derive(c: Config) -> Config:
             (c.objective == "rl" and 4 * c.answer_tokens > c.seq_len,
              f"answer_tokens must be at most seq_len / 4, got {c.answer_tokens} of {c.seq_len}"),
             (c.objective == "dpo" and not c.document_mask, "document_mask must be on with --objective dpo, got off"),
+            (0 < c.temperature < 1e-4, f"temperature must be 0 or at least 1e-4, got {c.temperature}"),
             (0 < c.loss_scale < 2.0**-14, f"loss_scale must be 0 or at least 2**-14, got {c.loss_scale}"),
             (not c.head_dim and c.n_embd % c.n_head,
              f"n_embd must be a multiple of n_head, got {c.n_embd} and {c.n_head}"),
@@ -1375,6 +1407,8 @@ def resolve(c: Config, world: parallel.World) -> Config:
     most = min(64 if c.objective == "rl" else 8, per_rank // (1 if c.pp == 1 else 2 * c.pp))     # keeps a pipeline full
     micro = c.micro_batch_size or max((n for n in range(unit, most + 1, unit) if per_rank % (n * multiple) == 0),
                                       default=unit)
+    if batch % dp:
+        raise BadInput(f"global_batch_size must be a multiple of the {dp} data-parallel ranks, got {batch}")
     if micro % unit:
         raise BadInput(f"micro_batch_size must be a multiple of {unit} with --objective {c.objective}, got {micro}")
     if batch % (micro * dp):
@@ -1462,13 +1496,39 @@ def launcher_pid() -> int | None:
     return int(pid) if name == "train.py" else None
 
 
+class Terminal:
+    """stdout that may lack a character, or go away (a closed terminal, `| head`): the run goes on without it."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def call(self, method, *text):
+        try:
+            return method(*text)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def write(self, text):
+        return self.call(self.stream.write, text)
+
+    def flush(self):
+        return self.call(self.stream.flush)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 def main(argv=None) -> int:
     launcher = launcher_pid()
     if launcher and sys.platform == "linux":                             # a rank does not outlive its launcher
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)                       # PR_SET_PDEATHSIG
         if os.getppid() != launcher:
             return 1
-    code = run_command(sys.argv[1:] if argv is None else argv)
+    with contextlib.redirect_stdout(Terminal(sys.stdout)):
+        code = run_command(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
     if launcher:
         Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_name("code").write_text(str(code))
     return code
@@ -1489,6 +1549,9 @@ def run_command(argv) -> int:
             dry_run(c, world)
             return 0
         return train(c, world)
+    except data.SaveError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 1
     except (BadInput, data.DataError, finetune.RowError) as error:
         first, _, rest = str(error).partition(" ")
         flag = flag_of(first) if first in {f.name for f in fields(Config)} else first

@@ -165,6 +165,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(reference, corpus, tmp_path, int
 def test_stopped_at_an_evaluation_then_killed(reference, corpus, tmp_path):
     out = tmp_path / "run"
     assert child(corpus, out, interrupt=((5, "data"), signal.SIGTERM)) == 0 and steps_saved(out)[-1] == 6
+    assert not [line for line in metrics(out) if "val_loss" in line]                    # left, to be made afterwards
     assert child(corpus, out, interrupt=((7, "data"), 9)) == -9
     assert child(corpus, out) == 0 and metrics(out) == metrics(reference)
 
@@ -844,3 +845,60 @@ def test_a_config_that_a_person_edited_is_written_anew(corpus, tmp_path):
         code, stdout, _ = run(corpus, tmp_path / "run")
         assert code == 0 and "is finished" in stdout
         assert (tmp_path / "run" / "config.json").read_text() == written
+
+
+def test_an_evaluation_is_left_when_a_stop_is_asked_for(reference, corpus, tmp_path):
+    """SIGHUP at its first forward pass: the run saves at once; what it leaves is made when it goes on."""
+    out = tmp_path / "run"
+    assert child(corpus, out, interrupt=((6, "evaluate"), signal.SIGHUP)) == 0
+    assert steps_saved(out) == [4, 6] and [x["step"] for x in metrics(out)] == [1, 2, 3, 4, 5, 6]
+    assert child(corpus, out) == 0 and metrics(out) == metrics(reference)
+
+
+def test_a_full_disk_stops_no_run(reference, corpus, tmp_path, monkeypatch):
+    """The save of step 8 fails: the run says so and goes on. That of the last step fails: exit code 1, one line, and
+    the same command finishes the run."""
+    out, write = tmp_path / "run", data.write_safetensors
+
+    def full(path, *args):
+        if any(f"step-{step:08d}" in str(path) for step in broken):
+            raise OSError(28, "No space left on device")
+        return write(path, *args)
+
+    monkeypatch.setattr(data, "write_safetensors", full)
+    broken = [8, 12]
+    code, stdout, stderr = run(corpus, out)
+    assert "step-00000008: cannot be written, rank 0: No space left on device; the checkpoint of step 4 is intact; " \
+           "the run goes on and tries again" in stdout
+    assert code == 1 and stderr.count("\n") == 1 and "step-00000012: cannot be written" in stderr
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000004"]
+    broken = []
+    assert run(corpus, out)[0] == 0 and metrics(out) == metrics(reference)
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--temperature 1e-40", "--temperature must be 0 or at least 1e-4, got 1e-40"),
+    ("--global-batch-size 4000000000000", "--global-batch-size must be at most 16777216"),
+    ("--n-embd 1000000000000", "--n-embd must be at most 1048576"), ("--n-embd 0", "--n-embd must be at least 1"),
+    ("--n-layer 0", "--n-layer must be at least 1"), ("--seq-len 1", "--seq-len must be at least 2")])
+def test_numbers_at_their_ends_are_one_line(corpus, tmp_path, flags, message):
+    code, _, stderr = run(corpus, tmp_path / "run", *flags.split())
+    assert code == 2 and stderr.count("\n") == 1 and message in stderr and not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_every_step_was_skipped_is_no_model(corpus, tmp_path):
+    """fp16 gradients that overflow at any scale that a few steps reach."""
+    code, stdout, _ = run(corpus, tmp_path / "run", "--precision", "fp16", "--steps", "3", "--loss-scale", "1e30",
+                          "--device", "cpu")
+    assert code == 3 and "every step was skipped" in stdout and steps_saved(tmp_path / "run") == []
+
+
+def test_a_terminal_may_go_away(corpus, tmp_path):
+    """`train.py | head -1`, in a locale without UTF-8: the run goes on to its end."""
+    flags = [sys.executable, str(ROOT / "train.py"), *MINI, "--data", str(corpus), "--out", str(tmp_path / "run")]
+    with subprocess.Popen(flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(60) == 0
+    assert len([line for line in metrics(tmp_path / "run") if "loss" in line]) == 12
