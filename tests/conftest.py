@@ -7,6 +7,7 @@ does not answer in time fails the test, and nobody is left behind.
 """
 
 import atexit
+import json
 import multiprocessing as mp
 import os
 import sys
@@ -125,6 +126,22 @@ def corpus(tmp_path_factory) -> Path:
     library = Path(sysconfig.get_path("stdlib"))
     files = sorted(library.glob("[a-d]*.py"))
     return data.prepare(files, tmp_path_factory.mktemp("corpus") / "text", 512, val_fraction=0.1)
+
+
+@pytest.fixture(scope="session")
+def short_documents(corpus, tmp_path_factory) -> Path:
+    """A prepared folder of single words and lines of code as documents, with corpus's tokenizer: windows differ in how
+    many targets they have, as a document's end has none. A mean of means is then not the mean."""
+    folder = tmp_path_factory.mktemp("short")
+    text = Path(data.__file__).read_text()
+    lines = sorted({*text.split(), *(line for line in text.splitlines() if line.strip())})
+    (folder / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    out = data.prepare([folder / "lines.jsonl"], folder / "text", val_fraction=0.1,
+                       tokenizer=data.Tokenizer(corpus / "tokenizer.model"))
+    batch = data.Loader(out, micro_batch_size=4, seq_len=32).batch(range(64))
+    counts = (batch["targets"] >= 0).sum(1).view(-1, 4)
+    assert len(counts.unique()) > 5 and (counts.sum(1).diff() != 0).float().mean() > 0.7
+    return out
 
 
 @pytest.fixture(scope="session")

@@ -435,6 +435,13 @@ def test_targets_are_the_next_tokens_and_never_cross_a_document(corpus):
     assert b["tokens"].dtype == torch.int64
 
 
+def test_documents_are_counted_window_by_window(short_documents):
+    batch = next(loader(short_documents, micro_batch_size=6))
+    for tokens, documents in zip(batch["tokens"].tolist(), batch["documents"].tolist(), strict=True):
+        expected = list(itertools.accumulate(token == 1 for token in tokens))                          # <s> is 1
+        assert documents == expected and expected[-1] > 3
+
+
 def test_state_is_exact_to_the_next_batch(corpus):
     one = loader(corpus, micro_batch_size=3)
     for _ in range(one.num_windows // 3 + 5):                                # into the second epoch

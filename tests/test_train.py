@@ -340,16 +340,16 @@ PARITY = ["--lr", "0.02", "--grad-clip", "0.2", "--adam-eps", "1e-6"]
 
 
 @pytest.fixture(scope="session")
-def plain(corpus):
-    argv = [*MINI, *PARITY, "--data", str(corpus)]
+def plain(short_documents):
+    argv = [*MINI, *PARITY, "--data", str(short_documents)]
     (losses, weights), (_, _, evaluation) = plain_losses(argv, 5), our_losses(0, 1, argv, 5)
     assert losses[0][1] > 0.3 and losses[-1][0] < losses[0][0] - 0.2                  # it clips, and it learns
     return losses, weights, evaluation
 
 
 @pytest.mark.parametrize("ranks, micro", [(1, 8), (1, 4), (1, 1), (2, 4), (2, 1), (4, 2)])
-def test_ranks_and_micro_batches_give_the_plain_run(corpus, plain, run_ranks, ranks, micro):
-    argv = [*MINI, *PARITY, "--data", str(corpus), "--micro-batch-size", str(micro)]
+def test_ranks_and_micro_batches_give_the_plain_run(short_documents, plain, run_ranks, ranks, micro):
+    argv = [*MINI, *PARITY, "--data", str(short_documents), "--micro-batch-size", str(micro)]
     losses, weights, plain_evaluation = plain
     for ours, our_weights, evaluation in run_ranks(our_losses, ranks, argv, 5):
         for (loss, norm), (our_loss, our_norm) in zip(losses, ours, strict=True):
