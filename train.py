@@ -603,9 +603,16 @@ def parameters_of(optimizer) -> list:
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 def lock_folder(c: Config, stack: contextlib.ExitStack):
-    """out/RUN is of one process at a time."""
+    """out/RUN is of one process at a time. A run that is refused leaves no empty folder."""
+    def remove_if_empty():
+        with contextlib.suppress(OSError):
+            Path(c.out, "checkpoints").rmdir()
+            Path(c.out, ".lock").unlink()
+            Path(c.out).rmdir()
+
     try:
         Path(c.out, "checkpoints").mkdir(parents=True, exist_ok=True)
+        stack.callback(remove_if_empty)
         stack.enter_context(data.locked(Path(c.out, ".lock"), wait=False))
     except BlockingIOError:
         raise BadInput(f"out must not be in use by another run, {c.out} is") from None
@@ -1485,6 +1492,8 @@ def blame(c: Config, codes: dict, said: dict, asked: bool) -> tuple[int, str]:
     if words and Path(c.out).is_dir():
         Path(c.out, f"rank-{rank}.err").write_text(words + "\n")
         kept = f"; see {c.out}/rank-{rank}.err"
+    elif words and not own_lines:
+        kept = f": {words.splitlines()[-1]}"
     how = (f"train.py: rank {rank} was killed by signal {-code}{step}" if code < 0 else
            own_lines[-1] if own_lines else f"train.py: rank {rank} ended with exit code {code}{step}")
     return 1, how + kept
@@ -1526,6 +1535,8 @@ def main(argv=None) -> int:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)                       # PR_SET_PDEATHSIG
         if os.getppid() != launcher:
             return 1
+    if argv is None and not launcher:                                    # until stop_signals: as Ctrl-C, not at once
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with contextlib.redirect_stdout(Terminal(sys.stdout)):
         code = run_command(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

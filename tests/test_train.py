@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -902,3 +903,23 @@ def test_a_terminal_may_go_away(corpus, tmp_path):
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait(60) == 0
     assert len([line for line in metrics(tmp_path / "run") if "loss" in line]) == 12
+
+
+def test_a_refused_run_leaves_no_folder(corpus, tmp_path):
+    code, _, stderr = run(corpus, tmp_path / "run", "--vocab-size", "100")
+    assert code == 2 and "--vocab-size must be at least the 512 of" in stderr and not (tmp_path / "run").exists()
+    (tmp_path / "base").mkdir()
+    code, _, stderr = run(corpus, tmp_path / "run", "--init-from", str(tmp_path / "base"))
+    assert code == 2 and not (tmp_path / "run").exists()
+
+
+def test_sigterm_while_text_is_prepared_is_one_line(tmp_path):
+    (tmp_path / "a.txt").write_text("".join(f"line {i * i} of a text\n" for i in range(100000)))
+    with subprocess.Popen([sys.executable, str(ROOT / "train.py"), *MINI, "--data", "a.txt", "--out", "run"],
+                          cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert b"preparing" in process.stdout.readline()
+        while not list(tmp_path.glob("data/.*.tmp")):
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(60) == 1 and process.stderr.read() == b"train.py: interrupted\n"
+    assert not list(tmp_path.glob("data/.*.tmp")) and not (tmp_path / "run").exists()
