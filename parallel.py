@@ -189,6 +189,25 @@ def find_device(name: str, local_rank: int) -> torch.device:
     return device
 
 
+def ranks_of_environment() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; 0, 1, 0 without them. Raises ValueError."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if not given.keys() & {"RANK", "WORLD_SIZE"}:
+        return 0, 1, 0
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name) and (name in names or given.get("WORLD_SIZE") != "1"):
+            raise ValueError(f"{name} must be set together with {', '.join(given)}, as torchrun does, got "
+                             f"{os.environ.get(name)!r}")
+    for name, value in given.items():
+        if not value.isdecimal():
+            raise ValueError(f"{name} must be a number, got {value!r}")
+    rank, size, local_rank = (int(given.get(name, 0)) for name in names)
+    if rank >= size:
+        raise ValueError(f"RANK must be below WORLD_SIZE, got {rank} and {size}")
+    return rank, size, local_rank
+
+
 class World:
     """This process among all ranks of a run, before anything is split.
 
@@ -205,8 +224,8 @@ class World:
 
     def __init__(self, dp: int = 0, tp: int = 1, pp: int = 1, *, device: str = "auto", timeout: float = 600,
                  fake: bool = False):
-        self.rank, self.size, self.step = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 0
-        self.device = find_device(device, int(os.environ.get("LOCAL_RANK", 0)))
+        self.rank, self.size, local_rank = ranks_of_environment()
+        self.step, self.device = 0, find_device(device, local_rank)
         if fake and self.size == 1:
             self.size = max(1, dp) * tp * pp
         if dist.is_initialized():
@@ -225,7 +244,12 @@ class World:
             dist.init_process_group("fake", rank=0, world_size=self.size, store=FakeStore())
             return
         # torchrun's store outlives its ranks: ranks that start again must not read the addresses of those before them
-        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        try:
+            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        except (dist.DistStoreError, dist.DistNetworkError, OSError, ValueError) as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise ValueError(f"MASTER_ADDR:MASTER_PORT must be where all ranks can meet, {place}: "
+                             f"{str(error).splitlines()[0]:.120}") from None
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=self.rank, world_size=self.size,
                                 device_id=None if self.device.type == "cpu" else self.device)

@@ -1360,7 +1360,9 @@ def derive(c: Config) -> Config:
             for rule, bound in f.metadata["bounds"].items():
                 if not RULES[rule](value, bound):
                     raise BadInput(f"{f.name} must be {rule.replace('_', ' ')} {bound}, got {value}")
-    started, blocked = int(os.environ.get("WORLD_SIZE", 0)), compiling_is_blocked(c)
+    with bad_input():
+        started = parallel.ranks_of_environment()[1] if "RANK" in os.environ else 0
+    blocked = compiling_is_blocked(c)
     for wrong, line in (
             (c.nproc and started not in (0, c.nproc),
              f"nproc must be left out where torchrun started {started} ranks, got {c.nproc}"),

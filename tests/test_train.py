@@ -9,6 +9,7 @@ import os
 import runpy
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -923,3 +924,25 @@ def test_sigterm_while_text_is_prepared_is_one_line(tmp_path):
         process.terminate()
         assert process.wait(60) == 1 and process.stderr.read() == b"train.py: interrupted\n"
     assert not list(tmp_path.glob("data/.*.tmp")) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("environment, message", [
+    ("RANK=3 WORLD_SIZE=2", "RANK must be below WORLD_SIZE, got 3 and 2"),
+    ("RANK=3", "WORLD_SIZE must be set together with RANK, as torchrun does, got None"),
+    ("WORLD_SIZE=2", "RANK must be set together with WORLD_SIZE"),
+    ("RANK= WORLD_SIZE=2", "RANK must be set together with RANK, WORLD_SIZE, as torchrun does, got ''"),
+    ("RANK=0 WORLD_SIZE=two", "WORLD_SIZE must be a number, got 'two'"),
+    ("RANK=-1 WORLD_SIZE=2", "RANK must be a number, got '-1'"),
+    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=", "MASTER_ADDR must be set"),
+    ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=x", "LOCAL_RANK must be a number, got 'x'"),
+    ("RANK=0 WORLD_SIZE=2 MASTER_PORT=TAKEN", "MASTER_ADDR:MASTER_PORT must be where all ranks can meet, 127.0.0.1:")])
+@pytest.mark.parametrize("flags", ["", "--sample hi"])
+def test_an_environment_of_ranks_is_input(corpus, tmp_path, monkeypatch, environment, message, flags):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in [("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29511"),
+                            *(item.split("=") for item in environment.split())]:
+            monkeypatch.setenv(name, value.replace("TAKEN", str(taken.getsockname()[1])))
+        code, _, stderr = run(corpus, tmp_path / "run", *flags.split())
+    assert code == 2 and stderr.count("\n") == 1 and message in stderr, stderr
