@@ -219,7 +219,8 @@ def source_files(sources) -> list[Path]:
                      for p in (files_under(path) if path.is_dir() else [path])]
         found = [p for p in found if p.suffix in SUFFIXES and p.is_file()]
         if not found:
-            prepared = " (its manifest.json is missing: prepare it again)" if list(Path(source).glob("*.bin")) else ""
+            prepared = (" (it holds tokens already)" if Path(source, "manifest.json").exists() else
+                        " (its manifest.json is missing: prepare it again)" if list(Path(source).glob("*.bin")) else "")
             raise DataError(f"source {source!r} must match a {', '.join(SUFFIXES)} file, it matches none{prepared}")
         files.update(found)
     return sorted(files)
