@@ -12,7 +12,7 @@ fluently: hallucination begins here.)
 
     tokens     x_0 x_1 x_2 ... x_{T-1}
     targets    x_1 x_2 x_3 ... x_T                 the same window, one step later; none where x_t is </s>
-    documents  how many <s> so far, a position     attention stays within equal ids
+    documents  of each position: how many <s> the window had so far; attention stays within equal numbers
 
 Bits per byte: loss per token depends on the tokenizer (longer tokens are harder), so runs are compared by
 
@@ -132,8 +132,8 @@ def new_folder(out: Path):
 
 
 def open_metrics(path, keep):
-    """A .jsonl of one object per line, open for the lines to come. Lines that are not keep(object) are cut off: a run
-    that was killed wrote more of them than it saved, the last one perhaps torn."""
+    """A .jsonl of one object per line, open for the lines to come. Lines stay where keep(object) is true. (A killed run
+    has lines of steps after its last checkpoint, which will be done again. The last line may be torn.)"""
     path, lines = Path(path), []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):        # torn, or edited by a person
@@ -260,12 +260,16 @@ def text_hash(text: str) -> int:
 
 
 def validation_side(hashes: set, val_fraction: float) -> set:
-    """Those of the texts' hashes that are held out. Each hash decides for itself, so a text is on the same side
-    whatever else there is. If that leaves a side empty, one goes there; a lone text is for training."""
+    """Those of the texts' hashes that are held out. Each hash decides for itself, so it does not matter what else there
+    is. Only if that leaves validation or training empty, one text is moved there; training comes first."""
     if not 0 <= val_fraction < 1:
         raise DataError(f"val_fraction must be in [0, 1), got {val_fraction}")
-    val = {h for h in hashes if h % 10**6 < val_fraction * 10**6} or set(sorted(hashes)[:val_fraction > 0])
-    return val - {max(hashes)} if val and val == hashes else val
+    val = {h for h in hashes if h % 10**6 < val_fraction * 10**6}
+    if not val and val_fraction > 0:
+        val = set(sorted(hashes)[:1])
+    if val and val == hashes:
+        val = val - {max(hashes)}
+    return val
 
 
 def held_out(texts, val_fraction: float) -> set:
@@ -280,9 +284,12 @@ def split_documents(sizes: dict, val_fraction: float) -> tuple[set, set]:
     About val_fraction of the bytes is held out. A document that is twice as large as that is cut: its end is held out.
     Of the others each is on the side that its own hash says.
     """
-    cut = {h for h, size in sizes.items() if size > 2 * val_fraction * sum(sizes.values()) > 0}
-    small = set(sizes) - cut
-    return {h for h in validation_side(small, val_fraction) if not cut or h % 10**6 < val_fraction * 10**6}, cut
+    limit = 2 * val_fraction * sum(sizes.values())
+    cut = {h for h, size in sizes.items() if 0 < limit < size}
+    val = validation_side(set(sizes) - cut, val_fraction)
+    if cut:                                                    # their ends are held out: no other need be moved there
+        val = {h for h in val if h % 10**6 < val_fraction * 10**6}
+    return val, cut
 
 
 def knowledge_cutoff(sources, files) -> str:
@@ -316,13 +323,14 @@ def join(parts: list[str], piece: str) -> list[str]:
 
 
 def bpe_train(text: str, num_pieces: int) -> list[str]:
-    """The first pieces that BPE learns from a text, in their order.
+    """The first pieces that BPE learns from a text, in their order; fewer if the text has no more. (A piece is its
+    text: the pairs a, aa and aa, a count together, as in SentencePiece.)
 
     >>> bpe_train("aaabdaaabac", 3)
     ['aa', 'aaa', 'aaab']
     """
     parts, pieces = list(text), []
-    for _ in range(num_pieces):
+    while len(parts) > 1 and len(pieces) < num_pieces:
         pairs = Counter(a + b for a, b in itertools.pairwise(parts))
         pieces.append(max(pairs, key=pairs.get))
         parts = join(parts, pieces[-1])
@@ -400,7 +408,7 @@ class Tokenizer:
         sentences = [s for d in documents for s in split_text("".join(c for c in d if c in alphabet), 1000)]
         if not sentences:
             raise DataError("tokenizer: the documents must hold some text, they hold none")
-        for _ in range(2):
+        for _ in range(2):                             # a size that the text cannot fill is refused, naming the largest
             model = io.BytesIO()
             try:
                 sentencepiece.SentencePieceTrainer.train(
@@ -622,7 +630,7 @@ def permute(i: np.ndarray, n: int, key: int) -> np.ndarray:
     """A keyed bijection of 0 .. n-1, evaluated at i (any shape, int64): a shuffle that is computed, in O(1) memory.
 
     Feistel network on 2b bits, 4^b >= n:  (L, R) -> (R, L xor f(R, round key)), invertible whatever f is. An image
-    outside 0 .. n-1 is put through again until it falls inside (at most 4 n candidates, so soon).
+    outside 0 .. n-1 is put through again until it falls inside; since 4^b < 4 n, four tries are enough on average.
     """
     b = max(1, math.ceil(math.log2(max(n, 2)) / 2))
     mask = np.uint64(2**b - 1)
@@ -697,8 +705,8 @@ class Batches:
 class Loader(Batches):
     """Batches from a prepared folder: dict(tokens, targets, documents), each (B, T) int64.
 
-    Windows are numbered in the order of the text. targets are NO_TARGET after a document's end; documents counts the
-    documents begun in a window.
+    Windows are numbered in the order of the text. targets are NO_TARGET after a document's end (where one mark both
+    ends and begins documents, it predicts the next); documents counts the documents begun in a window.
     A start reads headers alone, however large the corpus is. A block of tokens is compared with its checksum when a
     window of it is first read. Raises DataError, naming the file, for anything that is not as it was written.
     """
@@ -742,7 +750,8 @@ class Loader(Batches):
         return ids[start:end]
 
     def text(self, num_windows: int) -> bytes:
-        """The text that an evaluation of the first `num_windows` places scores, in its own order: bytes of targets."""
+        """Bytes of the targets that an evaluation of `num_windows` windows scores. It reads them in a permuted order;
+        here they are in the text's order, so that gzip sees a normal text."""
         batch = self.batch(np.argsort(self.windows(range(num_windows))))
         return b"".join(self.tokenizer.bytes[i] for i in batch["targets"].flatten().tolist() if i >= 0)
 
@@ -884,8 +893,9 @@ def write_checkpoint(folder, pieces, meta: dict, *, group=None):
 
 
 def boxes(box, lo: int, hi: int):
-    """Elements lo ... hi - 1 of a box, counted row by row, as at most 2 ndim - 1 boxes in their order: (box, the
-    elements' first, their end), ..."""
+    """Elements lo ... hi - 1 of a box, counted row by row, as at most 2 ndim - 1 boxes in their order: the rest of a
+    row, whole rows, the beginning of a row. Yields (box, first element, end). Elements 3 ... 13 of a 4 x 4 box are
+    element 3, rows 1 and 2 (4 ... 11), and elements 12 and 13."""
     if lo >= hi:
         return
     if not box:
@@ -1009,8 +1019,8 @@ class Reader:
 
 def owned_pieces(optimizer):
     """(name, box, tensor) of every weight this rank owns, optimizer.owned, and of what the optimizer keeps for it:
-    NAME.exp_avg, ...; a number that all pieces share (NAME.step) is written beside the first. A flat shard is written
-    as boxes. The weight is its float32 master where there is one, and never of a low precision."""
+    NAME.exp_avg, ... A flat shard is written as boxes. A number that is equal on all ranks (NAME.step) is written by
+    the rank that has the weight's first element. The weight is written in float32: its master, where there is one."""
     for p in optimizer.owned:
         lo, hi = getattr(p, "flat", (0, p.numel()))
         parts = list(boxes(p.box, lo, hi))
@@ -1025,7 +1035,8 @@ def owned_pieces(optimizer):
 
 
 class Checkpoints:
-    """The checkpoints of a run, folders step-00000400: the newest `keep`, and the best of those that were evaluated.
+    """The checkpoints of a run, folders step-00000400: the newest `keep`, the best of those that were evaluated, and
+    those whose meta["keep"] is true.
 
     group   all ranks, for what they tell each other of files; None: this process alone
     first   first(work) -> the result of work() on rank 0, on every rank (parallel.World.first)
@@ -1035,9 +1046,9 @@ class Checkpoints:
         self.folder, self.keep, self.group, self.first = Path(folder), keep, group, first
 
     def newest(self, usable=lambda meta: True) -> Reader | None:
-        """The newest intact checkpoint; all ranks agree which. Damaged newer ones are named and put aside. If none of
-        the newest ones is usable(meta), but an older one is, the newer are put aside too. Raises DataError if there are
-        damaged ones alone. Saves that were killed are removed."""
+        """The newest intact checkpoint; all ranks agree which. If it is not usable(meta), but an older one is, that
+        one. Newer ones are put aside, damaged ones named. (If none is usable, the newest: whoever asks says why not.)
+        Raises DataError if there are damaged ones alone. Saves that were killed are removed."""
         def find():
             for stale in self.folder.glob(".step-*.tmp"):
                 shutil.rmtree(stale)

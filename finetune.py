@@ -9,7 +9,8 @@ answer, each with the weights of the one before (Ouyang 2022, arXiv:2203.02155):
     rl         sample answers, reward the good ones      it gets what the reward pays for
 
 All four follow the gradient of a weighted cross entropy. Only the weights w differ, so every stage takes the same
-forward and backward pass, and the same way through tensor, pipeline and data parallelism:
+forward and backward pass, and the same way through tensor, pipeline and data parallelism (but rl, whose ranks each need
+the whole model to sample from):
 
     gradient = d/dtheta of sum_t w_t nll_t / N, with w held fixed                nll_t = -log p(token t | those before)
 
@@ -25,12 +26,15 @@ differ by a margin, and sigmoid(margin) is the probability that the first is cho
     d loss / d nll of a chosen token = beta sigmoid(-margin)               the weight above
 
 Reinforcement learning. An answer is sampled, a program or a judge gives it a number, and the gradient of the expected
-number is E[reward x d log p]. A baseline that does not depend on the answer takes away variance and no mean: here the
-mean reward of the other answers to the same prompt. The price kl_coef per nat keeps p near p_start.
+number is E[reward x d log p]. Subtracting a baseline from the reward takes away variance, and no mean if the baseline
+does not depend on the answer. Here it is the mean reward of a group of G answers to one prompt. The answer itself is
+among them, so the expected gradient is smaller by the factor 1 - 1/G; dividing by the group's spread scales it again.
+The price kl_coef per nat keeps p near p_start.
 
 RLAIF. The preference may come from a model in the place of people: preference_rows with a judge.
 
-Who speaks is told by marks that no text can produce. Only an answer's tokens are targets:
+Marks tell who speaks; where the tokenizer has marks of its own, no text can produce them. Only an answer's tokens are
+targets. A conversation of n ids makes n - 1 inputs and n - 1 targets: its last id, </s>, is a target only.
 
     tokens     <s>  <|user|>  q_1  q_2  <|assistant|>  a_1  a_2   <s> ...  <pad>
     targets     -      -       -    -        a_1       a_2  </s>   -  ...    -
@@ -62,6 +66,7 @@ import numbers
 import re
 import runpy
 import sys
+import sysconfig
 import warnings
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -90,8 +95,9 @@ def reinforce_loss(log_p, advantage):
     return -(advantage * log_p).mean()
 
 
-# The same gradients as weights of tokens. Each is a function (batch, nll (B, T), config) -> weights (B, T), and sums
-# over the batch: the loss, then two statistics. nll comes from a pass without gradient.
+# The same gradients, as weights of tokens. A function takes (batch, nll (B, T), config) and returns two things: the
+# weights (B, T), and a tensor of three sums over the batch, the loss and two statistics (named in OBJECTIVES). nll
+# comes from a pass without gradient.
 
 def preference(batch, nll, c):
     """DPO (Rafailov 2023, arXiv:2305.18290, eq. 7). Rows 2u and 2u + 1 hold the chosen and the rejected answers to the
@@ -100,7 +106,7 @@ def preference(batch, nll, c):
     answer, documents = batch["targets"] >= 0, batch["documents"]
     zeros = torch.zeros_like(batch["reference"])
 
-    def per_answer(x):                                                                   # (B, T) -> (B, documents)
+    def per_answer(x):                                          # sums of an answer's tokens: (B, T) -> (B, documents)
         return zeros.scatter_add(1, documents, (x * answer).to(zeros.dtype))
 
     # margin = beta (log p/p_start (chosen) - log p/p_start (rejected))                        (B/2, documents)
@@ -108,19 +114,20 @@ def preference(batch, nll, c):
     margin = c.beta * (log_ratio[0::2] - log_ratio[1::2])
     # loss = -log sigmoid(margin), whose derivative by a chosen token's nll is beta sigmoid(-margin)
     w = c.beta * torch.sigmoid(-margin)
-    weights = torch.stack((w, -w), dim=1).flatten(0, 1).gather(1, documents) * answer
-    is_pair = per_answer(torch.ones_like(nll))[0::2] > 0
-    return weights.to(nll.dtype), torch.stack([x[is_pair].double().sum() for x in (F.softplus(-margin), margin > 0,
-                                                                                   margin)])
+    of_answer = torch.stack((w, -w), dim=1).flatten(0, 1)      # (B, documents): row 2u has w, row 2u + 1 has -w
+    weights = of_answer.gather(1, documents) * answer          # to the answer's tokens: (B, T)
+    is_pair = per_answer(torch.ones_like(nll))[0::2] > 0       # column 0 and the padding have no target
+    sums = [x[is_pair].double().sum() for x in (F.softplus(-margin), margin > 0, margin)]
+    return weights.to(nll.dtype), torch.stack(sums)
 
 
 def policy_gradient(batch, nll, c):
-    """REINFORCE (Williams 1992) with the baseline of GRPO (arXiv:2402.03300): an answer's reward is compared with those
-    of the other answers to its prompt. The sum of log p - log p_start over an answer is, on average, KL(p, p_start); a
-    token pays for itself and for what it led to."""
+    """REINFORCE (Williams 1992) with the baseline of GRPO (arXiv:2402.03300), Rollouts' advantage. The sum of
+    log p - log p_start over an answer is, on average, KL(p, p_start). A token changes itself and the tokens after it,
+    so its weight has the price of those, and not of the tokens before it."""
     answer = batch["targets"] >= 0
     log_ratio = (batch["reference"] - nll) * answer
-    to_come = log_ratio.flip(1).cumsum(1).flip(1)
+    to_come = log_ratio.flip(1).cumsum(1).flip(1)                              # to_come[t] = sum_{s >= t} log_ratio[s]
     weights = (batch["advantage"][:, None] - c.kl_coef * to_come).to(nll.dtype) * answer
     return weights, torch.stack([x.double().sum() for x in (weights * nll, batch["reward"], log_ratio)])
 
@@ -132,7 +139,7 @@ OBJECTIVES = {"dpo": (preference, ("accuracy", "margin")), "rl": (policy_gradien
 
 # Who speaks is told by marks. Each family of models has its own; a model that goes on training keeps those it knows.
 # name: (before a turn's content, after an assistant's content, after any other's). <|...|> and {eos} are one special
-# token each, the rest is text. The last one needs no marks: for GPT-2, or a tokenizer without them.
+# token each, the rest is text. The last one needs no marks of roles: for GPT-2, say.
 CHAT_FORMATS = {
     "ours":   ("<|{role}|>", "{eos}", ""),
     "chatml": ("<|im_start|>{role}\n", "<|im_end|>\n", "<|im_end|>\n"),
@@ -158,13 +165,14 @@ def chat_format(tokenizer) -> tuple[str, str, str]:
 
 
 def encode_chat(tokenizer, messages, reply: bool = False) -> tuple[list[int], list[bool]]:
-    """[{"role", "content"}, ...] -> (ids, is_answer), one of each a token. is_answer: the tokens that an assistant must
-    produce, its content and the mark that ends its turn. reply: end with the assistant's opening, ready to generate."""
+    """[{"role", "content"}, ...] -> two lists of one length, (ids, is_answer). is_answer: whether the assistant must
+    produce the token, which is in its content or is the mark that ends its turn. reply: end with the assistant's
+    opening, ready to generate."""
     before, after_answer, after_other = chat_format(tokenizer)
     tokens = [] if mark_id(tokenizer, "{bos}") is None else [(tokenizer.bos_id, False)]
 
     def marks(text, answer=False):
-        for part in MARK.split(text):
+        for part in MARK.split(text):                          # text between marks, chatml's \n, is part of no answer
             if MARK.fullmatch(part):
                 yield mark_id(tokenizer, part), answer
             else:
@@ -212,6 +220,7 @@ def conversation(row, objective: str) -> tuple[list[dict], list[str]]:
     need(isinstance(row, dict), "a row must be a JSON object", row)
     need(row.get("split", "train") in ("train", "val"), 'split must be "train" or "val"', row.get("split"))
     fields = {"sft": ["answer"], "dpo": ["chosen", "rejected"], "rl": []}[objective]
+    # a row is a whole conversation whose last message is the answer, or a prompt and its answers; both become turns
     whole = "messages" in row and objective != "dpo"
     need(whole or {"prompt", *fields} <= row.keys(), f"a row of {objective} must have "
          f"{'' if objective == 'dpo' else 'messages, or '}{', '.join(['prompt', *fields])}", list(row))
@@ -275,7 +284,7 @@ class Examples:
                  hold_out=lambda texts: set()):
         self.path, self.seq_len, self.split = Path(path), seq_len, split
         need(objective in ("sft", "dpo", "rl"), "objective must be sft, dpo or rl", objective)
-        self.objective, self.tokenizer, self.vocab_size = objective, tokenizer, tokenizer.vocab_size
+        self.objective, self.tokenizer = objective, tokenizer
         self.rows_together = 2 if objective == "dpo" else 1             # windows that keep together in any order
         try:
             content = self.path.read_bytes()
@@ -449,6 +458,7 @@ class Rollouts:
 
     def __next__(self) -> dict:
         prompts, group = self.prompts, self.c.group_size
+        # the number of this rank's first answer, before next() moves the position
         first = (prompts.position + prompts.dp_rank * prompts.micro_batch_size) * group
         questions = [question for question in next(prompts) for _ in range(group)]
         ids = [prompt for prompt, _ in questions]
@@ -506,8 +516,8 @@ def preference_rows(prompts: Examples, sample, judge=None, most: int = 1200, bat
 
 
 def chat(tokenizer, answer, most_tokens: int):
-    """A conversation on the terminal: each line is a message. The oldest are forgotten when they are more than
-    most_tokens. answer(ids of the conversation, number of the answer) -> text."""
+    """A conversation on the terminal: each line is a message. When it is more than most_tokens, its oldest messages are
+    forgotten, but for the last one. answer(ids of the conversation, number of the answer) -> text."""
     messages = []
     while True:
         try:
@@ -542,7 +552,7 @@ def names_before_and_after() -> dict:
             found["new"].append((place, name))
             names = getattr(module, "__all__", dir(module))
             names = [n for n in names if n[0] != "_" and len(n) > 3 and callable(getattr(module, n))]
-            found["known"] += [(place, n) for n in names[::max(1, len(names) // 3)][:3]]
+            found["known"] += [(place, n) for n in names[::max(1, len(names) // 3)][:3]]        # three of the module's
     return {kind: sorted(set(names)) for kind, names in found.items()}
 
 
@@ -580,19 +590,20 @@ def probe(models, ask, tokenizer, begin: int, cutoff: str, corpus: bytes = b"", 
             names = [name for text in texts if (name := imported_module(text))]
             shares.append(sum(name not in sys.stdlib_module_names for name in names) / max(1, len(names)))
         print(f"  step {step:>8}" + "".join(f"{share:8.1%}" for share in shares))
+    newest = gpt
 
     print(f"\nknowledge cutoff {cutoff}: names after `import MODULE`, nats per byte")
     for kind, names in names_before_and_after().items():
         if names:                                                          # a Python that has all of them knows of none
             prompts = [[begin] + tokenizer.encode(f"import {module}\n\n{module}.") for module, _ in names]
             answers = [tokenizer.encode(name) for _, name in names]
-            nll = nll_per_token(gpt, prompts, answers) * torch.tensor([len(ids) for ids in answers])
+            nll = nll_per_token(newest, prompts, answers) * torch.tensor([len(ids) for ids in answers])
             loss = (nll / torch.tensor([len(name) for _, name in names])).mean()
             whose = "the library that it read" if kind == "known" else "newer Pythons"
             print(f"  functions of {whose:<24} {loss:6.3f}")
 
     if corpus:
-        samples = [sample.encode("utf-8", "replace")[:400] for sample in ask(gpt, "", 8, 160, 1.0)]
+        samples = [sample.encode("utf-8", "replace")[:400] for sample in ask(newest, "", 8, 160, 1.0)]
         print("\nlongest part that stands word for word in the training text, median and most, bytes of 400")
         for name, parts in (("samples", samples), ("held-out text", unseen)):
             copies = sorted((longest_copy(part, corpus) for part in parts), key=len)
@@ -637,8 +648,8 @@ def function_rows(text: str):
 def instructions(documents, held_out: set, max_chars: int = 600) -> tuple[list, list, Counter]:
     """Python files' texts -> rows of sft, the rows' prompts that ask for a function (for rewards), what was dropped.
 
-    A row is on its document's side: documents in held_out make rows of split "val", so a base model that did not read
-    them has read no held-out function. Rows of more than max_chars characters are dropped, so are repeated ones.
+    A row is on its document's side: documents in held_out, which a base model did not read, make rows of split "val".
+    A prompt is on one side alone. Rows of more than max_chars characters are dropped, so are repeated ones.
     """
     dropped, rows, prompts = Counter(), {}, {}
     for text in sorted(documents, key=lambda text: text not in held_out):               # held-out documents first
@@ -653,14 +664,14 @@ def instructions(documents, held_out: set, max_chars: int = 600) -> tuple[list, 
                 dropped["too long"] += 1
             elif (prompt, answer) in rows:
                 dropped["duplicate row"] += 1
-            elif prompts.setdefault(prompt, split) != split:
+            elif prompts.setdefault(prompt, split) != split:                             # where it was seen first
                 dropped["prompt is held out"] += 1
             else:
                 rows[prompt, answer] = split
     chats = [{"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
               "split": split} for (prompt, answer), split in rows.items()]
-    asked = [{"prompt": p, "split": split} for p, split in prompts.items() if p.startswith(WRITE_FUNCTION)]
-    return chats, asked, dropped
+    functions_asked = [{"prompt": p, "split": split} for p, split in prompts.items() if p.startswith(WRITE_FUNCTION)]
+    return chats, functions_asked, dropped
 
 
 # ---- command line and demo -------------------------------------------------------------------------------------------
@@ -741,7 +752,7 @@ def demo():
 
     import data
     with tempfile.TemporaryDirectory() as folder:
-        documents = [path.read_text() for path in sorted(Path(runpy.__file__).parent.glob("[c-d]*.py"))]
+        documents = [path.read_text() for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[c-d]*.py"))]
         rows, prompts, _ = instructions(documents, data.held_out(documents, 0.2))
         Path(folder, "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
         tokenizer = data.Tokenizer.train(documents, 512)
@@ -750,8 +761,8 @@ def demo():
     ids, is_answer = encode_chat(tokenizer, rows[0]["messages"])
     text = tokenizer.decode([i for i, answer in zip(ids, is_answer, strict=True) if answer])
     print(f"\n{len(rows)} rows from {len(documents)} files; the first answer:\n{text}\n")
-    row("its targets, decoded, are the answer", text == rows[0]["messages"][1]["content"], True,
-        text == rows[0]["messages"][1]["content"])
+    same = text == rows[0]["messages"][1]["content"]
+    row("tokens that the assistant must produce, decoded, are the answer", same, True, same)
     filled = sum(len(ids) - 1 for _, sides in examples.examples for ids, _ in sides)
     places = batch["tokens"].numel()
     unpacked = len(examples.examples) * examples.seq_len

@@ -1,4 +1,4 @@
-"""Training: the one file that imports its siblings and wires them into a run.
+"""Training: the file that imports its siblings and wires them into a run.
 
     python train.py                                       `tiny`, on this Python's own library: minutes on two CPU cores
     python train.py --data "my/*.txt" --out out/mine      your text
@@ -10,13 +10,13 @@
 
 Pre-training is one loop, and textbook_loop() below is all of it, for one rank. The rest of the file is the same loop on
 many ranks, with runs that survive being killed. The stages after pre-training (sft, dpo, rl: finetune.py) run through
-the same loop: all follow the gradient of sum_t w_t nll_t / N, and only the weights w of the tokens differ.
+the same loop: all follow the gradient of sum_t w_t nll_t / N, and only the tokens' weights w_t differ.
 
 train_step() does one step, and its comments are numbered: 1. count targets, 2. forward and backward, 3. sum gradients,
-4. one all-reduce of norm and loss, 5. stop or skip if they are not finite, 6. clip and update with AdamW:
+4. one all-reduce of norm and loss, 5. skip the update if they are not finite, 6. else clip and update with AdamW:
 
       m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2           m' = m / (1 - b1^t)      v' = v / (1 - b2^t)
-      w -= lr (m' / (sqrt(v') + eps) + wd w)                       wd: weight decay, on matrices alone
+      p -= lr (m' / (sqrt(v') + eps) + wd p)                       p: a parameter; wd: weight decay, on matrices alone
 
 A step depends on the config, the data, the seed and its number alone. So a checkpoint continues bit for bit on a CPU,
 and on a GPU as far as its kernels are deterministic. The same command again goes on where the run stopped: after Ctrl-C
@@ -76,7 +76,7 @@ def textbook_loop(c: "Config", loader, dtype=torch.float32):
                                ignore_index=data.NO_TARGET)          # model.py: never all logits at once
         loss.backward()                                              # parallel.py: in micro-batches, stages, over ranks
         norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
-        if norm > c.grad_clip > 0:                                   # train_step: one norm over all ranks' pieces
+        if norm > c.grad_clip > 0:                                   # train.py: one norm over the pieces of all ranks
             for p in model.parameters():
                 p.grad *= c.grad_clip / norm
         for group in optimizer.param_groups:
@@ -87,7 +87,8 @@ def textbook_loop(c: "Config", loader, dtype=torch.float32):
 
 
 def decay_groups(model, c: "Config") -> list[dict]:
-    """Weight decay acts on matrices alone. (A shard of a matrix is flat; its box still has two dimensions.)"""
+    """Weight decay acts on matrices, not on biases and norms. p.box (model.py) has the dimensions of the whole
+    parameter, also where p is a flat shard of it."""
     return [{"params": [p for p in model.parameters() if (len(p.box) >= 2) == matrix],
              "weight_decay": c.weight_decay * matrix} for matrix in (True, False)]
 
@@ -107,16 +108,14 @@ def lr_at(step: int, c: "Config") -> float:
 
 # ---- configs ---------------------------------------------------------------------------------------------------------
 
-def option(default, help, choices=None, **bounds):
-    """A field that decides what is learned. bounds: at_least, at_most, above, below; numbers are at least 0 anyway."""
-    return field(default=default, metadata={"help": help, "choices": choices, "bounds": {"at_least": 0} | bounds,
-                                            "affects_training": True})
+def option(default, help, choices=None, *, affects_training=True, **bounds):
+    """A field of Config. affects_training: it decides what is learned, so that a run cannot go on with another value.
+    bounds: at_least, at_most, above, below; numbers are at least 0 anyway."""
+    return field(default=default, metadata={"help": help, "choices": choices, "affects_training": affects_training,
+                                            "bounds": {"at_least": 0} | bounds})
 
 
-def runtime(default, help, choices=None, **bounds):
-    """A field that decides how it is learned: the run may go on with another value."""
-    return field(default=default, metadata=option(default, help, choices, **bounds).metadata | {
-        "affects_training": False})
+runtime = functools.partial(option, affects_training=False)      # how it is learned; and data, compared by its content
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ class Config:
     # the stage
     objective: str = option("pretrain", "the stage of training", ("pretrain", "sft", "dpo", "rl"))
     init_from: str = option("", "begin with this model: the folder of a run, or of a Hugging Face model")
-    beta: float = option(0.1, "dpo: how dear it is to leave the starting model", above=0)
+    beta: float = option(0.1, "dpo: a larger beta keeps the model closer to the starting model", above=0)
     reward: str = option("format", "rl: what an answer is worth (sft, dpo: shown only): parses, format or "
                                    "FILE.py:FUNCTION")
     group_size: int = option(8, "rl: answers per prompt, whose mean reward is the baseline", at_least=2)
@@ -158,7 +157,7 @@ class Config:
     steps: int = option(2000, "optimizer steps", at_least=1)
     global_batch_size: int = option(8, "windows per step, over all ranks and micro-batches", at_least=1, at_most=2**24)
     lr: float = option(3e-3, "peak learning rate")
-    min_lr_ratio: float = option(0.1, "final learning rate / peak", at_most=1)
+    min_lr_ratio: float = option(0.1, "learning rate that the schedule falls towards / peak", at_most=1)
     warmup_steps: int = option(100, "steps of linear rise")
     schedule: str = option("cosine", "after the rise", ("cosine", "wsd"))
     decay_fraction: float = option(0.2, "wsd: share of the steps in the final decay", at_most=1)
@@ -174,7 +173,7 @@ class Config:
     loss_scale: float = option(2.0**16, "fp16: what losses are multiplied by at first (0: no scaling)", below=1e38)
     # how it runs: same result, other cost
     micro_batch_size: int = runtime(0, "windows per forward pass and rank (0: the largest divisor up to 8, rl: 64; "
-                                       "with pp, one that leaves at least 2 x pp micro-batches per step)")
+                                       "with pp, one that leaves 2 x pp micro-batches per step, if there are)")
     recompute: str = runtime("none", "activations computed again in backward", ("none", "selective", "full"))
     attention: str = runtime("auto", "kernel; auto: triton on a GPU, sdpa elsewhere", ("auto", *flash_attn.BACKENDS))
     dp: int = runtime(0, "data-parallel ranks (0: what tp and pp leave of the world)")
@@ -257,7 +256,6 @@ CONFIGS = {
 
 # What a later stage of training changes of a config. lr: the share of the config's learning rate.
 OBJECTIVE_DEFAULTS = {
-    "pretrain": dict(lr=1.0),
     "sft": dict(lr=0.3, steps=400, warmup_steps=20, global_batch_size=16, eval_interval=200, log_interval=20,
                 micro_batch_size=0),
     "dpo": dict(lr=0.03, steps=80, warmup_steps=10, global_batch_size=32, eval_interval=50, log_interval=10,
@@ -283,7 +281,8 @@ def bad_input():
 # ---- rows of a fine-tuning file --------------------------------------------------------------------------------------
 
 class Examples(finetune.Examples, data.Batches):
-    """The rows of a fine-tuning file, in the order and with the state that data.Loader's windows have."""
+    """Batches of a fine-tuning file: finetune.Examples reads rows and makes windows, data.Batches gives them a permuted
+    order, a position and a state."""
 
     def __init__(self, path, tokenizer, *, objective: str, **layout):
         data.Batches.__init__(self, path, **layout)
@@ -303,6 +302,7 @@ def whole_on_each_rank(c: Config, world: parallel.World) -> bool:
 # ---- a step ----------------------------------------------------------------------------------------------------------
 
 def to_device(batch, c: Config, device):
+    """The batch on the device; without --document-mask it has no document ids, and attention sees the whole window."""
     return {name: x.to(device, non_blocking=True) for name, x in batch.items()
             if c.document_mask or name != "documents"}
 
@@ -311,29 +311,30 @@ def train_step(model: "Model", optimizer, loader, step: int, c: Config, world: p
                on_phase=lambda step, phase: None, scaler: precision.LossScaler | None = None):
     """One update -> (loss per target, pair or answer, gradient norm before clipping, whether any rank was `asked` to
     stop, the objective's statistics).
-    A loss or norm that is not finite changes no weight, but the scaler's scale. Raises FloatingPointError if the scale
-    cannot be halved again."""
+    If the loss or the norm is not finite, no weight changes, and the scaler's scale becomes smaller. Raises
+    FloatingPointError if the scale cannot become smaller, DataError for a batch without any target."""
     on_phase(step, "data")
     batches = [to_device(next(loader), c, world.device) for _ in range(c.grad_accum_steps(world.mesh.dp))]
-    # 1. N = targets in the global batch, or its pairs, or answers; w, where it depends on the model
+    # 1. N: how many targets the global batch has (dpo: pairs; rl: answers). In dpo and rl the tokens' weights w_t
+    # depend on the model, so a pass without gradient comes first
     N = parallel.all_reduce(sum(b["count"] if "count" in b else (b["targets"] >= 0).sum() for b in batches),
                             world.mesh.dp_group)
     on_phase(step, "forward_backward")
     weigh, names = finetune.OBJECTIVES.get(c.objective, (None, ()))
     if weigh:
-        sums = []
+        loss_and_statistics = []
         with torch.no_grad():
             nlls = model.run(batches)
         for batch, nll in zip(batches, nlls, strict=True):
             if nll is not None:                                                              # on the last stage
-                batch["weights"], sums_of_batch = weigh(batch, nll, c)
-                sums.append(sums_of_batch)
-    # 2. d/dw of scale sum(w nll) / N, micro-batch by micro-batch
+                batch["weights"], sums = weigh(batch, nll, c)
+                loss_and_statistics.append(sums)
+    # 2. the gradient of scale sum_t w_t nll_t / N by the parameters; micro-batches add up
     scale = scaler.scale if scaler else 1.0
     loss_grad = scale / N.double()
     if c.precision == "fp16":
-        # per token S / N is tiny, and fp16 would round such gradients of logits to 0 before a later factor could help:
-        # so S / N goes into the tokens' weights, and backward starts from 1
+        # the gradient of one token's logits is about scale / N: too small for fp16, it would become 0, and no later
+        # factor could bring it back. So scale / N goes into the tokens' weights, and backward starts from 1
         for batch in batches:
             batch["weights"] = loss_grad * batch.get("weights", torch.ones_like(batch["targets"], dtype=torch.float32))
         loss_grad = torch.ones_like(loss_grad)
@@ -342,20 +343,20 @@ def train_step(model: "Model", optimizer, loader, step: int, c: Config, world: p
     on_phase(step, "reduce")
     model.finish_gradient_synchronization()
     parallel.reduce_partial_gradients(parameters_of(optimizer))
-    # 4. |grad|^2 (of replicas, the lowest rank's alone counts), the wish to stop, loss and statistics
+    # 4. one all-reduce of: squared gradient norm (each piece counted once), ranks that were asked to stop, loss, the
+    # objective's statistics
     total = torch.zeros(3 + len(names), dtype=torch.float64, device=world.device)
     total[0] = parallel.squared_norm(p.grad for p in optimizer.owned)
     total[1] = bool(asked)
     if model.counts_loss:
-        losses = sums if weigh else [nll.double().sum() for nll in nlls]        # per micro-batch (with statistics)
-        total[2:] = sum(losses) / N
+        total[2:] = sum(loss_and_statistics if weigh else [nll.double().sum() for nll in nlls]) / N
     sumsq, stop, loss, *statistics = world.sum(total).tolist()
     norm = math.sqrt(sumsq) / scale if math.isfinite(sumsq) else math.nan
     if math.isnan(loss) and not N.item():
         raise data.DataError(f"data must have a target in every batch, that of step {step + 1} has none; "
                              f"--seq-len is {c.seq_len}")
     found_inf = not (math.isfinite(loss) and math.isfinite(norm))
-    # 5. and 6. clip, unscale, update
+    # 5. skip the update if they are not finite; 6. else clip, unscale, update
     if not found_inf:
         on_phase(step, "update")
         factor = (c.grad_clip / norm if c.grad_clip and norm > c.grad_clip else 1.0) / scale
@@ -377,6 +378,11 @@ def windows_evaluated(loader, c: Config) -> int:
     return min(loader.num_windows, math.ceil((c.eval_windows or loader.num_windows) / together) * together)
 
 
+def any_asked(asked, world: parallel.World) -> bool:
+    """Whether a signal has asked any rank to stop; asked: the signals that this rank has received."""
+    return any(parallel.gather_objects(bool(asked), world.host))
+
+
 @torch.no_grad()
 def forward_passes(model: "Model", loader, windows: int, c: Config, world: parallel.World, asked=()):
     """The first `windows` windows of a split, in micro-batches, each rank its share -> (batch, nll), where the loss is
@@ -384,12 +390,14 @@ def forward_passes(model: "Model", loader, windows: int, c: Config, world: paral
     num_batches = math.ceil(windows / (world.mesh.dp * c.micro_batch_size))                     # equal on all ranks
     firsts = [(i * world.mesh.dp + world.mesh.dp_rank) * c.micro_batch_size for i in range(num_batches)]
     for i in range(0, num_batches, 2 * c.pp):            # several at a time, so that all stages of a pipeline have work
-        if any(parallel.gather_objects(bool(asked), world.host)):
+        if any_asked(asked, world):
             return
         batches = []
         for first in firsts[i:i + 2 * c.pp]:
-            batch = loader.batch(range(first % windows, min(first % windows + c.micro_batch_size, windows)))
-            if first >= windows:       # all ranks must run equally often: one with nothing left reads others, unscored
+            start = first % windows
+            batch = loader.batch(range(start, min(start + c.micro_batch_size, windows)))
+            # all ranks must run equally often: a rank with no windows left reads old ones, without their targets
+            if first >= windows:
                 batch["targets"].fill_(data.NO_TARGET)
                 batch["count"] = torch.tensor(0)
             batches.append(to_device(batch, c, world.device))
@@ -412,7 +420,7 @@ def evaluate(model: "Model", loader, c: Config, world: parallel.World, asked=())
             text = token_bytes[batch["targets"].clamp(min=0)] * is_target
             total[:3] += torch.stack([is_target.sum(), nll.double().sum(), text.sum()])
     count, loss, *rest = world.sum(total).tolist()
-    if any(parallel.gather_objects(bool(asked), world.host)):
+    if any_asked(asked, world):
         return None
     if c.objective == "dpo":
         return {"val_loss": loss / count, "val_accuracy": rest[0] / count, "val_margin": rest[1] / count}
@@ -467,7 +475,7 @@ def compiles(c: Config, device) -> bool:
 
 
 def make_stage(c: Config, device, mesh=None, stage: int = 0, read=None, dtype=None, sync=None) -> net.GPT:
-    """Stage `stage` of the model on the device (of one stage: the model), this rank's part of its width.
+    """Build pipeline stage `stage` on the device; with one stage it is the model. It has this rank's part of a layer.
 
     Weights come by name from keyed_init, or from read(name, box), a checkpoint's Reader.read. dtype: default c.dtype.
     In a low precision the modules get its compute policy. No rank ever holds more than its part; at --zero 3 it holds
@@ -476,7 +484,7 @@ def make_stage(c: Config, device, mesh=None, stage: int = 0, read=None, dtype=No
     dtype = c.dtype if dtype is None else dtype
     low_dtype = dtype if dtype.itemsize == 2 else None
     gpt = meta_stage(c, device, mesh, stage, low_dtype)
-    # the first master copy is the rounded weight, so that a sharded and a whole model start equal
+    # rounded to dtype, then float32 again: float32 masters start from the same values in a sharded and a whole model
     read = read or (lambda name, box: net.keyed_init(name, box, c.seed, c.model).to(dtype).float())
     sharded = c.zero == 3 and sync is not None
     if not sharded:
@@ -797,8 +805,9 @@ class Run:
         self.checkpoints = data.Checkpoints(self.folder / "checkpoints", c.keep_checkpoints, group=world.host,
                                             first=world.first)
         path = self.folder / "config.json"
+        # a wsd run may go back to an older checkpoint to become longer, but not to become shorter than it was
         not_shorter = True
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):     # absent, or edited: it is written anew
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):       # absent or edited: nothing to compare
             not_shorter = c.steps >= json.loads(path.read_text())["steps"]
         reader = self.checkpoints.newest(lambda meta: not_shorter and not refusal(c, meta, loader))
         read_start, self.parent_card = None, reader.meta.get("parent_card", {}) if reader else {}
@@ -827,11 +836,15 @@ class Run:
         self.metrics = None
         if world.rank == 0:
             self.write_identity()
-            # of this step, the evaluation only if the checkpoint has it: else it is made again
             evaluated = self.evaluation and self.evaluation["step"] == self.step
-            self.metrics = stack.enter_context(data.open_metrics(
-                self.folder / "metrics.jsonl",
-                lambda line: reader and line["step"] <= self.step - ("val_loss" in line and not evaluated)))
+
+            def keep(line):
+                """Lines up to the checkpoint's step. Its evaluation only if the checkpoint holds it: else the run makes
+                it again."""
+                return line["step"] < self.step or line["step"] == self.step and (evaluated or "val_loss" not in line)
+
+            self.metrics = stack.enter_context(data.open_metrics(self.folder / "metrics.jsonl",
+                                                                 lambda line: reader and keep(line)))
         self.bill, (self.peak, self.peak_source) = make_bill(c, world), peak_flops(c, world.device)
         self.first_step = world.step = self.step
         self.began = time.perf_counter() - self.card["wall_seconds"]
@@ -895,7 +908,8 @@ class Run:
                 if math.isnan(reward):
                     raise BadInput(f"reward must say something of the prompts in {c.data}, {c.reward} does not")
                 found["val_loss"] = -reward
-            found |= {} if math.isnan(reward) else {"reward": reward}
+            if not math.isnan(reward):
+                found["reward"] = reward
         if self.pretraining_val:
             as_text = dataclasses.replace(c, objective="pretrain", eval_windows=64)
             found["text_loss"] = evaluate(self.model, self.pretraining_val, as_text, world)["val_loss"]
@@ -1013,7 +1027,8 @@ def announcement(run: Run, seconds: float) -> str:
     if c.warmup_steps >= c.steps:
         lines.append(f"           all {c.steps} steps are warm-up: --warmup-steps is {c.warmup_steps}")
     if any(manifest["dropped"].values()):
-        lines.append(f"           left out: {', '.join(f'{n:,} {why}' for why, n in manifest['dropped'].items() if n)}")
+        counts = ", ".join(f"{n:,} {why}" for why, n in manifest["dropped"].items() if n)
+        lines.append(f"           left out, or cut: {counts}")
     if c.init_from:
         lines.append(f"           {c.objective}, begins with the weights of {c.init_from}")
     if epochs > 4 and c.objective == "pretrain":
@@ -1410,14 +1425,16 @@ def join(c: Config) -> parallel.World:
 def resolve(c: Config, world: parallel.World) -> Config:
     """Fill in what depends on the ranks and the device: micro_batch_size 0, precision auto, attention auto. Raises
     BadInput for a batch that does not divide, and for a precision or an attention that the device lacks."""
-    dp, batch = world.mesh.dp, c.global_batch_size
-    per_rank, unit = batch // dp, windows_together(c)
-    multiple = c.pp if c.stages > c.pp else 1                # interleaved: micro-batches come in whole rounds of pp
-    most = min(64 if c.objective == "rl" else 8, per_rank // (1 if c.pp == 1 else 2 * c.pp))     # keeps a pipeline full
-    micro = c.micro_batch_size or max((n for n in range(unit, most + 1, unit) if per_rank % (n * multiple) == 0),
-                                      default=unit)
+    dp, batch, unit = world.mesh.dp, c.global_batch_size, windows_together(c)
     if batch % dp:
         raise BadInput(f"global_batch_size must be a multiple of the {dp} data-parallel ranks, got {batch}")
+    # the largest micro-batch that holds whole pairs and groups (unit), divides this rank's share, gives whole rounds of
+    # pp micro-batches where they are interleaved, and keeps a pipeline full: 2 x pp micro-batches per step, if there
+    # are
+    multiple = c.pp if c.stages > c.pp else 1
+    most = min(64 if c.objective == "rl" else 8, batch // dp // (1 if c.pp == 1 else 2 * c.pp))
+    fitting = [n for n in range(unit, most + 1, unit) if batch // dp % (n * multiple) == 0]
+    micro = c.micro_batch_size or max(fitting, default=unit)
     if micro % unit:
         raise BadInput(f"micro_batch_size must be a multiple of {unit} with --objective {c.objective}, got {micro}")
     if batch % (micro * dp):
@@ -1537,7 +1554,7 @@ def main(argv=None) -> int:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)                       # PR_SET_PDEATHSIG
         if os.getppid() != launcher:
             return 1
-    if argv is None and not launcher:                                    # until stop_signals: as Ctrl-C, not at once
+    if argv is None and not launcher:                  # until stop_signals() is called, SIGTERM acts as Ctrl-C does
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with contextlib.redirect_stdout(Terminal(sys.stdout)):
         code = run_command(sys.argv[1:] if argv is None else argv)
@@ -1551,7 +1568,7 @@ def run_command(argv) -> int:
     world = None
     try:
         c = parse_config(argv)
-        uses = c.chat or c.probe or {c.sample, c.quantize, c.pairs, c.export} != {None}
+        uses = c.chat or c.probe or any(x is not None for x in (c.sample, c.quantize, c.pairs, c.export))
         if c.nproc and not uses and not c.dry_run and "RANK" not in os.environ and not dist.is_initialized():
             return launch(c, argv)
         world = join(c)
