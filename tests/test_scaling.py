@@ -6,7 +6,6 @@ import inspect
 import itertools
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -113,8 +112,8 @@ def test_twenty_tokens_a_parameter_and_whose():
 
 def test_the_table_of_models():
     gpt3, llama = scaling.assess(175e9, 300e9), scaling.assess(*scaling.MODELS["Llama 3.1 8B"])
-    assert gpt3["C"] == 3.15e23 and gpt3["N_over_N_opt"] == pytest.approx(3.3, abs=0.01)
-    assert llama["ratio"] == pytest.approx(1868, abs=0.5) and llama["enough"] < 0.2           # over-trained on purpose
+    assert gpt3["C"] == 3.15e23 and gpt3["N/N_opt"] == pytest.approx(3.3, abs=0.01)
+    assert llama["D/N"] == pytest.approx(1868, abs=0.5) and llama["enough"] < 0.2           # over-trained on purpose
     for r in (gpt3, llama):
         best = compute_optimal(r["enough"] * r["C"])
         assert chinchilla_loss(*best) == pytest.approx(r["loss"]) and 0 < r["left"] < 0.06
@@ -431,18 +430,15 @@ def test_a_budget_column_is_read_where_6_N_D_drifts():
 
 def test_columns_of_budgets(capsys, tmp_path):
     rows = with_budgets()
-    for head in ("budget", "FLOPs", "C", "flops_budget", "training flop"):
-        path = write(tmp_path / "runs.csv", rows, ("N", "D", "loss", head))
-        runs = scaling.read_runs(path)
-        assert runs.shape == (len(rows), 4) and runs[:, 3].tolist() == [row[3] for row in rows]
-    code, out, err = call(capsys, "fit", path)
-    assert code == 0 and "C by its column, 6 N D is 0.93 to 1.35 of it" in out
-    assert f"6 vertices of 6 budgets; 0 of {len(rows)} runs belong to no budget\n" in out
-    # and two runs that share their budget with fewer than two others
+    for head in (("N", "D", "loss", "budget"), ("params", "tokens", "Loss", "FLOPs"), ("n", " d ", "LOSS", "c")):
+        runs = scaling.read_runs(write(tmp_path / "runs.csv", rows, head))
+        assert runs.tolist() == [list(row) for row in rows]
+    # two runs that share their budget with fewer than two others
     some = [row for row in rows if row[3] < 5e18] + [(1e9, 1e12, 1.9, 6e21), (2e9, 5e11, 1.9, 6e21)]
     code, out, err = call(capsys, "fit", write(tmp_path / "runs.csv", some, ("N", "D", "loss", "C")))
+    assert code == 0 and "6 N D is 0.93 to 1.35 of C\n" in out
     assert (f"3 vertices of 3 budgets; 2 of {len(some)} runs belong to no budget; an exponent from fewer than 4 is "
-            "hardly known") in out
+            "hardly known\n") in out
 
 
 @pytest.mark.parametrize("ratio, spread", [(2, 0.0), (3, 0.0), (10, 0.09), (1.5, 0.02), (2, 0.15), (30, 0.3)])
@@ -480,34 +476,30 @@ def test_holdout_looks_ahead(capsys, tmp_path):
     C = np.geomspace(1e18, 1e21, 7)
     runs = isoflop_runs(C, LOPSIDED, spread=4, sizes=9)
     found = scaling.holdout(runs, 2, times=0)
-    assert found["fitted_to"] == pytest.approx(C[4]) and [row["C"] for row in found["rows"]] == pytest.approx(C[5:])
-    assert [row["ahead"] for row in found["rows"]] == pytest.approx([C[5] / C[4], C[6] / C[4]])
+    assert found["fitted_to"] == pytest.approx(C[4])
+    assert [(row["what"], row["C"], row["ahead"]) for row in found["rows"]] == [
+        (what, pytest.approx(c), pytest.approx(c / C[4])) for c in C[5:] for what in ("loss", "N_opt")]
     for row in found["rows"]:
-        assert row["N_opt"]["predicted"] == pytest.approx(row["N_opt"]["measured"], rel=1e-3)
-        assert row["loss"]["predicted"] == pytest.approx(row["loss"]["measured"], rel=5e-3)
-        assert row["loss"]["interval"] is row["N_opt"]["interval"] is None
+        assert row["predicted"] == pytest.approx(row["measured"], rel=5e-3 if row["what"] == "loss" else 1e-3)
+        assert row["low"] is row["high"] is None
     # what is held out is not seen: a change there changes no prediction
     changed = [(N, D, loss * (1.5 if 6 * N * D > 2 * C[4] else 1)) for N, D, loss in runs]
-    other = scaling.holdout(changed, 2, times=0)
-    for one, two in zip(found["rows"], other["rows"], strict=True):
-        assert one["loss"]["predicted"] == pytest.approx(two["loss"]["predicted"], rel=1e-12)
-        assert one["loss"]["measured"] * 1.5 == pytest.approx(two["loss"]["measured"])
+    for one, two in zip(found["rows"], scaling.holdout(changed, 2, times=0)["rows"], strict=True):
+        assert one["predicted"] == pytest.approx(two["predicted"], rel=1e-12)
+        assert one["measured"] * (1.5 if one["what"] == "loss" else 1) == pytest.approx(two["measured"])
+    # with noise: intervals
     noise = np.exp(0.002 * np.random.default_rng(0).standard_normal(len(runs)))
-    path = write(tmp_path / "runs.csv", [(N, D, loss * x) for (N, D, loss), x in zip(runs, noise, strict=True)],
-                 ("N", "D", "loss"))
-    code, out, err = call(capsys, "fit", path, "--holdout", "2", "--json")
-    assert code == 0
-    for row in json.loads(out)["holdout"]["rows"]:
-        for x in row.values():
-            if isinstance(x, dict):
-                low, high = x["interval"]
-                assert low < x["predicted"] < high and high / low < 1.5
-        low, high = row["loss"]["interval"]
-        assert low < row["loss"]["measured"] * 1.005 and row["loss"]["measured"] * 0.995 < high
+    runs = [(N, D, loss * x) for (N, D, loss), x in zip(runs, noise, strict=True)]
+    for row in scaling.holdout(runs, 2, times=50)["rows"]:
+        assert row["low"] < row["predicted"] < row["high"] < 1.5 * row["low"]
+        if row["what"] == "loss":
+            assert 0.995 * row["low"] < row["measured"] < 1.005 * row["high"]
+    path = write(tmp_path / "runs.csv", runs, ("N", "D", "loss"))
     code, out, err = call(capsys, "fit", path, "--holdout", "2")
     assert code == 0 and "it looks ahead 10 times the compute" in out
+    assert len(re.findall(r"^(?:loss|N_opt) +1e\+21 +10 ", out, re.MULTILINE)) == 2
     code, out, err = call(capsys, "fit", path, "--holdout", "6")
-    assert code == 2 and err == "scaling.py: --holdout must leave 2 budgets or more to fit, got 6 of 7\n"
+    assert code == 2 and err == "scaling.py: holdout must leave 2 budgets or more to fit, got 6 of 7\n"
 
 
 def test_approaches_that_disagree_say_so(capsys, tmp_path):
@@ -517,7 +509,7 @@ def test_approaches_that_disagree_say_so(capsys, tmp_path):
     path = write(tmp_path / "runs.csv", [(N, D, L * x) for (N, D, L), x in zip(runs, noise, strict=True)],
                  ("N", "D", "loss"))
     code, out, err = call(capsys, "fit", path)
-    assert code == 0 and "2 IsoFLOP and 3 parametric disagree: their intervals do not overlap" in out
+    assert code == 0 and "3 parametric and 2 IsoFLOP disagree: their intervals of a do not overlap" in out
     path = write(tmp_path / "runs.csv", noisy_grid(), ("N", "D", "loss"))
     code, out, err = call(capsys, "fit", path)
     assert code == 0 and "disagree" not in out
@@ -536,17 +528,19 @@ GRID = [(N, D, 2 + N / 1e10) for N in (1e8, 2e8, 4e8) for D in (1e9, 2e9, 4e9)]
 
 
 @pytest.mark.parametrize("runs, message", [
-    ([], r"runs must be rows of \(N, D, loss\), got shape"),
-    ([(1e8, 1e9)] * 9, r"runs must be rows of \(N, D, loss\), got shape \(9, 2\)"),
-    ([*GRID, (1e8, 1e9, math.nan), (1e8, 1e9, -1)], "loss must be finite and above 0: row 10 has nan, row 11 has -1"),
-    ([(0, 1e9, 2.0), *GRID], "N must be finite and above 0: row 1 has 0"),
-    ([(1e8, math.inf, 2.0)] * 8 + GRID, "D must be finite and above 0: .*row 5 has inf, and 3 more"),
-    ([(1e8, 1e9 * i, 2 + 1 / i) for i in range(1, 10)], "N must take at least 3 values .* got 1"),
-    ([(1e8 * i, 1e9 * (1 + i // 6), 2 + 1 / i) for i in range(1, 10)], "D must take at least 3 values .* D.* got 2"),
-    (GRID[::2], "needs at least 6 runs of different .* got 5"),
-    (GRID[::2] * 9, "needs at least 6 runs of different .* got 5"),
-    ([(N, D, 2.5) for N, D, _ in GRID], "loss must not be the same in all runs, got 2.5"),
-    ([(N, 20 * N, 2 + 1e8 / N) for N in np.geomspace(1e8, 1e10, 9)], "D must not be a power of N")])
+    ([], r"runs must be rows of \(N, D, loss\) .* got shape \(0,\)"),
+    ([(1e8, 1e9)] * 9, r"runs must be rows of \(N, D, loss\) .* got shape \(9, 2\)"),
+    ([*GRID, (1e8, 1e9, math.nan), (1e8, 1e9, -1)], "loss must be finite and above 0, row 10 has nan"),
+    ([(0, 1e9, 2.0), *GRID], "N must be finite and above 0, row 1 has 0"),
+    ([(1e8, math.inf, 2.0)] * 8 + GRID, "D must be finite and above 0, row 1 has inf"),
+    ([(1e8, 1e9, 2.0, -1)], "C must be finite and above 0, row 1 has -1"),
+    ([(1e8, 1e9 * i, 2 + 1 / i) for i in range(1, 10)], "needs at least .* got 9, 1, 9 and 9"),
+    ([(1e8 * i, 1e9 * (1 + i // 6), 2 + 1 / i) for i in range(1, 10)], "needs at least .* got 9, 9, 2 and 9"),
+    (GRID[::2], "needs at least 6 pairs .* got 5, 3, 3 and 3"),
+    (GRID[::2] * 9, "needs at least 6 pairs .* got 5, 3, 3 and 3"),
+    ([(N, D, 2.5) for N, D, _ in GRID], "needs at least .* and 2 losses, got 9, 3, 3 and 1"),
+    ([(N, 20 * N, 2 + 1e8 / N) for N in np.geomspace(1e8, 1e10, 9)], "D must not be a power of N"),
+    (GRID, "loss must fall with N and with D, .*; the fitted law is E ")])
 def test_what_cannot_be_fitted(runs, message):
     with pytest.raises(ValueError, match=message):
         fit_parametric(runs)
@@ -577,17 +571,15 @@ def test_fit_command(capsys, tmp_path, grid):
     assert code == 0 and err == "" and out.count("\n") == 1
     found = json.loads(out)
     assert found.keys() == {"parametric", "isoflop", "envelope"}
-    assert found["parametric"].keys() == {"E", "A", "B", "alpha", "beta", "objective", "intervals"}
-    assert found["parametric"] == fit_parametric(grid)
+    assert found["parametric"].keys() == {"E", "A", "B", "alpha", "beta", "a", "b", "objective", "intervals"}
+    assert found["parametric"]["a"] == pytest.approx(scaling.exponents(found["parametric"])[0])
     for key in ("isoflop", "envelope"):
         low, high = found[key]["intervals"]["a"]
         assert low < 0.5126 < high
     pytest.importorskip("matplotlib")
     code, out, err = call(capsys, "fit", path, "--plot", tmp_path / "plots")
-    assert code == 0 and err == "" and "3 parametric" in out and "tokens per parameter" in out
+    assert code == 0 and err == "" and "3 parametric" in out and "D/N" in out
     assert (tmp_path / "plots" / "isoflop.png").read_bytes()[:4] == b"\x89PNG" and "isoflop.png" in out
-    code, out, err = call(capsys, "fit", path, "--plot", path)
-    assert code == 2 and err.startswith("scaling.py: --plot must be a folder that can be written, got ")
 
 
 def test_without_matplotlib_one_line_says_so(capsys, tmp_path, grid, monkeypatch):
@@ -598,45 +590,29 @@ def test_without_matplotlib_one_line_says_so(capsys, tmp_path, grid, monkeypatch
     assert code == 0 and err.count("\n") == 1 and "pip install matplotlib" in err and "2 IsoFLOP" in out
 
 
-@pytest.mark.parametrize("head, columns, delimiter", [
-    (("params", "tokens", "loss"), "N D loss", ","), (("Model Size", "Training Tokens", "final_loss"), "N D loss", ";"),
-    (("model_size", "Training FLOP", "val-loss"), "N C loss", "\t"),
-    (("compute", "training_tokens", "Loss"), "C D loss", ","),
-    (("run", "N", "D", "grad", "validation_loss"), "zero N D zero loss", ","),
-    (("\ufeffparameters", "D", "train_loss", "val_loss"), "N D zero loss", ",")])
-def test_columns_by_many_names(tmp_path, grid, head, columns, delimiter):
-    N, D, loss = np.array(grid[:20]).T
-    values = {"N": N, "D": D, "loss": loss, "C": 6 * N * D, "zero": 0 * N}
-    path = write(tmp_path / "runs.csv", zip(*(values[c] for c in columns.split()), strict=True), head, delimiter)
-    np.testing.assert_allclose(scaling.read_runs(path), grid[:20])
-
-
 def test_comments_and_empty_lines(tmp_path):
     (tmp_path / "runs.csv").write_text("# mine\n\nwidth,params,tokens,loss\n1,1e6,1e7,3\n\n2,2e6,1e7,2.5\n")
     runs = scaling.read_runs(tmp_path / "runs.csv")
-    assert runs.tolist() == [[1e6, 1e7, 3], [2e6, 1e7, 2.5]]
+    assert runs.tolist() == [[1e6, 1e7, 3, 6e13], [2e6, 1e7, 2.5, 1.2e14]]                     # without C: 6 N D
 
 
 @pytest.mark.parametrize("text, flags, message", [
-    (None, [], "must be a CSV file that can be read: No such file or directory"),
-    ("", [], "must have a line of column names and a line per run, it has 0 lines"),
-    ("N,D,loss\n", [], "it has 1 lines"),
-    ("size_of_it,D,loss\n1,2,3\n", [],
-     r"no column for N \(n, params, parameters, ...\); there are size_of_it, D, loss"),
-    ("a,b,c\n1,2,3\n", [], "no column for N and D and loss .* there are a, b, c"),
-    ("flops,loss\n1,2\n", [], "no column for N and D "),
-    ("N,D,loss\n1,2,3\n1,x,3\n", [], "D must be a number, line 3 has 'x'"),
-    ("N,D,loss\n1,2\n", [], "loss must be a number, line 2 has ''"),
-    ("N,D,loss\n1,2,3\n1,2,nan\n1,2,inf\n", [], "loss must be finite and above 0: line 3 has nan, line 4 has inf"),
-    ("N,C,loss\n0,2,3\n", [], "N must be finite and above 0: line 2 has 0"),
-    ("N,D,loss\n1,2,3\n2,3,4\n", [], "needs at least 6 runs of different \\(N, D\\) for a law of 5 constants, got 2"),
-    ("N,D,loss\n" + 200_000 * "1" + ",2,3\n", [], "must be a CSV file that can be read: field larger"),
-    ("# mine\n\nN,D,loss\n1,2,3\n\n# more\n1,x,3\n", [], "D must be a number, line 7 has 'x'"),
-    ('name,N,D,loss\n"a\nb",1,2,3\nc,x,2,3\n', [], "N must be a number, line 4 has 'x'"),
-    ("# mine\nN,D,loss,budget\n1,2,3,\n", [], "budget must be a number, line 3 has ''"),
-    ("# mine\nN,D,loss,budget\n1,2,3,0\n", [], "C must be finite and above 0: line 3 has 0"),
+    (None, [], "No such file or directory"),
+    ("", [], r"runs must be rows of \(N, D, loss\)"),
+    ("N,D,loss\n", [], r"runs must be rows of \(N, D, loss\)"),
+    ("size_of_it,D,loss\n1,2,3\n", [], "the first line must name N, D and loss, got size_of_it,D,loss"),
+    ("flops,loss\n1,2\n", [], "the first line must name N, D and loss, got flops,loss"),
+    ("N,D,loss\n1,2,3\n1,x,3\n", [], "line 3 must have a number for N, D, loss, got 1,x,3"),
+    ("N,D,loss\n1,2\n", [], "line 2 must have a number for N, D, loss, got 1,2"),
+    ("N,D,loss\n1,2,3\n1,2,nan\n1,2,inf\n", [], "loss must be finite and above 0, line 3 has nan"),
+    ("N,D,loss\n1,2,3\n2,3,4\n", [], "a law of 5 constants needs at least 6 pairs .* got 2"),
+    ("N,D,loss\n" + 200_000 * "1" + ",2,3\n", [], "field larger"),
+    ("# mine\n\nN,D,loss\n1,2,3\n\n# more\n1,x,3\n", [], "line 7 must have a number"),
+    ('name,N,D,loss\n"a\nb",1,2,3\nc,x,2,3\n', [], "line 4 must have a number"),
+    ("# mine\nN,D,loss,budget\n1,2,3,\n", [], "line 3 must have a number for N, D, loss, C, got 1,2,3,"),
+    ("# mine\nN,D,loss,budget\n1,2,3,0\n", [], "C must be finite and above 0, line 3 has 0"),
     ("N,D,loss\n1,2,3\n", ["--holdout", "0"], "--holdout must be a whole number from 1"),
-    ("N,D,loss\n1,2,3\n", ["--jsn"], "--jsn is no argument; the nearest is --json"),
+    ("N,D,loss\n1,2,3\n", ["--jsn"], "unrecognized arguments: --jsn"),
 ])
 def test_bad_input_is_one_line_and_2(capsys, tmp_path, text, flags, message):
     path = tmp_path / "runs.csv"
@@ -649,7 +625,7 @@ def test_bad_input_is_one_line_and_2(capsys, tmp_path, text, flags, message):
 
 def test_a_wrong_command(capsys):
     code, out, err = call(capsys, "fti")
-    assert (code, out) == (2, "") and err == "scaling.py: the command must be one of fit, plan, got 'fti'\n"
+    assert (code, out) == (2, "") and re.match("scaling.py: command invalid choice: 'fti' .*fit.*plan.*\n$", err)
 
 
 def test_what_the_runs_do_not_support_is_null_and_said(capsys, tmp_path):
@@ -921,9 +897,8 @@ def test_layouts_are_those_that_train_takes():
         for v in range(2, 9) if way == "interleaved" else (1,):
             dp = 4 // (tp * pp)
             at = Layout(dp, tp, pp, way, v, b, 12 // (dp * b), 0, again)
-            line = scaling.command(shape, dataclasses.replace(at, micro_batches=1), "fp32", GPUS["l4"])
-            words = line.split("train.py ")[1].split()
-            words[words.index("--global-batch-size") + 1] = "12"
+            words = scaling.command(shape, at, "fp32", GPUS["l4"], 1).split("train.py ")[1].split()
+            words[words.index("--global-batch-size") + 1] = "12"                             # where 12 is no multiple
             try:
                 c = train.parse_config([*words, "--dry-run"])
                 world = train.join(c)
@@ -1177,7 +1152,6 @@ def test_a_bill_is_the_sum_of_its_formulas():
     # the rank that sends most: the first stage adds the embedding's messages; stage 1 sums gradients once per step
     sent = [scaling.bytes_sent(scaling.messages(shape, layout, Program(), r), layout) for r in (0, 1)]
     assert bill["bytes_sent"] == pytest.approx({axis: max(x[axis] for x in sent) for axis in sent[0]}, abs=1)
-    assert bill["bytes_sent_at_zero_1"] < 0.2 * bill["bytes_sent"]["dp"]
 
 
 def test_a_bill_without_a_gpu():
@@ -1199,12 +1173,11 @@ def test_a_bill_without_a_gpu():
         assert ("nats above" in scaling.describe_bill(bill)) != small
     bill = scaling.bill(shape, Layout(), Program(4, fused_norm=False), tokens=2e7)
     assert "MB per rank" in text
-    assert "on 2 ranks at 10 GFLOP/s each" in text and "pp 2 x dp 1 x tp 1: 0 (0 0 0), 1 (1 0 0)" in text
+    assert "on 2 ranks at 10 GFLOP/s each" in text and "pp 2 x dp 1 x tp 1" in text
     text = scaling.describe_bill(bill)
     assert [line[:11].strip() for line in text.splitlines()] == ["run", "", "law", "", "memory"]
     bill = scaling.bill(shape, Layout(4, micro_batches=8, zero=2), Program(4), tokens=2e7, gpu="t4", precision="fp16")
     text = scaling.describe_bill(bill)
-    assert re.search(r"\nzero 2     sends dp .* MB with every one of 8 micro-batches; stage 1 would send ", text)
     assert re.search(r"\ncost       .* GPU-hours, .* \(no price known", text)
 
 
@@ -1225,26 +1198,18 @@ def answer(capsys, line) -> dict:
     return json.loads(out)
 
 
-def test_each_unknown_is_solved_for(capsys):
-    whole = answer(capsys, "--params 2e9 --tokens 4e10 --gpu a100 --n-gpus 16")
-    days, dollars = whole["layouts"][0]["days"], whole["layouts"][0]["dollars"]
-    assert whole["solved_for"] == "time" and whole["parameters"] == pytest.approx(2e9, rel=0.03)
-    assert dollars == pytest.approx(16 * 24 * days * 1.5) and whole["flops"] == pytest.approx(6 * 2e9 * 4e10, rel=0.4)
-    for line, found in ((f"--params 2e9 --days {days} --n-gpus 16", "tokens"),
-                        (f"--params 2e9 --tokens 4e10 --days {days * 1.001}", "GPUs")):
-        other = answer(capsys, f"--gpu a100 {line}")
-        assert other["solved_for"] == found, line
-        for name in ("parameters", "tokens", "n_gpus"):
-            assert other[name] == pytest.approx(whole[name]), (line, name)
-        assert other["layouts"][0]["days"] == pytest.approx(days), line
-    # without a model: the best one for the FLOPs of these GPUs at an MFU of 0.4
-    both = answer(capsys, "--gpu a100 --days 10 --n-gpus 16")
-    N, D = compute_optimal(10 * 86400 * 16 * 312e12 * 0.4)
-    assert both["solved_for"] == "parameters and tokens" and both["tokens"] == pytest.approx(D)
-    assert both["parameters"] == pytest.approx(N, rel=0.08) and 5 < both["layouts"][0]["days"] < 15
+def test_a_plan(capsys):
+    found = answer(capsys, "--params 2e9 --tokens 4e10 --gpu a100 --n-gpus 16")
+    bill, shape = found["layouts"][0], Shape(**found["shape"])
+    assert shape == scaling.shape_for(2e9) and bill["parameters"] == shape.num_params == pytest.approx(2e9, rel=0.03)
+    assert bill["tokens"] == 4e10 and bill["dollars"] == pytest.approx(16 * 24 * bill["days"] * 1.5)
     # without tokens: as many as are best
-    best = answer(capsys, "--gpu a100 --params 2e9 --n-gpus 16")
-    assert best["tokens"] == pytest.approx(scaling.optimal_tokens(best["parameters"]))
+    bill = answer(capsys, "--params 2e9 --gpu a100 --n-gpus 16 --seq-len 2048")["layouts"][0]
+    assert bill["tokens"] == pytest.approx(scaling.optimal_tokens(bill["parameters"]))
+    # every field of a layout can be given
+    bill = answer(capsys, "--params 2e9 --gpu a100 --n-gpus 16 --dp 2 --tp 2 --pp 4 --pp-schedule interleaved --zero 1 "
+                          "--pp-chunks 3 --micro-batch-size 2 --recompute full --no-sequence-parallel")["layouts"][0]
+    assert bill["layout"] == dataclasses.asdict(Layout(2, 2, 4, "interleaved", 3, 2, 256, 1, "full", False))
 
 
 @pytest.mark.parametrize("tokens", [-5, 0, math.nan])
@@ -1258,7 +1223,7 @@ def test_mfu_is_of_the_precisions_peak():
     for name, on in GPUS.items():
         for precision in ("fp32", "fp8") if on.fp8 else ("fp32",):
             e = scaling.plan(model, name, 1, precision=precision, top=1)[0]
-            peak = on.peak * on.fp32 if precision == "fp32" else on.fp8
+            peak = on.peak / on.slower if precision == "fp32" else on.fp8
             assert e["mfu"] == pytest.approx(e["tflops"] * 1e12 / peak) and e["mfu"] < 0.8, (name, precision)
 
 
@@ -1266,61 +1231,33 @@ def test_a_micro_batch_that_is_asked_for_divides_the_default_batch():
     assert scaling.plan(scaling.shape_for(1e9), "h100", 8, micro_batch_size=3)[0]["layout"]["micro_batch_size"] == 3
 
 
-def test_a_config_is_named_in_the_command(capsys):
-    found = answer(capsys, "--config small --seq-len 2048 --gpu h100 --n-gpus 8")["layouts"][0]["command"]
-    assert " --config small --seq-len 2048 --steps" in found and "n-layer" not in found
-
-
-def test_whoever_has_read_enough_is_no_error():
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run([sys.executable, scaling.__file__, "--help"], stdout=writer, stderr=subprocess.PIPE)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (0, b"")
-
-
-def test_a_config_of_train():
-    assert scaling.read_config("small") == dataclasses.asdict(train.parse_config(["--config", "small"]))
-
-
 def test_the_text(capsys):
     code, out, _ = call(capsys, *"plan --params 7e9 --gpu h100 --n-gpus 64 --price 2".split())
     assert code == 0 and "at $2.00 per GPU-hour (as given)" in out and "torchrun" in out and "zero 3" in out
     assert max(map(len, out.split("first  ")[0].splitlines())) <= 120
-    for line in ("--config small --gpu h100 --n-gpus 8", "--params 1e12 --tokens 2e13 --gpu b200 --n-gpus 8192 --tp 8",
+    for line in ("--params 1e12 --tokens 2e13 --gpu b200 --n-gpus 8192 --tp 8",
                  "--params 5e5 --tokens 1e3 --gpu gb200 --n-gpus 1", "--params 7e9 --tokens 1e18 --gpu t4 --n-gpus 64"):
         code, out, _ = call(capsys, "plan", *line.split())                          # small and large numbers stay apart
-        lines = [x for x in out.splitlines() if re.match(" +[1-5] ", x)][:5]
-        assert code == 0 and {len(x.replace("interleaved ", "").split()) for x in lines} == {16}, out
+        head, *lines = out.split("\n\n")[2].splitlines()
+        assert code == 0 and lines and {len(x.split()) for x in lines} == {13} and "s per step" in head, out
 
 
 @pytest.mark.parametrize("line, message", [
-    ("--gpu h101 --n-gpus 8", "--gpu must be one of .*got 'h101'; the nearest: h100"),
-    ("--n-gpus 8", ".*required: --gpu"),
+    ("--params 7e9 --gpu h101 --n-gpus 8", "--gpu invalid choice: 'h101' .*h100"),
+    ("--params 7e9 --n-gpus 8", ".*required: --gpu"),
+    ("--gpu h100 --n-gpus 8", ".*required: --params"),
     ("--gpu h100 --n-gpus 8 --params -1", "--params must be a number from 500000 to 1e.14, got '-1'"),
     ("--gpu h100 --n-gpus 8 --params nan", "--params must be a number .*, got 'nan'"),
     ("--gpu h100 --n-gpus 8 --params 1e99", "--params must be a number .*, got '1e99'"),
-    ("--gpu h100 --n-gpus 1.5 --params 7b", "--n-gpus must be a whole number from 1 .*got '1.5'"),
-    ("--gpu h100 --params 7b", "--n-gpus must be given, or --days"),
-    ("--gpu h100 --n-gpus 8 --params 7b --tp 3", "--tp must divide the number of GPUs, 8, got 3"),
-    ("--gpu h100 --n-gpus 8 --params 7b --tp 8 --pp 2", "--global-batch-size 1024 on 8 GPUs must be split evenly"),
-    ("--gpu h100 --n-gpu 8", "--n-gpu is no argument; the nearest is --n-gpus"),
-    ("--gpu h100 --n-gpus 8 --params 7b --config 7b", "--config must be left out where --params is given"),
-    ("--gpu h100 --n-gpus 8 --config mediun", "--config must be one of .*nearest is medium"),
-    ("--gpu h100 --n-gpus 8 --days 1 --tokens 1b --params 7b", "--tokens must be left out where"),
-    ("--gpu h100 --n-gpus 8 --tokens 1b", "--params must be given, or both --n-gpus and --days"),
-    ("--gpu h100 --n-gpus 8", "--params must be given, or both --n-gpus and --days"),
-    ("--gpu h100 --dollars 1000", "--dollars is no argument"),
-    ("--gpu v100 --n-gpus 8 --params 1b --precision bf16",
-     "--precision must be one that the GPU has, got bf16 for v100"),
-    ("--gpu h100 --n-gpus 8 --params 7b --tokens 1t --zero 9", "--zero invalid choice"),
-    ("--gpu l4 --params 1e13 --tokens 1e17 --days 1", "--days must be enough for some number of GPUs"),
-    ("--gpu h100 --n-gpus 8 --params 70b", "does not fit: .*biggest: states, 69.* GB; 16 GPUs with --zero 3 "
-     "--recompute full would do"),
-    ("--gpu h100 --n-gpus 8 --params 70b --zero 3", "does not fit: .*; 16 GPUs with --recompute full would do"),
-    ("--gpu h100 --n-gpus 8 --params 70b --zero 0 --recompute none", "does not fit: .*; 32 GPUs would do"),
-    ("--gpu h100 --n-gpus 8 --params 7b --zero 0 --tp 1 --pp 1",
-     "does not fit: .*; with what is given, more GPUs do not help")])
+    ("--gpu h100 --n-gpus 1.5 --params 7e9", "--n-gpus must be a whole number from 1 .*got '1.5'"),
+    ("--gpu h100 --n-gpus 8 --params 7e9 --tp 3", "global_batch_size 1024 on 8 GPUs must be split .* {'tp': 3}; none"),
+    ("--gpu h100 --n-gpus 8 --params 7e9 --tp 8 --pp 2", "global_batch_size 1024 on 8 GPUs must be split evenly"),
+    ("--gpu h100 --n-gpus 8 --params 7e9 --dollars 1000", "unrecognized arguments: --dollars"),
+    ("--gpu v100 --n-gpus 8 --params 1e9 --precision bf16", "precision must be one of .* that v100 has, got bf16"),
+    ("--gpu h100 --n-gpus 8 --params 7e9 --tokens 1e12 --zero 9", "--zero must be a whole number from 0 to 3"),
+    ("--gpu h100 --n-gpus 8 --params 7e10",
+     "n_gpus must be more than 8: the smallest layout needs .*states 69.* GB per GPU, and h100 has 76.0"),
+    ("--gpu h100 --n-gpus 8 --params 7e9 --zero 0 --tp 1 --pp 1", "n_gpus must be more than 8: ")])
 def test_a_bad_plan_is_one_line(capsys, line, message):
     code, out, err = call(capsys, "plan", *line.split())
     assert code == 2 and not out and err.count("\n") == 1
