@@ -274,23 +274,23 @@ def test_units_and_order_do_not_matter():
 
 
 def test_intervals_hold_the_truth_and_narrow_with_runs():
-    few, many = (fit_parametric(noisy(n, 8, noise=0.003), times=100)["intervals"] for n in (60, 400))
+    few, many = (fit_parametric(noisy(n, 8, noise=0.003), times=60)["intervals"] for n in (60, 240))
     for name, true in (BESIROGLU | {"a": 0.5126, "b": 0.4874}).items():
         low, high = many[name]
         assert low < true < high and high - low < few[name][1] - few[name][0]
-    assert fit_parametric(noisy(60, 8, noise=0.003), times=100)["intervals"] == few                 # a seed of its own
+    assert fit_parametric(noisy(60, 8, noise=0.003), times=60)["intervals"] == few                  # a seed of its own
 
 
 def test_a_law_without_a_floor_is_fitted():
     """E has no finite logarithm: the objective falls as it goes to 0, and everything stays finite."""
     runs = noisy(60, 9, law=BESIROGLU | {"E": 0.0}, noise=1e-3)
-    fit = fit_parametric(runs, times=50)
+    fit = fit_parametric(runs, times=20)
     assert fit["E"] < 0.1 and json.loads(json.dumps(fit)) == fit
     assert all(math.isfinite(v) for pair in fit["intervals"].values() for v in pair)
 
 
 def test_ruined_runs_hardly_count():
-    clean, ruined = (fit_parametric(noisy(200, 10, noise=0.003, ruined=k), times=0) for k in (0, 10))
+    clean, ruined = (fit_parametric(noisy(120, 10, noise=0.003, ruined=k), times=0) for k in (0, 6))
     for name in BESIROGLU:
         assert ruined[name] == pytest.approx(clean[name], rel=0.1)
 
@@ -307,8 +307,8 @@ def planted():
 
 def test_a_planted_law_is_found_by_all_three():
     runs, true = planted(), BESIROGLU | {"a": scaling.exponents(BESIROGLU)[0]}
-    for fit, names, bound in ((fit_parametric(runs), BESIROGLU, 0.3), (fit_isoflop(runs), "a", 0.1),
-                              (fit_envelope(runs), "a", 0.1)):
+    for fit, names, bound in ((fit_parametric(runs, times=60), BESIROGLU, 0.3),
+                              (fit_isoflop(runs, times=60), "a", 0.1), (fit_envelope(runs, times=60), "a", 0.1)):
         for name in names:
             low, high = fit["intervals"][name]
             assert low <= true[name] <= high and fit[name] == pytest.approx(true[name], rel=bound)
@@ -428,7 +428,7 @@ def test_a_budget_column_is_read_where_6_N_D_drifts():
     assert len(np.unique(np.round(np.log(6 * runs[:, 0] * runs[:, 1]) / 0.1))) > 20
 
 
-def test_columns_of_budgets(capsys, tmp_path):
+def test_columns_of_budgets(capsys, tmp_path, few_draws):
     rows = with_budgets()
     for head in (("N", "D", "loss", "budget"), ("params", "tokens", "Loss", "FLOPs"), ("n", " d ", "LOSS", "c")):
         runs = scaling.read_runs(write(tmp_path / "runs.csv", rows, head))
@@ -437,8 +437,8 @@ def test_columns_of_budgets(capsys, tmp_path):
     some = [row for row in rows if row[3] < 5e18] + [(1e9, 1e12, 1.9, 6e21), (2e9, 5e11, 1.9, 6e21)]
     code, out, err = call(capsys, "fit", write(tmp_path / "runs.csv", some, ("N", "D", "loss", "C")))
     assert code == 0 and "6 N D is 0.93 to 1.35 of C\n" in out
-    assert (f"3 vertices of 3 budgets; 2 of {len(some)} runs belong to no budget; an exponent from fewer than 4 is "
-            "hardly known\n") in out
+    assert re.search(r"\nbudgets +3 .*\nwithout_budget +2 ", out)
+    assert "isoflop: an exponent from fewer than 4 vertices is hardly known, here are 3\n" in out
 
 
 @pytest.mark.parametrize("ratio, spread", [(2, 0.0), (3, 0.0), (10, 0.09), (1.5, 0.02), (2, 0.15), (30, 0.3)])
@@ -472,7 +472,7 @@ def test_scattered_runs_have_no_budgets():
     assert scaling.budgets(runs) == []
 
 
-def test_holdout_looks_ahead(capsys, tmp_path):
+def test_holdout_looks_ahead(capsys, tmp_path, few_draws):
     C = np.geomspace(1e18, 1e21, 7)
     runs = isoflop_runs(C, LOPSIDED, spread=4, sizes=9)
     found = scaling.holdout(runs, 2, times=0)
@@ -496,20 +496,20 @@ def test_holdout_looks_ahead(capsys, tmp_path):
             assert 0.995 * row["low"] < row["measured"] < 1.005 * row["high"]
     path = write(tmp_path / "runs.csv", runs, ("N", "D", "loss"))
     code, out, err = call(capsys, "fit", path, "--holdout", "2")
-    assert code == 0 and "it looks ahead 10 times the compute" in out
+    assert code == 0 and re.search(r"\nfitted_to +1e\+20 ", out)
     assert len(re.findall(r"^(?:loss|N_opt) +1e\+21 +10 ", out, re.MULTILINE)) == 2
-    code, out, err = call(capsys, "fit", path, "--holdout", "6")
-    assert code == 2 and err == "scaling.py: holdout must leave 2 budgets or more to fit, got 6 of 7\n"
+    with pytest.raises(scaling.BadInput, match="holdout must leave 2 budgets or more to fit, got 6 of 7"):
+        scaling.holdout(runs, 6)
 
 
-def test_approaches_that_disagree_say_so(capsys, tmp_path):
+def test_approaches_that_disagree_say_so(capsys, tmp_path, few_draws):
     """Sizes that drift off the optimum spoil approach 2's exponent, not approach 3's."""
     runs = isoflop_runs(np.geomspace(1e18, 1e22, 6), LOPSIDED, spread=12, off=lambda C: (C / 1e20) ** 0.35)
     noise = np.exp(1e-5 * np.random.default_rng(0).standard_normal(len(runs)))
     path = write(tmp_path / "runs.csv", [(N, D, L * x) for (N, D, L), x in zip(runs, noise, strict=True)],
                  ("N", "D", "loss"))
     code, out, err = call(capsys, "fit", path)
-    assert code == 0 and "3 parametric and 2 IsoFLOP disagree: their intervals of a do not overlap" in out
+    assert code == 0 and "parametric and isoflop disagree: their intervals of a do not overlap" in out
     path = write(tmp_path / "runs.csv", noisy_grid(), ("N", "D", "loss"))
     code, out, err = call(capsys, "fit", path)
     assert code == 0 and "disagree" not in out
@@ -560,34 +560,37 @@ def call(capsys, *argv):
     return code, out, err
 
 
-@pytest.fixture(scope="module")
-def grid():
-    return noisy_grid()
+@pytest.fixture
+def few_draws(monkeypatch):
+    """The command line with 20 resamples in the place of 200, where a test is not of their number."""
+    for name in ("fit_parametric", "fit_isoflop", "fit_envelope", "holdout"):
+        monkeypatch.setattr(scaling, name, functools.partial(getattr(scaling, name), times=20))
 
 
-def test_fit_command(capsys, tmp_path, grid):
-    path = write(tmp_path / "runs.csv", grid, ("N", "D", "loss"))
+def test_fit_command(capsys, tmp_path, few_draws):
+    path = write(tmp_path / "runs.csv", noisy_grid(), ("N", "D", "loss"))
     code, out, err = call(capsys, "fit", path, "--json")
     assert code == 0 and err == "" and out.count("\n") == 1
     found = json.loads(out)
     assert found.keys() == {"parametric", "isoflop", "envelope"}
-    assert found["parametric"].keys() == {"E", "A", "B", "alpha", "beta", "a", "b", "objective", "intervals"}
-    assert found["parametric"]["a"] == pytest.approx(scaling.exponents(found["parametric"])[0])
+    assert found["parametric"].keys() == {*BESIROGLU, "a", "b", "k_N", "k_D", "objective", "intervals"}
+    law = found["parametric"]
+    assert (law["k_N"] * 1e20 ** law["a"], law["k_D"] * 1e20 ** law["b"]) == pytest.approx(compute_optimal(1e20, law))
     for key in ("isoflop", "envelope"):
         low, high = found[key]["intervals"]["a"]
         assert low < 0.5126 < high
     pytest.importorskip("matplotlib")
     code, out, err = call(capsys, "fit", path, "--plot", tmp_path / "plots")
-    assert code == 0 and err == "" and "3 parametric" in out and "D/N" in out
+    assert code == 0 and err == "" and "parametric" in out and "D/N" in out
     assert (tmp_path / "plots" / "isoflop.png").read_bytes()[:4] == b"\x89PNG" and "isoflop.png" in out
 
 
-def test_without_matplotlib_one_line_says_so(capsys, tmp_path, grid, monkeypatch):
+def test_without_matplotlib_one_line_says_so(capsys, tmp_path, few_draws, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    path = write(tmp_path / "runs.csv", grid, ("N", "D", "loss"))
+    path = write(tmp_path / "runs.csv", noisy_grid(), ("N", "D", "loss"))
     code, out, err = call(capsys, "fit", path, "--plot", tmp_path / "plots")
-    assert code == 0 and err.count("\n") == 1 and "pip install matplotlib" in err and "2 IsoFLOP" in out
+    assert code == 0 and err.count("\n") == 1 and "pip install matplotlib" in err and "isoflop" in out
 
 
 def test_comments_and_empty_lines(tmp_path):
@@ -628,7 +631,7 @@ def test_a_wrong_command(capsys):
     assert (code, out) == (2, "") and re.match("scaling.py: command invalid choice: 'fti' .*fit.*plan.*\n$", err)
 
 
-def test_what_the_runs_do_not_support_is_null_and_said(capsys, tmp_path):
+def test_what_the_runs_do_not_support_is_null_and_said(capsys, tmp_path, few_draws):
     path = write(tmp_path / "runs.csv", noisy(40, 11), ("N", "D", "loss"))
     code, out, err = call(capsys, "fit", path, "--json")
     found = json.loads(out)
@@ -726,22 +729,23 @@ def layout_of(c: train.Config, n: int) -> Layout:
     return train.layout_of(c, n // (c.tp * c.pp))
 
 
-TINY = """--config tiny --seq-len 64 --vocab-size 512 --global-batch-size 4 --micro-batch-size 1
+TINY = """--config tiny --n-layer 2 --seq-len 64 --vocab-size 512 --global-batch-size 4 --micro-batch-size 1
 --device cpu --no-document-mask"""
-SMALL = """--config small --n-embd 96 --vocab-size 512 --seq-len 64 --global-batch-size 4 --micro-batch-size 1
---device cpu --no-document-mask"""
+DEEP = TINY + " --n-layer 4"
+SMALL = """--config small --n-layer 2 --n-embd 96 --vocab-size 512 --seq-len 64 --global-batch-size 4
+--micro-batch-size 1 --device cpu --no-document-mask"""
 
 
 RUNS = [
     (1, TINY), (1, SMALL), (1, TINY + " --recompute selective"), (1, SMALL + " --recompute full"),
     (1, TINY + " --qk-norm --n-kv-head 2 --bias"), (2, TINY + " --tp 2"), (2, TINY + " --tp 2 --no-sequence-parallel"),
     (2, TINY + " --tp 2 --recompute full"), (2, SMALL + " --dp 2"), (2, TINY + " --zero 2"), (2, SMALL + " --zero 3"),
-    (4, TINY + " --pp 4 --pp-schedule zb"), (2, TINY + " --pp 2 --pp-schedule gpipe"),
-    (2, TINY + " --pp 2 --pp-schedule interleaved"), (4, TINY + " --pp 2 --tp 2"), (4, TINY + " --tp 2 --zero 1"),
-    (2, SMALL + " --pp 2"), (2, TINY + " --tp 2 --precision bf16 --recompute selective"),
+    (4, DEEP + " --pp 4 --pp-schedule zb"), (2, TINY + " --pp 2 --pp-schedule gpipe"),
+    (2, DEEP + " --pp 2 --pp-schedule interleaved"), (4, TINY + " --pp 2 --tp 2"), (4, TINY + " --tp 2 --zero 1"),
+    (2, SMALL + " --n-layer 3 --pp 2"), (2, TINY + " --tp 2 --precision bf16 --recompute selective"),
     (4, TINY + " --tp 2 --zero 3 --precision bf16")]
 MORE = [
-    (4, TINY + " --pp 4"), (2, TINY + " --pp 2 --pp-schedule zb"), (2, SMALL + " --zero 1"),
+    (4, DEEP + " --pp 4"), (2, DEEP + " --pp 2 --pp-schedule zb"), (2, SMALL + " --zero 1"),
     (2, TINY + " --tp 2 --precision bf16"),
     (2, SMALL + " --tp 2 --recompute selective"), (2, TINY + " --tp 2 --precision bf16 --recompute full"),
     (4, TINY + " --tp 2 --zero 2 --precision bf16"), (4, TINY + " --tp 2 --zero 1 --precision bf16")]
@@ -861,7 +865,7 @@ def test_bubbles_are_the_simulators():
 
 
 @pytest.mark.parametrize("shape, gpu, n, options", [
-    (scaling.shape_for(7e9), "h100", 64, {}), (scaling.shape_for(7e10), "a100", 256, {}),
+    (scaling.shape_for(7e9), "h100", 16, {}), (scaling.shape_for(7e10), "a100", 32, {"zero": 3, "tp": 4}),
     (scaling.shape_for(1.2e8), "rtx4090", 1, {"precision": "fp32"}),
     (scaling.shape_for(3e9, 2048), "v100", 24, {"precision": "fp16"}),
     (scaling.shape_for(1.3e10), "h100", 32, {"tp": 4, "sequence_parallel": False, "precision": "fp8"}),
@@ -888,13 +892,14 @@ def test_train_takes_the_printed_commands(shape, gpu, n, options):
 def test_layouts_are_those_that_train_takes():
     """An awkward shape on four ranks: every combination is either planned and taken, or neither."""
     shape = Shape(512, 32, 5, 6, 2, 8, 48, 64)
-    planned = set(scaling.layouts(shape, GPUS["l4"], 4, 12, zero=0))
+    planned = {x for x in scaling.layouts(shape, GPUS["l4"], 4, 12, zero=0)
+               if x.recompute == "none" or (x.schedule, x.micro_batch_size) == ("zb", 1)}
     taken = set()
     for tp, pp, way, b, again in itertools.product((1, 2, 4), (1, 2, 4), ("1f1b", "zb", "interleaved"), (1, 2, 4),
                                                    ("none", "selective", "full")):
-        if 4 % (tp * pp) or way != "1f1b" and pp == 1:
+        if 4 % (tp * pp) or way != "1f1b" and pp == 1 or again != "none" and (way, b) != ("zb", 1):
             continue
-        for v in range(2, 9) if way == "interleaved" else (1,):
+        for v in (2, 3, 4) if way == "interleaved" else (1,):
             dp = 4 // (tp * pp)
             at = Layout(dp, tp, pp, way, v, b, 12 // (dp * b), 0, again)
             words = scaling.command(shape, at, "fp32", GPUS["l4"], 1).split("train.py ")[1].split()
@@ -912,7 +917,7 @@ def test_layouts_are_those_that_train_takes():
             finally:
                 if dist.is_initialized():
                     dist.destroy_process_group()
-    assert planned == taken and len(taken) > 30 and {x.schedule for x in taken} == {"1f1b", "zb", "interleaved"}
+    assert planned == taken and len(taken) > 15 and {x.schedule for x in taken} == {"1f1b", "zb", "interleaved"}
 
 
 # ---- formulas and published rows -------------------------------------------------------------------------------------
@@ -1114,12 +1119,10 @@ def test_the_demo_of_a_file_alone(tmp_path):
     ("AMD Instinct MI300X", "mi300x"), ("AMD Instinct MI300A", None),
     ("AMD Instinct MI325X OAM", None), ("AMD Radeon RX 7900 XTX", None), ("NVIDIA", None), ("", None)])
 def test_a_device_is_known_by_whole_words_or_not_at_all(name, key):
-    assert scaling.known_gpu(name) == key
-    if key:
-        assert scaling.find_gpu(name) is GPUS[key] and GPUS[key].name == key
-    else:
-        with pytest.raises(scaling.BadInput, match="gpu must be one of"):
-            scaling.find_gpu(name)
+    assert scaling.known_gpu(name) == key and {*scaling.DEVICES.values()} == {*GPUS}
+    assert key is None or scaling.find_gpu(key) is GPUS[key] and GPUS[key].name == key
+    with pytest.raises(scaling.BadInput, match="gpu must be one of"):
+        scaling.find_gpu(name)
 
 
 def test_each_precision_has_a_peak_of_its_own():
@@ -1232,11 +1235,12 @@ def test_a_micro_batch_that_is_asked_for_divides_the_default_batch():
 
 
 def test_the_text(capsys):
-    code, out, _ = call(capsys, *"plan --params 7e9 --gpu h100 --n-gpus 64 --price 2".split())
+    code, out, _ = call(capsys, *"plan --params 7e9 --gpu h100 --n-gpus 8 --zero 3 --price 2".split())
     assert code == 0 and "at $2.00 per GPU-hour (as given)" in out and "torchrun" in out and "zero 3" in out
     assert max(map(len, out.split("first  ")[0].splitlines())) <= 120
-    for line in ("--params 1e12 --tokens 2e13 --gpu b200 --n-gpus 8192 --tp 8",
-                 "--params 5e5 --tokens 1e3 --gpu gb200 --n-gpus 1", "--params 7e9 --tokens 1e18 --gpu t4 --n-gpus 64"):
+    for line in ("--params 1e12 --tokens 2e13 --gpu b200 --n-gpus 8192 --tp 8 --pp 8 --zero 3",
+                 "--params 5e5 --tokens 1e3 --gpu gb200 --n-gpus 1",
+                 "--params 7e9 --tokens 1e18 --gpu t4 --n-gpus 64 --pp 8"):
         code, out, _ = call(capsys, "plan", *line.split())                          # small and large numbers stay apart
         head, *lines = out.split("\n\n")[2].splitlines()
         assert code == 0 and lines and {len(x.split()) for x in lines} == {13} and "s per step" in head, out
@@ -1253,10 +1257,10 @@ def test_the_text(capsys):
     ("--gpu h100 --n-gpus 8 --params 7e9 --tp 3", "global_batch_size 1024 on 8 GPUs must be split .* {'tp': 3}; none"),
     ("--gpu h100 --n-gpus 8 --params 7e9 --tp 8 --pp 2", "global_batch_size 1024 on 8 GPUs must be split evenly"),
     ("--gpu h100 --n-gpus 8 --params 7e9 --dollars 1000", "unrecognized arguments: --dollars"),
-    ("--gpu v100 --n-gpus 8 --params 1e9 --precision bf16", "precision must be one of .* that v100 has, got bf16"),
+    ("--gpu v100 --n-gpus 8 --params 1e9 --precision bf16", "precision must be one that the GPU has, got bf16 for "),
     ("--gpu h100 --n-gpus 8 --params 7e9 --tokens 1e12 --zero 9", "--zero must be a whole number from 0 to 3"),
     ("--gpu h100 --n-gpus 8 --params 7e10",
-     "n_gpus must be more than 8: the smallest layout needs .*states 69.* GB per GPU, and h100 has 76.0"),
+     "n_gpus must be more than 8: the smallest layout needs .*states 69.* GB per GPU, and 76.0 of h100 can be used"),
     ("--gpu h100 --n-gpus 8 --params 7e9 --zero 0 --tp 1 --pp 1", "n_gpus must be more than 8: ")])
 def test_a_bad_plan_is_one_line(capsys, line, message):
     code, out, err = call(capsys, "plan", *line.split())
