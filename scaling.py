@@ -46,9 +46,8 @@ CO2, dollars. `plan` writes the bill of every layout and ranks them. train.py pr
     n, h, H, T                 tokens of a micro-batch on a dp rank, n_embd, n_head, seq_len
     m, p, v, t; c              micro_batches, pp, chunks (stages per rank), tp; share of the peak that products reach
 
-The file answers the questions in their order. After the line that says that the lecture ends come names, text, the
-command line and the demo, for looking things up. Not here: context and expert parallelism, failures, reading data.
-Published rows, and the planner's answer to each, are tests.
+The file answers the questions in their order, then says that the lecture ends. Not here: context and expert
+parallelism, failures, reading data. Published rows, and the planner's answer to each, are in tests/published.py.
 
 Sources: Hoffmann 2022 (arXiv:2203.15556), fitted again: Besiroglu 2024 (2404.10102); Kaplan 2020 (2001.08361); Pearce
 2024 (2406.12907); Sardana 2024 (2401.00448); Narayanan 2021 (2104.04473); Korthikanti 2022 (2205.05198); ZeRO
@@ -108,7 +107,7 @@ def chinchilla_loss(N, D, law=BESIROGLU):
 
 def table(runs, labels=None) -> np.ndarray:
     """Rows (N, D, loss) or (N, D, loss, C) -> (n, 4) float64. Without a stated budget, C is 6 N D. BadInput names the
-    first value that no run can have, and its row: "row 1" is the first, or labels[0]."""
+    first value that no run can have, and its row: by labels, or "row 1" is the first."""
     x = np.array(runs, dtype=np.float64)
     if x.ndim != 2 or x.shape[1] not in (3, 4):
         raise BadInput(f"runs must be rows of (N, D, loss) or (N, D, loss, C), got shape {x.shape}")
@@ -117,8 +116,8 @@ def table(runs, labels=None) -> np.ndarray:
     wrong = np.argwhere(~(np.isfinite(x) & (x > 0)))
     if len(wrong):
         row, column = wrong[0]
-        raise BadInput(f"{('N', 'D', 'loss', 'C')[column]} must be finite and above 0, "
-                       f"{labels[row] if labels else f'row {row + 1}'} has {x[row, column]:g}")
+        raise BadInput(f"{labels[row] if labels else f'row {row + 1}'}: {('N', 'D', 'loss', 'C')[column]} must be "
+                       f"finite and above 0, got {x[row, column]:g}")
     return x
 
 
@@ -159,13 +158,14 @@ def parabola(group) -> Vertex | None:
     x = -c1 / (2 * c2) if c2 > 0 else math.inf
     if not n.min() <= n.mean() + x <= n.max():
         return None
-    # D at the vertex, by a parabola too: where C is stated, 6 N D need not be C
+    # D at the vertex, by a parabola too: 6 N D need not be the stated C
     N, D = math.exp(n.mean() + x), math.exp(np.polyval(np.polyfit(n - n.mean(), np.log(group[:, 1]), 2), x))
     return Vertex(math.exp(np.log(group[:, 3]).mean()), N, D, c0 - c1 * c1 / (4 * c2), c2)
 
 
 def power_law(C, N, D, loss) -> dict:
-    """{"a", "b", "k_N", "k_D"}: N = k_N C^a, D = k_D C^b through points, in logs; "points"."""
+    """What all three approaches are after: {"a", "b", "k_N", "k_D"} of N_opt = k_N C^a and D_opt = k_D C^b. Here by
+    straight lines in logs through points of the best N and D; "points": they."""
     a, ln_k_N = np.polyfit(np.log(C), np.log(N), 1)
     b, ln_k_D = np.polyfit(np.log(C), np.log(D), 1)
     points = [{"C": C, "N": N, "D": D, "loss": L} for C, N, D, L in np.stack((C, N, D, loss), 1).tolist()]
@@ -180,8 +180,8 @@ def intervals(fits: dict) -> dict:
 
 
 def bootstrap(fit, groups, times, predict=lambda fit: {}) -> dict | None:
-    """Intervals of "a", "b" and of what `predict(fit)` adds, from fits to runs drawn again, with replacement, group by
-    group. None if most draws support no fit."""
+    """Intervals of "a", "b" and of what `predict(fit)` adds, from `times` fits. Each is to as many runs as there are,
+    drawn from them with replacement, group by group. None if most draws support no fit."""
     rng, fits = np.random.default_rng(0), []
     for _ in range(times):
         with contextlib.suppress(BadInput):
@@ -325,7 +325,7 @@ def fit_parametric(runs, *, times=200, predict=lambda law: {}) -> dict:
             a, k_N = exponents(law)[0], compute_optimal(1.0, law).N
             return law | {"a": a, "b": 1 - a, "k_N": k_N, "k_D": 1 / (6 * k_N)}
 
-    # starts: E a share of the lowest loss; the rest split between the terms; exponents
+    # starts: E, a share of the lowest loss; how the two terms share what is left of the median loss; exponents
     lowest, middle, rates = runs[:, 2].min(), np.median(runs[:, 2]), (0.05, 0.2, 0.5, 1.0, 2.0)
     starts = np.array([(math.log(E), math.log(s * (middle - E)), math.log((1 - s) * (middle - E)), alpha, beta)
                        for E in (0.01 * lowest, 0.5 * lowest, 0.95 * lowest)
@@ -352,7 +352,7 @@ def holdout(runs, k: int, *, times=200) -> dict:
     groups = budgets(runs)
     if not 1 <= k <= len(groups) - 2:
         raise BadInput(f"holdout must leave 2 budgets or more to fit, got {k} of {len(groups)}")
-    known, hidden = np.concatenate(groups[:-k]), [vertex for vertex in map(parabola, groups[-k:]) if vertex]
+    known, hidden = np.concatenate(groups[:-k]), list(filter(None, map(parabola, groups[-k:])))
     fitted_to, rows = groups[-k - 1][:, 3].mean(), []
 
     def losses(law):
@@ -620,8 +620,15 @@ BUCKETS = 25e6, 10e6, 10e6                    # bytes of gradients per message, 
 
 
 def layer_bytes(shape: Shape, layout: Layout, program: Program, recompute: str) -> float:
-    """What a layer keeps from forward to backward, of one micro-batch on one rank: Korthikanti 2022, equations 1 to 6,
-    and the same count for SwiGLU, grouped heads, RMSNorm, flash attention."""
+    """What a layer keeps from forward to backward, of one micro-batch on one rank. Of Megatron's GPT, in bytes
+    (Korthikanti 2022, equations 1 to 6), with n tokens, width h, H heads:
+
+        recompute none         n h (10 + 24/t + 5 H T/(h t))       flash attention: 4 H/(h t) in the last place
+        recompute selective    n h (10 + 24/t)                     sequence parallelism divides the 10 by t
+        recompute full         2 n h                               sequence parallelism divides it by t
+
+    The code counts the same tensors one by one, so also for SwiGLU, grouped heads and RMSNorm.
+    """
     h, n = shape.n_embd, layout.micro_batch_size * shape.seq_len
     if recompute == "full":                                                             # its input
         return n * h * program.residual / layout.split
@@ -664,7 +671,8 @@ def end_bytes(shape: Shape, layout: Layout, program: Program) -> float:
 
 
 def stored(layout: Layout, stage: int) -> float:
-    """Micro-batches whose activations a rank holds at once. In one of a rank's v stages it counts 1 / v."""
+    """Micro-batches whose activations rank r of a pipeline holds at once: 1F1B p - r, GPipe m, interleaved on the first
+    rank p (1 + (p-1)/(p v)), where a micro-batch in one of a rank's v stages counts 1 / v."""
     p, m, v = layout.pp, layout.micro_batches, layout.chunks
     if v > 1:
         return min(m * v, (p - 1 - stage) * 2 + (v - 1) * p + 1) / v
@@ -683,7 +691,7 @@ def waiting_bytes(shape: Shape, layout: Layout, program: Program, stage: int) ->
 
 
 def buffer_bytes(shape: Shape, layout: Layout, program: Program, stage: int) -> float:
-    """Gradients on their way, gathered layers, and the block that runs again."""
+    """Gradients on their way, gathered layers, and the block that runs again. psi: parameters of the rank."""
     psi, dp, zero = rank_params(shape, layout, stage).count, layout.dp, layout.zero
     again = layer_bytes(shape, layout, program, "none") * (layout.recompute == "full")
     if not zero:                                                    # the sums, and one micro-batch's gradients
@@ -694,8 +702,8 @@ def buffer_bytes(shape: Shape, layout: Layout, program: Program, stage: int) -> 
     bucket = max(layer, table) if zero == 3 else min(BUCKETS[zero] / program.gradient, psi)
     # gradients: a bucket that is being summed, and the rank's share of it; from stage 2 on, also two buckets as
     # backward left them. Stage 3: the gathered weights of this layer and of the next
-    moving = bucket * (1 + 1 / dp) * program.gradient + (zero >= 2) * 2 * bucket * program.item
-    return again + (dp > 1) * moving + (zero == 3) * 2 * bucket * program.item
+    gradients = bucket * (1 + 1 / dp) * program.gradient + (zero >= 2) * 2 * bucket * program.item
+    return again + (dp > 1) * gradients + (zero == 3) * 2 * bucket * program.item
 
 
 def memory(shape: Shape, layout: Layout, program: Program, stage: int) -> dict:
@@ -753,16 +761,16 @@ def messages(shape: Shape, layout: Layout, program: Program, stage: int) -> dict
     n, h, table = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size // layout.tp * shape.n_embd
     product, hidden = n * h * program.item, n * h * program.residual
     mean = program.gradient / (layout.dp if zero else 1)                  # of a gradient after ZeRO has sharded it
-    found = {("world", "all_reduce"): (1, 3 * 8)}           # loss, squared norm, whether a rank was asked to stop
+    sent = {("world", "all_reduce"): (1, 3 * 8)}            # loss, squared norm, whether a rank was asked to stop
     if layout.dp > 1:
-        # the number of targets in the batch, 8 bytes; a flag per tensor: which have a gradient
-        counted = 8 + (4 * (rank.tensors + (layout.chunks if zero == 3 else 1)) if zero else rank.tensors)
+        # the number of targets in the batch, 8 bytes; a flag per tensor, whether it has a gradient: 1 byte, of ZeRO 4
+        flags = 8 + (4 * (rank.tensors + (layout.chunks if zero == 3 else 1)) if zero else rank.tensors)
         if zero:
             scatters, gathers = {1: (1, 1), 2: (m, 1), 3: (m, 2 * m)}[zero]
             twice = table * (zero == 3 and shape.tie_embeddings and layout.pp == 1)  # embedding and head each gather it
-            found["dp", "reduce_scatter"] = None, rank.count * scatters * program.gradient
-            found["dp", "all_gather"] = None, (rank.count + twice) * gathers * program.item
-        found["dp", "all_reduce"] = None, counted + rank.count * program.gradient * (not zero)
+            sent["dp", "reduce_scatter"] = None, rank.count * scatters * program.gradient
+            sent["dp", "all_gather"] = None, (rank.count + twice) * gathers * program.item
+        sent["dp", "all_reduce"] = None, flags + rank.count * program.gradient * (not zero)
     if layout.tp > 1:
         def over_tp(per_layer):                    # (calls, bytes): with the head's, and the embedding's of residuals
             inside = layers * per_layer + is_last
@@ -773,17 +781,17 @@ def messages(shape: Shape, layout: Layout, program: Program, stage: int) -> dict
         # the loss needs three numbers per token: max, sum of exponentials, the target's logit. `partial`: parameters
         # that tp does not split, but whose gradients it computes in parts
         partial = rank.whole if layout.sequence_parallel else layers * 2 * shape.qk_norm * shape.head_dim
-        others = m * is_last * 3 * n * program.wide + partial * mean
+        reduced = m * is_last * 3 * n * program.wide + partial * mean
         if layout.sequence_parallel:
-            found["tp", "all_gather"], found["tp", "reduce_scatter"] = gathers, sums
-        found["tp", "all_reduce"] = None, others + (0 if layout.sequence_parallel else sums[1])
+            sent["tp", "all_gather"], sent["tp", "reduce_scatter"] = gathers, sums
+        sent["tp", "all_reduce"] = None, reduced + (0 if layout.sequence_parallel else sums[1])
     if layout.pp > 1:
         calls = m * (2 * layout.chunks - is_first - is_last)
         # Megatron sends 1/t of a hidden state even where each tp rank has all of it (Narayanan 2021, section 4.1)
         parts = layout.split if program.train_py else layout.tp
-        found["pp", "send"] = found["pp", "recv"] = calls, calls * hidden // parts
-        found["ends", "all_reduce"] = 1, table * mean * (shape.tie_embeddings and (is_first or is_last))
-    return {key: counted for key, counted in found.items() if counted[1] and layout.ranks > 1}
+        sent["pp", "send"] = sent["pp", "recv"] = calls, calls * hidden // parts
+        sent["ends", "all_reduce"] = 1, table * mean * (shape.tie_embeddings and (is_first or is_last))
+    return {key: (calls, size) for key, (calls, size) in sent.items() if size and layout.ranks > 1}
 
 
 def bytes_sent(messages: dict, layout: Layout) -> dict:
@@ -821,12 +829,17 @@ def bubble(layout: Layout, forward: float, backward: float, weight: float) -> fl
 
 def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: float = 1.0) -> dict:
     """Seconds of a step: {"compute", "tp", "pp", "dp", "bubble", "update"}; of messages, what nothing hides.
+
+        step       (m + (p-1)/v) x a micro-batch in the slowest stage + the update + messages that nothing hides
+        product    2 x rows x columns x inner / (c peak) + bytes of all three matrices / HBM's bandwidth
+        the rest   5 x what a layer keeps / HBM: forward writes and reads it; backward reads it, reads a gradient and
+                   writes one
+
     speed: of the linear layers' products, relative to bf16's."""
     b, T, h, n_ff, t = layout.micro_batch_size, shape.seq_len, shape.n_embd, shape.n_ff, layout.tp
     n, m, V, core_speed = b * T, layout.micro_batches, shape.vocab_size / t, min(speed, 1)
 
     def product(rows, columns, inner, speed=speed):
-        # 2 rows columns inner / (c peak) + bytes / HBM
         size = program.item * (rows * columns + columns * inner + rows * inner)
         return 2 * rows * columns * inner / (gpu.matmul * gpu.peak * speed) + size / gpu.bandwidth
 
@@ -851,13 +864,12 @@ def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: f
     # a layer's forward, its backward (gradients of inputs, and what runs again), and its gradients of weights
     layer = linear + core + 2 * kept, linear + core_backward * core + 3 * kept + again, linear
     # the same of a micro-batch in the slowest stage: computing, tp's messages, messages to other stages
-    every = depth(shape.n_layer, layout.pp, layout.chunks)
-    slowest = max(range(layout.pp), key=lambda r: every[r] * sum(layer) + 3 * head * (r == layout.pp - 1))
-    layers, is_last = every[slowest], slowest == layout.pp - 1
+    of_rank = depth(shape.n_layer, layout.pp, layout.chunks)
+    slowest = max(range(layout.pp), key=lambda r: of_rank[r] * sum(layer) + 3 * head * (r == layout.pp - 1))
+    layers, is_last = of_rank[slowest], slowest == layout.pp - 1
     compute = [layers * seconds + head * is_last for seconds in layer]
     tp = layers * tp_forward, layers * (tp_backward + tp_again), 0.0
-    between = layout.ranks > gpu.node
-    rate, delay = (LINE * gpu.network, NETWORK_HOP) if between else (gpu.link, NVLINK_HOP)
+    rate, delay = (LINE * gpu.network, NETWORK_HOP) if layout.ranks > gpu.node else (gpu.link, NVLINK_HOP)
     parts = layout.split if program.train_py else t
     pp = (layout.pp > 1) * layout.chunks * (n * h * program.residual / parts / rate + delay)
     forward, backward, weight = (sum(x) for x in zip(compute, tp, (pp, pp, 0.0), strict=True))
@@ -871,11 +883,11 @@ def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: f
     def exposed(message, compute):
         return max(0.0, message - program.overlap_dp * compute)
 
-    both = backward + weight
-    dp = {0: exposed(2 * scatter, both),
-          1: exposed(scatter, both) + gather,
-          2: m * exposed(scatter, both) + gather,
-          3: m * (exposed(scatter + gather, both) + exposed(gather, forward))}[layout.zero]
+    backward_pass = backward + weight
+    dp = {0: exposed(2 * scatter, backward_pass),
+          1: exposed(scatter, backward_pass) + gather,
+          2: m * exposed(scatter, backward_pass) + gather,
+          3: m * (exposed(scatter + gather, backward_pass) + exposed(gather, forward))}[layout.zero]
     # reads the gradient and the states, writes the states and the weight
     update = psi * (2 * program.states + program.gradient + program.item) / gpu.bandwidth / (
         layout.dp if layout.zero else 1)
@@ -906,16 +918,16 @@ def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: 
          precision: str = "bf16", rank_flops: float | None = None) -> dict:
     """What a run of `tokens` tokens takes, under names that say it, as JSON has it. Some that do not:
 
-    law             {"best_tokens": for this size; "N_opt", "D_opt": for these 6 N D; "loss", "left": nats that N_opt
-                    and D_opt would save, both None if "extrapolated": less than what the law was fitted to}
+    law             what assess() says; "best_tokens" for this size; "extrapolated": N or D are smaller than what the
+                    law was fitted to, and "loss" and "left" None
     bubble          its share of a step, if forward and both parts of backward take equally long
     memory_bytes    of the fullest rank; bytes_sent: {axis: bytes per step of the rank that sends most}
     With a GPU, also seconds, energy and cost. With rank_flops, the FLOP/s that a rank was measured to reach, seconds
     without messages.
     """
     N, flops = shape.num_params, tokens * shape.flops_per_token()
-    law = {name: x for name, x in assess(N, tokens).items() if name in ("N_opt", "D_opt", "loss", "left")}
-    law |= {"best_tokens": optimal_tokens(N), "extrapolated": N < FITTED_FROM["N"] or tokens < FITTED_FROM["D"]}
+    law = assess(N, tokens) | {"best_tokens": optimal_tokens(N),
+                               "extrapolated": N < FITTED_FROM["N"] or tokens < FITTED_FROM["D"]}
     if law["extrapolated"]:
         law |= {"loss": None, "left": None}
     parts = {name: round(x) for name, x in fullest(shape, layout, program).items()}
@@ -1023,7 +1035,7 @@ def command(shape: Shape, layout: Layout, precision: str, gpu: GPU, steps: int) 
     del flags["micro_batches"]                                                            # follows from the batch
     words = (f"--no-{flag_of(name)[2:]}" if x is False else flag_of(name) if x is True else f"{flag_of(name)} {x}"
              for name, x in flags.items())
-    return f"{launch} train.py {' '.join(words)} --data data/mycorpus"                    # yours, prepared
+    return f"{launch} train.py {' '.join(words)} --data data/mycorpus"                    # your prepared text
 
 
 # ---- the lecture ends here. Names of shapes, GPUs, precisions --------------------------------------------------------
@@ -1049,17 +1061,13 @@ def shape_for(params: float, seq_len: int = 4096) -> Shape:
     return min(shapes, key=shapes.get)
 
 
-# as torch.cuda.get_device_name() prints them. Others are not in the table: an A100 with 40 GB, say, or an H100 NVL
+# GPUs as torch.cuda.get_device_name() prints them. Others are not in the table: an A100 with 40 GB, say, or an H100 NVL
 DEVICES = {"Tesla V100-SXM2-32GB": "v100", "NVIDIA A100-SXM4-80GB": "a100", "NVIDIA A100 80GB PCIe": "a100-pcie",
            "NVIDIA H100 80GB HBM3": "h100", "NVIDIA H100 PCIe": "h100-pcie", "NVIDIA H20": "h20", "NVIDIA H200": "h200",
            "NVIDIA B200": "b200", "NVIDIA B300": "b300", "NVIDIA GB200": "gb200", "AMD Instinct MI300X": "mi300x",
            "AMD Instinct MI355X": "mi355x", "NVIDIA L40S": "l40s", "NVIDIA L4": "l4", "Tesla T4": "t4",
            "NVIDIA GeForce RTX 4090": "rtx4090", "NVIDIA GeForce RTX 3090": "rtx3090"}
-
-
-def known_gpu(device_name: str) -> str | None:
-    """The key of GPUS for a device's name, or None."""
-    return DEVICES.get(device_name)
+known_gpu = DEVICES.get                                                                # a key of GPUS, or None
 
 
 def find_gpu(name: str | GPU) -> GPU:
@@ -1169,34 +1177,30 @@ def number(lowest: float, highest: float, whole: bool = False):
     return read
 
 
-COLUMNS = {"N": ("n", "params"), "D": ("d", "tokens"), "loss": ("loss",), "C": ("c", "budget", "flops")}
+COLUMNS = {"N": "N", "params": "N", "D": "D", "tokens": "D", "loss": "loss", "C": "C", "budget": "C", "flops": "C"}
 
 
 def read_runs(path) -> np.ndarray:
     """A CSV file of runs -> table()'s (n, 4). Its first line names the columns: N or params, D or tokens, loss, and, if
     it is known, C, budget or flops. Other columns, empty lines and those that begin with # are passed over. BadInput
     counts lines as an editor does."""
-    lines, place = {}, {}
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            for row in reader:
-                if not row or row[0].startswith("#"):
-                    continue
-                if not place:
-                    head = [name.strip().lower() for name in row]
-                    place = {name: head.index(x) for name, known in COLUMNS.items() for x in known if x in head}
-                    if not {"N", "D", "loss"} <= place.keys():
-                        raise BadInput(f"the first line must name N, D and loss, got {','.join(row)}")
-                    continue
-                try:
-                    lines[f"line {reader.line_num}"] = [float(row[i]) for i in place.values()]
-                except (ValueError, IndexError):
-                    raise BadInput(f"line {reader.line_num} must have a number for {', '.join(place)}, got "
-                                   f"{','.join(row)}") from None
-        return table(list(lines.values()), list(lines))
-    except (OSError, csv.Error, ValueError) as error:
-        raise BadInput(f"{path}: {error}") from None
+    place, runs = {}, {}
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file)
+        for row in reader:
+            line = f"{path}: line {reader.line_num}"
+            if not row or row[0].startswith("#"):
+                continue
+            if not place:
+                place = {COLUMNS[name.strip()]: i for i, name in enumerate(row) if name.strip() in COLUMNS}
+                if not {"N", "D", "loss"} <= place.keys():
+                    raise BadInput(f"{line} must name N, D and loss, got {','.join(row)}")
+                continue
+            try:
+                runs[line] = [float(row[place[name]]) for name in ("N", "D", "loss", "C") if name in place]
+            except (ValueError, IndexError):
+                raise BadInput(f"{line} must have a number for {', '.join(place)}, got {','.join(row)}") from None
+    return table(list(runs.values()), list(runs))
 
 
 def fit_all(runs, name) -> dict:
@@ -1319,7 +1323,7 @@ def main(argv=None) -> int:
         asked = parse(argv)
         {None: lambda asked: demo(), "fit": command_fit, "plan": command_plan}[asked.command](asked)
         return 0
-    except (BadInput, OSError) as error:
+    except (BadInput, OSError, UnicodeDecodeError, csv.Error) as error:
         print(f"scaling.py: {error}", file=sys.stderr)
         return 2
 
@@ -1339,19 +1343,16 @@ def demo():
         assert (abs(chinchilla_loss(*runs.T[:2], results["parametric"]) / runs[:, 2] - 1) < 0.07).all()
     else:
         print(f"tests/{file.name}, our own runs, is not here; python scaling.py fit RUNS.csv fits yours")
-    rows = [("Besiroglu", C, *compute_optimal(C)) for C in (1e18, 5.76e23, 1e26)]
-    rows = [(*row, row[-1] / row[-2]) for row in (*rows, ("Hoffmann", 5.76e23, *compute_optimal(5.76e23, HOFFMANN)))]
-    print("\n" + columns(("law", "FLOPs", "N_opt", "D_opt", "D/N"), *rows))
-    assert [round(row[-1]) for row in rows] == [26, 18, 16, 59]
+    rows = [(law, C, *compute_optimal(C, constants)) for law, constants, C in (
+        ("Besiroglu", BESIROGLU, 1e18), ("Besiroglu", BESIROGLU, 5.76e23), ("Besiroglu", BESIROGLU, 1e26),
+        ("Hoffmann", HOFFMANN, 5.76e23))]
+    print("\n" + columns(("law", "FLOPs", "N_opt", "D_opt", "D/N"), *((*row, row[3] / row[2]) for row in rows)))
+    assert [round(D / N) for _, _, N, D in rows] == [26, 18, 16, 59]
 
     print("\n(3) what did known models leave on the table?")
     known = {name: assess(N, D) for name, (N, D) in MODELS.items()}
     print(columns(("", *known["GPT-3 175B"]), *((name, *r.values()) for name, r in known.items())))
     assert all(r["left"] > 0 for r in known.values())
-    r = known["GPT-3 175B"]                                                                   # the first page's numbers
-    assert (round(r["C"] / 1e21), round(r["D/N"], 1), round(r["enough"], 2)) == (315, 1.7, 0.61)
-    assert (round(r["N_opt"] / 1e9), round(r["D_opt"] / 1e10)) == (53, 99)
-    assert round(known["Llama 3.1 8B"]["N/N_opt"], 1) == 0.1
 
     # (4) Korthikanti 2022, equation 4, table 5; ZeRO, table 1; Megatron, table 1; Llama 3, table 4. (5) LLaMA, table 15
     a100, h100, llama = GPUS["a100"], GPUS["h100"], Shape(128256, 8192, 126, 128, 8, 128, 16384, 53248)
@@ -1375,11 +1376,9 @@ def demo():
 
     print("\n7 B, 140 B tokens on 64 H100s, 1024 sequences of 4096 tokens: train.py's best layout")
     seven = Shape(32000, 4096, 32, 32, 32, 128, 4096, 11008)
-    first, = plan(seven, "h100", 64, global_batch_size=1024, tokens=1.4e11, top=1)
+    first, = plan(seven, h100, 64, global_batch_size=1024, tokens=1.4e11, top=1)
     print(describe_bill(first))
-    bytes_per_parameter = sum(list(memory(seven, Layout(), Program(), 0).values())[:3]) / seven.num_params
-    assert round(first["flops"] / 1e21, 1) == 6.5 and round(first["flops"] / 64 / h100.peak / 3600) == 28
-    assert 0.5 < first["mfu"] < 0.6 and bytes_per_parameter * 7 == 126 and round(64 * h100.peak / 1e15) == 63
+    assert 0.5 < first["mfu"] < 0.6
 
 
 if __name__ == "__main__":

@@ -112,13 +112,26 @@ def test_twenty_tokens_a_parameter_and_whose():
 
 def test_the_table_of_models():
     gpt3, llama = scaling.assess(175e9, 300e9), scaling.assess(*scaling.MODELS["Llama 3.1 8B"])
-    assert gpt3["C"] == 3.15e23 and gpt3["N/N_opt"] == pytest.approx(3.3, abs=0.01)
+    assert gpt3["N/N_opt"] == pytest.approx(3.3, abs=0.01)
     assert llama["D/N"] == pytest.approx(1868, abs=0.5) and llama["enough"] < 0.2           # over-trained on purpose
     for r in (gpt3, llama):
         best = compute_optimal(r["enough"] * r["C"])
         assert chinchilla_loss(*best) == pytest.approx(r["loss"]) and 0 < r["left"] < 0.06
     for N in np.geomspace(1e8, 1e12, 50):                                          # at the best, rounding is no gain
         assert 0 <= scaling.assess(*compute_optimal(6 * N * 20 * N))["left"] < 1e-9
+
+
+def test_the_numbers_of_the_first_page():
+    """Those of scaling.py's docstring that the demo does not assert."""
+    gpt3, llama = scaling.assess(*scaling.MODELS["GPT-3 175B"]), scaling.assess(*scaling.MODELS["Llama 3.1 8B"])
+    assert (round(gpt3["C"] / 1e21), round(gpt3["D/N"], 1), round(gpt3["enough"], 2)) == (315, 1.7, 0.61)
+    assert (round(gpt3["N_opt"] / 1e9), round(gpt3["D_opt"] / 1e10), round(llama["N/N_opt"], 1)) == (53, 99, 0.1)
+    seven, peak = Shape(32000, 4096, 32, 32, 32, 128, 4096, 11008), 64 * GPUS["h100"].peak
+    flops = 1.4e11 * seven.flops_per_token()
+    assert (round(flops / 1e21, 1), round(flops / peak / 3600), round(peak / 1e15)) == (6.5, 28, 63)
+    assert 0.5 < scaling.plan(seven, "h100", 64, global_batch_size=1024, tp=1, pp=1)[0]["mfu"] < 0.6
+    states = list(scaling.memory(seven, Layout(), Program(), 0).values())[:3]
+    assert sum(states) / seven.num_params * 7 == 126 and GPUS["h100"].memory == 80e9
 
 
 def test_published_laws():
@@ -430,7 +443,7 @@ def test_a_budget_column_is_read_where_6_N_D_drifts():
 
 def test_columns_of_budgets(capsys, tmp_path, few_draws):
     rows = with_budgets()
-    for head in (("N", "D", "loss", "budget"), ("params", "tokens", "Loss", "FLOPs"), ("n", " d ", "LOSS", "c")):
+    for head in (("N", "D", "loss", "budget"), ("params", "tokens", "loss", "flops"), ("N", " D ", "loss", "C")):
         runs = scaling.read_runs(write(tmp_path / "runs.csv", rows, head))
         assert runs.tolist() == [list(row) for row in rows]
     # two runs that share their budget with fewer than two others
@@ -530,10 +543,10 @@ GRID = [(N, D, 2 + N / 1e10) for N in (1e8, 2e8, 4e8) for D in (1e9, 2e9, 4e9)]
 @pytest.mark.parametrize("runs, message", [
     ([], r"runs must be rows of \(N, D, loss\) .* got shape \(0,\)"),
     ([(1e8, 1e9)] * 9, r"runs must be rows of \(N, D, loss\) .* got shape \(9, 2\)"),
-    ([*GRID, (1e8, 1e9, math.nan), (1e8, 1e9, -1)], "loss must be finite and above 0, row 10 has nan"),
-    ([(0, 1e9, 2.0), *GRID], "N must be finite and above 0, row 1 has 0"),
-    ([(1e8, math.inf, 2.0)] * 8 + GRID, "D must be finite and above 0, row 1 has inf"),
-    ([(1e8, 1e9, 2.0, -1)], "C must be finite and above 0, row 1 has -1"),
+    ([*GRID, (1e8, 1e9, math.nan), (1e8, 1e9, -1)], "row 10: loss must be finite and above 0, got nan"),
+    ([(0, 1e9, 2.0), *GRID], "row 1: N must be finite and above 0, got 0"),
+    ([(1e8, math.inf, 2.0)] * 8 + GRID, "row 1: D must be finite and above 0, got inf"),
+    ([(1e8, 1e9, 2.0, -1)], "row 1: C must be finite and above 0, got -1"),
     ([(1e8, 1e9 * i, 2 + 1 / i) for i in range(1, 10)], "needs at least .* got 9, 1, 9 and 9"),
     ([(1e8 * i, 1e9 * (1 + i // 6), 2 + 1 / i) for i in range(1, 10)], "needs at least .* got 9, 9, 2 and 9"),
     (GRID[::2], "needs at least 6 pairs .* got 5, 3, 3 and 3"),
@@ -603,17 +616,17 @@ def test_comments_and_empty_lines(tmp_path):
     (None, [], "No such file or directory"),
     ("", [], r"runs must be rows of \(N, D, loss\)"),
     ("N,D,loss\n", [], r"runs must be rows of \(N, D, loss\)"),
-    ("size_of_it,D,loss\n1,2,3\n", [], "the first line must name N, D and loss, got size_of_it,D,loss"),
-    ("flops,loss\n1,2\n", [], "the first line must name N, D and loss, got flops,loss"),
+    ("size_of_it,D,loss\n1,2,3\n", [], "line 1 must name N, D and loss, got size_of_it,D,loss"),
+    ("flops,loss\n1,2\n", [], "line 1 must name N, D and loss, got flops,loss"),
     ("N,D,loss\n1,2,3\n1,x,3\n", [], "line 3 must have a number for N, D, loss, got 1,x,3"),
     ("N,D,loss\n1,2\n", [], "line 2 must have a number for N, D, loss, got 1,2"),
-    ("N,D,loss\n1,2,3\n1,2,nan\n1,2,inf\n", [], "loss must be finite and above 0, line 3 has nan"),
+    ("N,D,loss\n1,2,3\n1,2,nan\n1,2,inf\n", [], "line 3: loss must be finite and above 0, got nan"),
     ("N,D,loss\n1,2,3\n2,3,4\n", [], "a law of 5 constants needs at least 6 pairs .* got 2"),
     ("N,D,loss\n" + 200_000 * "1" + ",2,3\n", [], "field larger"),
     ("# mine\n\nN,D,loss\n1,2,3\n\n# more\n1,x,3\n", [], "line 7 must have a number"),
     ('name,N,D,loss\n"a\nb",1,2,3\nc,x,2,3\n', [], "line 4 must have a number"),
     ("# mine\nN,D,loss,budget\n1,2,3,\n", [], "line 3 must have a number for N, D, loss, C, got 1,2,3,"),
-    ("# mine\nN,D,loss,budget\n1,2,3,0\n", [], "C must be finite and above 0, line 3 has 0"),
+    ("# mine\nN,D,loss,budget\n1,2,3,0\n", [], "line 3: C must be finite and above 0, got 0"),
     ("N,D,loss\n1,2,3\n", ["--holdout", "0"], "--holdout must be a whole number from 1"),
     ("N,D,loss\n1,2,3\n", ["--jsn"], "unrecognized arguments: --jsn"),
 ])
@@ -729,26 +742,28 @@ def layout_of(c: train.Config, n: int) -> Layout:
     return train.layout_of(c, n // (c.tp * c.pp))
 
 
-TINY = """--config tiny --n-layer 2 --seq-len 64 --vocab-size 512 --global-batch-size 4 --micro-batch-size 1
+TINY = """--config tiny --n-layer 2 --seq-len 64 --vocab-size 512 --global-batch-size 2 --micro-batch-size 1
 --device cpu --no-document-mask"""
-DEEP = TINY + " --n-layer 4"
-SMALL = """--config small --n-layer 2 --n-embd 96 --vocab-size 512 --seq-len 64 --global-batch-size 4
+SMALL = """--config small --n-layer 2 --n-embd 96 --vocab-size 512 --seq-len 64 --global-batch-size 2
 --micro-batch-size 1 --device cpu --no-document-mask"""
+TWICE = " --global-batch-size 4"                               # two micro-batches on two dp ranks; more than stages
+DEEP = TINY + TWICE + " --n-layer 4"
 
 
 RUNS = [
     (1, TINY), (1, SMALL), (1, TINY + " --recompute selective"), (1, SMALL + " --recompute full"),
     (1, TINY + " --qk-norm --n-kv-head 2 --bias"), (2, TINY + " --tp 2"), (2, TINY + " --tp 2 --no-sequence-parallel"),
-    (2, TINY + " --tp 2 --recompute full"), (2, SMALL + " --dp 2"), (2, TINY + " --zero 2"), (2, SMALL + " --zero 3"),
-    (4, DEEP + " --pp 4 --pp-schedule zb"), (2, TINY + " --pp 2 --pp-schedule gpipe"),
-    (2, DEEP + " --pp 2 --pp-schedule interleaved"), (4, TINY + " --pp 2 --tp 2"), (4, TINY + " --tp 2 --zero 1"),
-    (2, SMALL + " --n-layer 3 --pp 2"), (2, TINY + " --tp 2 --precision bf16 --recompute selective"),
-    (4, TINY + " --tp 2 --zero 3 --precision bf16")]
+    (2, TINY + " --tp 2 --recompute full"), (2, SMALL + TWICE + " --dp 2"), (2, TINY + TWICE + " --zero 1"),
+    (2, TINY + TWICE + " --zero 2"), (2, SMALL + TWICE + " --zero 3"), (4, DEEP + " --pp 4 --pp-schedule zb"),
+    (2, TINY + TWICE + " --pp 2 --pp-schedule gpipe"), (2, DEEP + " --pp 2 --pp-schedule interleaved"),
+    (4, TINY + TWICE + " --pp 2 --tp 2"), (2, SMALL + TWICE + " --n-layer 3 --pp 2"),
+    (2, TINY + " --tp 2 --precision bf16 --recompute selective"),
+    (4, TINY + TWICE + " --tp 2 --zero 3 --precision bf16")]
 MORE = [
-    (4, DEEP + " --pp 4"), (2, DEEP + " --pp 2 --pp-schedule zb"), (2, SMALL + " --zero 1"),
-    (2, TINY + " --tp 2 --precision bf16"),
+    (4, DEEP + " --pp 4"), (2, DEEP + " --pp 2 --pp-schedule zb"), (2, SMALL + TWICE + " --zero 1"),
+    (2, TINY + " --tp 2 --precision bf16"), (4, TINY + TWICE + " --tp 2 --zero 1"),
     (2, SMALL + " --tp 2 --recompute selective"), (2, TINY + " --tp 2 --precision bf16 --recompute full"),
-    (4, TINY + " --tp 2 --zero 2 --precision bf16"), (4, TINY + " --tp 2 --zero 1 --precision bf16")]
+    (4, TINY + TWICE + " --tp 2 --zero 2 --precision bf16"), (4, TINY + TWICE + " --tp 2 --zero 1 --precision bf16")]
 
 
 def by_axis_name(found: dict, ledger: dict, key=lambda axis: axis) -> dict:
@@ -873,7 +888,7 @@ def test_bubbles_are_the_simulators():
 def test_train_takes_the_printed_commands(shape, gpu, n, options):
     found = scaling.plan(shape, gpu, n, **options)
     assert [e["tokens_per_s"] for e in found] == sorted((e["tokens_per_s"] for e in found), reverse=True)
-    for e in found[:6]:
+    for e in found[:3]:
         words = e["command"].split()
         argv, layout = words[words.index("train.py") + 1:], Layout(**e["layout"])
         assert words[0] == "torchrun" and layout.ranks == n and words[-2:] == ["--data", "data/mycorpus"]
@@ -1202,12 +1217,12 @@ def answer(capsys, line) -> dict:
 
 
 def test_a_plan(capsys):
-    found = answer(capsys, "--params 2e9 --tokens 4e10 --gpu a100 --n-gpus 16")
+    found = answer(capsys, "--params 2e9 --tokens 4e10 --gpu a100 --n-gpus 8")
     bill, shape = found["layouts"][0], Shape(**found["shape"])
     assert shape == scaling.shape_for(2e9) and bill["parameters"] == shape.num_params == pytest.approx(2e9, rel=0.03)
-    assert bill["tokens"] == 4e10 and bill["dollars"] == pytest.approx(16 * 24 * bill["days"] * 1.5)
+    assert bill["tokens"] == 4e10 and bill["dollars"] == pytest.approx(8 * 24 * bill["days"] * 1.5)
     # without tokens: as many as are best
-    bill = answer(capsys, "--params 2e9 --gpu a100 --n-gpus 16 --seq-len 2048")["layouts"][0]
+    bill = answer(capsys, "--params 2e9 --gpu a100 --n-gpus 8 --zero 1 --seq-len 2048")["layouts"][0]
     assert bill["tokens"] == pytest.approx(scaling.optimal_tokens(bill["parameters"]))
     # every field of a layout can be given
     bill = answer(capsys, "--params 2e9 --gpu a100 --n-gpus 16 --dp 2 --tp 2 --pp 4 --pp-schedule interleaved --zero 1 "
