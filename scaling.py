@@ -999,8 +999,8 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
     if not tokens > 0:
         raise BadInput(f"tokens must be above 0, got {tokens}")
     # 4 M tokens (Llama 2), below 1 B parameters 0.5 M (GPT-3, table 2.1), in sequences, a multiple of the GPUs
-    each = n_gpus * fixed.get("micro_batch_size", 1)
-    usual = max(1, round((2**22 if shape.num_params >= 1e9 else 2**19) / shape.seq_len / each)) * each
+    multiple = n_gpus * fixed.get("micro_batch_size", 1)
+    usual = multiple * max(1, round((2**22 if shape.num_params >= 1e9 else 2**19) / shape.seq_len / multiple))
     batch, program = global_batch_size or usual, program or Program(item=PRECISIONS[precision])
     possible, best = list(layouts(shape, gpu, n_gpus, batch, **fixed)), {}
     if not possible:
@@ -1011,8 +1011,8 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
     fitting = [layout for layout, parts in zip(possible, needs, strict=True) if sum(parts.values()) <= usable]
     if not fitting:
         parts = min(needs, key=lambda parts: sum(parts.values()))
-        raise BadInput(f"n_gpus must be more than {n_gpus}: the smallest layout needs {amounts(parts)} per GPU, and "
-                       f"{usable / 1e9:.1f} of {gpu.name} can be used")
+        raise BadInput(f"a layout must fit into {usable / 1e9:.1f} GB of {gpu.name}, the smallest on {n_gpus} GPUs "
+                       f"needs {amounts(parts)} per GPU")
     steps, speed = math.ceil(tokens / batch / shape.seq_len), gpu.peak_flops(precision) / gpu.peak
     for e in sorted((estimate(shape, gpu, layout, program, speed) for layout in fitting), key=lambda e: e["step"]):
         best.setdefault((e["layout"].tp, e["layout"].pp, e["layout"].zero), e["layout"])
@@ -1221,9 +1221,11 @@ def report(runs, results):
     print(f"{len(runs)} runs, C {C.min():.3g} to {C.max():.3g} FLOPs; 6 N D is {(6 * N * D / C).min():.3g} to "
           f"{(6 * N * D / C).max():.3g} of C")
     for name, fit in results.items():
-        ends, fit = (fit or {}).get("intervals") or {}, fit or {}
+        if fit is None:
+            continue
+        ends = fit.get("intervals") or {}
         numbers = [(key, x, *(ends.get(key) or (None, None))) for key, x in fit.items() if isinstance(x, (int, float))]
-        print("\n" + columns((name, "", "95 % from", "to"), *numbers))
+        print("\n" + columns(*(row if ends else row[:2] for row in [(name, "", "95 % from", "to"), *numbers])))
         for rows in (x for x in fit.values() if isinstance(x, list)):
             print(columns(rows[0], *(row.values() for row in rows)))
     if (fit := results["isoflop"]) and len(fit["points"]) < 4:
@@ -1251,18 +1253,15 @@ def plot_isoflop(figure, runs, results):
     axes.legend()
 
 
-def draw(file: Path, plot, *data, out=None):
-    """plot(figure, *data) as `file`, a PNG. Without matplotlib, one line that says so."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("scaling.py: a figure needs matplotlib: pip install matplotlib; text has the same", file=sys.stderr)
-        return
+def draw(file: Path, plot, *data):
+    """plot(figure, *data) as `file`, a PNG. The only place that needs matplotlib."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(10, 5), dpi=150, layout="constrained")
     plot(figure, *data)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
-    print(f"drawn      {file}", file=out)
+    print(f"drawn      {file}", file=sys.stderr)
 
 
 def command_fit(asked):
@@ -1270,7 +1269,7 @@ def command_fit(asked):
     results = fit_all(runs, asked.runs) | ({"holdout": holdout(runs, asked.holdout)} if asked.holdout else {})
     print(json.dumps(results)) if asked.json else report(runs, results)
     if asked.plot:
-        draw(Path(asked.plot) / "isoflop.png", plot_isoflop, runs, results, out=sys.stderr if asked.json else None)
+        draw(Path(asked.plot) / "isoflop.png", plot_isoflop, runs, results)
 
 
 def command_plan(asked):
@@ -1323,7 +1322,7 @@ def main(argv=None) -> int:
         asked = parse(argv)
         {None: lambda asked: demo(), "fit": command_fit, "plan": command_plan}[asked.command](asked)
         return 0
-    except (BadInput, OSError, UnicodeDecodeError, csv.Error) as error:
+    except (BadInput, OSError, ImportError, UnicodeDecodeError, csv.Error) as error:
         print(f"scaling.py: {error}", file=sys.stderr)
         return 2
 

@@ -594,8 +594,11 @@ def test_fit_command(capsys, tmp_path, few_draws):
         assert low < 0.5126 < high
     pytest.importorskip("matplotlib")
     code, out, err = call(capsys, "fit", path, "--plot", tmp_path / "plots")
-    assert code == 0 and err == "" and "parametric" in out and "D/N" in out
-    assert (tmp_path / "plots" / "isoflop.png").read_bytes()[:4] == b"\x89PNG" and "isoflop.png" in out
+    assert code == 0 and "parametric" in out and "D/N" in out and re.fullmatch("drawn +.*isoflop.png\n", err)
+    assert (tmp_path / "plots" / "isoflop.png").read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "file").write_text("")
+    code, out, err = call(capsys, "fit", path, "--plot", tmp_path / "file")
+    assert code == 2 and err.startswith("scaling.py: ") and "File exists" in err
 
 
 def test_without_matplotlib_one_line_says_so(capsys, tmp_path, few_draws, monkeypatch):
@@ -603,7 +606,7 @@ def test_without_matplotlib_one_line_says_so(capsys, tmp_path, few_draws, monkey
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     path = write(tmp_path / "runs.csv", noisy_grid(), ("N", "D", "loss"))
     code, out, err = call(capsys, "fit", path, "--plot", tmp_path / "plots")
-    assert code == 0 and err.count("\n") == 1 and "pip install matplotlib" in err and "isoflop" in out
+    assert code == 2 and err.count("\n") == 1 and "matplotlib" in err and "isoflop" in out         # but for the figure
 
 
 def test_comments_and_empty_lines(tmp_path):
@@ -1275,8 +1278,8 @@ def test_the_text(capsys):
     ("--gpu v100 --n-gpus 8 --params 1e9 --precision bf16", "precision must be one that the GPU has, got bf16 for "),
     ("--gpu h100 --n-gpus 8 --params 7e9 --tokens 1e12 --zero 9", "--zero must be a whole number from 0 to 3"),
     ("--gpu h100 --n-gpus 8 --params 7e10",
-     "n_gpus must be more than 8: the smallest layout needs .*states 69.* GB per GPU, and 76.0 of h100 can be used"),
-    ("--gpu h100 --n-gpus 8 --params 7e9 --zero 0 --tp 1 --pp 1", "n_gpus must be more than 8: ")])
+     "a layout must fit into 76.0 GB of h100, the smallest on 8 GPUs needs .*states 69.* GB per GPU"),
+    ("--gpu h100 --n-gpus 8 --params 7e9 --zero 0 --tp 1 --pp 1", "a layout must fit into 76.0 GB of h100, ")])
 def test_a_bad_plan_is_one_line(capsys, line, message):
     code, out, err = call(capsys, "plan", *line.split())
     assert code == 2 and not out and err.count("\n") == 1

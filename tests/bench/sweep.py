@@ -198,6 +198,9 @@ def main(argv=None) -> int:
     try:
         run(sys.argv[1:] if argv is None else argv)
         return 0
+    except ImportError as error:                                                # all but the figures is done
+        print(f"sweep.py: {error}", file=sys.stderr)
+        return 2
     except BadInput as error:
         first, _, rest = str(error).partition(" ")
         print(f"sweep.py: {'--' + first if first in ('out', 'budgets') else first} {rest}", file=sys.stderr)
