@@ -237,9 +237,9 @@ def theta_of(fit):
     return np.array([*np.log([fit["E"], fit["A"], fit["B"]]), fit["alpha"], fit["beta"]])
 
 
-SETS = {"240 runs": dict(n=240, seed=0), "6 decades": dict(n=300, seed=1, decades=6), "few": dict(n=30, seed=2),
-        "ruined": dict(n=245, seed=3, ruined=12, decades=6, noise=0.02), "quiet": dict(n=120, seed=4, noise=1e-4),
-        "loud": dict(n=240, seed=5, noise=0.05), "lopsided": dict(n=240, seed=6, law=LOPSIDED)}
+SETS = {"120 runs": dict(n=120, seed=0), "6 decades": dict(n=300, seed=1, decades=6), "few": dict(n=30, seed=2),
+        "ruined": dict(n=125, seed=3, ruined=6, decades=6, noise=0.02), "quiet": dict(n=60, seed=4, noise=1e-4),
+        "loud": dict(n=240, seed=5, noise=0.05), "lopsided": dict(n=120, seed=6, law=LOPSIDED)}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("6 decades", "loud")))
@@ -890,7 +890,7 @@ def test_bubbles_are_the_simulators():
 def test_train_takes_the_printed_commands(shape, gpu, n, options):
     found = scaling.plan(shape, gpu, n, **options)
     assert [e["tokens_per_s"] for e in found] == sorted((e["tokens_per_s"] for e in found), reverse=True)
-    for e in found[:3]:
+    for e in found[:2]:
         words = e["command"].split()
         argv, layout = words[words.index("train.py") + 1:], Layout(**e["layout"])
         assert words[0] == "torchrun" and layout.ranks == n and words[-2:] == ["--data", "data/mycorpus"]
