@@ -6,7 +6,6 @@ import inspect
 import itertools
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -113,13 +112,26 @@ def test_twenty_tokens_a_parameter_and_whose():
 
 def test_the_table_of_models():
     gpt3, llama = scaling.assess(175e9, 300e9), scaling.assess(*scaling.MODELS["Llama 3.1 8B"])
-    assert gpt3["C"] == 3.15e23 and gpt3["N_over_N_opt"] == pytest.approx(3.3, abs=0.01)
-    assert llama["ratio"] == pytest.approx(1868, abs=0.5) and llama["enough"] < 0.2           # over-trained on purpose
+    assert gpt3["N/N_opt"] == pytest.approx(3.3, abs=0.01)
+    assert llama["D/N"] == pytest.approx(1868, abs=0.5) and llama["enough"] < 0.2           # over-trained on purpose
     for r in (gpt3, llama):
         best = compute_optimal(r["enough"] * r["C"])
         assert chinchilla_loss(*best) == pytest.approx(r["loss"]) and 0 < r["left"] < 0.06
     for N in np.geomspace(1e8, 1e12, 50):                                          # at the best, rounding is no gain
         assert 0 <= scaling.assess(*compute_optimal(6 * N * 20 * N))["left"] < 1e-9
+
+
+def test_the_numbers_of_the_first_page():
+    """Those of scaling.py's docstring that the demo does not assert."""
+    gpt3, llama = scaling.assess(*scaling.MODELS["GPT-3 175B"]), scaling.assess(*scaling.MODELS["Llama 3.1 8B"])
+    assert (round(gpt3["C"] / 1e21), round(gpt3["D/N"], 1), round(gpt3["enough"], 2)) == (315, 1.7, 0.61)
+    assert (round(gpt3["N_opt"] / 1e9), round(gpt3["D_opt"] / 1e10), round(llama["N/N_opt"], 1)) == (53, 99, 0.1)
+    seven, peak = Shape(32000, 4096, 32, 32, 32, 128, 4096, 11008), 64 * GPUS["h100"].peak
+    flops = 1.4e11 * seven.flops_per_token()
+    assert (round(flops / 1e21, 1), round(flops / peak / 3600), round(peak / 1e15)) == (6.5, 28, 63)
+    assert 0.5 < scaling.plan(seven, "h100", 64, global_batch_size=1024, tp=1, pp=1)[0]["mfu"] < 0.6
+    states = list(scaling.memory(seven, Layout(), Program(), 0).values())[:3]
+    assert sum(states) / seven.num_params * 7 == 126 and GPUS["h100"].memory == 80e9
 
 
 def test_published_laws():
@@ -225,9 +237,9 @@ def theta_of(fit):
     return np.array([*np.log([fit["E"], fit["A"], fit["B"]]), fit["alpha"], fit["beta"]])
 
 
-SETS = {"240 runs": dict(n=240, seed=0), "6 decades": dict(n=300, seed=1, decades=6), "few": dict(n=30, seed=2),
-        "ruined": dict(n=245, seed=3, ruined=12, decades=6, noise=0.02), "quiet": dict(n=120, seed=4, noise=1e-4),
-        "loud": dict(n=240, seed=5, noise=0.05), "lopsided": dict(n=240, seed=6, law=LOPSIDED)}
+SETS = {"120 runs": dict(n=120, seed=0), "6 decades": dict(n=300, seed=1, decades=6), "few": dict(n=30, seed=2),
+        "ruined": dict(n=125, seed=3, ruined=6, decades=6, noise=0.02), "quiet": dict(n=60, seed=4, noise=1e-4),
+        "loud": dict(n=240, seed=5, noise=0.05), "lopsided": dict(n=120, seed=6, law=LOPSIDED)}
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("6 decades", "loud")))
@@ -275,23 +287,23 @@ def test_units_and_order_do_not_matter():
 
 
 def test_intervals_hold_the_truth_and_narrow_with_runs():
-    few, many = (fit_parametric(noisy(n, 8, noise=0.003), times=100)["intervals"] for n in (60, 400))
+    few, many = (fit_parametric(noisy(n, 8, noise=0.003), times=60)["intervals"] for n in (60, 240))
     for name, true in (BESIROGLU | {"a": 0.5126, "b": 0.4874}).items():
         low, high = many[name]
         assert low < true < high and high - low < few[name][1] - few[name][0]
-    assert fit_parametric(noisy(60, 8, noise=0.003), times=100)["intervals"] == few                 # a seed of its own
+    assert fit_parametric(noisy(60, 8, noise=0.003), times=60)["intervals"] == few                  # a seed of its own
 
 
 def test_a_law_without_a_floor_is_fitted():
     """E has no finite logarithm: the objective falls as it goes to 0, and everything stays finite."""
     runs = noisy(60, 9, law=BESIROGLU | {"E": 0.0}, noise=1e-3)
-    fit = fit_parametric(runs, times=50)
+    fit = fit_parametric(runs, times=20)
     assert fit["E"] < 0.1 and json.loads(json.dumps(fit)) == fit
     assert all(math.isfinite(v) for pair in fit["intervals"].values() for v in pair)
 
 
 def test_ruined_runs_hardly_count():
-    clean, ruined = (fit_parametric(noisy(200, 10, noise=0.003, ruined=k), times=0) for k in (0, 10))
+    clean, ruined = (fit_parametric(noisy(120, 10, noise=0.003, ruined=k), times=0) for k in (0, 6))
     for name in BESIROGLU:
         assert ruined[name] == pytest.approx(clean[name], rel=0.1)
 
@@ -308,8 +320,8 @@ def planted():
 
 def test_a_planted_law_is_found_by_all_three():
     runs, true = planted(), BESIROGLU | {"a": scaling.exponents(BESIROGLU)[0]}
-    for fit, names, bound in ((fit_parametric(runs), BESIROGLU, 0.3), (fit_isoflop(runs), "a", 0.1),
-                              (fit_envelope(runs), "a", 0.1)):
+    for fit, names, bound in ((fit_parametric(runs, times=60), BESIROGLU, 0.3),
+                              (fit_isoflop(runs, times=60), "a", 0.1), (fit_envelope(runs, times=60), "a", 0.1)):
         for name in names:
             low, high = fit["intervals"][name]
             assert low <= true[name] <= high and fit[name] == pytest.approx(true[name], rel=bound)
@@ -390,8 +402,10 @@ def test_envelope():
                                                                                         (1 / 1.01, 1.01), (1, 1))]
     one, other, mean = (fit_envelope(runs, times=0) for runs in seeds)
     assert one["a"] == pytest.approx(other["a"]) == pytest.approx(mean["a"])
-    assert one["points"][0]["loss"] == pytest.approx(mean["points"][0]["loss"])
-    low, high = fit_envelope(noisy_grid(), times=50)["intervals"]["a"]
+    once = fit_envelope(noisy_grid(), times=50)
+    for fit in (one, other, mean):
+        assert fit["points"][0] == pytest.approx(once["points"][0])
+    low, high = once["intervals"]["a"]
     assert low < scaling.exponents(BESIROGLU)[0] < high
     with pytest.raises(ValueError, match="envelope: needs at least 3 values of N .* got 1"):
         fit_envelope([(1e6, 1e7, 4.0), (1e6, 1e8, 3.0), (1e7, 1e8, 2.9), (1e8, 1e8, 2.8)])
@@ -429,20 +443,17 @@ def test_a_budget_column_is_read_where_6_N_D_drifts():
     assert len(np.unique(np.round(np.log(6 * runs[:, 0] * runs[:, 1]) / 0.1))) > 20
 
 
-def test_columns_of_budgets(capsys, tmp_path):
+def test_columns_of_budgets(capsys, tmp_path, few_draws):
     rows = with_budgets()
-    for head in ("budget", "FLOPs", "C", "flops_budget", "training flop"):
-        path = write(tmp_path / "runs.csv", rows, ("N", "D", "loss", head))
-        runs = scaling.read_runs(path)
-        assert runs.shape == (len(rows), 4) and runs[:, 3].tolist() == [row[3] for row in rows]
-    code, out, err = call(capsys, "fit", path)
-    assert code == 0 and "C by its column, 6 N D is 0.93 to 1.35 of it" in out
-    assert f"6 vertices of 6 budgets; 0 of {len(rows)} runs belong to no budget\n" in out
-    # and two runs that share their budget with fewer than two others
+    for head in (("N", "D", "loss", "budget"), ("params", "tokens", "loss", "flops"), ("N", " D ", "loss", "C")):
+        runs = scaling.read_runs(write(tmp_path / "runs.csv", rows, head))
+        assert runs.tolist() == [list(row) for row in rows]
+    # two runs that share their budget with fewer than two others
     some = [row for row in rows if row[3] < 5e18] + [(1e9, 1e12, 1.9, 6e21), (2e9, 5e11, 1.9, 6e21)]
     code, out, err = call(capsys, "fit", write(tmp_path / "runs.csv", some, ("N", "D", "loss", "C")))
-    assert (f"3 vertices of 3 budgets; 2 of {len(some)} runs belong to no budget; an exponent from fewer than 4 is "
-            "hardly known") in out
+    assert code == 0 and "6 N D is 0.93 to 1.35 of C\n" in out
+    assert re.search(r"\nbudgets +3 .*\nwithout_budget +2 ", out)
+    assert "isoflop: an exponent from fewer than 4 vertices is hardly known, here are 3\n" in out
 
 
 @pytest.mark.parametrize("ratio, spread", [(2, 0.0), (3, 0.0), (10, 0.09), (1.5, 0.02), (2, 0.15), (30, 0.3)])
@@ -476,48 +487,44 @@ def test_scattered_runs_have_no_budgets():
     assert scaling.budgets(runs) == []
 
 
-def test_holdout_looks_ahead(capsys, tmp_path):
+def test_holdout_looks_ahead(capsys, tmp_path, few_draws):
     C = np.geomspace(1e18, 1e21, 7)
     runs = isoflop_runs(C, LOPSIDED, spread=4, sizes=9)
     found = scaling.holdout(runs, 2, times=0)
-    assert found["fitted_to"] == pytest.approx(C[4]) and [row["C"] for row in found["rows"]] == pytest.approx(C[5:])
-    assert [row["ahead"] for row in found["rows"]] == pytest.approx([C[5] / C[4], C[6] / C[4]])
+    assert found["fitted_to"] == pytest.approx(C[4])
+    assert [(row["what"], row["C"], row["ahead"]) for row in found["rows"]] == [
+        (what, pytest.approx(c), pytest.approx(c / C[4])) for c in C[5:] for what in ("loss", "N_opt")]
     for row in found["rows"]:
-        assert row["N_opt"]["predicted"] == pytest.approx(row["N_opt"]["measured"], rel=1e-3)
-        assert row["loss"]["predicted"] == pytest.approx(row["loss"]["measured"], rel=5e-3)
-        assert row["loss"]["interval"] is row["N_opt"]["interval"] is None
+        assert row["predicted"] == pytest.approx(row["measured"], rel=5e-3 if row["what"] == "loss" else 1e-3)
+        assert row["low"] is row["high"] is None
     # what is held out is not seen: a change there changes no prediction
     changed = [(N, D, loss * (1.5 if 6 * N * D > 2 * C[4] else 1)) for N, D, loss in runs]
-    other = scaling.holdout(changed, 2, times=0)
-    for one, two in zip(found["rows"], other["rows"], strict=True):
-        assert one["loss"]["predicted"] == pytest.approx(two["loss"]["predicted"], rel=1e-12)
-        assert one["loss"]["measured"] * 1.5 == pytest.approx(two["loss"]["measured"])
+    for one, two in zip(found["rows"], scaling.holdout(changed, 2, times=0)["rows"], strict=True):
+        assert one["predicted"] == pytest.approx(two["predicted"], rel=1e-12)
+        assert one["measured"] * (1.5 if one["what"] == "loss" else 1) == pytest.approx(two["measured"])
+    # with noise: intervals
     noise = np.exp(0.002 * np.random.default_rng(0).standard_normal(len(runs)))
-    path = write(tmp_path / "runs.csv", [(N, D, loss * x) for (N, D, loss), x in zip(runs, noise, strict=True)],
-                 ("N", "D", "loss"))
-    code, out, err = call(capsys, "fit", path, "--holdout", "2", "--json")
-    assert code == 0
-    for row in json.loads(out)["holdout"]["rows"]:
-        for x in row.values():
-            if isinstance(x, dict):
-                low, high = x["interval"]
-                assert low < x["predicted"] < high and high / low < 1.5
-        low, high = row["loss"]["interval"]
-        assert low < row["loss"]["measured"] * 1.005 and row["loss"]["measured"] * 0.995 < high
+    runs = [(N, D, loss * x) for (N, D, loss), x in zip(runs, noise, strict=True)]
+    for row in scaling.holdout(runs, 2, times=50)["rows"]:
+        assert row["low"] < row["predicted"] < row["high"] < 1.5 * row["low"]
+        if row["what"] == "loss":
+            assert 0.995 * row["low"] < row["measured"] < 1.005 * row["high"]
+    path = write(tmp_path / "runs.csv", runs, ("N", "D", "loss"))
     code, out, err = call(capsys, "fit", path, "--holdout", "2")
-    assert code == 0 and "it looks ahead 10 times the compute" in out
-    code, out, err = call(capsys, "fit", path, "--holdout", "6")
-    assert code == 2 and err == "scaling.py: --holdout must leave 2 budgets or more to fit, got 6 of 7\n"
+    assert code == 0 and re.search(r"\nfitted_to +1e\+20\n", out)
+    assert len(re.findall(r"^(?:loss|N_opt) +1e\+21 +10 ", out, re.MULTILINE)) == 2
+    with pytest.raises(scaling.BadInput, match="holdout must leave 2 budgets or more to fit, got 6 of 7"):
+        scaling.holdout(runs, 6)
 
 
-def test_approaches_that_disagree_say_so(capsys, tmp_path):
+def test_approaches_that_disagree_say_so(capsys, tmp_path, few_draws):
     """Sizes that drift off the optimum spoil approach 2's exponent, not approach 3's."""
     runs = isoflop_runs(np.geomspace(1e18, 1e22, 6), LOPSIDED, spread=12, off=lambda C: (C / 1e20) ** 0.35)
     noise = np.exp(1e-5 * np.random.default_rng(0).standard_normal(len(runs)))
     path = write(tmp_path / "runs.csv", [(N, D, L * x) for (N, D, L), x in zip(runs, noise, strict=True)],
                  ("N", "D", "loss"))
     code, out, err = call(capsys, "fit", path)
-    assert code == 0 and "2 IsoFLOP and 3 parametric disagree: their intervals do not overlap" in out
+    assert code == 0 and "parametric and isoflop disagree: their intervals of a do not overlap" in out
     path = write(tmp_path / "runs.csv", noisy_grid(), ("N", "D", "loss"))
     code, out, err = call(capsys, "fit", path)
     assert code == 0 and "disagree" not in out
@@ -536,17 +543,19 @@ GRID = [(N, D, 2 + N / 1e10) for N in (1e8, 2e8, 4e8) for D in (1e9, 2e9, 4e9)]
 
 
 @pytest.mark.parametrize("runs, message", [
-    ([], r"runs must be rows of \(N, D, loss\), got shape"),
-    ([(1e8, 1e9)] * 9, r"runs must be rows of \(N, D, loss\), got shape \(9, 2\)"),
-    ([*GRID, (1e8, 1e9, math.nan), (1e8, 1e9, -1)], "loss must be finite and above 0: row 10 has nan, row 11 has -1"),
-    ([(0, 1e9, 2.0), *GRID], "N must be finite and above 0: row 1 has 0"),
-    ([(1e8, math.inf, 2.0)] * 8 + GRID, "D must be finite and above 0: .*row 5 has inf, and 3 more"),
-    ([(1e8, 1e9 * i, 2 + 1 / i) for i in range(1, 10)], "N must take at least 3 values .* got 1"),
-    ([(1e8 * i, 1e9 * (1 + i // 6), 2 + 1 / i) for i in range(1, 10)], "D must take at least 3 values .* D.* got 2"),
-    (GRID[::2], "needs at least 6 runs of different .* got 5"),
-    (GRID[::2] * 9, "needs at least 6 runs of different .* got 5"),
-    ([(N, D, 2.5) for N, D, _ in GRID], "loss must not be the same in all runs, got 2.5"),
-    ([(N, 20 * N, 2 + 1e8 / N) for N in np.geomspace(1e8, 1e10, 9)], "D must not be a power of N")])
+    ([], r"runs must be rows of \(N, D, loss\) .* got shape \(0,\)"),
+    ([(1e8, 1e9)] * 9, r"runs must be rows of \(N, D, loss\) .* got shape \(9, 2\)"),
+    ([*GRID, (1e8, 1e9, math.nan), (1e8, 1e9, -1)], "row 10: loss must be finite and above 0, got nan"),
+    ([(0, 1e9, 2.0), *GRID], "row 1: N must be finite and above 0, got 0"),
+    ([(1e8, math.inf, 2.0)] * 8 + GRID, "row 1: D must be finite and above 0, got inf"),
+    ([(1e8, 1e9, 2.0, -1)], "row 1: C must be finite and above 0, got -1"),
+    ([(1e8, 1e9 * i, 2 + 1 / i) for i in range(1, 10)], "needs at least .* got 9, 1, 9 and 9"),
+    ([(1e8 * i, 1e9 * (1 + i // 6), 2 + 1 / i) for i in range(1, 10)], "needs at least .* got 9, 9, 2 and 9"),
+    (GRID[::2], "needs at least 6 pairs .* got 5, 3, 3 and 3"),
+    (GRID[::2] * 9, "needs at least 6 pairs .* got 5, 3, 3 and 3"),
+    ([(N, D, 2.5) for N, D, _ in GRID], "needs at least .* and 2 losses, got 9, 3, 3 and 1"),
+    ([(N, 20 * N, 2 + 1e8 / N) for N in np.geomspace(1e8, 1e10, 9)], "D must not be a power of N"),
+    (GRID, "loss must fall with N and with D, .*; the fitted law is E ")])
 def test_what_cannot_be_fitted(runs, message):
     with pytest.raises(ValueError, match=message):
         fit_parametric(runs)
@@ -566,77 +575,62 @@ def call(capsys, *argv):
     return code, out, err
 
 
-@pytest.fixture(scope="module")
-def grid():
-    return noisy_grid()
+@pytest.fixture
+def few_draws(monkeypatch):
+    """The command line with 20 resamples in the place of 200, where a test is not of their number."""
+    for name in ("fit_parametric", "fit_isoflop", "fit_envelope", "holdout"):
+        monkeypatch.setattr(scaling, name, functools.partial(getattr(scaling, name), times=20))
 
 
-def test_fit_command(capsys, tmp_path, grid):
-    path = write(tmp_path / "runs.csv", grid, ("N", "D", "loss"))
+def test_fit_command(capsys, tmp_path, few_draws):
+    path = write(tmp_path / "runs.csv", noisy_grid(), ("N", "D", "loss"))
     code, out, err = call(capsys, "fit", path, "--json")
     assert code == 0 and err == "" and out.count("\n") == 1
     found = json.loads(out)
     assert found.keys() == {"parametric", "isoflop", "envelope"}
-    assert found["parametric"].keys() == {"E", "A", "B", "alpha", "beta", "objective", "intervals"}
-    assert found["parametric"] == fit_parametric(grid)
+    assert found["parametric"].keys() == {*BESIROGLU, "a", "b", "k_N", "k_D", "objective", "intervals"}
+    law = found["parametric"]
+    assert (law["k_N"] * 1e20 ** law["a"], law["k_D"] * 1e20 ** law["b"]) == pytest.approx(compute_optimal(1e20, law))
     for key in ("isoflop", "envelope"):
         low, high = found[key]["intervals"]["a"]
         assert low < 0.5126 < high
     pytest.importorskip("matplotlib")
     code, out, err = call(capsys, "fit", path, "--plot", tmp_path / "plots")
-    assert code == 0 and err == "" and "3 parametric" in out and "tokens per parameter" in out
-    assert (tmp_path / "plots" / "isoflop.png").read_bytes()[:4] == b"\x89PNG" and "isoflop.png" in out
-    code, out, err = call(capsys, "fit", path, "--plot", path)
-    assert code == 2 and err.startswith("scaling.py: --plot must be a folder that can be written, got ")
+    assert code == 0 and "parametric" in out and "D/N" in out and re.fullmatch("drawn +.*isoflop.png\n", err)
+    assert (tmp_path / "plots" / "isoflop.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_without_matplotlib_one_line_says_so(capsys, tmp_path, grid, monkeypatch):
+def test_without_matplotlib_one_line_says_so(capsys, tmp_path, few_draws, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    path = write(tmp_path / "runs.csv", grid, ("N", "D", "loss"))
+    path = write(tmp_path / "runs.csv", noisy_grid(), ("N", "D", "loss"))
     code, out, err = call(capsys, "fit", path, "--plot", tmp_path / "plots")
-    assert code == 0 and err.count("\n") == 1 and "pip install matplotlib" in err and "2 IsoFLOP" in out
-
-
-@pytest.mark.parametrize("head, columns, delimiter", [
-    (("params", "tokens", "loss"), "N D loss", ","), (("Model Size", "Training Tokens", "final_loss"), "N D loss", ";"),
-    (("model_size", "Training FLOP", "val-loss"), "N C loss", "\t"),
-    (("compute", "training_tokens", "Loss"), "C D loss", ","),
-    (("run", "N", "D", "grad", "validation_loss"), "zero N D zero loss", ","),
-    (("\ufeffparameters", "D", "train_loss", "val_loss"), "N D zero loss", ",")])
-def test_columns_by_many_names(tmp_path, grid, head, columns, delimiter):
-    N, D, loss = np.array(grid[:20]).T
-    values = {"N": N, "D": D, "loss": loss, "C": 6 * N * D, "zero": 0 * N}
-    path = write(tmp_path / "runs.csv", zip(*(values[c] for c in columns.split()), strict=True), head, delimiter)
-    np.testing.assert_allclose(scaling.read_runs(path), grid[:20])
+    assert code == 2 and err.count("\n") == 1 and "matplotlib" in err and "isoflop" in out         # but for the figure
 
 
 def test_comments_and_empty_lines(tmp_path):
     (tmp_path / "runs.csv").write_text("# mine\n\nwidth,params,tokens,loss\n1,1e6,1e7,3\n\n2,2e6,1e7,2.5\n")
     runs = scaling.read_runs(tmp_path / "runs.csv")
-    assert runs.tolist() == [[1e6, 1e7, 3], [2e6, 1e7, 2.5]]
+    assert runs.tolist() == [[1e6, 1e7, 3, 6e13], [2e6, 1e7, 2.5, 1.2e14]]                     # without C: 6 N D
 
 
 @pytest.mark.parametrize("text, flags, message", [
-    (None, [], "must be a CSV file that can be read: No such file or directory"),
-    ("", [], "must have a line of column names and a line per run, it has 0 lines"),
-    ("N,D,loss\n", [], "it has 1 lines"),
-    ("size_of_it,D,loss\n1,2,3\n", [],
-     r"no column for N \(n, params, parameters, ...\); there are size_of_it, D, loss"),
-    ("a,b,c\n1,2,3\n", [], "no column for N and D and loss .* there are a, b, c"),
-    ("flops,loss\n1,2\n", [], "no column for N and D "),
-    ("N,D,loss\n1,2,3\n1,x,3\n", [], "D must be a number, line 3 has 'x'"),
-    ("N,D,loss\n1,2\n", [], "loss must be a number, line 2 has ''"),
-    ("N,D,loss\n1,2,3\n1,2,nan\n1,2,inf\n", [], "loss must be finite and above 0: line 3 has nan, line 4 has inf"),
-    ("N,C,loss\n0,2,3\n", [], "N must be finite and above 0: line 2 has 0"),
-    ("N,D,loss\n1,2,3\n2,3,4\n", [], "needs at least 6 runs of different \\(N, D\\) for a law of 5 constants, got 2"),
-    ("N,D,loss\n" + 200_000 * "1" + ",2,3\n", [], "must be a CSV file that can be read: field larger"),
-    ("# mine\n\nN,D,loss\n1,2,3\n\n# more\n1,x,3\n", [], "D must be a number, line 7 has 'x'"),
-    ('name,N,D,loss\n"a\nb",1,2,3\nc,x,2,3\n', [], "N must be a number, line 4 has 'x'"),
-    ("# mine\nN,D,loss,budget\n1,2,3,\n", [], "budget must be a number, line 3 has ''"),
-    ("# mine\nN,D,loss,budget\n1,2,3,0\n", [], "C must be finite and above 0: line 3 has 0"),
+    (None, [], "No such file or directory"),
+    ("", [], r"runs must be rows of \(N, D, loss\)"),
+    ("N,D,loss\n", [], r"runs must be rows of \(N, D, loss\)"),
+    ("size_of_it,D,loss\n1,2,3\n", [], "line 1 must name N, D and loss, got size_of_it,D,loss"),
+    ("flops,loss\n1,2\n", [], "line 1 must name N, D and loss, got flops,loss"),
+    ("N,D,loss\n1,2,3\n1,x,3\n", [], "line 3 must have a number for N, D, loss, got 1,x,3"),
+    ("N,D,loss\n1,2\n", [], "line 2 must have a number for N, D, loss, got 1,2"),
+    ("N,D,loss\n1,2,3\n1,2,nan\n1,2,inf\n", [], "line 3: loss must be finite and above 0, got nan"),
+    ("N,D,loss\n1,2,3\n2,3,4\n", [], "a law of 5 constants needs at least 6 pairs .* got 2"),
+    ("N,D,loss\n" + 200_000 * "1" + ",2,3\n", [], "field larger"),
+    ("# mine\n\nN,D,loss\n1,2,3\n\n# more\n1,x,3\n", [], "line 7 must have a number"),
+    ('name,N,D,loss\n"a\nb",1,2,3\nc,x,2,3\n', [], "line 4 must have a number"),
+    ("# mine\nN,D,loss,budget\n1,2,3,\n", [], "line 3 must have a number for N, D, loss, C, got 1,2,3,"),
+    ("# mine\nN,D,loss,budget\n1,2,3,0\n", [], "line 3: C must be finite and above 0, got 0"),
     ("N,D,loss\n1,2,3\n", ["--holdout", "0"], "--holdout must be a whole number from 1"),
-    ("N,D,loss\n1,2,3\n", ["--jsn"], "--jsn is no argument; the nearest is --json"),
+    ("N,D,loss\n1,2,3\n", ["--jsn"], "unrecognized arguments: --jsn"),
 ])
 def test_bad_input_is_one_line_and_2(capsys, tmp_path, text, flags, message):
     path = tmp_path / "runs.csv"
@@ -649,10 +643,10 @@ def test_bad_input_is_one_line_and_2(capsys, tmp_path, text, flags, message):
 
 def test_a_wrong_command(capsys):
     code, out, err = call(capsys, "fti")
-    assert (code, out) == (2, "") and err == "scaling.py: the command must be one of fit, plan, got 'fti'\n"
+    assert (code, out) == (2, "") and re.match("scaling.py: command invalid choice: 'fti' .*fit.*plan.*\n$", err)
 
 
-def test_what_the_runs_do_not_support_is_null_and_said(capsys, tmp_path):
+def test_what_the_runs_do_not_support_is_null_and_said(capsys, tmp_path, few_draws):
     path = write(tmp_path / "runs.csv", noisy(40, 11), ("N", "D", "loss"))
     code, out, err = call(capsys, "fit", path, "--json")
     found = json.loads(out)
@@ -750,25 +744,28 @@ def layout_of(c: train.Config, n: int) -> Layout:
     return train.layout_of(c, n // (c.tp * c.pp))
 
 
-TINY = """--config tiny --seq-len 64 --vocab-size 512 --global-batch-size 4 --micro-batch-size 1
+TINY = """--config tiny --n-layer 2 --seq-len 64 --vocab-size 512 --global-batch-size 2 --micro-batch-size 1
 --device cpu --no-document-mask"""
-SMALL = """--config small --n-embd 96 --vocab-size 512 --seq-len 64 --global-batch-size 4 --micro-batch-size 1
---device cpu --no-document-mask"""
+SMALL = """--config small --n-layer 2 --n-embd 96 --vocab-size 512 --seq-len 64 --global-batch-size 2
+--micro-batch-size 1 --device cpu --no-document-mask"""
+TWICE = " --global-batch-size 4"                               # two micro-batches on two dp ranks; more than stages
+DEEP = TINY + TWICE + " --n-layer 4"
 
 
 RUNS = [
     (1, TINY), (1, SMALL), (1, TINY + " --recompute selective"), (1, SMALL + " --recompute full"),
     (1, TINY + " --qk-norm --n-kv-head 2 --bias"), (2, TINY + " --tp 2"), (2, TINY + " --tp 2 --no-sequence-parallel"),
-    (2, TINY + " --tp 2 --recompute full"), (2, SMALL + " --dp 2"), (2, TINY + " --zero 2"), (2, SMALL + " --zero 3"),
-    (4, TINY + " --pp 4 --pp-schedule zb"), (2, TINY + " --pp 2 --pp-schedule gpipe"),
-    (2, TINY + " --pp 2 --pp-schedule interleaved"), (4, TINY + " --pp 2 --tp 2"), (4, TINY + " --tp 2 --zero 1"),
-    (2, SMALL + " --pp 2"), (2, TINY + " --tp 2 --precision bf16 --recompute selective"),
-    (4, TINY + " --tp 2 --zero 3 --precision bf16")]
+    (2, TINY + " --tp 2 --recompute full"), (2, SMALL + TWICE + " --dp 2"), (2, TINY + TWICE + " --zero 1"),
+    (2, TINY + TWICE + " --zero 2"), (2, SMALL + TWICE + " --zero 3"), (4, DEEP + " --pp 4 --pp-schedule zb"),
+    (2, TINY + TWICE + " --pp 2 --pp-schedule gpipe"), (2, DEEP + " --pp 2 --pp-schedule interleaved"),
+    (4, TINY + TWICE + " --pp 2 --tp 2"), (2, SMALL + TWICE + " --n-layer 3 --pp 2"),
+    (2, TINY + " --tp 2 --precision bf16 --recompute selective"),
+    (4, TINY + TWICE + " --tp 2 --zero 3 --precision bf16")]
 MORE = [
-    (4, TINY + " --pp 4"), (2, TINY + " --pp 2 --pp-schedule zb"), (2, SMALL + " --zero 1"),
-    (2, TINY + " --tp 2 --precision bf16"),
+    (4, DEEP + " --pp 4"), (2, DEEP + " --pp 2 --pp-schedule zb"), (2, SMALL + TWICE + " --zero 1"),
+    (2, TINY + " --tp 2 --precision bf16"), (4, TINY + TWICE + " --tp 2 --zero 1"),
     (2, SMALL + " --tp 2 --recompute selective"), (2, TINY + " --tp 2 --precision bf16 --recompute full"),
-    (4, TINY + " --tp 2 --zero 2 --precision bf16"), (4, TINY + " --tp 2 --zero 1 --precision bf16")]
+    (4, TINY + TWICE + " --tp 2 --zero 2 --precision bf16"), (4, TINY + TWICE + " --tp 2 --zero 1 --precision bf16")]
 
 
 def by_axis_name(found: dict, ledger: dict, key=lambda axis: axis) -> dict:
@@ -885,7 +882,7 @@ def test_bubbles_are_the_simulators():
 
 
 @pytest.mark.parametrize("shape, gpu, n, options", [
-    (scaling.shape_for(7e9), "h100", 64, {}), (scaling.shape_for(7e10), "a100", 256, {}),
+    (scaling.shape_for(7e9), "h100", 16, {}), (scaling.shape_for(7e10), "a100", 32, {"zero": 3, "tp": 4}),
     (scaling.shape_for(1.2e8), "rtx4090", 1, {"precision": "fp32"}),
     (scaling.shape_for(3e9, 2048), "v100", 24, {"precision": "fp16"}),
     (scaling.shape_for(1.3e10), "h100", 32, {"tp": 4, "sequence_parallel": False, "precision": "fp8"}),
@@ -893,7 +890,7 @@ def test_bubbles_are_the_simulators():
 def test_train_takes_the_printed_commands(shape, gpu, n, options):
     found = scaling.plan(shape, gpu, n, **options)
     assert [e["tokens_per_s"] for e in found] == sorted((e["tokens_per_s"] for e in found), reverse=True)
-    for e in found[:6]:
+    for e in found[:2]:
         words = e["command"].split()
         argv, layout = words[words.index("train.py") + 1:], Layout(**e["layout"])
         assert words[0] == "torchrun" and layout.ranks == n and words[-2:] == ["--data", "data/mycorpus"]
@@ -912,18 +909,18 @@ def test_train_takes_the_printed_commands(shape, gpu, n, options):
 def test_layouts_are_those_that_train_takes():
     """An awkward shape on four ranks: every combination is either planned and taken, or neither."""
     shape = Shape(512, 32, 5, 6, 2, 8, 48, 64)
-    planned = set(scaling.layouts(shape, GPUS["l4"], 4, 12, zero=0))
+    planned = {x for x in scaling.layouts(shape, GPUS["l4"], 4, 12, zero=0)
+               if x.recompute == "none" or (x.schedule, x.micro_batch_size) == ("zb", 1)}
     taken = set()
     for tp, pp, way, b, again in itertools.product((1, 2, 4), (1, 2, 4), ("1f1b", "zb", "interleaved"), (1, 2, 4),
                                                    ("none", "selective", "full")):
-        if 4 % (tp * pp) or way != "1f1b" and pp == 1:
+        if 4 % (tp * pp) or way != "1f1b" and pp == 1 or again != "none" and (way, b) != ("zb", 1):
             continue
-        for v in range(2, 9) if way == "interleaved" else (1,):
+        for v in (2, 3, 4) if way == "interleaved" else (1,):
             dp = 4 // (tp * pp)
             at = Layout(dp, tp, pp, way, v, b, 12 // (dp * b), 0, again)
-            line = scaling.command(shape, dataclasses.replace(at, micro_batches=1), "fp32", GPUS["l4"])
-            words = line.split("train.py ")[1].split()
-            words[words.index("--global-batch-size") + 1] = "12"
+            words = scaling.command(shape, at, "fp32", GPUS["l4"], 1).split("train.py ")[1].split()
+            words[words.index("--global-batch-size") + 1] = "12"                             # where 12 is no multiple
             try:
                 c = train.parse_config([*words, "--dry-run"])
                 world = train.join(c)
@@ -937,7 +934,7 @@ def test_layouts_are_those_that_train_takes():
             finally:
                 if dist.is_initialized():
                     dist.destroy_process_group()
-    assert planned == taken and len(taken) > 30 and {x.schedule for x in taken} == {"1f1b", "zb", "interleaved"}
+    assert planned == taken and len(taken) > 15 and {x.schedule for x in taken} == {"1f1b", "zb", "interleaved"}
 
 
 # ---- formulas and published rows -------------------------------------------------------------------------------------
@@ -1117,8 +1114,8 @@ def test_the_demo_of_a_file_alone(tmp_path):
     alone = tmp_path / "scaling.py"
     alone.write_text(Path(scaling.__file__).read_text())
     done = subprocess.run([sys.executable, str(alone)], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and "(5) what does it cost?" in done.stdout
-    assert "(1), (2) need tests/sweep_runs.csv" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "") and "(5) What does it cost?" in done.stdout
+    assert "tests/sweep_runs.csv, our own runs, is not here" in done.stdout
 
 
 # ---- machines and bills ----------------------------------------------------------------------------------------------
@@ -1139,12 +1136,10 @@ def test_the_demo_of_a_file_alone(tmp_path):
     ("AMD Instinct MI300X", "mi300x"), ("AMD Instinct MI300A", None),
     ("AMD Instinct MI325X OAM", None), ("AMD Radeon RX 7900 XTX", None), ("NVIDIA", None), ("", None)])
 def test_a_device_is_known_by_whole_words_or_not_at_all(name, key):
-    assert scaling.known_gpu(name) == key
-    if key:
-        assert scaling.find_gpu(name) is GPUS[key] and GPUS[key].name == key
-    else:
-        with pytest.raises(scaling.BadInput, match="gpu must be one of"):
-            scaling.find_gpu(name)
+    assert scaling.known_gpu(name) == key and {*scaling.DEVICES.values()} == {*GPUS}
+    assert key is None or scaling.find_gpu(key) is GPUS[key] and GPUS[key].name == key
+    with pytest.raises(scaling.BadInput, match="gpu must be one of"):
+        scaling.find_gpu(name)
 
 
 def test_each_precision_has_a_peak_of_its_own():
@@ -1177,7 +1172,6 @@ def test_a_bill_is_the_sum_of_its_formulas():
     # the rank that sends most: the first stage adds the embedding's messages; stage 1 sums gradients once per step
     sent = [scaling.bytes_sent(scaling.messages(shape, layout, Program(), r), layout) for r in (0, 1)]
     assert bill["bytes_sent"] == pytest.approx({axis: max(x[axis] for x in sent) for axis in sent[0]}, abs=1)
-    assert bill["bytes_sent_at_zero_1"] < 0.2 * bill["bytes_sent"]["dp"]
 
 
 def test_a_bill_without_a_gpu():
@@ -1199,12 +1193,11 @@ def test_a_bill_without_a_gpu():
         assert ("nats above" in scaling.describe_bill(bill)) != small
     bill = scaling.bill(shape, Layout(), Program(4, fused_norm=False), tokens=2e7)
     assert "MB per rank" in text
-    assert "on 2 ranks at 10 GFLOP/s each" in text and "pp 2 x dp 1 x tp 1: 0 (0 0 0), 1 (1 0 0)" in text
+    assert "on 2 ranks at 10 GFLOP/s each" in text and "pp 2 x dp 1 x tp 1" in text
     text = scaling.describe_bill(bill)
     assert [line[:11].strip() for line in text.splitlines()] == ["run", "", "law", "", "memory"]
     bill = scaling.bill(shape, Layout(4, micro_batches=8, zero=2), Program(4), tokens=2e7, gpu="t4", precision="fp16")
     text = scaling.describe_bill(bill)
-    assert re.search(r"\nzero 2     sends dp .* MB with every one of 8 micro-batches; stage 1 would send ", text)
     assert re.search(r"\ncost       .* GPU-hours, .* \(no price known", text)
 
 
@@ -1225,26 +1218,18 @@ def answer(capsys, line) -> dict:
     return json.loads(out)
 
 
-def test_each_unknown_is_solved_for(capsys):
-    whole = answer(capsys, "--params 2e9 --tokens 4e10 --gpu a100 --n-gpus 16")
-    days, dollars = whole["layouts"][0]["days"], whole["layouts"][0]["dollars"]
-    assert whole["solved_for"] == "time" and whole["parameters"] == pytest.approx(2e9, rel=0.03)
-    assert dollars == pytest.approx(16 * 24 * days * 1.5) and whole["flops"] == pytest.approx(6 * 2e9 * 4e10, rel=0.4)
-    for line, found in ((f"--params 2e9 --days {days} --n-gpus 16", "tokens"),
-                        (f"--params 2e9 --tokens 4e10 --days {days * 1.001}", "GPUs")):
-        other = answer(capsys, f"--gpu a100 {line}")
-        assert other["solved_for"] == found, line
-        for name in ("parameters", "tokens", "n_gpus"):
-            assert other[name] == pytest.approx(whole[name]), (line, name)
-        assert other["layouts"][0]["days"] == pytest.approx(days), line
-    # without a model: the best one for the FLOPs of these GPUs at an MFU of 0.4
-    both = answer(capsys, "--gpu a100 --days 10 --n-gpus 16")
-    N, D = compute_optimal(10 * 86400 * 16 * 312e12 * 0.4)
-    assert both["solved_for"] == "parameters and tokens" and both["tokens"] == pytest.approx(D)
-    assert both["parameters"] == pytest.approx(N, rel=0.08) and 5 < both["layouts"][0]["days"] < 15
+def test_a_plan(capsys):
+    found = answer(capsys, "--params 2e9 --tokens 4e10 --gpu a100 --n-gpus 8")
+    bill, shape = found["layouts"][0], Shape(**found["shape"])
+    assert shape == scaling.shape_for(2e9) and bill["parameters"] == shape.num_params == pytest.approx(2e9, rel=0.03)
+    assert bill["tokens"] == 4e10 and bill["dollars"] == pytest.approx(8 * 24 * bill["days"] * 1.5)
     # without tokens: as many as are best
-    best = answer(capsys, "--gpu a100 --params 2e9 --n-gpus 16")
-    assert best["tokens"] == pytest.approx(scaling.optimal_tokens(best["parameters"]))
+    bill = answer(capsys, "--params 2e9 --gpu a100 --n-gpus 8 --zero 1 --seq-len 2048")["layouts"][0]
+    assert bill["tokens"] == pytest.approx(scaling.optimal_tokens(bill["parameters"]))
+    # every field of a layout can be given
+    bill = answer(capsys, "--params 2e9 --gpu a100 --n-gpus 16 --dp 2 --tp 2 --pp 4 --pp-schedule interleaved --zero 1 "
+                          "--pp-chunks 3 --micro-batch-size 2 --recompute full --no-sequence-parallel")["layouts"][0]
+    assert bill["layout"] == dataclasses.asdict(Layout(2, 2, 4, "interleaved", 3, 2, 256, 1, "full", False))
 
 
 @pytest.mark.parametrize("tokens", [-5, 0, math.nan])
@@ -1258,7 +1243,7 @@ def test_mfu_is_of_the_precisions_peak():
     for name, on in GPUS.items():
         for precision in ("fp32", "fp8") if on.fp8 else ("fp32",):
             e = scaling.plan(model, name, 1, precision=precision, top=1)[0]
-            peak = on.peak * on.fp32 if precision == "fp32" else on.fp8
+            peak = on.peak / on.slower if precision == "fp32" else on.fp8
             assert e["mfu"] == pytest.approx(e["tflops"] * 1e12 / peak) and e["mfu"] < 0.8, (name, precision)
 
 
@@ -1266,61 +1251,34 @@ def test_a_micro_batch_that_is_asked_for_divides_the_default_batch():
     assert scaling.plan(scaling.shape_for(1e9), "h100", 8, micro_batch_size=3)[0]["layout"]["micro_batch_size"] == 3
 
 
-def test_a_config_is_named_in_the_command(capsys):
-    found = answer(capsys, "--config small --seq-len 2048 --gpu h100 --n-gpus 8")["layouts"][0]["command"]
-    assert " --config small --seq-len 2048 --steps" in found and "n-layer" not in found
-
-
-def test_whoever_has_read_enough_is_no_error():
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = subprocess.run([sys.executable, scaling.__file__, "--help"], stdout=writer, stderr=subprocess.PIPE)
-    os.close(writer)
-    assert (done.returncode, done.stderr) == (0, b"")
-
-
-def test_a_config_of_train():
-    assert scaling.read_config("small") == dataclasses.asdict(train.parse_config(["--config", "small"]))
-
-
 def test_the_text(capsys):
-    code, out, _ = call(capsys, *"plan --params 7e9 --gpu h100 --n-gpus 64 --price 2".split())
+    code, out, _ = call(capsys, *"plan --params 7e9 --gpu h100 --n-gpus 8 --zero 3 --price 2".split())
     assert code == 0 and "at $2.00 per GPU-hour (as given)" in out and "torchrun" in out and "zero 3" in out
     assert max(map(len, out.split("first  ")[0].splitlines())) <= 120
-    for line in ("--config small --gpu h100 --n-gpus 8", "--params 1e12 --tokens 2e13 --gpu b200 --n-gpus 8192 --tp 8",
-                 "--params 5e5 --tokens 1e3 --gpu gb200 --n-gpus 1", "--params 7e9 --tokens 1e18 --gpu t4 --n-gpus 64"):
+    for line in ("--params 1e12 --tokens 2e13 --gpu b200 --n-gpus 8192 --tp 8 --pp 8 --zero 3",
+                 "--params 5e5 --tokens 1e3 --gpu gb200 --n-gpus 1",
+                 "--params 7e9 --tokens 1e18 --gpu t4 --n-gpus 64 --pp 8"):
         code, out, _ = call(capsys, "plan", *line.split())                          # small and large numbers stay apart
-        lines = [x for x in out.splitlines() if re.match(" +[1-5] ", x)][:5]
-        assert code == 0 and {len(x.replace("interleaved ", "").split()) for x in lines} == {16}, out
+        head, *lines = out.split("\n\n")[2].splitlines()
+        assert code == 0 and lines and {len(x.split()) for x in lines} == {13} and "s per step" in head, out
 
 
 @pytest.mark.parametrize("line, message", [
-    ("--gpu h101 --n-gpus 8", "--gpu must be one of .*got 'h101'; the nearest: h100"),
-    ("--n-gpus 8", ".*required: --gpu"),
+    ("--params 7e9 --gpu h101 --n-gpus 8", "--gpu invalid choice: 'h101' .*h100"),
+    ("--params 7e9 --n-gpus 8", ".*required: --gpu"),
+    ("--gpu h100 --n-gpus 8", ".*required: --params"),
     ("--gpu h100 --n-gpus 8 --params -1", "--params must be a number from 500000 to 1e.14, got '-1'"),
     ("--gpu h100 --n-gpus 8 --params nan", "--params must be a number .*, got 'nan'"),
     ("--gpu h100 --n-gpus 8 --params 1e99", "--params must be a number .*, got '1e99'"),
-    ("--gpu h100 --n-gpus 1.5 --params 7b", "--n-gpus must be a whole number from 1 .*got '1.5'"),
-    ("--gpu h100 --params 7b", "--n-gpus must be given, or --days"),
-    ("--gpu h100 --n-gpus 8 --params 7b --tp 3", "--tp must divide the number of GPUs, 8, got 3"),
-    ("--gpu h100 --n-gpus 8 --params 7b --tp 8 --pp 2", "--global-batch-size 1024 on 8 GPUs must be split evenly"),
-    ("--gpu h100 --n-gpu 8", "--n-gpu is no argument; the nearest is --n-gpus"),
-    ("--gpu h100 --n-gpus 8 --params 7b --config 7b", "--config must be left out where --params is given"),
-    ("--gpu h100 --n-gpus 8 --config mediun", "--config must be one of .*nearest is medium"),
-    ("--gpu h100 --n-gpus 8 --days 1 --tokens 1b --params 7b", "--tokens must be left out where"),
-    ("--gpu h100 --n-gpus 8 --tokens 1b", "--params must be given, or both --n-gpus and --days"),
-    ("--gpu h100 --n-gpus 8", "--params must be given, or both --n-gpus and --days"),
-    ("--gpu h100 --dollars 1000", "--dollars is no argument"),
-    ("--gpu v100 --n-gpus 8 --params 1b --precision bf16",
-     "--precision must be one that the GPU has, got bf16 for v100"),
-    ("--gpu h100 --n-gpus 8 --params 7b --tokens 1t --zero 9", "--zero invalid choice"),
-    ("--gpu l4 --params 1e13 --tokens 1e17 --days 1", "--days must be enough for some number of GPUs"),
-    ("--gpu h100 --n-gpus 8 --params 70b", "does not fit: .*biggest: states, 69.* GB; 16 GPUs with --zero 3 "
-     "--recompute full would do"),
-    ("--gpu h100 --n-gpus 8 --params 70b --zero 3", "does not fit: .*; 16 GPUs with --recompute full would do"),
-    ("--gpu h100 --n-gpus 8 --params 70b --zero 0 --recompute none", "does not fit: .*; 32 GPUs would do"),
-    ("--gpu h100 --n-gpus 8 --params 7b --zero 0 --tp 1 --pp 1",
-     "does not fit: .*; with what is given, more GPUs do not help")])
+    ("--gpu h100 --n-gpus 1.5 --params 7e9", "--n-gpus must be a whole number from 1 .*got '1.5'"),
+    ("--gpu h100 --n-gpus 8 --params 7e9 --tp 3", "global_batch_size 1024 on 8 GPUs must be split .* {'tp': 3}; none"),
+    ("--gpu h100 --n-gpus 8 --params 7e9 --tp 8 --pp 2", "global_batch_size 1024 on 8 GPUs must be split evenly"),
+    ("--gpu h100 --n-gpus 8 --params 7e9 --dollars 1000", "unrecognized arguments: --dollars"),
+    ("--gpu v100 --n-gpus 8 --params 1e9 --precision bf16", "precision must be one that the GPU has, got bf16 for "),
+    ("--gpu h100 --n-gpus 8 --params 7e9 --tokens 1e12 --zero 9", "--zero must be a whole number from 0 to 3"),
+    ("--gpu h100 --n-gpus 8 --params 7e10",
+     "a layout must fit into 76.0 GB of h100, the smallest on 8 GPUs needs .*states 69.* GB per GPU"),
+    ("--gpu h100 --n-gpus 8 --params 7e9 --zero 0 --tp 1 --pp 1", "a layout must fit into 76.0 GB of h100, ")])
 def test_a_bad_plan_is_one_line(capsys, line, message):
     code, out, err = call(capsys, "plan", *line.split())
     assert code == 2 and not out and err.count("\n") == 1

@@ -118,7 +118,7 @@ def plot_envelope(figure, runs, results):
     unexplained."""
     from matplotlib import colormaps
 
-    law, (N, D, loss), C = results["parametric"], runs.T[:3], scaling.flops_of(runs)
+    law, (N, D, loss, C) = results["parametric"], runs.T
     size, wide = np.round(np.log(N), 6), np.geomspace(C.min(), C.max() * 10, 200)
     figure.suptitle("Loss against compute: no size stays the best", fontsize=13, x=0.01, ha="left")
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
@@ -130,9 +130,8 @@ def plot_envelope(figure, runs, results):
     if results["envelope"]:
         left.plot(*([p[x] for p in results["envelope"]["points"]] for x in ("C", "loss")), linewidth=3, alpha=0.8,
                   color="#d1495b", label="lower envelope (approach 1)")
-    if scaling.has_optimum(law, wide[-1]):
-        left.plot(wide, scaling.chinchilla_loss(*scaling.compute_optimal(wide, law), law), "--", color="#222222",
-                  label="L_opt(C), parametric law")
+    left.plot(wide, scaling.chinchilla_loss(*scaling.compute_optimal(wide, law), law), "--", color="#222222",
+              label="L_opt(C), parametric law")
     left.plot([], [], "o-", color="#777777", markersize=3.5,
               label=f"a size: {N.min():.2g} (light) to {N.max():.2g} parameters (dark)")
     left.set(xscale="log", xlabel="budget C, FLOPs", ylabel="loss, nats per token")
@@ -155,8 +154,7 @@ def run(argv):
             raise argparse.ArgumentTypeError(f"must be like 2x48,3x64, got {text!r}")
         return found
 
-    parser = Parser("sweep", "train tiny models with train.py, fit all three approaches to them, draw them")
-    parser.prog = "tests/bench/sweep.py"
+    parser = Parser("tests/bench/sweep.py", description="train tiny models, fit all three approaches, draw them")
     parser.add_argument("--out", default="out/sweep", help="folder of runs, runs.csv and figures [out/sweep]")
     parser.add_argument("--minutes", type=number(1e-3, 1e6), default=20, help="the same command goes on after it [20]")
     parser.add_argument("--jobs", type=number(1, 1e3, True), default=min(8, os.cpu_count()), help="runs at a time")
@@ -200,6 +198,9 @@ def main(argv=None) -> int:
     try:
         run(sys.argv[1:] if argv is None else argv)
         return 0
+    except ImportError as error:                                                # all but the figures is done
+        print(f"sweep.py: {error}", file=sys.stderr)
+        return 2
     except BadInput as error:
         first, _, rest = str(error).partition(" ")
         print(f"sweep.py: {'--' + first if first in ('out', 'budgets') else first} {rest}", file=sys.stderr)
