@@ -445,7 +445,8 @@ def test_a_budget_column_is_read_where_6_N_D_drifts():
 
 def test_columns_of_budgets(capsys, tmp_path, few_draws):
     rows = with_budgets()
-    for head in (("N", "D", "loss", "budget"), ("params", "tokens", "loss", "flops"), ("N", " D ", "loss", "C")):
+    for head in (("N", "D", "loss", "budget"), ("params", "tokens", "loss", "flops"), ("N", " D ", "loss", "C"),
+                 ("parameter_count", "Total_Tokens", "val_loss", "FLOPs")):
         runs = scaling.read_runs(write(tmp_path / "runs.csv", rows, head))
         assert runs.tolist() == [list(row) for row in rows]
     # two runs that share their budget with fewer than two others
@@ -454,6 +455,17 @@ def test_columns_of_budgets(capsys, tmp_path, few_draws):
     assert code == 0 and "6 N D is 0.93 to 1.35 of C\n" in out
     assert re.search(r"\nbudgets +3 .*\nwithout_budget +2 ", out)
     assert "isoflop: an exponent from fewer than 4 vertices is hardly known, here are 3\n" in out
+
+
+def test_numbers_in_other_units_are_warned_of(capsys, tmp_path):
+    rows = [row[:3] for row in with_budgets()]
+    scaling.read_runs(write(tmp_path / "runs.csv", rows, ("N", "D", "loss")))
+    assert capsys.readouterr().err == ""
+    for units in ((1, 1e9), (1e9, 1e9), (1e6, 1)):
+        other = [(N / units[0], D / units[1], loss) for N, D, loss in rows]
+        scaling.read_runs(write(tmp_path / "runs.csv", other, ("N", "D", "loss")))
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "are N and D in units of one?" in error
 
 
 @pytest.mark.parametrize("ratio, spread", [(2, 0.0), (3, 0.0), (10, 0.09), (1.5, 0.02), (2, 0.15), (30, 0.3)])
