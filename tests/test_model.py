@@ -118,6 +118,20 @@ def test_models_that_are_not_ours_are_refused():
 # ---- the loss
 
 
+def test_the_loss_on_the_board_is_torchs_and_the_chunked_one():
+    """Loss and gradients: by hand; by autograd of torch's cross entropy; by the chunks of the real one."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 5, generator=generator, dtype=torch.float64, requires_grad=True) for n in (14, 11))
+    targets = torch.randint(0, 11, (14,), generator=generator)
+    weights = torch.rand(14, generator=generator, dtype=torch.float64)
+    board = net.plain_cross_entropy(x, w, targets, weights)
+    theirs = (F.cross_entropy(x @ w.T, targets, reduction="none") * weights).sum()
+    ours, _ = chunked_cross_entropy(x, w, targets, weights, rows=4)
+    for loss in (theirs, ours):
+        for a, b in zip((loss, *torch.autograd.grad(loss, (x, w))), board, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("rows", [1, 3, 7, 100])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_chunked_cross_entropy_is_cross_entropy(rows, weighted):
