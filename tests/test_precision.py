@@ -1,8 +1,8 @@
 import copy
 import dataclasses
 import functools
-import inspect
 import math
+import pickle
 import re
 import shutil
 import sysconfig
@@ -30,13 +30,13 @@ import zero
 from precision import (
     FORMATS,
     ComputePolicy,
-    Fp8Linear,
-    Fp8Product,
     LossScaler,
     MasterWeights,
     bytes_per_parameter,
     cast,
+    fp8_linear,
     fp8_products,
+    mixed_precision_step,
     quantize,
     spacing,
     weight_bytes,
@@ -49,14 +49,13 @@ def test_formats_are_torchs_and_the_published_ones():
     for name, f in FORMATS.items():
         if f.dtype:
             info = torch.finfo(f.dtype)
-            assert (f.bits, f.max, f.min, f.eps) == (info.bits, info.max, info.min, info.eps), name
-            assert (f.smallest_normal, 10.0**-f.digits) == (info.smallest_normal, info.resolution), name
+            assert (f.bits, f.max, -f.max, f.eps) == (info.bits, info.max, info.min, info.eps), name
+            assert f.smallest_normal == info.smallest_normal, name
     # Micikevicius 2022 (arXiv:2209.05433), Table 1
     e4m3, e5m2 = FORMATS["e4m3"], FORMATS["e5m2"]
     assert (e4m3.bias, e4m3.max, e4m3.smallest_normal, e4m3.smallest_subnormal) == (7, 448, 2**-6, 2**-9)
     assert (e5m2.bias, e5m2.max, e5m2.smallest_normal, e5m2.smallest_subnormal) == (15, 57344, 2**-14, 2**-16)
     assert (FORMATS["tf32"].bits, FORMATS["tf32"].max) == (19, (2 - 2**-10) * 2.0**127)
-    assert [(FORMATS[x].min, FORMATS[x].max, FORMATS[x].bits) for x in ("int8", "int4")] == [(-128, 127, 8), (-8, 7, 4)]
 
 
 def bits(x):
@@ -86,12 +85,8 @@ def test_other_casts():
     pattern = x.float().view(torch.int32)
     rounded = (pattern + 0xFFF + (pattern >> 13 & 1)) & ~0x1FFF
     assert torch.equal(cast(x.float(), "tf32"), rounded.view(torch.float32))
-    assert torch.equal(cast(x, "int4"), x.round().clamp(-8, 7)) and torch.equal(cast(20 * x, "int8"),
-                                                                               (20 * x).round().clamp(-128, 127))
     big = torch.tensor([1e9, -1e9, math.inf, 1.0])
     assert cast(big, "fp16").tolist() == [math.inf, -math.inf, math.inf, 1.0]
-    assert cast(big, "fp16", saturate=True).tolist() == [65504, -65504, 65504, 1]
-    assert cast(big, "e5m2", saturate=True).tolist() == [57344, -57344, 57344, 1]
     assert cast(big, "e4m3").tolist() == [448, -448, 448, 1]                                  # it has no infinity
     assert cast(torch.tensor([math.nan]), "e4m3").isnan().all()
     # float64: torch rounds to float32 first, which makes this a tie, and the tie goes down
@@ -101,7 +96,7 @@ def test_other_casts():
         assert cast(x, fmt).item() == 1 + f.eps and x.to(f.dtype).item() == x.float().to(f.dtype).item() == 1
 
 
-@pytest.mark.parametrize("fmt", ("bf16", "e4m3", "int8", "fp16"))
+@pytest.mark.parametrize("fmt", ("bf16", "e4m3", "fp16"))
 def test_stochastic_rounding_is_right_on_average_and_takes_neighbours(fmt):
     generator = torch.Generator().manual_seed(1)
     x = torch.tensor([0.3, -1.7, 5.1e-3, 2.0**-7 * 1.1, 77.7, -2.49, 3.0])
@@ -117,14 +112,48 @@ def test_stochastic_rounding_is_right_on_average_and_takes_neighbours(fmt):
 @pytest.mark.parametrize("arguments, message", [
     ((torch.ones(1), "fp12"), "fmt must be one of fp32, tf32, .*, got 'fp12'"),
     ((torch.ones(1), "bf16", "up"), "rounding must be nearest or stochastic, got 'up'"),
-    ((torch.ones(1, dtype=torch.int32), "bf16"), "x must be floating point, got torch.int32"),
-    ((torch.tensor([1.0, math.nan]), "int8"), "x must not hold NaN, which int8 cannot say, got 1")])
+    ((torch.ones(1, dtype=torch.int32), "bf16"), "x must be floating point, got torch.int32")])
 def test_wrong_casts(arguments, message):
     with pytest.raises(ValueError, match=message):
         cast(*arguments)
 
 
-# ---- master weights --------------------------------------------------------------------------------------------------
+# ---- the mixed-precision step, master weights ------------------------------------------------------------------------
+
+def small_net(dtype):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype, scale", [(torch.bfloat16, 1.0), (torch.float16, 2.0**16)])
+def test_the_step_on_the_board_is_master_weights_and_the_loss_scaler(dtype, scale):
+    """Twelve steps, one of which overflows in fp16: the same weights and masters, bit for bit."""
+    plain, real = small_net(dtype), small_net(dtype)
+    weights = list(plain.parameters())
+    masters = [w.detach().float() for w in weights]
+    start = [m.clone() for m in masters]
+    adam = torch.optim.AdamW(masters, lr=0.01)
+    optimizer, scaler = MasterWeights(real.parameters(), torch.optim.AdamW, lr=0.01), LossScaler(scale)
+    for step in range(12):
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step)).to(dtype)
+        scale = scaler.scale
+        for module in (plain, real):
+            (module(x).float().square().mean() * scale * (1e4 if step == 5 else 1)).backward()
+        taken = mixed_precision_step(weights, masters, adam, scale)
+        grads = [p.grad for p in real.parameters()]
+        torch._foreach_mul_(grads, 1 / scale)
+        found_inf = not all(g.isfinite().all() for g in grads)
+        scaler.update(found_inf)
+        if not found_inf:
+            optimizer.step()
+        plain.zero_grad()
+        optimizer.zero_grad()
+        assert taken == (not found_inf) == (dtype == torch.bfloat16 or step != 5)
+        for w, m, p in zip(weights, masters, real.parameters(), strict=True):
+            assert torch.equal(w, p) and torch.equal(m, optimizer.state[p]["master"]) and torch.equal(w, m.to(dtype))
+    assert all((m != m0).any() for m, m0 in zip(masters, start, strict=True))
+    assert any((m != w).any() for m, w in zip(masters, weights, strict=True))
+
 
 class Net(nn.Module):
     def __init__(self, dtype, seed=0):
@@ -190,57 +219,28 @@ def test_master_weights_are_the_float32_optimizer_bit_for_bit(cls, options):
     assert ours.defaults == theirs.defaults
 
 
-def test_a_plain_optimizers_state_goes_into_master_weights_and_back():
-    plain = Net(torch.float32)
-    theirs = torch.optim.AdamW(groups(plain), lr=0.01)
-    gradients(plain, 1)
-    theirs.step()
-    low = Net(torch.float32)
-    low.load_state_dict(plain.state_dict())
-    low = low.bfloat16()
-    ours = MasterWeights(groups(low), torch.optim.AdamW, lr=0.5)
-    ours.load_state_dict(theirs.state_dict())
-    assert ours.param_groups[0]["lr"] == 0.01 and ours.param_groups[1]["lr"] == 0.02
-    for p, q in zip(low.parameters(), plain.parameters(), strict=True):
-        if p.requires_grad:
-            assert torch.equal(ours.state[p]["master"], q.bfloat16().float())              # no more is known of it
-        for key, x in theirs.state.get(q, {}).items():
-            assert torch.equal(ours.state[p][key], x) and ours.state[p][key].dtype == torch.float32
-    other = Net(torch.bfloat16, seed=9)
-    MasterWeights(groups(other), torch.optim.AdamW).load_state_dict(ours.state_dict())             # weights come along
-    assert torch.equal(other.up.weight, low.up.weight) and not torch.equal(other.frozen.weight, low.frozen.weight)
-    again = torch.optim.AdamW(groups(plain), lr=0.5)
-    again.load_state_dict(ours.state_dict())
-    for q in plain.parameters():
-        assert all(torch.equal(again.state[q][key], x) for key, x in theirs.state.get(q, {}).items())
-    with pytest.raises(ValueError):
-        ours.load_state_dict(torch.optim.AdamW(plain.parameters()).state_dict())
+def test_a_state_without_masters_is_refused_in_a_line():
+    low = Net(torch.bfloat16)
+    optimizer = MasterWeights(groups(low), torch.optim.AdamW)
+    gradients(low, 1)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    plain = {i: {key: x for key, x in state.items() if key != "master"} for i, state in saved["state"].items()}
+    with pytest.raises(ValueError, match="state_dict must hold the master of every parameter, it does not"):
+        optimizer.load_state_dict(saved | {"state": plain})
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(saved | {"param_groups": saved["param_groups"][:1]})
 
 
-def test_a_master_that_was_set_but_never_updated_is_saved():
-    """1.001, which bfloat16 calls 1; and what is still the copy of a parameter is not, so that AdamW can go on."""
-    p, same = (nn.Parameter(torch.ones(3, dtype=torch.bfloat16)) for _ in "ab")
-    optimizer = MasterWeights([p, same], torch.optim.AdamW)
-    assert not optimizer.state_dict()["state"]
+def test_a_master_that_was_set_is_saved_and_its_parameter_follows():
+    """1.001, which bfloat16 rounds to 1."""
+    p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = MasterWeights([p], torch.optim.AdamW)
     optimizer.state[p]["master"].fill_(1.001)
-    saved = copy.deepcopy(optimizer.state_dict())
-    assert saved["state"].keys() == {0}
-    for _ in range(2):
-        q, other = (nn.Parameter(torch.zeros(3, dtype=torch.bfloat16)) for _ in "ab")
-        fresh = MasterWeights([q, other], torch.optim.AdamW)
-        fresh.load_state_dict(saved)
-        assert torch.equal(fresh.state[q]["master"], torch.full((3,), 1.001)) and q.tolist() == [1, 1, 1]
-        assert other.tolist() == [0, 0, 0]
-        saved = copy.deepcopy(fresh.state_dict())
-        assert saved["state"].keys() == {0}
-
-
-@pytest.mark.parametrize("params, cls, message", [
-    (torch.ones(2).bfloat16(), torch.optim.LBFGS, "optimizer_cls must step without a closure, LBFGS does not"),
-    (torch.ones(2).to(torch.float8_e4m3fn), torch.optim.SGD, "params must be of at least 16 bits, got torch.float8_")])
-def test_what_cannot_have_masters(params, cls, message):
-    with pytest.raises(ValueError, match=message):
-        MasterWeights([nn.Parameter(params)], cls)
+    q = nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    fresh = MasterWeights([q], torch.optim.AdamW)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(fresh.state[q]["master"], torch.full((3,), 1.001)) and q.tolist() == [1, 1, 1]
 
 
 def test_bytes_that_a_step_moves():
@@ -288,7 +288,7 @@ def test_float32_parameters_are_their_own_masters_and_groups_may_come_later():
     low.full_name = "low"
     for p in (wide, low):
         p.grad = torch.ones(3)
-    assert optimizer.step(lambda: 5.0) == 5.0
+    optimizer.step()
     plain = nn.Parameter(torch.ones(3))
     theirs = torch.optim.AdamW([plain], lr=0.1)
     plain.grad = torch.ones(3)
@@ -297,22 +297,14 @@ def test_float32_parameters_are_their_own_masters_and_groups_may_come_later():
     assert optimizer.state[low]["master"].dtype == torch.float32 and abs(low[0].item() - 0.798) < 1e-3
 
 
-def test_copies_go_on_by_themselves_and_what_was_frozen_stays():
+def test_what_was_frozen_stays_and_copies_are_refused():
     low = Net(torch.bfloat16)
     ours = MasterWeights(groups(low), torch.optim.AdamW, lr=0.01)
-    gradients(low, 1)
-    ours.step()
-    ours.zero_grad()
-    twin, theirs = copy.deepcopy((low, ours))
-    for module, optimizer in ((low, ours), (twin, theirs)):
-        gradients(module, 2)
-        optimizer.step()
-    for p, q in zip(low.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(p, q) and p is not q
-        assert torch.equal(ours.state[p].get("master", p), theirs.state[q].get("master", q))
+    with pytest.raises(TypeError, match="MasterWeights is neither pickled nor copied"):
+        copy.deepcopy(ours)
     low.frozen.requires_grad_(True)
     low.frozen.weight.grad = torch.ones_like(low.frozen.weight)
-    with pytest.raises(RuntimeError, match="params must stay frozen if they were at construction"):
+    with pytest.raises(RuntimeError, match="params must be frozen or not as they were at construction"):
         ours.step()
 
 
@@ -437,7 +429,7 @@ def test_the_scale_grows_backs_off_and_has_a_floor_and_a_ceiling():
 def test_any_factors_give_grad_scalers_trajectory(seed):
     generator = torch.Generator().manual_seed(seed)
     grow, back, interval, init = (choices[int(torch.randint(len(choices), (), generator=generator))] for choices in (
-        (2.0, 1.5, 1.1), (0.5, 0.7), (1, 2, 3), (1.0, 12345.678, 2.0**16, 2.0**126)))
+        (2.0, 4.0), (0.5, 0.25), (1, 2, 3), (1.0, 12345.0, 2.0**16, 2.0**126)))
     ours, p = LossScaler(init, grow, back, interval, min_scale=1e-20), nn.Parameter(torch.zeros(1))
     theirs, optimizer = torch.amp.GradScaler("cpu", init, grow, back, interval), torch.optim.SGD([p], lr=0.0)
     theirs.scale(p.sum())                                                                     # it begins lazily
@@ -511,12 +503,11 @@ def test_what_runs_in_what():
                         "norm": F.layer_norm(w, (4,)), "sum": w.sum(), "mean": torch.mean(w), "loss":
                         F.cross_entropy(w, torch.arange(4)), "embedding": F.embedding(torch.arange(2), w),
                         "add": x + w, "relu": w.relu(), "wide": wide @ wide, "cat": torch.cat([w, w]),
-                        "einsum": torch.einsum("ij,jk", x, w)}.items():
+                        "einsum": torch.einsum("ij,jk", x, w), "named": torch.matmul(input=x, other=w), "bmm":
+                        torch.bmm(x[None], w[None]), "square": w ** 2, "var": w.var(), "rms": F.rms_norm(w, (4,)),
+                        "modules": nn.Linear(4, 4)(x), "module norm": nn.LayerNorm(4)(w)}.items():
             seen[name] = y.dtype
-        out = torch.zeros(4, 4)
-        torch.mm(x, x, out=out)                                                                     # as it is given
-    assert torch.equal(out, torch.mm(x, x))
-    low = {"linear", "matmul", "method", "sdpa", "relu", "cat", "einsum"}
+    low = {"linear", "matmul", "method", "sdpa", "relu", "cat", "einsum", "named", "bmm", "modules"}
     assert {name for name, dtype in seen.items() if dtype == torch.bfloat16} == low
     assert seen.pop("wide") == torch.float64
     assert {dtype for name, dtype in seen.items() if name not in low} == {torch.float32}
@@ -525,31 +516,21 @@ def test_what_runs_in_what():
         ComputePolicy(torch.float32)
 
 
-def test_the_table_has_what_people_call():
-    """As torch.autocast has it: in any spelling, keywords too, and the modules that call them."""
-    for names in re.findall(r'spelled\("""(.*?)"""', inspect.getsource(precision), re.S):
-        for name in names.split():
-            assert precision.spelled(name), name
-    low = ComputePolicy(torch.bfloat16)
-    x, w, v = torch.rand(4, 4) + 0.1, (torch.rand(4, 4) + 0.1).bfloat16(), torch.rand(4)
-    rows = x[None].expand(2, 4, 4)
-    made = {name: low.applied(module) for name, module in (
-        ("attention", nn.MultiheadAttention(4, 2, batch_first=True)), ("lstm", nn.LSTM(4, 4, batch_first=True)),
-        ("up", nn.ConvTranspose1d(4, 4, 2)), ("norm", nn.InstanceNorm1d(4)), ("cell", nn.GRUCell(4, 4)))}
-    with low:
-        seen = {"up": made["up"](x), "addmv": torch.addmv(v, x, v), "addmm": x.addmm(w, x), "mv": w.mv(v), "inner":
-                torch.inner(x, w), "linalg": torch.linalg.matmul(x, w), "tensordot": torch.tensordot(x, w, 1), "named":
-                torch.matmul(input=x, other=w), "baddbmm": rows.baddbmm(rows, rows), "cell": made["cell"](x),
-                "attention": made["attention"](rows, rows, rows)[0], "lstm": made["lstm"](rows)[0]}
-        assert {name for name, y in seen.items() if y.dtype != torch.bfloat16} == set()
-        full = {"std": w.std(), "prod": w.prod(), "cumprod": w.cumprod(0), "log1p": w.log1p(), "smooth":
-                F.smooth_l1_loss(w, x), "huber": F.huber_loss(x, w), "cosine": F.cosine_similarity(w, w), "vector":
-                torch.linalg.vector_norm(w), "norm": made["norm"](w[None]), "dot": w[0].dot(x[0]), "rpow": 2 ** w}
-        assert {name for name, y in full.items() if y.dtype != torch.float32} == set()
-    still = ComputePolicy(torch.float16).applied(nn.BatchNorm1d(4).half())
-    still(x.half())
-    expected = 0.1 * x.half().float().mean(0)
-    assert still.running_mean.dtype == torch.float32 and torch.allclose(still.running_mean, expected)
+@pytest.mark.parametrize("emulate", (False, True))
+def test_a_model_under_a_policy_is_copied_and_pickled(emulate):
+    """Its classes are made while the program runs. So are those of a quantized model."""
+    policy = ComputePolicy(torch.bfloat16, emulate=emulate)
+    model = gpt(attention=policy.as_operation(net.sdpa_attention))
+    policy.applied(model)
+    for change in (lambda model: model, fp8_products, lambda model: quantize(model, "int8")):
+        change(model)
+        expected = model(**batch_of())[0].item()
+        copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        if change is fp8_products:
+            change(copied)
+        for again in (copied, pickled):
+            assert again(**batch_of())[0].item() == expected and type(again) is type(model) and again is not model
+            assert again.lm_head.policy is again.policy is not policy
 
 
 class Again(nn.Module):
@@ -598,15 +579,20 @@ def test_the_policy_holds_where_a_block_runs_again_and_ends_with_an_error():
     with pytest.raises(RuntimeError):
         again(torch.randn(2, 5))
     assert not policy.active() and F.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.float32
-    other = precision.OPERATIONS | {F.linear: torch.float32}
-    assert ComputePolicy(torch.bfloat16, other).applied(nn.Linear(4, 4))(torch.randn(1, 4)).dtype == torch.float32
+
+
+def test_the_sets_may_be_changed(monkeypatch):
+    convolution, image = ComputePolicy(torch.bfloat16).applied(nn.Conv2d(1, 2, 3)), torch.ones(1, 1, 4, 4)
+    assert convolution(image).dtype == torch.float32
+    monkeypatch.setattr(precision, "LOW", precision.LOW | {F.conv2d})
+    assert convolution(image).dtype == torch.bfloat16
 
 
 @pytest.mark.filterwarnings("default")               # torch.compile warns itself, inside, of what users do not see
 @pytest.mark.parametrize("flags", [
-    pytest.param([], marks=pytest.mark.slow), pytest.param(["--precision", "fp8"], marks=pytest.mark.slow),
-    ["--norm", "layernorm", "--position", "learned", "--mlp", "gelu", "--bias", "--precision", "fp8"],
-    ["--recompute", "full"], ["--recompute", "selective", "--attention", "torch"]])
+    *(pytest.param(flags, marks=pytest.mark.slow) for flags in ([], ["--precision", "fp8"], ["--recompute", "full"])),
+    ["--norm", "layernorm", "--position", "learned", "--mlp", "gelu", "--bias", "--precision", "fp8", "--recompute",
+     "full"], ["--recompute", "selective", "--attention", "torch"]])
 def test_blocks_compile_once_and_whole_under_the_policy(flags, monkeypatch):
     """One graph for all blocks (and one for what is computed again), one for the loss: as without, to rounding."""
     compile_, tokens = torch.compile, torch.randint(512, (2, 32), generator=torch.Generator().manual_seed(0))
@@ -672,10 +658,8 @@ def test_fp8_products_are_those_of_the_rounded_numbers():
                                                                             ((2, 5, 48), 1e-6)))
     dy[..., ::3] *= 2.0**-27                                                           # what e5m2 has its exponents for
     bias = torch.randn(48, generator=generator)
-    layer = Fp8Linear(32, 48, hardware=False)
-    layer.weight.data, layer.bias.data = w.clone(), bias.clone()
-    inputs = x.clone().requires_grad_()
-    y = layer(inputs)
+    inputs, weight, b = (t.clone().requires_grad_() for t in (x, w, bias))
+    y = fp8_linear(inputs, weight, b, hardware=False)
     y.backward(dy)
 
     def rounded(t, fmt):
@@ -688,9 +672,9 @@ def test_fp8_products_are_those_of_the_rounded_numbers():
     close(y.double(), xq @ wq.T + bias.double(), atol=1e-5)
     close(inputs.grad.double(), dyq @ wq)
     dw = dyq.flatten(0, 1).T @ xq.flatten(0, 1)
-    close(layer.weight.grad.double(), dw, atol=1e-10)
-    close(layer.weight.grad[::3].double(), dw[::3], rtol=1e-4, atol=0)
-    close(layer.bias.grad.double(), dy.flatten(0, 1).sum(0).double())
+    close(weight.grad.double(), dw, atol=1e-10)
+    close(weight.grad[::3].double(), dw[::3], rtol=1e-4, atol=0)
+    close(b.grad.double(), dy.flatten(0, 1).sum(0).double())
 
 
 def test_fp8_on_hardware_is_the_emulation():
@@ -701,13 +685,13 @@ def test_fp8_on_hardware_is_the_emulation():
     answers = []
     for hardware in (False, True):
         a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
-        y = Fp8Product(hardware=hardware)(a, b)
+        y = fp8_linear(a, b, hardware=hardware)
         (y.float() * torch.linspace(-1, 1, 48)).sum().backward()
         answers.append((y, a.grad, b.grad))
     for ours, theirs in zip(*answers, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2**-8, atol=1e-6)                  # bfloat16's last bit
     a = x[:5].clone().requires_grad_()                                          # 5 rows: dW's inner size, not y's
-    Fp8Product(hardware=True)(a, w).sum().backward()
+    fp8_linear(a, w, hardware=True).sum().backward()
     assert a.grad.isfinite().all()
 
 
@@ -730,74 +714,48 @@ def test_fp8_hardware_is_asked_for_what_it_can_do(monkeypatch):
                                     (32, 40, [(40, 32, 64, e5m2, e4m3)])):
         calls.clear()
         x, w = (torch.randn(n, 64).bfloat16().requires_grad_() for n in (rows, columns))
-        Fp8Product()(x, w).float().square().sum().backward()
+        fp8_linear(x, w).float().square().sum().backward()
         assert calls == expected and x.grad.isfinite().all() and w.grad.isfinite().all()
     calls.clear()
-    Fp8Product(hardware=False)(x, w)
+    fp8_linear(x, w, hardware=False)
     monkeypatch.setattr(precision, "has_fp8", lambda device: False)
-    Fp8Product()(x, w)
+    fp8_linear(x, w)
     assert not calls
 
 
 def test_fp8_computes_the_gradients_that_are_asked_for(monkeypatch):
-    products, multiply = [], Fp8Product.multiply
-    monkeypatch.setattr(Fp8Product, "multiply", lambda *args: products.append(args) or multiply(*args))
+    products, multiply = [], precision.fp8_matmul
+    monkeypatch.setattr(precision, "fp8_matmul", lambda *args: products.append(args) or multiply(*args))
     for x_too, w_too in ((True, True), (True, False), (False, True)):
         x, w = torch.randn(16, 32, requires_grad=x_too), torch.randn(48, 32, requires_grad=w_too)
         products.clear()
-        Fp8Product()(x, w).sum().backward()
+        fp8_linear(x, w).sum().backward()
         assert len(products) == 1 + x_too + w_too and (x.grad is None, w.grad is None) == (not x_too, not w_too)
 
 
 def test_fp8_products_are_met_however_linear_is_called():
     x, layer = torch.randn(3, 32), nn.Linear(32, 16)
-    expected = Fp8Product()(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16())
+    expected = fp8_linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16())
     fp8_products(layer)
     with ComputePolicy(torch.bfloat16):
         for y in (F.linear(x, layer.weight, layer.bias), F.linear(input=x, weight=layer.weight, bias=layer.bias),
                   F.linear(x, weight=layer.weight, bias=layer.bias), layer(x)):
             assert torch.equal(y, expected)
         assert F.linear(x[0], layer.weight).shape == (16,)
-    line = Fp8Linear(32, 16)(x[0].requires_grad_())
-    line.sum().backward()
-    assert line.shape == (16,) and not any("amax" in name for name in layer.state_dict())
 
 
-def test_fp8_scales_current_delayed_of_zeros_and_of_infinities():
-    product = Fp8Product("delayed", history=3)
-    w = torch.eye(16).requires_grad_()
-    for amax, known in ((4.0, 4.0), (8.0, 4.0), (1.0, 8.0), (1.0, 8.0), (32.0, 8.0), (1.0, 32.0), (1.0, 32.0),
-                        (1.0, 32.0), (32.0, 1.0)):
-        x = torch.zeros(16, 16)
-        x[0, 0] = amax
-        y = product(x, w)
-        # what is above the known amax is cut: at 448 over the scale, a power of two
-        cut = min(amax, 448 / 2 ** math.floor(math.log2(448 / known)))
-        assert y[0, 0].item() == pytest.approx(cut), (amax, known)
-    with torch.no_grad():
-        before = product.amax_history.clone()
-        product(torch.full((16, 16), 99.0), w)
-        assert torch.equal(product.amax_history, before)                              # looking does not change training
-    # an infinity is found in its own step, and not in those that follow
-    product, finite = Fp8Product("delayed", history=3), []
-    for step in range(6):
+def test_fp8_scales_of_zeros_of_tiny_numbers_and_of_infinities():
+    w, x = torch.eye(16).requires_grad_(), torch.ones(16, 16)
+    assert fp8_linear(torch.zeros(16, 16), w).abs().max() == 0
+    assert fp8_linear(torch.full((16, 16), 1e-30), w)[0, 0].item() == pytest.approx(1e-30, rel=0.07)
+    assert fp8_linear(torch.ones(16, 16, device="meta"), w.to("meta")).shape == (16, 16)
+    for step in range(3):                                                         # an infinity is found in its own step
         w.grad, dy = None, torch.ones(16, 16)
-        dy[0, 0] = math.inf if step == 2 else 1.0
-        product(torch.ones(16, 16), w).backward(dy)
-        finite.append(bool(w.grad.isfinite().all()))
-    assert finite == [True, True, False, True, True, True]
-    with pytest.raises(RuntimeError, match="scaling must be current where forward runs again"):
-        checkpoint(product, torch.ones(16, 16).requires_grad_(), w, use_reentrant=False).sum().backward()
-    assert Fp8Product("delayed")(torch.ones(16, 16, device="meta"), w.to("meta")).shape == (16, 16)
-    current = Fp8Product()
-    assert current(torch.zeros(16, 16), w).abs().max() == 0
-    x = torch.ones(16, 16)
+        dy[0, 0] = math.inf if step == 1 else 1.0
+        fp8_linear(x, w).backward(dy)
+        assert bool(w.grad.isfinite().all()) == (step != 1)
     x[3, 3] = math.inf
-    assert current(x, w).isnan().any()
-    tiny = current(torch.full((16, 16), 1e-30), w)
-    assert tiny[0, 0].item() == pytest.approx(1e-30, rel=0.07)
-    with pytest.raises(ValueError, match="scaling must be current or delayed, got 'late'"):
-        Fp8Product("late")
+    assert fp8_linear(x, w).isnan().any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available() or not precision.has_fp8(torch.device("cuda")),
@@ -811,7 +769,7 @@ def test_fp8_hardware_is_what_is_emulated(dtype):
     found = []
     for hardware in (False, True):
         a, b = x.clone().requires_grad_(), w.clone().requires_grad_()
-        y = Fp8Product(hardware=hardware)(a, b)
+        y = fp8_linear(a, b, hardware=hardware)
         found.append((y.detach(), *torch.autograd.grad(y, (a, b), dy)))
     for ours, theirs in zip(*found, strict=True):
         assert ours.dtype == theirs.dtype == dtype
@@ -822,9 +780,9 @@ def test_fp8_leaves_out_by_a_rule():
     model = gpt()
     chosen = {p.full_name for p in fp8_products(model)}                                  # k and v have 8 columns
     assert chosen == {p.full_name for p in model.parameters() if "_proj" in p.full_name and len(p) % 16 == 0}
-    assert len(chosen) == 10 and model.lm_head.weight in fp8_products(model, leave_out=())
+    assert len(chosen) == 10 and any(p is model.lm_head.weight for p in fp8_products(model, leave_out=()))
     model = gpt(dtype=torch.bfloat16)
-    kept = fp8_products(model, leave_out=("*embed*", "*lm_head*", "*layers.0.*"))
+    kept = fp8_products(model, leave_out=("lm_head", "layers.0."))
     assert all("layers.1" in p.full_name for p in kept) and kept
     ComputePolicy(torch.bfloat16).applied(model)
     plain = ComputePolicy(torch.bfloat16).applied(gpt(dtype=torch.bfloat16))
@@ -1006,7 +964,7 @@ def test_what_cannot_be_quantized(options, message):
 
 # ---- composed --------------------------------------------------------------------------------------------------------
 
-def trained(rank, n, argv, scaled=None, steps=5):
+def trained(rank, n, argv, scaled=None, steps=3):
     """Steps as train.py takes them -> losses and norms, and this rank's pieces of the float32 weights."""
     c = train.parse_config(argv)
     world = train.join(c)
@@ -1031,6 +989,7 @@ def distance(ours, pieces, losses, weights):
     return loss, norm, torch.cat(off).square().mean().sqrt().item()
 
 
+SMALL = [*TINY, *MODELS["llama"], *CALM, "--n-layer", "2", "--seq-len", "16", "--global-batch-size", "4"]
 LOW_LAYOUTS = [(2, "--dp 2"), (2, "--tp 2"), (2, "--tp 2 --no-sequence-parallel"), (2, "--pp 2"),
                (2, "--pp 2 --pp-schedule zb"), (2, "--dp 2 --zero 1"), (2, "--dp 2 --zero 2"), (2, "--dp 2 --zero 3"),
                (4, "--tp 2 --pp 2"), (4, "--dp 2 --tp 2 --zero 3"), (4, "--dp 2 --pp 2 --zero 2")]
@@ -1062,13 +1021,13 @@ def reordered(corpus, kind, emulate):
 
 
 def reordered_once(corpus, kind, emulate, seed):
-    argv = [*TINY, *MODELS["llama"], *CALM, "--data", str(corpus), "--precision", kind, "--seed", seed]
+    argv = [*SMALL, "--data", str(corpus), "--precision", kind, "--seed", seed]
     off = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "ComputePolicy", lambda low, **x: ComputePolicy(low, **x | {"emulate": emulate}))
         losses, pieces = trained(0, 1, argv)
         weights = {name: p for name, _, _, p in pieces}
-        for k in (2, 4, 8):
+        for k in (2, 4):
             off.append(distance(*trained(0, 1, [*argv, "--micro-batch-size", str(k)]), losses, weights))
 
         def products(module, **options):
@@ -1086,12 +1045,12 @@ def reordered_once(corpus, kind, emulate, seed):
     pytest.param(kind, *layout, marks=[pytest.mark.slow] * (i not in daily))
     for kind, daily in (("bf16", (4, 8, 9)), ("fp16", (1, 7, 10))) for i, layout in enumerate(LOW_LAYOUTS)])
 def test_low_precision_in_any_layout_is_the_same_run(corpus, run_ranks, kind, ranks, flags):
-    """Losses, norms and float32 weights after five steps: off one process by at most twice what it is off itself, which
-    must be a few units in the format's last place for this to say anything."""
+    """Losses, norms and float32 weights after three steps: off one process by at most twice what it is off itself. That
+    must be a few units in the format's last place, or else this says nothing."""
     losses, weights, bounds = reordered(corpus, kind, "tp" not in flags and "zb" not in flags)
     rms = torch.cat([w.flatten() for w in weights.values()]).square().mean().sqrt().item()
     sizes = *(max(x) for x in zip(*losses, strict=True)), rms
-    argv = [*TINY, *MODELS["llama"], *CALM, "--data", str(corpus), "--precision", kind, *flags.split()]
+    argv = [*SMALL, "--data", str(corpus), "--precision", kind, *flags.split()]
     for ours, pieces in run_ranks(trained, ranks, argv):
         for error, bound, typical in zip(distance(ours, pieces, losses, weights), bounds, sizes, strict=True):
             assert error <= 2 * bound < 4 * FORMATS[kind].eps * typical
@@ -1151,8 +1110,9 @@ def test_fp16_backs_off_skips_and_remembers_its_scale(corpus, tmp_path):
 
 def test_an_endless_skip_ends_with_a_line(corpus, tmp_path):
     """Weights that overflow float16 whatever the scale: exit code 3, not a run of nothing but skipped steps."""
-    flags = ["--precision", "fp16", "--lr", "1e4", "--warmup-steps", "0", "--steps", "60", "--eval-interval", "0"]
-    code, said, _ = run(corpus, tmp_path / "run", *flags)
+    flags = ["--precision", "fp16", "--lr", "1e4", "--warmup-steps", "0", "--steps", "60", "--eval-interval", "0",
+             "--n-layer", "1"]
+    code, said, _ = run(corpus, tmp_path / "run", *flags, "--loss-scale", "1")
     assert code == 3
     assert "diverged, loss scale must not fall below 6.10352e-05, gradients overflow at 6.10352e-05" in said
     code, said, _ = run(corpus, tmp_path / "other", *flags, "--loss-scale", "0")
@@ -1365,7 +1325,7 @@ def fp8_group_and_gradients(rank, n, argv):
     """-> whether the products' amaxes are those of the tensor-parallel group; dtypes of shards and their gradients."""
     c = train.parse_config([*argv, "--precision", "fp8", "--tp", "2"])
     model = train.Model(c, world := train.join(c))
-    agree = model.chunks[0].model.layers["0"].mlp.up_proj.weight.product.group is world.mesh.tp_group
+    agree = model.chunks[0].model.layers["0"].mlp.up_proj.weight.product.keywords["group"] is world.mesh.tp_group
     c = train.parse_config([*argv, "--precision", "bf16", "--no-master-weights", "--dp", "2", "--zero", "3"])
     model = train.Model(c, world := train.join(c))
     optimizer, seen = train.make_optimizer(model, c), []
