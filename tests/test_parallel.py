@@ -4,7 +4,9 @@ import functools
 import gc
 import itertools
 import json
+import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -18,8 +20,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import POOL, ROOT
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import api as launcher_api
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
@@ -1247,46 +1251,89 @@ def wait_for(condition, seconds=180, pause=0.02):
         time.sleep(pause)
 
 
-def test_a_killed_rank_ends_the_others_and_all_start_again(corpus, tmp_path):
-    out = tmp_path / "run"
-    command = [*FAULTY, "--data", str(corpus), "--out", str(out), "--nproc", "2", "--max-restarts", "1", "--resume",
-               "never"]
-    launcher = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command], stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True)
-    try:
-        wait_for(lambda: steps_done(out) > 7)
-        os.kill(children(launcher.pid)[1], signal.SIGKILL)                                       # rank 1
-        before = children(launcher.pid)
-        wait_for(lambda: launcher.poll() is not None or not set(before) & set(children(launcher.pid)), 10)
-        killed_at = steps_done(out)
-        wait_for(lambda: steps_done(out) > killed_at + 3)                         # started again from the checkpoint
-        launcher.send_signal(signal.SIGTERM)                                      # and ends as asked, having saved
-        stdout, stderr = launcher.communicate(timeout=30)
-    finally:
-        launcher.kill()
-    assert launcher.returncode == 0, stderr
-    assert "rank 1 was killed by signal 9, at step" in stderr and "start 2 of 2" in stderr
-    assert "resuming   at step" in stdout and "stopped at step" in stdout
+def as_program(path, args, folder, environment):
+    """python PATH ARGS, in a fork that has imported torch and train's siblings; what it says goes to FOLDER."""
+    os.environ.update(environment)
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        os.dup2(os.open(folder / f"{name}{environment.get('RANK', '')}", os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = [str(path), *args]
+    runpy.run_path(str(path), run_name="__main__")
 
 
-def test_the_launcher_passes_signals_on_and_is_not_outlived(corpus, tmp_path):
-    out = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "train.py"), *FAULTY, "--data", str(corpus), "--out", str(out),
-               "--max-restarts", "3", "--nproc"]
-    for there in (1, 2):                                 # before a rank can know what it means, or has been started
-        early = subprocess.Popen([*command, "2"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        wait_for(lambda early=early, there=there: len(children(early.pid)) >= there, pause=0.001)
-        ranks = children(early.pid)
-        early.send_signal(signal.SIGTERM)
-        said = early.communicate(timeout=20)[1]
-        assert early.returncode == 1 and said == "train.py: stopped before the run had begun\n"
-        wait_for(lambda ranks=ranks: not any(Path(f"/proc/{r}").exists() for r in ranks), 10)
-    launcher = subprocess.Popen([*command, "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(lambda: steps_done(out) > 2)
+# train.py, but rank 1 raises in the eighth step of its first start, or as ENDS says; a DEAF rank 0 does not hear it
+FAULT = """import os, pathlib, signal, sys, time
+sys.path.insert(0, {root!r})
+import train
+
+def step(model, optimizer, loader, step, c, world, *rest):
+    steps.append(step)
+    if step == 7 and steps[0] == 0:
+        if world.rank == 1:
+            pathlib.Path(c.out, "fault").write_text(str(time.time()))
+            if os.environ.get("ENDS") == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if os.environ.get("ENDS") == "early":
+                os._exit(0)
+            raise ValueError("the fan fell off")
+        if "DEAF" in os.environ:
+            time.sleep(60)
+    return original(model, optimizer, loader, step, c, world, *rest)
+
+original, train.train_step, train.__file__, steps = train.train_step, step, __file__, []
+sys.exit(train.main())
+"""
+
+
+@pytest.fixture
+def program(corpus, tmp_path):
+    """-> the run's folder; start(*flags, fault=, ENVIRONMENT) -> a process that runs train.py; said(name) -> its
+    output."""
+    script, started = tmp_path / "faulty.py", []
+    script.write_text(FAULT.format(root=str(ROOT)))
+
+    def start(*flags, fault=False, **environment):
+        args = [*FAULTY, "--data", str(corpus), "--out", str(tmp_path / "run"), *flags]
+        started.append(POOL.process(as_program, script if fault else ROOT / "train.py", args, tmp_path, environment,
+                                    daemon=False))
+        return started[-1]
+
+    yield tmp_path / "run", start, lambda name: (tmp_path / name).read_text()
+    for process in started:
+        process.kill()
+
+
+def gone(processes):
+    return not any(Path(f"/proc/{r}").exists() for r in processes)
+
+
+def test_a_killed_rank_ends_the_others_and_all_start_again(program):
+    """Rank 0 is deaf: the launcher ends it. The second start goes on from the checkpoint and ends as asked."""
+    out, start, said = program
+    launcher = start("--nproc", "2", "--max-restarts", "1", fault=True, ENDS="killed", DEAF="1")
+    wait_for((out / "fault").exists)
     ranks = children(launcher.pid)
+    wait_for(lambda: gone(ranks), 10)
+    wait_for(lambda: steps_done(out) > 10)
+    launcher.terminate()
+    launcher.join(30)
+    assert launcher.exitcode == 0, said("stderr")
+    assert "rank 1 was killed by signal 9, at step" in said("stderr") and "start 2 of 2" in said("stderr")
+    assert "resuming   at step 5" in said("stdout") and "stopped at step" in said("stdout")
+
+
+def test_the_launcher_passes_signals_on_and_is_not_outlived(program):
+    out, start, said = program
+    early = start("--nproc", "2", "--max-restarts", "3")
+    wait_for(lambda: children(early.pid), pause=0.001)                      # a rank that cannot know yet what it means
+    ranks = children(early.pid)
+    early.terminate()
+    early.join(20)
+    assert early.exitcode == 1 and said("stderr") == "train.py: stopped before the run had begun\n"
+    launcher = start("--nproc", "1", "--max-restarts", "3")
+    wait_for((out / "config.json").exists)
+    ranks += children(launcher.pid)
     launcher.kill()
-    launcher.wait()
-    wait_for(lambda: not any(Path(f"/proc/{r}").exists() for r in ranks), 10)
+    wait_for(lambda: gone(ranks), 10)
 
 
 @pytest.mark.slow
@@ -1323,102 +1370,61 @@ def test_the_rank_that_is_blamed_is_the_one_that_failed_first(tmp_path):
     assert (tmp_path / "rank-1.err").read_text() == f"Traceback\n{own}\n"
 
 
-def failing(script):
-    """train.py, but rank 1 raises, or LEAVES, in the eighth step of its first start; a DEAF rank 0 does not hear it."""
-    original = train.train_step
-
-    def step(model, optimizer, loader, step, c, world, *rest):
-        if step == 7 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-            if world.rank == 1:
-                Path(c.out, "raised").write_text(str(time.time()))
-                if "LEAVES" in os.environ:
-                    os._exit(0)
-                raise ValueError("the fan fell off")
-            if "DEAF" in os.environ:
-                time.sleep(60)
-        return original(model, optimizer, loader, step, c, world, *rest)
-
-    train.train_step, train.__file__ = step, script
-    sys.exit(train.main())
+def test_a_rank_that_raises_ends_the_others(program):
+    out, start, said = program
+    ranks = [start(fault=True, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", RANK=r, LOCAL_RANK=r,
+                   MASTER_PORT=str(20000 + os.getpid() % 9999)) for r in "01"]
+    for process in ranks[::-1]:
+        process.join(90)
+    assert time.time() - float((out / "fault").read_text()) < 10
+    assert [process.exitcode for process in ranks] == [1, 1]
+    assert "ValueError: the fan fell off" in said("stderr1")
+    assert said("stderr1").endswith("train.py: rank 1 failed with ValueError at step 7: the fan fell off\n")
+    lost = said("stderr0")
+    assert lost.startswith("train.py: rank 0 lost the other ranks at step 7: ") and lost.count("\n") == 1
 
 
-@pytest.fixture
-def faulty(corpus, tmp_path):
-    """-> the run's folder; (*launcher, environment) -> a process that starts such ranks."""
+@pytest.mark.slow
+def test_a_rank_that_leaves_early_is_missed_by_the_others(program):
+    out, start, said = program
+    launcher = start("--nproc", "2", "--timeout", "8", fault=True, ENDS="early")
+    launcher.join(90)
+    assert time.time() - float((out / "fault").read_text()) < 15
+    assert launcher.exitcode == 1 and said("stderr").startswith("train.py: rank 0 lost the other ranks at step 7: ")
+    assert said("stderr").count("\n") == 1
+
+
+@pytest.mark.slow
+def test_torchrun_starts_all_again_from_the_checkpoint(corpus, tmp_path):
     script, out = tmp_path / "faulty.py", tmp_path / "run"
-    script.write_text(f"import sys\nsys.path[:0] = {str(ROOT)!r}, {str(ROOT / 'tests')!r}\n"
-                      "import test_parallel\ntest_parallel.failing(__file__)\n")
-
-    def start(*launcher, flags=(), **environment):
-        command = [sys.executable, *launcher, str(script), *FAULTY, "--data", str(corpus), "--out", str(out), *flags]
-        return subprocess.Popen(command, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-    return out, start
-
-
-def test_a_rank_that_raises_ends_the_others(faulty):
-    out, start = faulty
-    port = str(20000 + os.getpid() % 9999)
-    ranks = [start(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=r, LOCAL_RANK=r) for r in "01"]
-    try:
-        said = [ranks[r].communicate(timeout=90)[1] for r in (1, 0)][::-1]
-        assert time.time() - float((out / "raised").read_text()) < 10
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [1, 1]
-    assert "ValueError: the fan fell off" in said[1]
-    assert said[1].endswith("train.py: rank 1 failed with ValueError at step 7: the fan fell off\n")
-    assert said[0].startswith("train.py: rank 0 lost the other ranks at step 7: ") and said[0].count("\n") == 1
-
-
-def test_the_launcher_ends_a_rank_that_does_not_hear_of_a_failure(faulty):
-    out, start = faulty
-    launcher = start(flags=["--nproc", "2"], DEAF="1")
-    try:
-        said = launcher.communicate(timeout=90)[1]
-        assert time.time() - float((out / "raised").read_text()) < 10
-    finally:
-        launcher.kill()
-    assert launcher.returncode == 1 and said == (
-        f"train.py: rank 1 failed with ValueError at step 7: the fan fell off; see {out}/rank-1.err\n")
-    assert "Traceback" in (out / "rank-1.err").read_text()
-
-
-def test_a_run_that_diverged_is_not_started_again(corpus, tmp_path):
-    answer = subprocess.run([sys.executable, str(ROOT / "train.py"), *FAULTY, "--data", str(corpus), "--out",
-                             str(tmp_path / "run"), "--lr", "1e30", "--warmup-steps", "0", "--nproc", "1",
-                             "--max-restarts", "1"], capture_output=True, text=True, timeout=90)
-    assert answer.returncode == 3 and "diverged" in answer.stdout and "start 2 of 2" not in answer.stderr
-
-
-@pytest.mark.slow
-def test_a_rank_that_leaves_early_is_missed_by_the_others(faulty):
-    out, start = faulty
-    launcher = start(flags=["--nproc", "2", "--timeout", "8"], LEAVES="1")
-    try:
-        said = launcher.communicate(timeout=90)[1]
-        assert time.time() - float((out / "raised").read_text()) < 15
-    finally:
-        launcher.kill()
-    assert launcher.returncode == 1 and said.startswith("train.py: rank 0 lost the other ranks at step 7: ")
-    assert said.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_torchrun_starts_all_again_from_the_checkpoint(faulty):
-    out, start = faulty
-    launcher = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
-                     flags=["--steps", "12"])
-    try:
-        stdout, stderr = launcher.communicate(timeout=180)
-    finally:
-        launcher.kill()
-    assert launcher.returncode == 0, stderr
-    assert "train.py: rank 1 failed with ValueError at step 7: the fan fell off" in stderr
-    assert "starting   at step 0 of 12" in stdout and "resuming   at step 5 of 12" in stdout
+    script.write_text(FAULT.format(root=str(ROOT)))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           "--max-restarts", "1", str(script), *FAULTY, "--data", str(corpus), "--out", str(out),
+                           "--steps", "12"], capture_output=True, text=True, timeout=180,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert "train.py: rank 1 failed with ValueError at step 7: the fan fell off" in done.stderr
+    assert "starting   at step 0 of 12" in done.stdout and "resuming   at step 5 of 12" in done.stdout
     assert steps_done(out) >= 12 and (out / "checkpoints" / "step-00000012").exists()
+
+
+def test_only_a_fault_starts_all_again(monkeypatch, tmp_path):
+    """Bad input and a run that diverged (exit codes 2 and 3) do not, nor does a fault after the last start."""
+    def agent(code):
+        def start_ranks(*argv):
+            starts.append(argv[1:])
+            error = ChildFailedError.__new__(ChildFailedError)
+            error.failures = {0: SimpleNamespace(exitcode=code)}
+            raise error
+        return lambda config, entrypoint: start_ranks
+
+    for module, name in ((logging, "disable"), (signal, "signal")):                      # of the process that launches
+        monkeypatch.setattr(module, name, lambda *_: None)
+    c, again = train.parse_config(["--out", str(tmp_path), "--nproc", "1", "--max-restarts", "2"]), ("--resume", "auto")
+    for code, expected in ((2, [()]), (3, [()]), (1, [(), again, again])):
+        starts = []
+        monkeypatch.setattr(launcher_api, "elastic_launch", agent(code))
+        assert train.launch(c, []) == code and starts == expected
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -1441,9 +1447,10 @@ def test_bad_layouts_are_one_line(flags, message, capsys):
     assert message in said and said.count("\n") == 1, said
 
 
-def test_all_ranks_find_it_and_one_line_says_it(tmp_path):
-    answer = subprocess.run([sys.executable, str(ROOT / "train.py"), *TINY, "--out", str(tmp_path), "--nproc", "2",
-                             "--global-batch-size", "7"], capture_output=True, text=True, timeout=60)
-    assert answer.returncode == 2, answer.stderr
-    assert "--global-batch-size must be a multiple of micro_batch_size x dp = " in answer.stderr
-    assert answer.stderr.count("\n") == 1
+def test_all_ranks_find_it_one_line_says_it_and_nothing_starts_again(program):
+    _, start, said = program
+    launcher = start("--nproc", "2", "--global-batch-size", "7", "--max-restarts", "1")
+    launcher.join(60)
+    assert launcher.exitcode == 2, said("stderr")
+    assert "--global-batch-size must be a multiple of micro_batch_size x dp = " in said("stderr")
+    assert said("stderr").count("\n") == 1
