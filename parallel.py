@@ -606,13 +606,11 @@ class VocabParallelHead(ParallelModule):
 
 
 class Regather:
-    """Sequence parallelism keeps a shard for backward in place of the gathered sequence, and gathers once more when
-    backward asks. f has saved the shard, so that recomputation around f drops it. If x needs no gradient, f has no node
-    and self.shard holds it."""
+    """Sequence parallelism keeps no gathered sequence for backward: f has saved the shard, which is gathered once more
+    when backward asks. (Recomputation around f drops the shard too.)"""
 
-    def __init__(self, shard: Tensor, whole: Tensor, group):
+    def __init__(self, whole: Tensor, group):
         self.f, self.group, self.left, self.again = whole.grad_fn, group, 0, None
-        self.shard, self.version = None if self.f else shard.detach(), shard._version
         self.identity = whole.data_ptr(), whole.numel(), whole._version
 
     def hooks(self):                    # made anew: one that is kept would be a cycle with self, for the collector
@@ -628,10 +626,7 @@ class Regather:
         if isinstance(kept, Tensor):
             return kept
         if self.again is None:
-            shard, = self.f.saved_tensors if self.f else (self.shard,)
-            if self.f is None and shard._version != self.version:
-                raise RuntimeError("sequence parallel: a layer's input was changed in place before its backward")
-            self.again = all_gather(shard, self.group, 1)
+            self.again = all_gather(*self.f.saved_tensors, self.group, 1)
         whole, self.left = self.again.view(kept), self.left - 1
         if not self.left:                                          # the last layer that reads it: q, k and v share it
             self.again = None
@@ -646,8 +641,8 @@ def put_f_before(module: nn.Module, columns: list, group, sequence_parallel: boo
         # cast here, so that what is sent, and what is kept, is what the layers multiply
         x = (args[0] if args else kwargs[name]).to(columns[0].weight.dtype)
         whole = copy_to_tp_region(x, group, sequence_parallel)
-        if sequence_parallel:
-            regather = Regather(x, whole, group)
+        if sequence_parallel and whole.grad_fn:                # where x needs no gradient, f has saved nothing
+            regather = Regather(whole, group)
             for column in columns:
                 column.regather = regather
         return ((whole, *args[1:]), kwargs) if args else (args, kwargs | {name: whole})

@@ -916,7 +916,8 @@ def test_tensor_parallel_linears_are_torchs(run_ranks):
 
 
 def kept_and_cast(rank, n, sequence_parallel):
-    """-> inputs that outlive a step, gathers (float32, bfloat16 weights), if a refilled input is seen, an error."""
+    """-> inputs that outlive a step, gathers (float32, bfloat16 weights), if a refilled input is not seen, if gradients
+    are those of the input as it was."""
     mlp = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 12))
     plan = {"0": "column", "2": "row"}
     parallel.tensor_parallel(mlp, dist.group.WORLD, plan=plan, sequence_parallel=sequence_parallel)
@@ -952,16 +953,15 @@ def kept_and_cast(rank, n, sequence_parallel):
     for value in (1.0, 2.0):                                       # a buffer that is filled again and again
         x.fill_(value)
         answers.append(mlp(x).detach())
-    out, error = mlp(x.requires_grad_() * 1), ""
-    if sequence_parallel:
-        x = torch.randn(2, 4, 12)
-        out = mlp(x)
-        x.zero_()
-        try:
-            out.sum().backward()
-        except RuntimeError as e:
-            error = str(e)
-    return alive, sizes, torch.equal(*answers), error
+    grads, x = [], torch.randn(2, 4, 12)
+    for changed in (sequence_parallel, False):                     # an input without a gradient: what f gave is kept
+        y = x.clone()
+        mlp.zero_grad()
+        out = mlp(y)
+        y = y.zero_() if changed else y
+        out.sum().backward()
+        grads.append(mlp[0].weight.grad)
+    return alive, sizes, torch.equal(*answers), torch.equal(*grads)
 
 
 def gathered_at_once(rank, n):
@@ -985,13 +985,13 @@ def gathered_at_once(rank, n):
         alive.append(weakref.ref(y))
         return y
 
-    out = model(torch.randn(2, 4, 12))
+    out = model(torch.randn(2, 4, 12, requires_grad=True))
     parallel.all_gather = gather
     try:
         out.square().sum().backward()
     finally:
         parallel.all_gather = original
-    pair, x, grads = model[0], torch.randn(2, 4, 12), []
+    pair, x, grads = model[0], torch.randn(2, 4, 12, requires_grad=True), []
     for change in (lambda x: x.add_(1), lambda x: x + 1):                                   # between two readers
         pair.forward = lambda x, change=change: pair.down(pair.gate(x) * pair.up(change(x)))
         pair.zero_grad()
@@ -1028,14 +1028,13 @@ def test_recomputation_keeps_no_input_of_a_column(run_ranks):
     assert run_ranks(recomputed_pair, 2) == [(False, True, True)] * 2
 
 
-def test_inputs_are_let_go_cast_once_and_may_not_change(run_ranks):
+def test_inputs_are_let_go_and_cast_once(run_ranks):
     for sequence_parallel in (False, True):
-        for alive, sizes, same, error in run_ranks(kept_and_cast, 2, sequence_parallel):
-            assert alive == 0 and not same
+        for alive, sizes, same, unchanged in run_ranks(kept_and_cast, 2, sequence_parallel):
+            assert alive == 0 and not same and unchanged
             if sequence_parallel:                                   # x; x again in backward; the gradient of the output
                 whole = 2 * 8 * 12
                 assert sizes == [[(4 * whole, torch.float32)] * 3, [(2 * whole, torch.bfloat16)] * 3]
-                assert "changed in place" in error
 
 
 class PlainHead(nn.Module):
@@ -1092,9 +1091,11 @@ class Attn(nn.Module):
 
 def refused(rank, n):
     lines = []
-    eight = nn.Sequential(nn.Linear(8, 8))
+    eight, normed = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 8))
     for module, plan in ((eight, {"0": "head"}), (nn.Sequential(nn.Embedding(8, 4, padding_idx=0)), {"0": "vocab"}),
-                         (Attn(), {"k_proj": "column"}), (nn.Sequential(nn.Linear(6, 6)), {"0": "row"}),
+                         (Attn(), {"k_proj": "column"}), (Attn(), {"q_proj": "column"}),
+                         (normed, {"1": "column", "2": "row"}),
+                         (nn.Sequential(nn.Linear(6, 6)), {"0": "row"}),
                          (eight, {"0": "row", "1": "row"}), (eight, {"*": "column", "": "row"}),
                          (eight, {"0": "col"}), (nn.Sequential(nn.ReLU()), {"0": "row"})):
         try:
@@ -1113,7 +1114,10 @@ def test_what_does_not_divide_is_named(run_ranks):
     for lines in run_ranks(refused, 4):
         for line, expected in zip(lines, (
                 "0: style head cannot do bias", "0: style vocab cannot do padding_idx, Embedding has it",
-                "k_proj: tp must divide its 2 heads, got 4", "0: tp must divide its size 6, got 4",
+                "k_proj: tp must divide its 2 heads, got 4",
+                "Attn: a module with column layers must have a row layer and no parameter outside the plan, got k_",
+                "Sequential: a module with column layers must have a row layer and no parameter outside the plan, ",
+                "0: tp must divide its size 6, got 4",
                 "plan must meet a module with each pattern, 1 meets none",
                 "plan must meet a module with each pattern,  meets none",
                 "0: its style must be one of column, row, vocab, head, partial, positions, got 'col'",
@@ -1338,6 +1342,20 @@ def pieces(rank, n, fault):
     mine = parallel.owned([p, q], dist.group.WORLD)
     parallel.check_replicas([p, q], dist.group.WORLD)
     return [x.full_name for x in mine], parallel.squared_norm(mine).item()
+
+
+def partial_in_any_order(rank, n):
+    """Three groups of two ranks each, and no rank's parameters come in the order of the groups."""
+    pairs = [dist.new_group(ranks, timeout=timedelta(seconds=5)) for ranks in ([0, 1], [1, 2], [2, 0])]
+    params = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    for p, group in zip(params, (pairs[rank], pairs[rank - 1]), strict=True):
+        p.grad, p.sum_over = torch.tensor([float(rank + 1)]), (group,)
+    parallel.reduce_partial_gradients(params)
+    return [p.grad.item() for p in params]
+
+
+def test_partial_gradients_are_summed_in_one_order_of_groups(run_ranks):
+    assert run_ranks(partial_in_any_order, 3) == [[3.0, 4.0], [5.0, 3.0], [4.0, 5.0]]
 
 
 def test_replicas_are_owned_once_and_must_be_equal(run_ranks):
