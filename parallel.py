@@ -44,8 +44,9 @@ rank's list of operations: F forward, B backward (or its part for the input alon
 Every parameter knows which piece it is: full_name, box (its slice of the full tensor), and sum_over: groups over which
 its gradient is partial besides dp (norms under sequence parallelism, a weight tied across stages).
 
-Map: groups and collectives - Mesh, World - data parallel - tensor parallel - schedules, simulate - run_schedule -
-global quantities - CommLedger - demo. Not here: sharded optimizer states, context parallelism, experts.
+Map: groups and collectives - the three on the board - Mesh, World - data parallel - tensor parallel - schedules,
+simulate - run_schedule - global quantities - CommLedger - demo. Not here: sharded optimizer states, context
+parallelism, experts.
 
 run: python parallel.py        (starts its own ranks)
 """
@@ -124,16 +125,99 @@ def set_timeout(group, seconds: float):
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)          # torch has no public name for it
 
 
+# ---- the three on the board ------------------------------------------------------------------------------------------
+
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    return [p for p in module.parameters() if p.requires_grad]
+
+
+def all_reduce_gradients(module: nn.Module, group):
+    """Data parallelism, after backward, in three lines. DataParallel does the same during backward, in few messages."""
+    for p in trainable(module):
+        p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad
+        all_reduce(p.grad, group)
+
+
+class Exchange(torch.autograd.Function):
+    """y = there(x), dx = back(dy): a collective and its adjoint. keep: x is saved, for Regather."""
+
+    @staticmethod
+    def forward(ctx, x, there, back, keep=False):
+        ctx.back = back
+        if keep:
+            ctx.save_for_backward(x)
+        return there(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return ctx.back(dy), None, None, None
+
+
+def f_and_g(group, sequence_parallel: bool):
+    """What f does in forward, and g in forward; in backward each does what the other does in forward. With sequence
+    parallelism f goes from (B, T/n, C) to (B, T, C), and g back."""
+    if sequence_parallel:
+        return lambda x: all_gather(x, group, 1), lambda x: reduce_scatter(x, group, 1)
+    return lambda x: x.view_as(x), lambda x: all_reduce(x.clone(memory_format=torch.contiguous_format), group)
+
+
+def copy_to_tp_region(x: Tensor, group, sequence_parallel: bool = False) -> Tensor:
+    """f: forward identity, backward all-reduce; or forward all-gather, backward reduce-scatter."""
+    there, back = f_and_g(group, sequence_parallel)
+    return Exchange.apply(x, there, back, sequence_parallel)
+
+
+def reduce_from_tp_region(x: Tensor, group, sequence_parallel: bool = False) -> Tensor:
+    """g: forward all-reduce, backward identity; or forward reduce-scatter, backward all-gather."""
+    back, there = f_and_g(group, sequence_parallel)
+    return Exchange.apply(x, there, back)
+
+
+def two_linears(x: Tensor, A: Tensor, B: Tensor, group) -> Tensor:
+    """Tensor parallelism: gelu(x A^T) B^T. A (F/n, C) and B (C, F/n) are this rank's parts, x (..., C) is whole.
+    tensor_parallel() builds this into a model."""
+    h = F.gelu(F.linear(copy_to_tp_region(x, group), A))                                 # (..., F/n)
+    return reduce_from_tp_region(F.linear(h, B), group)                                  # (..., C)
+
+
+def two_stages(stage: nn.Module, inputs, targets, loss, group) -> list:
+    """A pipeline of two ranks (gpipe): all micro-batches forward, then all backward. stage: this rank's half of the
+    model; inputs, targets: a tensor per micro-batch, on both ranks; hidden states look like inputs. -> the losses, on
+    the second rank. run_schedule() does this for any schedule."""
+    second, kept = rank(group) == 1, []
+    for x, target in zip(inputs, targets, strict=True):
+        if second:
+            x = torch.empty_like(x)
+            dist.recv(x, group=group, group_src=0)                                       # a hidden state
+            y = loss(stage(x.requires_grad_()), target)
+        else:
+            y = stage(x)
+            dist.send(y.detach(), group=group, group_dst=1)
+        kept.append((x, y))
+    for x, y in kept:
+        if second:
+            y.backward()
+            dist.send(x.grad, group=group, group_dst=0)                                  # and its gradient back
+        else:
+            dy = torch.empty_like(y)
+            dist.recv(dy, group=group, group_src=1)
+            y.backward(dy)
+    return [y.detach() for _, y in kept] if second else []
+
+
+# ---- which rank is where ---------------------------------------------------------------------------------------------
+
 class Mesh:
     """The ranks as a grid pp x dp x tp, tp fastest, and this rank's place in it.
 
     dp 0 takes what is left of the world. dp_group, tp_group, pp_group: the ranks that differ in that coordinate alone
     (None where the degree is 1). pp_groups: two more of the pipeline's, [messages to lower ranks, to higher ranks], so
     that each ordered pair of ranks has a channel of its own. ends_group: the first and the last stage.
+    timeout: seconds that a rank waits for the others of a group before it raises.
     After dist.init_process_group. Raises ValueError for degrees that do not multiply to the world.
     """
 
-    def __init__(self, dp: int = 0, tp: int = 1, pp: int = 1, device_type: str = "cpu", timeout: float = 600):
+    def __init__(self, dp: int = 0, tp: int = 1, pp: int = 1, timeout: float = 600):
         world = dist.get_world_size() if dist.is_initialized() else 1
         rest = dp or max(1, world // (tp * pp))
         if min(rest, tp, pp) < 1 or rest * tp * pp != world:
@@ -141,22 +225,23 @@ class Mesh:
             there = f"is 1; start them with --nproc {n}, or torchrun" if world == 1 else f"are {world}"
             raise ValueError(f"dp x tp x pp must be the number of ranks: {rest} x {tp} x {pp} is {n}, there {there}")
         self.dp, self.tp, self.pp, self.world = rest, tp, pp, dist.group.WORLD
-        self.dp_group = self.tp_group = self.pp_group = self.pp_groups = self.ends_group = None
-        if world > 1:
-            mesh = dist.device_mesh.init_device_mesh(device_type, (pp, rest, tp), mesh_dim_names=("pp", "dp", "tp"))
-            for name, degree in (("dp", rest), ("tp", tp), ("pp", pp)):
-                group = self.world if degree == world else mesh.get_group(name)   # beside a GPU torch makes a second
-                setattr(self, f"{name}_group", group if degree > 1 else None)
-            if pp > 1:
-                lines = mesh.mesh.flatten(1).T.tolist()                            # the ranks of each pipeline
-                groups = [dist.new_subgroups_by_enumeration(x)[0]
-                          for x in (lines, lines, [[line[0], line[-1]] for line in lines])]
-                ends = self.pp_rank in (0, pp - 1)
-                self.pp_groups, self.ends_group = groups[:2], groups[2] if ends else None
-            if dist.get_backend() != "fake":                 # torch's own default is half an hour, whatever the world's
-                for group in (self.dp_group, self.tp_group, self.pp_group, *(self.pp_groups or ()), self.ends_group):
-                    if group is not None:
-                        set_timeout(group, timeout)
+        self.pp_groups = self.ends_group = None
+        grid = torch.arange(world, device="cpu").view(pp, rest, tp)
+
+        def group_of(lines):
+            """The group of this rank's line; None if it is in no line. Every rank makes all groups, in one order."""
+            return dist.new_subgroups_by_enumeration(lines, timeout=timedelta(seconds=timeout))[0]
+
+        def group_along(dim):
+            if grid.shape[dim] in (1, world):
+                return self.world if world > 1 and grid.shape[dim] == world else None
+            return group_of(grid.movedim(dim, -1).flatten(0, 1).tolist())
+
+        self.pp_group, self.dp_group, self.tp_group = (group_along(dim) for dim in range(3))
+        if pp > 1:
+            pipelines = grid.flatten(1).T.tolist()
+            self.pp_groups = [group_of(pipelines), group_of(pipelines)]
+            self.ends_group = group_of([[line[0], line[-1]] for line in pipelines])
         # names for CommLedger; a group of all ranks is the world itself
         self.axes = {"world": self.world, "dp": self.dp_group, "tp": self.tp_group, "pp": self.pp_groups,
                      "ends": self.ends_group}
@@ -235,7 +320,7 @@ class World:
             self.join("fake" if pretend else dist.get_default_backend_for_device(self.device), timeout)
         self.group = dist.group.WORLD if self.size > 1 else None
         self.host = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if self.group and not fake else None
-        self.mesh = Mesh(dp, tp, pp, self.device.type, timeout)
+        self.mesh = Mesh(dp, tp, pp, timeout)
 
     def join(self, backend: str, seconds: float):
         timeout = timedelta(seconds=seconds)
@@ -295,17 +380,6 @@ def is_peer_failure(error: Exception) -> bool:
 
 # ---- data parallelism ------------------------------------------------------------------------------------------------
 
-def trainable(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.requires_grad]
-
-
-def all_reduce_gradients(module: nn.Module, group):
-    """Data parallelism in three lines, after backward: nothing overlaps, and every small tensor is a message."""
-    for p in trainable(module):
-        p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad
-        all_reduce(p.grad, group)
-
-
 class Bucket:
     """A stretch of parameters whose gradients lie side by side in one flat tensor and are reduced by one call."""
 
@@ -336,12 +410,14 @@ class DataParallel(nn.Module):
         3  finish_gradient_synchronization()   starts the buckets that are left, waits for all; p.grad are now views
                              of the buckets
 
-    bucket_mb: MB (1e6 bytes) a bucket. reduce: "sum" | "mean". A parameter without a gradient on some ranks counts as
-    zero there; one without on all ranks keeps None, as in one process (a byte a parameter is reduced to know).
-    Gradients of micro-batches within no_sync() stay local and are added up; those of the step before must be gone
-    (zero_grad), or they are summed again. A batch is given up by all ranks: finish_gradient_synchronization(), then
-    zero_grad(). A bucket's memory stays, beside the gradients of micro-batches that are being added up. Buffers are
-    broadcast once.
+    - bucket_mb: MB (1e6 bytes) per bucket. reduce: "sum" | "mean".
+    - A parameter that has no gradient on a rank counts as zero there. Freeze what is never used: an optimizer still
+      decays a weight whose gradient is zero, and the bucket of such a weight leaves after backward, not during it.
+    - Gradients of micro-batches within no_sync() stay local and are added up. Those of the step before must be gone
+      (zero_grad), or they are summed again.
+    - All ranks give up a batch together: finish_gradient_synchronization(), then zero_grad().
+    - A bucket's memory stays, next to the gradients of micro-batches that are being added up.
+    - Buffers of the module are broadcast once, at construction.
     Raises ValueError for another reduce or a bucket_mb not above 0, RuntimeError for what the backend cannot broadcast.
     """
 
@@ -403,96 +479,25 @@ class DataParallel(nn.Module):
                 view.zero_()
             elif p.grad.data_ptr() != view.data_ptr():
                 view.copy_(p.grad)
-                p.grad = view                                                  # and what was there is freed
+            p.grad = view                                                      # and what was there is freed
         bucket.work = dist.all_reduce(bucket.flat, group=self.group, async_op=True)
 
     def finish_gradient_synchronization(self):
-        if not self.buckets:
-            return
-        params = [p for bucket in self.buckets for p in bucket.params]
-        has_grad = [p.grad is not None for p in params]
         while self.started < len(self.buckets):
             self.start()
-        flags = torch.tensor(has_grad, dtype=torch.uint8, device=params[0].device)
-        flags = all_reduce(flags, self.group, dist.ReduceOp.MAX)
-        # read only where it matters: reading makes the host wait
-        used = dict(zip(params, has_grad if all(has_grad) else flags.tolist(), strict=True))
         for bucket in self.buckets:
             bucket.work.wait()
             if self.reduce == "mean":
                 bucket.flat /= size(self.group)
-            for p, view in bucket.views.items():
-                p.grad = view if used[p] else None
             bucket.work, bucket.missing = None, set(bucket.params)
         self.started = 0
 
 
 # ---- tensor and sequence parallelism ---------------------------------------------------------------------------------
 
-class Exchange(torch.autograd.Function):
-    """y = there(x), dx = back(dy): a collective and its adjoint. keep: x is saved, for Regather."""
-
-    @staticmethod
-    def forward(ctx, x, there, back, keep=False):
-        ctx.back = back
-        if keep:
-            ctx.save_for_backward(x)
-        return there(x)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return ctx.back(dy), None, None, None
-
-
-def collectives(group, sequence_parallel: bool):
-    """What stands before a column layer, and its adjoint, which stands behind a row layer: (f, g) as plain functions.
-    With sequence parallelism from (B, T/n, C) to (B, T, C), and back."""
-    if sequence_parallel:
-        return lambda x: all_gather(x, group, 1), lambda x: reduce_scatter(x, group, 1)
-    return lambda x: x.view_as(x), lambda x: all_reduce(x.clone(memory_format=torch.contiguous_format), group)
-
-
-def copy_to_tp_region(x: Tensor, group, sequence_parallel: bool = False) -> Tensor:
-    """f: forward identity, backward all-reduce; or forward all-gather, backward reduce-scatter."""
-    return Exchange.apply(x, *collectives(group, sequence_parallel), sequence_parallel)
-
-
-def reduce_from_tp_region(x: Tensor, group, sequence_parallel: bool = False) -> Tensor:
-    """g: forward all-reduce, backward identity; or forward reduce-scatter, backward all-gather."""
-    return Exchange.apply(x, *reversed(collectives(group, sequence_parallel)))
-
-
-class Regather:
-    """Keeps a shard for backward in place of the gathered sequence, and gathers it once more when backward asks. The
-    shard is what f has saved, so recomputation around f drops it; if x needs no gradient, f has no node and self.shard
-    holds it."""
-
-    def __init__(self, shard: Tensor, whole: Tensor, group):
-        self.f, self.group, self.left, self.again = whole.grad_fn, group, 0, None
-        self.shard, self.version = None if self.f else shard.detach(), shard._version
-        self.identity = whole.data_ptr(), whole.numel()
-
-    def hooks(self):                    # made anew: one that is kept would be a cycle with self, for the collector
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
-
-    def pack(self, t):
-        if (t.data_ptr(), t.numel()) != self.identity:
-            return t                                                                          # a weight
-        self.left += 1
-        return t.shape
-
-    def unpack(self, kept):
-        if isinstance(kept, Tensor):
-            return kept
-        if self.again is None:
-            shard, = self.f.saved_tensors if self.f else (self.shard,)
-            if self.f is None and shard._version != self.version:
-                raise RuntimeError("sequence parallel: a layer's input was changed in place before its backward")
-            self.again = all_gather(shard, self.group, 1)
-        whole, self.left = self.again.view(kept), self.left - 1
-        if not self.left:                                          # the last layer that reads it: q, k and v share it
-            self.again = None
-        return whole
+# a function marked so runs as it is in a model that torch.compile compiles: a break between two compiled parts. (The
+# public torch.compiler.disable does the same, but imports for seconds.)
+uncompiled = torch._disable_dynamo
 
 
 def shard(p: nn.Parameter, dim: int, group, shards: dict) -> nn.Parameter:
@@ -509,7 +514,7 @@ def shard(p: nn.Parameter, dim: int, group, shards: dict) -> nn.Parameter:
 
 
 class ParallelModule(nn.Module):
-    """A module's twin with this rank's part of its matrix: box says which. Tied matrices stay tied (made)."""
+    """A module's twin with this rank's part of its matrix: box says which. Tied matrices stay tied (shards)."""
 
     dim, lacks = 0, ()                                    # the matrix is split along dim; what the module must not have
 
@@ -518,36 +523,21 @@ class ParallelModule(nn.Module):
         shards = {} if shards is None else shards
         self.weight, bias = shard(module.weight, self.dim, group, shards), getattr(module, "bias", None)
         self.bias = bias if self.dim or bias is None else shard(bias, 0, group, shards)
-        self.group, self.sequence_parallel, self.shared = group, sequence_parallel, None
-
-    def enter(self, x):
-        """f(x) and the context to compute in, made once for all the layers that read x (q, k and v; gate and up): they
-        share a dict, which their parent's forward empties at its end. x takes the weight's dtype here, so that
-        what crosses the wire, and what is kept, is what the layers multiply."""
-        entered, key = self.shared, (id(x), x._version, torch.is_grad_enabled())
-        if entered is None or key not in entered:
-            cast = x.to(self.weight.dtype)
-            whole = copy_to_tp_region(cast, self.group, self.sequence_parallel)
-            keep = Regather(cast, whole, self.group).hooks() if self.sequence_parallel else contextlib.nullcontext()
-            if entered is None:
-                return whole, keep
-            entered[key] = whole, keep, x                                  # with x, so that no other tensor gets its id
-        return entered[key][:2]
-
-    def leave(self, x):
-        """g(x)."""
-        return reduce_from_tp_region(x, self.group, self.sequence_parallel)
+        self.group, self.sequence_parallel = group, sequence_parallel
 
 
 class ColumnParallelLinear(ParallelModule):
-    """y_r = f(x) W_r^T + b_r: this rank's part of the outputs. x (B, T, C), or its shard (B, T/n, C) -> (B, T, out/n).
+    """y_r = x W_r^T + b_r: this rank's part of the outputs. x (B, T, C) comes from f -> (B, T, out/n).
 
-    W_r (out/n, C), b_r (out/n): rows of W and b."""
+    W_r (out/n, C), b_r (out/n): rows of W and b. The columns of a module, q, k and v or gate and up, share its input:
+    f stands before that module (put_f_before)."""
 
+    regather = None                                      # with sequence parallelism, while the module around this runs
+
+    @uncompiled
     def forward(self, x):
-        whole, context = self.enter(x)
-        with context:
-            return F.linear(whole, self.weight, self.bias)
+        with self.regather.hooks() if self.regather else contextlib.nullcontext():
+            return F.linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(ParallelModule):
@@ -557,8 +547,9 @@ class RowParallelLinear(ParallelModule):
 
     dim = 1
 
+    @uncompiled
     def forward(self, x):
-        y = self.leave(F.linear(x, self.weight))
+        y = reduce_from_tp_region(F.linear(x, self.weight), self.group, self.sequence_parallel)
         return y if self.bias is None else y + self.bias
 
 
@@ -572,7 +563,7 @@ class VocabParallelEmbedding(ParallelModule):
         local = tokens - self.weight.box[0][0]
         elsewhere = (local < 0) | (local >= len(self.weight))
         x = F.embedding(local.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere[..., None], 0)
-        return self.leave(x)
+        return reduce_from_tp_region(x, self.group, self.sequence_parallel)
 
 
 class VocabParallelCrossEntropy(torch.autograd.Function):
@@ -625,7 +616,7 @@ class VocabParallelHead(ParallelModule):
 
     def forward(self, x, targets=None, weights=None):
         acc = torch.promote_types(x.dtype, torch.float32)
-        x, _ = self.enter(x)                                                                          # (B, T, C)
+        x = copy_to_tp_region(x.to(self.weight.dtype), self.group, self.sequence_parallel)            # (B, T, C)
         if targets is None:
             return all_gather(F.linear(x, self.weight).detach(), self.group, -1)
         full = self.weight.box[0][2]
@@ -636,6 +627,56 @@ class VocabParallelHead(ParallelModule):
         loss, nll = VocabParallelCrossEntropy.apply(x.flatten(0, -2), self.weight, targets.flatten(), weights.flatten(),
                                                     self.group, rows, torch.is_grad_enabled())
         return loss, nll.view(targets.shape)
+
+
+class Regather:
+    """Sequence parallelism keeps no gathered sequence for backward: f has saved the shard, which is gathered once more
+    when backward asks. (Recomputation around f drops the shard too.)"""
+
+    def __init__(self, whole: Tensor, group):
+        self.f, self.group, self.left, self.again = whole.grad_fn, group, 0, None
+        self.identity = whole.data_ptr(), whole.numel(), whole._version
+
+    def hooks(self):                    # made anew: one that is kept would be a cycle with self, for the collector
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+
+    def pack(self, t):
+        if (t.data_ptr(), t.numel(), t._version) != self.identity:
+            return t                                                           # a weight, or no longer what f has given
+        self.left += 1
+        return t.shape
+
+    def unpack(self, kept):
+        if isinstance(kept, Tensor):
+            return kept
+        if self.again is None:
+            self.again = all_gather(*self.f.saved_tensors, self.group, 1)
+        whole, self.left = self.again.view(kept), self.left - 1
+        if not self.left:                                          # the last layer that reads it: q, k and v share it
+            self.again = None
+        return whole
+
+
+def put_f_before(module: nn.Module, columns: list, group, sequence_parallel: bool):
+    """f of the first argument of `module`, once for the column layers in it, which alone read it."""
+    @uncompiled
+    def before_forward(_, args, kwargs):
+        name = None if args else next(iter(kwargs))
+        # cast here, so that what is sent, and what is kept, is what the layers multiply
+        x = (args[0] if args else kwargs[name]).to(columns[0].weight.dtype)
+        whole = copy_to_tp_region(x, group, sequence_parallel)
+        if sequence_parallel and whole.grad_fn:                # where x needs no gradient, f has saved nothing
+            regather = Regather(whole, group)
+            for column in columns:
+                column.regather = regather
+        return ((whole, *args[1:]), kwargs) if args else (args, kwargs | {name: whole})
+
+    def after_forward(*_):
+        for column in columns:
+            column.regather = None
+
+    module.register_forward_pre_hook(before_forward, with_kwargs=True)
+    module.register_forward_hook(after_forward, always_call=True)
 
 
 LINEARS = {"column": ColumnParallelLinear, "row": RowParallelLinear}
@@ -663,7 +704,7 @@ def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN,
     for name, p in model.named_parameters():
         p.__dict__.setdefault("full_name", name)
         p.__dict__.setdefault("box", tuple((0, length, length) for length in p.shape))
-    n, shards, readers, modules = size(group), {}, {}, dict(model.named_modules())
+    n, shards, modules = size(group), {}, dict(model.named_modules())
     met = {name: pattern for name in list(modules)[1:] for pattern in reversed(plan) if fnmatchcase(name, pattern)}
     if not met or plan is not PLAN and set(plan) - set(met.values()):
         raise ValueError("plan must meet a module with each pattern, "
@@ -694,11 +735,15 @@ def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN,
                 size_of = f"{length // unit} heads" if unit > 1 else f"size {length}"
                 raise ValueError(f"{name}: tp must divide its {size_of}, got {n}")
             setattr(parent, child, twin(module, group, sequence_parallel, shards))
-            if style == "column":
-                if parent not in readers:
-                    readers[parent] = {}
-                    parent.register_forward_hook(lambda *_, shared=readers[parent]: shared.clear(), always_call=True)
-                getattr(parent, child).shared = readers[parent]
+    for name, module in model.named_modules():
+        columns, rows = ([x for x in module.children() if isinstance(x, style)] for style in LINEARS.values())
+        own = {p for x in module.modules() if isinstance(x, ParallelModule) for p in x.parameters()}
+        strange = [n for n, p in module.named_parameters() if p not in own and getattr(p, "sum_over", ()) != (group,)]
+        if columns and (strange or not rows):
+            raise ValueError(f"{name or type(module).__name__}: a module with column layers must have a row layer and "
+                             f"no parameter outside the plan, got {strange[0] if strange else 'no row layer'}")
+        if columns:
+            put_f_before(module, columns, group, sequence_parallel)
     if sequence_parallel:
         for p in set(model.parameters()) - set(shards.values()):
             p.sum_over = (group,)
@@ -907,8 +952,8 @@ class SplitLinears(TorchFunctionMode):
 
 class Channels:
     """Messages of a pipeline rank. A pair of ranks has one channel each way, and receives are posted in the sender's
-    order, read off the schedule: no tags, no handshakes. Read off it too: what another rank had of ours when it sent us
-    something, which is kept no longer."""
+    order, read off the schedule: no tags, no handshakes. The schedule also says which of our messages a rank had
+    received when it sent us one: those are freed (receipts)."""
 
     def __init__(self, schedule, groups, timeout: float):
         self.p, self.groups, self.timeout = len(schedule), groups, timedelta(seconds=timeout)
@@ -925,35 +970,54 @@ class Channels:
                     self.coming[source].append(message)
                     self.receipts[message], receipts = receipts, []
 
+    def route(self, message) -> tuple[int, int]:
+        """From which rank to which."""
+        kind, _, s = message
+        return (s + (-1 if kind == "F" else 1)) % self.p, s % self.p
+
+    def goes_up(self, message) -> bool:
+        source, target = self.route(message)
+        return target > source
+
     def send(self, x: Tensor, message):
-        target = message[2] % self.p
+        target = self.route(message)[1]
         if target == self.rank:
             self.here[message] = x
-            return
-        x = x.contiguous()
-        self.sending[message] = x, self.start(dist.isend, x, target, target > self.rank)
+        else:
+            x = x.contiguous()
+            self.sending[message] = x, self.start(dist.isend, x, target, message)
 
-    def receive(self, message, like):
-        """like(micro_batch) gives an empty tensor of its shape."""
-        source = (message[2] + (-1 if message[0] == "F" else 1)) % self.p
-        if source == self.rank:
-            return self.here.pop(message)
-        while message not in self.arriving:
+    def post(self, message, like):
+        """Start to receive, up to this message. like(micro_batch) gives an empty tensor of its shape."""
+        source = self.route(message)[0]
+        while source != self.rank and message not in self.arriving:
             coming = self.coming[source].popleft()
             x = like(coming[1])
-            self.arriving[coming] = x, self.start(dist.irecv, x, source, self.rank > source)
+            self.arriving[coming] = x, self.start(dist.irecv, x, source, coming)
+
+    def post_ahead(self, message, result, like):
+        """The same, for the operation after the one that is about to run: the message travels meanwhile. Not if the
+        result of this one leaves in the same group, where it would have to wait until the message has come."""
+        if result is None or self.goes_up(result) != self.goes_up(message):
+            self.post(message, like)
+
+    def receive(self, message, like):
+        if message in self.here:
+            return self.here.pop(message)
+        self.post(message, like)
         x = self.wait(*self.arriving.pop(message))
         for sent in self.receipts[message]:
             if sent in self.sending:                                             # gloo's are not done until waited for
                 self.wait(*self.sending.pop(sent))
         return x
 
-    def start(self, what, x, peer: int, up: bool):
+    def start(self, what, x, peer: int, message):
         # NCCL warns of a message that is no batch, and may make a communicator for each pair
-        return dist.batch_isend_irecv([dist.P2POp(what, x, group=self.groups[up], group_peer=peer)])[0]
+        return dist.batch_isend_irecv([dist.P2POp(what, x, group=self.groups[self.goes_up(message)],
+                                                  group_peer=peer)])[0]
 
     def wait(self, x, work):
-        # gloo's messages do not know their group's timeout; NCCL's do, and there a host need not wait for its device
+        # gloo's messages do not know their group's timeout. NCCL's do; and there the stream waits, not the host
         work.wait(self.timeout) if x.device.type == "cpu" else work.wait()
         return x
 
@@ -993,15 +1057,21 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
 
     def clock():
         if on_op is not None and torch.accelerator.is_available():             # a launch is not the work that it starts
-            torch.accelerator.synchronize()
+            torch.accelerator.current_stream().synchronize()   # of all streams, one may send what waits for our next op
         return time.perf_counter()
 
-    for op in mine:
+    def like(i):
+        return hidden_like(batches[i])
+
+    for op, following in zip(mine, [*mine[1:], None], strict=True):
         asked = clock()
         kind, i, c = op
         s = stage(op, channels.rank, p)
         message, target = awaits(op, s, last), passes_on(op, s, last)
-        got = None if message is None else channels.receive(message, lambda i: hidden_like(batches[i]))
+        got = None if message is None else channels.receive(message, like)
+        ahead = following and awaits(following, stage(following, channels.rank, p), last)
+        if ahead:
+            channels.post_ahead(ahead, target, like)
         start = clock()
         if kind == "F":
             hidden = None if got is None else got.requires_grad_("B" in kinds)
@@ -1036,13 +1106,14 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
 # ---- global quantities -----------------------------------------------------------------------------------------------
 
 def reduce_partial_gradients(params):
-    """Add up what sum_over says is partial, one message a group. After the gradients' sum over dp."""
+    """Add up what sum_over says is partial, one message per group, after the gradients' sum over dp. The groups' order
+    is the same on all ranks: that of their ranks' numbers."""
     partial = defaultdict(list)
     for p in params:
-        for group in getattr(p, "sum_over", ()) if p.requires_grad else ():
+        for group in {*getattr(p, "sum_over", ())} - {None} if p.requires_grad else ():
             p.grad = torch.zeros_like(p, dtype=p.grad_dtype) if p.grad is None else p.grad
             partial[group].append(p.grad)
-    for group, gradients in partial.items():
+    for group, gradients in sorted(partial.items(), key=lambda x: dist.get_process_group_ranks(x[0])):
         flat = all_reduce(torch.cat([g.flatten() for g in gradients]), group)
         for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             g.copy_(part.view_as(g))
@@ -1071,11 +1142,11 @@ def owned(params, group=None) -> list:
     return [p for p in params if piece(p) not in lower]
 
 
-def squared_norm(tensors) -> Tensor:
+def squared_norm(tensors) -> Tensor | float:
     """Sum of squares, a float64 scalar. Of owned gradients, over the world: the square of the global norm."""
     tensors = list(tensors)
     if not tensors:
-        return torch.zeros((), dtype=torch.float64)
+        return 0.0                                              # a tensor would be copied to the device, and waited for
     norms = torch._foreach_norm(tensors)
     return torch.stack([n.double() for n in norms]).square().sum()
 
@@ -1158,6 +1229,7 @@ def start_ranks(run, n: int):
     """run(rank, init_method) on n processes of this machine; or here, in one of those that torchrun started."""
     import tempfile
 
+    import torch._dynamo  # noqa: F401 (or each rank's first optimizer would)
     if "RANK" in os.environ:
         return run(int(os.environ["RANK"]), "env://")
     with tempfile.TemporaryDirectory() as folder:                             # nothing has run here yet: a fork is safe
@@ -1174,8 +1246,8 @@ def demo():
             super().__init__()
             torch.manual_seed(0)
             self.embed, self.head = nn.Embedding(64, 16), nn.Linear(16, 64, bias=False)
-            self.layers = nn.ModuleDict({str(i): nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(),
-                                                               nn.Linear(32, 16)) for i in range(4)})
+            self.layers = nn.ModuleDict({str(i): nn.Sequential(nn.LayerNorm(16), nn.Sequential(
+                nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))) for i in range(4)})
 
         def forward(self, tokens, targets, hidden=None):
             x = self.embed(tokens) if hidden is None else hidden
@@ -1185,7 +1257,7 @@ def demo():
 
     def make_stage(s, of, mesh, sequence_parallel):
         toy = tensor_parallel(Toy().double(), mesh.tp_group, sequence_parallel=sequence_parallel,
-                              plan={"embed": "vocab", "head": "head", "layers.*.1": "column", "layers.*.3": "row"})
+                              plan={"embed": "vocab", "head": "head", "layers.*.1.0": "column", "layers.*.1.2": "row"})
         for i in range(4):
             if not s * 4 // of <= i < (s + 1) * 4 // of:
                 del toy.layers[str(i)]
@@ -1194,12 +1266,12 @@ def demo():
 
     def train(mesh, order, v=1, sequence_parallel=True):
         """Two steps -> losses; of the last step events, bytes sent by axis, and the formula."""
-        of, m, stages = mesh.pp * v, 8 // mesh.dp, [c * mesh.pp + mesh.pp_rank for c in range(v)]
+        of, m, stages = mesh.pp * v, 4 // mesh.dp, [c * mesh.pp + mesh.pp_rank for c in range(v)]
         model = DataParallel(nn.ModuleList(make_stage(s, of, mesh, sequence_parallel) for s in stages), mesh.dp_group)
         optimizer, mine = torch.optim.AdamW(model.parameters(), 0.01), owned(model.parameters(), mesh.world)
         losses, counts = [], mesh.pp_rank == mesh.pp - 1 and mesh.tp_rank == 0
         for step in range(2):
-            x = torch.randint(64, (8, 9), generator=torch.Generator().manual_seed(step))[mesh.dp_rank * m:][:m]
+            x = torch.randint(64, (4, 9), generator=torch.Generator().manual_seed(step))[mesh.dp_rank * m:][:m]
             events = []
             with CommLedger(mesh.axes) as ledger:
                 N = all_reduce(torch.tensor(m * 8), mesh.dp_group)
@@ -1230,8 +1302,7 @@ def demo():
         def ring_share(n):                                       # what a rank sends of a gathered, or scattered, tensor
             return (n - 1) / n
 
-        # gradients; a byte per parameter tells whether it has one; the number of targets
-        dp = 2 * ring_share(mesh.dp) * (sum(8 * p.numel() for p in params) + len(params) + 8)
+        dp = 2 * ring_share(mesh.dp) * (sum(8 * p.numel() for p in params) + 8)    # gradients; the number of targets
         # f, g and their adjoints, and the gathering in backward; of the embedding and the head one collective each way
         halves = m * ((5 if sequence_parallel else 4) * layers + 2 * first + 2 * last)
         tp = ring_share(mesh.tp) * (halves * hidden + 2 * (m * last * 3 * 8 * 8 + partial))
@@ -1243,16 +1314,16 @@ def demo():
     def run(r, store):
         torch.set_num_threads(1)
         say = print if r == 0 else (lambda *_: None)
-        alone = train(Mesh(), one_f_one_b(1, 8))[0]                                    # the run that all others must be
+        alone = train(Mesh(), one_f_one_b(1, 4))[0]                                    # the run that all others must be
         dist.init_process_group("gloo", init_method=store, rank=r, world_size=4)
         mesh = Mesh(1, 2, 2)
         say("ranks of a mesh pp 2 x dp 1 x tp 2, as (pp, dp, tp):  ", *(f"{x}: {mesh.place(x)}" for x in range(4)))
-        say("\n4 layers, 8 micro-batches, float64, two steps; bytes that rank 0 sends in a step\n"
+        say("\n4 layers, 4 micro-batches, float64, two steps; bytes that rank 0 sends in a step\n"
             f"dp tp pp  {'':<24}largest error       measured | predicted | error")
         for degrees, name, order, v, sp in (
-                ((4, 1, 1), "", one_f_one_b(1, 2), 1, True), ((2, 2, 1), "", one_f_one_b(1, 4), 1, True),
-                ((1, 4, 1), "no sequence parallelism", one_f_one_b(1, 8), 1, False),
-                ((2, 1, 2), "interleaved", interleaved(2, 4), 2, True), ((1, 2, 2), "zb", zero_bubble(2, 8), 1, True)):
+                ((4, 1, 1), "", one_f_one_b(1, 1), 1, True), ((2, 2, 1), "", one_f_one_b(1, 2), 1, True),
+                ((1, 4, 1), "no sequence parallelism", one_f_one_b(1, 4), 1, False),
+                ((2, 1, 2), "interleaved", interleaved(2, 2), 2, True), ((1, 2, 2), "zb", zero_bubble(2, 4), 1, True)):
             losses, events, sent, predicted = train(Mesh(*degrees), order, v, sp)
             error = (losses - alone).abs().max().item()
             assert error < 1e-10 and sent == predicted, (degrees, name, sent, predicted)
@@ -1277,7 +1348,7 @@ def demo():
         timeline = executed_timeline(executed)
         say(f"\nexecuted here, pp 2 x tp 2, zero bubble: {timeline.duration * 1e3:.0f} ms, bubble "
             f"{timeline.bubble:.2f}, {os.cpu_count()} cores\n{draw(timeline)}")
-        assert [[op for op, *_ in line] for line in timeline.events] == zero_bubble(2, 8) and 7e9 * 16 == 112e9
+        assert [[op for op, *_ in line] for line in timeline.events] == zero_bubble(2, 4) and 7e9 * 16 == 112e9
         dist.destroy_process_group()
 
     start_ranks(run, 4)

@@ -456,7 +456,6 @@ class Shape:
     whole = cached_property(lambda self: 2 * ((self.norm_vectors + self.bias) * self.n_embd
                                               + self.qk_norm * self.head_dim))
     split_biases = cached_property(lambda self: self.bias * (self.q + 2 * self.kv + self.ups * self.n_ff))
-    tensors = cached_property(lambda self: 2 * self.norm_vectors + (5 + self.ups) * (1 + self.bias) + 2 * self.qk_norm)
     num_params = cached_property(lambda self: rank_params(self, Layout(), 0).count)
 
     def flops_per_token(self, recompute: str = "none") -> int:
@@ -526,20 +525,19 @@ def depth(n_layer: int, pp: int, chunks: int) -> list[int]:
     return [sum((s + 1) * n_layer // S - s * n_layer // S for s in range(r, S, pp)) for r in range(pp)]
 
 
-RankParams = namedtuple("RankParams", "count whole tensors")
+RankParams = namedtuple("RankParams", "count whole")
 
 
 def rank_params(shape: Shape, layout: Layout, stage: int) -> RankParams:
     """Of one rank at place `stage` of its pipeline, before ZeRO: how many parameters, how many of them tp does not
-    split, in how many tensors they are."""
+    split."""
     layers = depth(shape.n_layer, layout.pp, layout.chunks)[stage]
     is_first, is_last = stage == 0, stage == layout.pp - 1
     tables = is_first + is_last - (shape.tie_embeddings and layout.pp == 1)
     learned = is_first and shape.position == "learned"
     whole = layers * shape.whole + (learned * shape.seq_len + is_last * shape.norm_vectors) * shape.n_embd
     split = layers * (shape.block + shape.split_biases) + tables * shape.vocab_size * shape.n_embd
-    tensors = layers * shape.tensors + tables + learned + is_last * shape.norm_vectors
-    return RankParams(split // layout.tp + whole, whole, tensors)
+    return RankParams(split // layout.tp + whole, whole)
 
 
 # ---- (4) machines ----------------------------------------------------------------------------------------------------
@@ -763,14 +761,12 @@ def messages(shape: Shape, layout: Layout, program: Program, stage: int) -> dict
     mean = program.gradient / (layout.dp if zero else 1)                  # of a gradient after ZeRO has sharded it
     sent = {("world", "all_reduce"): (1, 3 * 8)}            # loss, squared norm, whether a rank was asked to stop
     if layout.dp > 1:
-        # the number of targets in the batch, 8 bytes; a flag per tensor, whether it has a gradient: 1 byte, of ZeRO 4
-        flags = 8 + (4 * (rank.tensors + (layout.chunks if zero == 3 else 1)) if zero else rank.tensors)
         if zero:
             scatters, gathers = {1: (1, 1), 2: (m, 1), 3: (m, 2 * m)}[zero]
             twice = table * (zero == 3 and shape.tie_embeddings and layout.pp == 1)  # embedding and head each gather it
             sent["dp", "reduce_scatter"] = None, rank.count * scatters * program.gradient
             sent["dp", "all_gather"] = None, (rank.count + twice) * gathers * program.item
-        sent["dp", "all_reduce"] = None, flags + rank.count * program.gradient * (not zero)
+        sent["dp", "all_reduce"] = None, 8 + rank.count * program.gradient * (not zero)    # 8: the number of targets
     if layout.tp > 1:
         def over_tp(per_layer):                    # (calls, bytes): with the head's, and the embedding's of residuals
             inside = layers * per_layer + is_last

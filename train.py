@@ -466,8 +466,7 @@ def pipeline_schedule(c: Config, micro_batches: int) -> list:
 
 def compiling_is_blocked(c: Config) -> str:
     """The flag with which blocks cannot be compiled, if there is one."""
-    return ("--tp" if c.tp > 1 else "--pp-schedule zb" if c.pp > 1 and c.pp_schedule == "zb" else
-            "--zero 3" if c.zero == 3 else "")
+    return "--pp-schedule zb" if c.pp > 1 and c.pp_schedule == "zb" else ""
 
 
 def compiles(c: Config, device) -> bool:
@@ -500,10 +499,10 @@ def make_stage(c: Config, device, mesh=None, stage: int = 0, read=None, dtype=No
         sync.append(zero.FullyShard(gpt, mesh.dp_group, blocks=gpt.model.layers.values(), compute_dtype=low_dtype,
                                     reduce_dtype=low_dtype and torch.float32,
                                     init=lambda p: read(p.full_name, p.box).to(device, master_dtype)))
-    elif compiles(c, device):
-        for block in gpt.model.layers.values():            # inside what recomputation runs again
+    if compiles(c, device):
+        for block in gpt.model.layers.values():             # inside what recomputation runs again, and zero.py gathers
             block.run = torch.compile(block.run)
-        if gpt.lm_head is not None:
+        if gpt.lm_head is not None and c.tp == 1:
             gpt.lm_head.softmax = torch.compile(gpt.lm_head.softmax)
     return gpt
 

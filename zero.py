@@ -48,8 +48,9 @@ optimizer cannot tell the difference.
     -        Bucket.total                (slice,) their sum over ranks and micro-batches
     -        shard.flat = (lo, hi)       which elements of the (local) parameter a shard is, row by row
 
-Map: formulas - Bucket - GradientShards (what the stages share) - ShardedOptimizer (1, 2) - FullyShard (3) - the global
-norm - demo. Not here: offloading, sharded activations, optimizers that need whole matrices.
+Map: formulas - the three stages on the board - Bucket - GradientShards (what the stages share) - ShardedOptimizer (1,
+2) - FullyShard (3) - the global norm - what is in memory - demo. Not here: offloading, sharded activations, optimizers
+that need whole matrices.
 
 run: python zero.py        (starts its own ranks)
 """
@@ -57,14 +58,13 @@ run: python zero.py        (starts its own ranks)
 import contextlib
 import functools
 import itertools
-import weakref
 from collections import defaultdict
 from dataclasses import is_dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
@@ -93,7 +93,8 @@ def comm_volume(num_params: float, stage: int, dp: int, micro_batches: int = 1) 
             "all_gather": part * {0: 0, 1: 1, 2: 1, 3: 2 * micro_batches}[stage]}
 
 
-# ---- groups: None is this process alone, and nothing is sent ---------------------------------------------------------
+# ---- the three stages on the board: a parameter at a time, nothing overlaps ------------------------------------------
+# A group of None is this process alone, and nothing is sent.
 
 def size(group) -> int:
     return 1 if group is None else group.size()
@@ -103,11 +104,80 @@ def rank(group) -> int:
     return 0 if group is None else group.rank()
 
 
+def row_of(x: Tensor, group) -> Tensor:
+    """x as one row, with zeros at its end so that it has n equal slices."""
+    return F.pad(x.detach().flatten(), (0, -x.numel() % size(group)))
+
+
+def reduce_scatter(row: Tensor, group) -> Tensor:
+    """This rank's slice of the sum of the ranks' rows."""
+    if size(group) == 1:
+        return row
+    out = row.new_empty(len(row) // size(group))
+    dist.reduce_scatter_single(out, row, group=group)
+    return out
+
+
+def all_gather(part: Tensor, group) -> Tensor:
+    """The row whose slices are the ranks' parts."""
+    if size(group) == 1:
+        return part
+    row = part.new_empty(len(part) * size(group))
+    dist.all_gather_single(row, part, group=group)
+    return row
+
+
+class PlainSharded:
+    """Stage 1: a rank has the optimizer's states of 1/n of each parameter, and updates that. Stage 2: a gradient is
+    scattered, and freed, as soon as backward has made it. ShardedOptimizer does the same in few and large messages."""
+
+    def __init__(self, params, optimizer_cls, group, stage: int, **kwargs):
+        self.params, self.group = list(params), group
+        self.shards = {p: nn.Parameter(row_of(p, group).chunk(size(group))[rank(group)].clone()) for p in self.params}
+        self.adam = optimizer_cls(self.shards.values(), **kwargs)
+        for p in self.params if stage == 2 else ():
+            p.register_post_accumulate_grad_hook(self.scatter)                # stage 2: this line moves into backward
+
+    def scatter(self, p):
+        part, shard = reduce_scatter(row_of(p.grad, self.group), self.group), self.shards[p]
+        shard.grad, p.grad = part if shard.grad is None else shard.grad + part, None
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.params:
+            if p.grad is not None:
+                self.scatter(p)                                               # shard.grad = reduce_scatter(grads)
+        self.adam.step()                                                      # adam.step()
+        for p, shard in self.shards.items():                                  # weights = all_gather(shard)
+            p.copy_(all_gather(shard, self.group)[:p.numel()].view_as(p))
+            shard.grad = None
+
+
+class PlainShardedLinear(torch.autograd.Function):
+    """Stage 3: y = x W^T, and a rank has 1/n of W (out, in). W is gathered before forward and backward, and freed
+    after each. FullyShard does the same with any block."""
+
+    @staticmethod
+    def forward(ctx, x, shard, shape, group):
+        ctx.save_for_backward(x, shard)                                       # not W
+        ctx.shape, ctx.group = shape, group
+        return F.linear(x, all_gather(shard, group)[:shape.numel()].view(shape))
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, shard = ctx.saved_tensors
+        W = all_gather(shard, ctx.group)[:ctx.shape.numel()].view(ctx.shape)
+        dW = dy.flatten(0, -2).T @ x.flatten(0, -2)
+        return dy @ W, reduce_scatter(row_of(dW, ctx.group), ctx.group), None, None
+
+
 # ---- parameters side by side -----------------------------------------------------------------------------------------
 
 class Bucket:
     """Parameters in one flat row of n equal slices; slice r is rank r's. Gradients are put into a row of the same
     layout, which is reduced by one message and freed."""
+
+    exchange_on = ("cpu",)        # device types where slices are exchanged and then summed, instead of a reduce-scatter
 
     def __init__(self, params: list[Tensor], group):
         self.params, self.group = params, group
@@ -173,8 +243,7 @@ class Bucket:
             self.out = self.sending
             return
         self.out = self.sending.new_empty(self.slice)
-        if self.device.type == "cpu":
-            # gloo's reduce-scatter takes twice the time of an exchange of slices, which are then summed in rank order
+        if self.device.type in self.exchange_on:                 # gloo's reduce-scatter takes twice the time of this
             self.received = torch.empty_like(self.sending)
             self.work = dist.all_to_all_single(self.received, self.sending, group=self.group, async_op=True)
         else:
@@ -219,37 +288,27 @@ def check(group, reduce: str, params):
 
 
 class GradientShards:
-    """What the stages share: gradients are summed into shards, bucket by bucket, beside the rest of backward.
+    """What the stages share: gradients are summed into shards, bucket by bucket, while backward goes on.
 
         1  a gradient that is ready is copied into its bucket's row
         2  a bucket that is full is sent, but never before those ahead of it: all ranks issue the same calls in the same
            order. One is under way at a time; it is received, and its row freed, when the next one is ready to go
-        3  finish_gradient_synchronization()   sends every bucket that has not left yet, once for each backward pass,
+        3  finish_gradient_synchronization()   sends every bucket that has not left yet, once per backward pass,
                                                receives it, and gives each shard its gradient
 
-    A bucket that is sent holds what has arrived since it was last sent, so backward may come in any portions: every
-    bucket leaves once for each pass, of which all ranks must make equally many. A parameter without a gradient on some
-    ranks counts as zero there (at stage 3 it must be all or none: gathers go between); one without on all keeps None,
-    and in the next step its bucket leaves without waiting for it.
+    Backward may be called several times per step. Every rank must call it equally often: each call sends every bucket
+    once, with what has arrived since it was last sent. A parameter without a gradient counts as zero. Freeze what is
+    never used: until finish_gradient_synchronization() its bucket, and those behind it, cannot leave.
     """
 
     def watch(self, buckets: list[Bucket], shards: dict, group, reduce: str):
         """shards: {parameter: its shard here}."""
         self.buckets, self.shards, self.group, self.mean = buckets, shards, group, reduce == "mean"
         self.bucket_of = {p: bucket for bucket in buckets for p in bucket.params}
-        self.synchronize, self.awaited = True, set(self.bucket_of)
+        self.synchronize = True
         self.arrivals, self.sent, self.flying = {}, 0, None     # of a step: gradients of each parameter, buckets' sends
         for p in self.bucket_of:
             p.register_post_accumulate_grad_hook(self.ready)
-        this, mine = weakref.ref(self), set(shards.values())
-
-        def not_yet(optimizer, *_):
-            pending = this() is not None and this().arrivals
-            if pending and any(not mine.isdisjoint(group["params"]) for group in optimizer.param_groups):
-                raise RuntimeError("gradients must be summed before the update: call finish_gradient_synchronization() "
-                                   "between backward and step()")
-
-        weakref.finalize(self, register_optimizer_step_pre_hook(not_yet).remove)
 
     def ready(self, p):
         """p.grad is complete."""
@@ -257,9 +316,7 @@ class GradientShards:
         self.arrivals[p] = self.arrivals.get(p, 0) + self.synchronize
         while True:
             passes, number = divmod(self.sent, len(self.buckets))               # of the next bucket: how often it left
-            waiting = (x for x in self.buckets[number].params
-                       if x in self.awaited and self.arrivals.get(x, 0) <= passes)
-            if self.arrivals[p] <= passes or any(True for _ in waiting):
+            if any(self.arrivals.get(x, 0) <= passes for x in self.buckets[number].params):
                 return
             self.send()
 
@@ -280,31 +337,19 @@ class GradientShards:
             self.flying.receive(self.mean)
             self.flying = None
 
-    def finish_gradient_synchronization(self) -> dict:
-        """Returns {parameter: on how many ranks it got a gradient}."""
+    def finish_gradient_synchronization(self):
         if not self.buckets:
-            return {}
+            return
         for p, bucket in self.bucket_of.items():
             homes = {x.untyped_storage()._cdata for x in (bucket.weights, getattr(bucket, "row", bucket.weights))}
             if not homes.issuperset(x.untyped_storage()._cdata for x in (p, self.shards[p])):
                 raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} must not be moved or cast once it is "
                                    "sharded: to(), half(), ... come before")
         self.send_all()
-        # who has a gradient, and whether one that nobody waited for came after its bucket had left
-        params, late = list(self.bucket_of), any(bucket.grads is not None for bucket in self.buckets)
-        counts = torch.tensor([*(p in self.arrivals for p in params), late], dtype=torch.int32, device=params[0].device)
-        if size(self.group) > 1:
-            dist.all_reduce(counts, group=self.group)
-        *counts, late = counts.tolist()
-        for _ in self.buckets if late else ():
-            self.send()
-        self.receive()
-        self.awaited = {p for p, ranks in zip(params, counts, strict=True) if ranks}
-        for p in self.awaited:
-            shard, part = self.shards[p], self.bucket_of[p].part(self.bucket_of[p].total, p)
+        for p, bucket in self.bucket_of.items():
+            shard, part = self.shards[p], bucket.part(bucket.total, p)
             shard.grad = part if shard.grad is None else shard.grad.add_(part)
         self.forget()
-        return dict(zip(params, counts, strict=True))
 
     def forget(self):
         """Gradients that are under way."""
@@ -323,67 +368,10 @@ class GradientShards:
             self.send_all()
         self.forget()
 
-    # -- an optimizer's states as if nothing were split
-
-    def full_state_dict(self, optimizer) -> dict:
-        """The state_dict of an optimizer of the shards as the plain one would have it: of whole tensors, on the CPU, on
-        every rank; put together one parameter at a time."""
-        whole, saved = {shard: p for p, shard in self.shards.items()}, optimizer.state_dict()
-        shards = [shard for group in optimizer.param_groups for shard in group["params"]]
-        for i, state in sorted(saved["state"].items()):
-            parts = [{key: x.cpu() if isinstance(x, Tensor) else x for key, x in state.items()}] * size(self.group)
-            if size(self.group) > 1:
-                dist.all_gather_object(parts, parts[0], group=self.group)
-            saved["state"][i] = {key: torch.cat([part[key] for part in parts]).view(whole[shards[i]].shape)
-                                 if isinstance(x, Tensor) and x.ndim else x for key, x in parts[0].items()}
-        return saved
-
-    def load_full_state_dict(self, optimizer, state_dict: dict):
-        """This rank's part of such a one. Raises ValueError if it is not of these parameters."""
-        whole, state = {shard: p for p, shard in self.shards.items()}, {}
-        shards = [shard for group in optimizer.param_groups for shard in group["params"]]
-        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for i, shard in zip(numbers, shards, strict=False):                       # load_state_dict compares the lengths
-            for key, x in state_dict["state"].get(i, {}).items():
-                if isinstance(x, Tensor) and key not in SCALARS:
-                    shape = whole[shard].shape
-                    if x.ndim and x.shape != shape:
-                        raise ValueError(f"state_dict: {key} of parameter {i} must have shape {tuple(shape)}, has "
-                                         f"{tuple(x.shape)}")
-                    x = x.flatten()[slice(*shard.flat)] if x.shape == shape else x
-                state.setdefault(i, {})[key] = x.clone() if isinstance(x, Tensor) else x
-        optimizer.load_state_dict(state_dict | {"state": state})
-
 
 # ---- stages 1 and 2 --------------------------------------------------------------------------------------------------
 
-SCALARS = ("step", "mu_product", "eta", "mu")                       # torch's states of one number, whatever p's shape
-
-
-def check_elementwise(optimizer_cls, options: dict, device):
-    """Raises ValueError unless two halves of a tensor, updated apart, become what the whole becomes."""
-    whole, *gradients = torch.randn(4, 4, 6, generator=torch.Generator().manual_seed(0)).to(device)
-    options = options | ({"lr": 0.1} if options.get("lr") == 0 else {})                      # a rise that starts at 0
-    name = getattr(getattr(optimizer_cls, "func", optimizer_cls), "__name__", "it")
-
-    def updated(cut):
-        params = [nn.Parameter(x.clone()) for x in cut(whole)]
-        optimizers = [optimizer_cls([p], **options) for p in params]                         # a rank's knows no other
-        for gradient in gradients:
-            for p, part, optimizer in zip(params, cut(gradient), optimizers, strict=True):
-                p.grad = part.clone()
-                optimizer.step()
-        return torch.cat([p.detach().flatten() for p in params])
-
-    optimizer_cls([nn.Parameter(whole.clone())], **options)                          # what it raises here is not ours
-    try:
-        one, two = updated(lambda x: [x]), updated(lambda x: x.flatten().split((10, 14)))
-        differs = (one - two).abs().max() > 1e-3 * (one - whole.flatten()).abs().max()
-        why = f"{name} updates two halves of a tensor unlike the whole"
-    except Exception as error:                                                          # LBFGS, Muon, SparseAdam
-        differs, why = True, f"{name} cannot update a part of a tensor: {str(error).splitlines()[0]}"
-    if differs:
-        raise ValueError(f"optimizer_cls must be elementwise to be sharded, {why}")
+NOT_ELEMENTWISE = ("Adafactor", "LBFGS", "Muon", "SparseAdam")                      # of torch's
 
 
 class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
@@ -404,14 +392,14 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
     stage 1   gradients are added up within no_sync(), and sent during the last micro-batch's backward
     stage 2   every micro-batch's are sent during its backward, and freed: no rank ever holds all (no_sync does nothing)
 
-    param_groups and state are those of the optimizer inside: of the shards, which carry the parameters' attributes and
-    flat. state_dict() is the plain optimizer's, of whole tensors, on every rank, on the CPU, and all ranks must ask for
-    it; load_state_dict() takes such a one: of this optimizer, of another number of ranks, or of the plain one. The
-    module's own p.grad is None after finish_gradient_synchronization(): clear and clip what the optimizer has. A batch
-    is given up, by all ranks, with optimizer.zero_grad(). torch.amp.GradScaler would see one rank's inf alone.
-    Raises ValueError for an optimizer that is not elementwise, a group without this rank, parameters that are sharded;
-    RuntimeError for step() before finish_gradient_synchronization(), sparse gradients, a frozen parameter that is no
-    longer.
+    param_groups, state and state_dict() are those of the optimizer inside: of this rank's shards, which carry the
+    parameters' attributes and flat. (By these data.py's checkpoints write and read them, on any number of ranks.)
+    The module's own p.grad is None after finish_gradient_synchronization(): clear and clip what the optimizer has. All
+    ranks give up a batch together: optimizer.zero_grad(). torch.amp.GradScaler would see one rank's inf alone.
+    An optimizer that is not elementwise would compute something else from a part of a tensor. Four of torch's are known
+    and refused; of others, and of one that clips by the norm of what it has, nobody will know.
+    Raises ValueError for these four, a group without this rank, parameters that are sharded; RuntimeError for step()
+    before finish_gradient_synchronization(), sparse gradients, a frozen parameter that is no longer.
     """
 
     def __init__(self, params, optimizer_cls, *, group=None, stage: int = 1, reduce: str = "sum", bucket_mb: float = 10,
@@ -422,7 +410,9 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
             raise ValueError(f"bucket_mb must be above 0, got {bucket_mb}")
         super().__init__(params, kwargs)
         whole = [p for group in self.param_groups for p in group["params"]]
-        check_elementwise(optimizer_cls, kwargs, whole[0].device)
+        name = getattr(getattr(optimizer_cls, "func", optimizer_cls), "__name__", "")
+        if name in NOT_ELEMENTWISE:
+            raise ValueError(f"optimizer_cls must update each element by itself to be sharded, {name} does not")
         order = whole if order is None else list(order)
         if len(order) != len(whole) or set(order) != set(whole):
             raise ValueError(f"order must hold each of the {len(whole)} parameters once, got another {len(order)}")
@@ -460,6 +450,9 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
             self.finish_gradient_synchronization()
+        if self.arrivals:
+            raise RuntimeError("gradients must be summed before the update: call finish_gradient_synchronization() "
+                               "between backward and step()")
         for p in itertools.chain(*(options["params"] for options in self.param_groups)):
             if p.requires_grad and not getattr(p, "sharded", False):
                 raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} must stay frozen, as it was at "
@@ -470,10 +463,10 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict:
-        return self.full_state_dict(self.inner)
+        return self.inner.state_dict()
 
     def load_state_dict(self, state_dict: dict):
-        self.load_full_state_dict(self.inner, state_dict)
+        self.inner.load_state_dict(state_dict)
         self.show_inner()
 
     def add_param_group(self, param_group: dict):
@@ -570,11 +563,14 @@ class FullyShard(GradientShards, nn.Module):
         norm = clip_grad_norm_(model.parameters(), 1.0, group)
         optimizer.step(); optimizer.zero_grad()
 
-        1  forward    before a block, its parameters are gathered in compute_dtype, and the next block's begin to be;
-                      after it, they are freed
-        2  backward   the same in the reverse: gathered again before it, while the next one's begin to be; freed after.
-                      Its gradients are reduce-scattered beside what follows, in reduce_dtype, and added up in shards
-        3  optimizer  updates the shards: nothing to gather until the next forward
+        moment            waits for           begins to gather     frees                  sends
+        before_forward    this block          the next block
+        after_forward                                              this block
+        before_backward   this block, again   the block before
+        after_backward                                             this block             its gradients, as they come
+
+    Blocks are gathered in compute_dtype, gradients are sent in reduce_dtype and added up in shards. The optimizer
+    updates the shards: there is nothing to gather until the next forward.
 
     blocks: modules to gather as one (default: the members of each ModuleList and ModuleDict). Any other module with
     parameters of its own, an embedding or a head, is one by itself; in a block within a block each parameter belongs to
@@ -589,14 +585,13 @@ class FullyShard(GradientShards, nn.Module):
 
     What it asks of a module: the next block is the next one defined (in another order results are the same, but a
     block too many may be in memory); parameters are used in the forward of the block, or module, that holds them; all
-    ranks run the same blocks and use the same parameters in the same order; every tensor that carries a gradient out of
+    ranks run the same blocks in the same order; every tensor that carries a gradient out of
     a block is in its return value (in tuples, lists, dicts, dataclasses), and not changed in place by others; no second
     derivatives; requires_grad stays what it was. A batch is given up, by all ranks, with model.zero_grad(). group: None
-    is this process alone. An optimizer's states as if nothing were split: full_state_dict(), load_full_state_dict().
+    is this process alone.
     Raises ValueError for a block that is not in the module, a group without this rank, sharded parameters, meta ones
-    without init; RuntimeError for an optimizer's step() before finish_gradient_synchronization(), and by that for a
-    parameter that some ranks used and others did not (if they do not wait for each other before, until the group's
-    timeout) and for a changed requires_grad; TypeError for a deepcopy: dict(model.full_parameters()) is one.
+    without init; RuntimeError for a requires_grad that has changed; TypeError for a deepcopy: use
+    dict(model.full_parameters()).
     """
 
     def __init__(self, module: nn.Module, group=None, *, blocks=None, compute_dtype=None, reduce_dtype=None,
@@ -681,22 +676,18 @@ class FullyShard(GradientShards, nn.Module):
         leaves, spec = tree_flatten((args, kwargs))
         differentiable = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
         if torch.is_grad_enabled() and differentiable:
-            inputs = Leave.apply(functools.partial(self.release, place, visit), *(leaves[i] for i in differentiable))
+            done = functools.partial(self.after_backward, place, visit)
+            inputs = Leave.apply(done, *(leaves[i] for i in differentiable))
             for i, x in zip(differentiable, inputs, strict=True):
                 leaves[i] = x
         self.visits.append((visit, bool(differentiable)))
         return tree_unflatten(leaves, spec)
 
     def after_forward(self, place, module, args, out):
-        """After it."""
+        """After it. Its outputs' gradients tell when its backward begins."""
         visit, leaves = self.visits.pop()
-
-        def before_backward(_):
-            self.gather_for(place, visit, place - 1)
-            if not leaves:                                      # an embedding: no gradient leaves it when it is through
-                torch.autograd.Variable._execution_engine.queue_callback(lambda: self.release(place, visit))
-
         self.release(place, visit)
+        before_backward = functools.partial(self.before_backward, place, visit, leaves)
         rows = {unit.row.untyped_storage()._cdata for unit in self.units}
         for x in tree_leaves(vars(out) if is_dataclass(out) else out):
             if isinstance(x, Tensor) and x.untyped_storage()._cdata in rows:
@@ -704,6 +695,17 @@ class FullyShard(GradientShards, nn.Module):
                                    "the module that uses it in blocks")
             if isinstance(x, Tensor) and x.requires_grad:
                 x.register_hook(before_backward)
+
+    def before_backward(self, place, visit, leaves, _):
+        """A gradient has come to its output."""
+        self.gather_for(place, visit, place - 1)
+        if not leaves:                                          # an embedding: no gradient leaves it when it is through
+            engine = torch.autograd.Variable._execution_engine
+            engine.queue_callback(functools.partial(self.after_backward, place, visit))
+
+    def after_backward(self, place, visit):
+        """A gradient has left its inputs (Leave)."""
+        self.release(place, visit)
 
     def gather_for(self, place, visit, then):
         units = self.needs[self.order[place]]
@@ -718,14 +720,10 @@ class FullyShard(GradientShards, nn.Module):
             unit.free(visit)
 
     def finish_gradient_synchronization(self):
-        counts = super().finish_gradient_synchronization()
+        super().finish_gradient_synchronization()
         for p, shard in self.shards.items():
             if p.requires_grad != shard.requires_grad:
                 raise RuntimeError(f"{p.full_name}: requires_grad must stay {p.requires_grad}, as at construction")
-        for p, ranks in counts.items():
-            if 0 < ranks < size(self.group):
-                raise RuntimeError(f"{p.full_name} must be used on all ranks or none at stage 3, {ranks} of "
-                                   f"{size(self.group)} used it")
 
     def forget(self):
         super().forget()
@@ -737,10 +735,7 @@ class FullyShard(GradientShards, nn.Module):
         """(full_name, whole parameter) of each, in the shards' dtype, one after the other: every rank must ask. No more
         than a block is gathered at a time; dict(model.full_parameters()) has all."""
         for unit in self.units:
-            row = torch.empty(unit.length, dtype=unit.weights.dtype, device=unit.device)
-            unit.own(row).copy_(unit.weights)
-            if size(unit.group) > 1:
-                dist.all_gather_single(row, unit.own(row), group=unit.group)
+            row = all_gather(unit.weights, unit.group)
             for p in unit.params:
                 yield p.full_name, unit.view(row, p).clone()
 
@@ -835,7 +830,7 @@ def demo():
             return nn.functional.cross_entropy(self.head(x).flatten(0, 1), targets.flatten(), reduction="sum")
 
     def train(stage, group):
-        """Three steps of two micro-batches on each of four ranks -> weights, peak bytes, bytes sent in the last."""
+        """Two steps of two micro-batches on each of four ranks -> weights, peak bytes, bytes sent in the last."""
         toy, r, n = Toy(), rank(group), size(group)
         if stage == 0:
             sync, optimizer = parallel.DataParallel(toy, group), torch.optim.AdamW(toy.parameters(), 0.01)
@@ -855,8 +850,8 @@ def demo():
             return tensors | {"states": [x for x in tensors["states"] if x.ndim]}
 
         memory = MemoryLedger(there)
-        for step in range(3):
-            with parallel.CommLedger({"dp": group}) as wire, memory:
+        for step in range(2):
+            with parallel.CommLedger({"dp": group}) as wire, memory if group else contextlib.nullcontext():
                 for i in range(r, 8, n):
                     batch = torch.randint(64, (2, 2, 6), generator=torch.Generator().manual_seed(8 * step + i))
                     with sync.no_sync() if stage < 2 and i + n < 8 else contextlib.nullcontext():

@@ -705,7 +705,7 @@ def executed(rank, n, argv):
     world = train.join(c)
     model, mesh = train.Model(c, world), world.mesh
     optimizer, ledger, live, kept, ops = train.make_optimizer(model, c), parallel.CommLedger(mesh.axes), Live(), [0], []
-    syncs, given = model.sync if c.zero else [], []
+    syncs, given, pipes = model.sync if c.zero else [], [], []
     memory = zero.MemoryLedger(lambda: zero.holdings(syncs[0], optimizer) if syncs else {})
 
     def batches():
@@ -720,6 +720,7 @@ def executed(rank, n, argv):
         mine = given + [p for p in model.parameters()] + [p.grad for p in model.parameters()]
         mine += tensors([zero.holdings(s, optimizer) for s in syncs])
         mine += [b.flat for s in model.sync for b in getattr(s, "buckets", ()) if hasattr(b, "flat")]
+        mine += [x for channels in pipes for x, _ in channels.arriving.values()]
         if op.kind == "F":
             sizes = []
             for _ in range(4):                                          # gloo's threads let go of theirs a moment later
@@ -728,6 +729,10 @@ def executed(rank, n, argv):
             kept[0] = max(kept[0], min(sizes))
 
     class Watched(parallel.Channels):
+        def __init__(self, *rest):
+            super().__init__(*rest)
+            pipes.append(self)
+
         def start(self, what, x, *to):
             given.extend([x] * (what is dist.isend))
             return super().start(what, x, *to)
