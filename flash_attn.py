@@ -199,10 +199,10 @@ if triton is not None:
         b, h, block = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(0)
         if LONG_LAST:
             block = tl.num_programs(0) - 1 - block
-        start = block.to(tl.int64) * BLOCK
-        rows = (n - start).to(tl.int32)
-        position = block * BLOCK + tl.minimum(tl.arange(0, BLOCK), rows - 1)
-        return b, h, start, rows, position
+        start = block * BLOCK
+        rows = tl.minimum(n - start, BLOCK)
+        position = start + tl.minimum(tl.arange(0, BLOCK), rows - 1)
+        return b, h, start.to(tl.int64), rows, position
 
     @triton.jit
     def _sees(limits, position, n, other, before, after):
@@ -216,10 +216,13 @@ if triton is not None:
         return start, stop
 
     @triton.jit
-    def _walk(start, stop, STEP: tl.constexpr):
-        """-> lo, full_lo, full_hi, hi: whole tiles are in [full_lo, full_hi), all that any row sees in [lo, hi)."""
-        lo, hi = tl.min(start, 0) // STEP * STEP, tl.max(stop, 0)
-        full_lo, full_hi = tl.cdiv(tl.max(start, 0), STEP) * STEP, tl.min(stop, 0) // STEP * STEP
+    def _walk(limits, start, rows, n, other, before, after, STEP: tl.constexpr):
+        """-> lo, full_lo, full_hi, hi: whole tiles are in [full_lo, full_hi), all that any position sees in [lo, hi).
+        Intervals never move back: the first position and the last one tell of those between."""
+        first_start, first_stop = _sees(limits, start.to(tl.int32), n, other, before, after)
+        last_start, last_stop = _sees(limits, start.to(tl.int32) + rows - 1, n, other, before, after)
+        lo, hi = first_start // STEP * STEP, last_stop
+        full_lo, full_hi = tl.cdiv(last_start, STEP) * STEP, first_stop // STEP * STEP
         if full_hi <= full_lo:
             full_lo = lo
             full_hi = lo
@@ -295,20 +298,18 @@ if triton is not None:
         if limits is not None:
             limits += b * (T + S)
         q = _matrix(q, sq, b, h, start, rows, D, BLOCK_M, BLOCK_D, False)
-        o = _matrix(o, so, b, h, start, rows, D, BLOCK_M, BLOCK_D, False)
         k = _matrix(k, sk, b, h // GROUP, 0, S, D, BLOCK_N, BLOCK_D, TMA)
         v = _matrix(v, sv, b, h // GROUP, 0, S, D, BLOCK_N, BLOCK_D, TMA)
         q_i = _load(q, sq, 0, rows, D, BLOCK_M, BLOCK_D, INDEX, True, False)                           # (M, D)
         m_i, l_i = tl.full([BLOCK_M], -float("inf"), ACC), tl.zeros([BLOCK_M], ACC)
         acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-        first, stop = _sees(limits, i, T, S, before, after)
-        lo, full_lo, full_hi, hi = _walk(first, stop, BLOCK_N)
+        lo, full_lo, full_hi, hi = _walk(limits, start, rows, T, S, before, after, BLOCK_N)
         # 1. whole tiles
         for j in tl.range(full_lo, full_hi, BLOCK_N):
             k_j = _load(k, sk, j, S, D, BLOCK_N, BLOCK_D, INDEX, False, TMA)                           # (N, D)
             v_j = _load(v, sv, j, S, D, BLOCK_N, BLOCK_D, INDEX, False, TMA)
             m_i, l_i, acc = _fwd_tile(q_i, k_j, v_j, m_i, l_i, acc, None, SCALE, PRECISION)
-        # 2. the tiles at the edges (start and stop are asked again: registers were scarce until here)
+        # 2. the tiles at the edges
         first, stop = _sees(limits, i, T, S, before, after)
         for j in tl.range(lo, hi - (full_hi - full_lo), BLOCK_N, num_stages=1):
             j += tl.where(j < full_lo, 0, full_hi - full_lo)
@@ -317,6 +318,7 @@ if triton is not None:
             m_i, l_i, acc = _fwd_tile(q_i, k_j, v_j, m_i, l_i, acc, (first, stop, j), SCALE, PRECISION)
         # o = o / l, lse = m + log l; an empty row has l = 0 and m = -inf
         l_i = tl.where(l_i == 0, 1.0, l_i)
+        o = _matrix(o, so, b, h, start, rows, D, BLOCK_M, BLOCK_D, False)
         _store(o, so, rows, acc / l_i[:, None], D, INDEX)
         m = tl.arange(0, BLOCK_M)
         tl.store(lse + (b * tl.num_programs(1) + h) * T + start + m, (m_i + tl.log2(l_i)) * LN2, mask=m < rows)
@@ -348,7 +350,6 @@ if triton is not None:
         q = _matrix(q, sq, b, h, start, rows, D, BLOCK_M, BLOCK_D, False)
         do = _matrix(do, sdo, b, h, start, rows, D, BLOCK_M, BLOCK_D, False)
         o = _matrix(o, so, b, h, start, rows, D, BLOCK_M, BLOCK_D, False)
-        dq = _matrix(dq, sdq, b, h, start, rows, D, BLOCK_M, BLOCK_D, False)
         k = _matrix(k, sk, b, h // GROUP, 0, S, D, BLOCK_N, BLOCK_D, TMA)
         v = _matrix(v, sv, b, h // GROUP, 0, S, D, BLOCK_N, BLOCK_D, TMA)
         do_i = _load(do, sdo, 0, rows, D, BLOCK_M, BLOCK_D, INDEX, True, False)                        # (M, D)
@@ -366,8 +367,7 @@ if triton is not None:
         tl.store(row_sums + tl.num_programs(2) * tl.num_programs(1) * T + row, delta_i, mask=inside)
         q_i = _load(q, sq, 0, rows, D, BLOCK_M, BLOCK_D, INDEX, True, False)
         dq_i = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-        first, stop = _sees(limits, i, T, S, before, after)
-        lo, full_lo, full_hi, hi = _walk(first, stop, BLOCK_N)
+        lo, full_lo, full_hi, hi = _walk(limits, start, rows, T, S, before, after, BLOCK_N)
         # 1. whole tiles
         for j in tl.range(full_lo, full_hi, BLOCK_N):
             k_j = _load(k, sk, j, S, D, BLOCK_N, BLOCK_D, INDEX, False, TMA)                           # (N, D)
@@ -380,6 +380,7 @@ if triton is not None:
             k_j = _load(k, sk, j, S, D, BLOCK_N, BLOCK_D, INDEX, True, TMA)
             v_j = _load(v, sv, j, S, D, BLOCK_N, BLOCK_D, INDEX, True, TMA)
             dq_i = _dq_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dq_i, (first, stop, j), SCALE, PRECISION)
+        dq = _matrix(dq, sdq, b, h, start, rows, D, BLOCK_M, BLOCK_D, False)
         _store(dq, sdq, rows, dq_i * (SCALE * LN2), D, INDEX)
 
     @triton.jit
@@ -415,8 +416,7 @@ if triton is not None:
         k_j = _load(k, sk, 0, rows, D, BLOCK_N, BLOCK_D, INDEX, True, False)                           # (N, D)
         v_j = _load(v, sv, 0, rows, D, BLOCK_N, BLOCK_D, INDEX, True, False)
         dk_j, dv_j = tl.zeros([BLOCK_N, BLOCK_D], ACC), tl.zeros([BLOCK_N, BLOCK_D], ACC)
-        first, stop = _sees(limits, j, S, T, before, after)
-        lo, full_lo, full_hi, hi = _walk(first, stop, BLOCK_M)
+        lo, full_lo, full_hi, hi = _walk(limits, start, rows, S, T, before, after, BLOCK_M)
         for g in range(GROUP):
             q_h = _matrix(q, sq, b, h * GROUP + g, 0, T, D, BLOCK_M, BLOCK_D, TMA)
             do_h = _matrix(do, sdo, b, h * GROUP + g, 0, T, D, BLOCK_M, BLOCK_D, TMA)
@@ -487,10 +487,12 @@ def flash_attention(q, k, v, *, causal=True, sm_scale=None, window=None, documen
 # (torch.compile) or shapes alone are asked, they call the same through operators that are registered with torch.
 
 def run_forward(q, k, v, causal, sm_scale, window, limits, backend):
-    q, k, v = (dense(x) for x in (q, k, v))
     with torch._C._DisableAutocast(), torch._C.DisableTorchFunction():       # the tiles choose their dtypes
-        o, lse = BACKENDS[backend][0](*heads(q, k, v), causal, sm_scale, window, limits)
-    return (o, lse) if q.ndim == 4 else (o[:, 0], lse[:, 0])
+        forward = BACKENDS[backend][0]
+        if q.ndim == 4:
+            return forward(dense(q), dense(k), dense(v), causal, sm_scale, window, limits)
+        o, lse = forward(*heads(dense(q), dense(k), dense(v)), causal, sm_scale, window, limits)
+    return o[:, 0], lse[:, 0]
 
 
 def run_backward(do, dlse, q, k, v, o, lse, causal, sm_scale, window, limits, backend):
@@ -587,8 +589,9 @@ def sdpa(q, k, v, causal, sm_scale, window, documents):
 
 # ---- masks in general ------------------------------------------------------------------------------------------------
 #
-# A mask is an interval per query, and an interval per key. Another mask of this kind, a prefix or a chunk: change
-# `interval`. Every backend reads the result.
+# A mask is an interval per query, and an interval per key. From one position to the next an interval may move on and
+# never back, so the first and the last position of a tile tell what the tile sees. Another mask of this kind, a prefix
+# or a chunk: change `interval`, and hand over the limits. Every backend reads them.
 
 def reach(T, S, causal, window):
     """How many keys before and after its own place a query sees: (before, after). A key sees (after, before)."""
@@ -648,10 +651,10 @@ def tiles(start: Tensor, stop: Tensor, block: int, step: int) -> Tensor:
     whole. lo, full_lo, full_hi are multiples of step, and _walk computes the same.
     """
     n = start.shape[-1]
-    position = torch.arange(-(-n // block) * block, device=start.device).clamp(max=n - 1)
-    start, stop = (x[:, position].unflatten(-1, (-1, block)) for x in (start, stop))                # (B, blocks, block)
-    lo, hi = start.amin(-1) // step * step, stop.amax(-1)
-    full_lo, full_hi = (start.amax(-1) + step - 1) // step * step, stop.amin(-1) // step * step
+    first = torch.arange(0, n, block, device=start.device)
+    last = (first + block - 1).clamp(max=n - 1)
+    lo, hi = start[:, first] // step * step, stop[:, last]                                            # (B, blocks) each
+    full_lo, full_hi = (start[:, last] + step - 1) // step * step, stop[:, first] // step * step
     none = full_hi <= full_lo
     return torch.stack((lo, full_lo.where(~none, lo), full_hi.where(~none, lo), hi.maximum(lo)), -1)
 
@@ -752,11 +755,10 @@ def flash_backward_torch(do, dlse, q, k, v, o, lse, causal, sm_scale, window, do
 
 def flash_forward_triton(q, k, v, causal, sm_scale, window, limits):
     """-> o as q, lse (B, H, T)."""
-    o = torch.empty_like(q)
-    lse = torch.empty(q.shape[:3], dtype=accumulator(q.dtype), device=q.device)
-    call = causal, sm_scale, window, torch.get_float32_matmul_precision(), *described(q, k, v, limits)
+    o, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=accumulator(q.dtype), device=q.device)
+    call = described(causal, sm_scale, window, q, k, v, limits)
     with torch.cuda.device_of(q):
-        launch("_attn_fwd", call, (q, k, v, o), (lse,), limits)
+        launch("_attn_fwd", call, (q, k, v, o), (lse, limits))
     return o, lse
 
 
@@ -765,48 +767,61 @@ def flash_backward_triton(do, dlse, q, k, v, o, lse, causal, sm_scale, window, l
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     row_sums = torch.empty((2, *lse.shape), dtype=lse.dtype, device=q.device)
     dlse = None if dlse is None else dlse.contiguous()
-    call = causal, sm_scale, window, torch.get_float32_matmul_precision(), *described(q, k, v, limits, do, o, lse, dlse)
+    call = described(causal, sm_scale, window, q, k, v, limits, do, o, lse, dlse)
     with torch.cuda.device_of(q):
-        launch("_bwd_dq", call, (q, k, v, do, o, dq), (lse, dlse, row_sums), limits)
-        launch("_bwd_dkdv", call, (q, k, v, do, dk, dv), (row_sums,), limits)
+        launch("_bwd_dq", call, (q, k, v, do, o, dq), (lse, dlse, row_sums, limits))
+        launch("_bwd_dkdv", call, (q, k, v, do, dk, dv), (row_sums, limits))
     return dq, dk, dv
 
 
-def described(*tensors):
-    """All that a compiled kernel and its arguments depend on, of the tensors that are given from outside."""
-    return [x if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in tensors]
+def described(causal, sm_scale, window, *tensors):
+    """All that a compiled kernel and its arguments depend on; tensors: those that are given from outside, q first."""
+    return (causal, sm_scale, window, torch.get_float32_matmul_precision(), tensors[0].dtype, tensors[0].device,
+            *[x if x is None else (x.shape, x.stride(), x.data_ptr() % 16) for x in tensors])
 
 
-LAUNCHES = {}          # (kernel, call) -> whether it needs scratch memory, the compiled kernel on its grid, arguments
+LAUNCHES = {}          # (kernel, call) -> the compiled kernel on its grid, its arguments behind the tensors
 KEPT_LAUNCHES = 4096   # then all are forgotten: token by token, S grows
 
 
-def launch(name, call, matrices, vectors, limits):
-    """Run a kernel. call: causal, sm_scale, window, precision of float32 products, and `described` tensors."""
-    tensors, (causal, sm_scale, window, *_) = (*matrices, *vectors, limits), call
-    if (name, call) not in LAUNCHES:
-        q, k = matrices[:2]
-        rest, options = arguments(name, matrices, causal, sm_scale, window, capability(q.device))
-        shared, block = (k, "BLOCK_N") if name == "_bwd_dkdv" else (q, "BLOCK_M")   # whose positions the programs share
-        grid = lambda blocks: (triton.cdiv(shared.shape[2], blocks[block]), shared.shape[1], shared.shape[0])
-        table = ("ieee" if q.dtype == torch.float32 and options["PRECISION"] == "ieee" else
-                 "tma" if options["TMA"] else "pointers")
-        kind = name, options["BLOCK_D"] * q.itemsize, table
-        if INTERPRET:
-            globals()[name][grid](*tensors, *rest, **options, **configs(*kind)[0].all_kwargs())
-            return
-        kernel = tuned(*kind, shared.shape[2].bit_length())
-        triton.set_allocator(scratch)
-        compiled = kernel[grid](*tensors, *rest, **options)                         # runs it, too
-        blocks = {name: kernel.best_config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N")}
-        if len(LAUNCHES) > KEPT_LAUNCHES:
+def launch(name, call, matrices, vectors):
+    """Run a kernel. call: what `described` says. At the first call of its kind Triton compiles, and autotune times."""
+    kept = LAUNCHES.get((name, call))
+    if kept is None:
+        kept = first_launch(name, call, matrices, vectors)
+        if kept and len(LAUNCHES) >= KEPT_LAUNCHES:
             LAUNCHES.clear()
-        LAUNCHES[name, call] = options["TMA"], compiled[grid(blocks)], (*rest, *options.values(), *blocks.values())
+        if kept:
+            LAUNCHES[name, call] = kept
     else:
-        needs_scratch, run, rest = LAUNCHES[name, call]
-        if needs_scratch:
-            triton.set_allocator(scratch)                                           # each thread has its own
-        run(*tensors, *rest)
+        run, rest = kept
+        run(*matrices, *vectors, *rest)
+
+
+def first_launch(name, call, matrices, vectors):
+    """Run a kernel through Triton's own launcher -> what LAUNCHES keeps, or None from the interpreter."""
+    (q, k), (causal, sm_scale, window, *_) = matrices[:2], call
+    rest, options = arguments(name, matrices, causal, sm_scale, window, capability(q.device))
+    shared, block = (k, "BLOCK_N") if name == "_bwd_dkdv" else (q, "BLOCK_M")       # whose positions the programs share
+    grid = lambda blocks: (triton.cdiv(shared.shape[2], blocks[block]), shared.shape[1], shared.shape[0])
+    table = ("ieee" if q.dtype == torch.float32 and options["PRECISION"] == "ieee" else
+             "tma" if options["TMA"] else "pointers")
+    kind = name, options["BLOCK_D"] * q.itemsize, table
+    if INTERPRET:
+        globals()[name][grid](*matrices, *vectors, *rest, **options, **configs(*kind)[0].all_kwargs())
+        return None
+    kernel = tuned(*kind, shared.shape[2].bit_length())
+    triton.set_allocator(scratch)
+    compiled = kernel[grid](*matrices, *vectors, *rest, **options)
+    blocks = {name: kernel.best_config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N")}
+    run, rest = compiled[grid(blocks)], (*rest, *options.values(), *blocks.values())
+    if not options["TMA"]:
+        return run, rest
+
+    def run_with_scratch(*args):
+        triton.set_allocator(scratch)                                               # each thread has its own
+        run(*args)
+    return run_with_scratch, rest
 
 
 def scratch(size, alignment, stream):
@@ -928,7 +943,7 @@ def check(q, k, v, causal, sm_scale, window, documents, backend):
         if backend == "triton" and wrong:
             raise RuntimeError(f"backend triton: {rule}; {OTHERS}")
     if not torch.compiler.is_compiling():
-        if len(CHECKED) > KEPT_LAUNCHES:
+        if len(CHECKED) >= KEPT_LAUNCHES:
             CHECKED.clear()
         CHECKED.add(call)
 
