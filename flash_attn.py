@@ -194,15 +194,15 @@ if triton is not None:
 
     @triton.jit
     def _program(n, LONG_LAST: tl.constexpr, BLOCK: tl.constexpr):
-        """Batch, head and positions of this program: `rows` positions from `start` on. position repeats the last one
-        where the block is longer. LONG_LAST: a causal mask makes the walks of the last positions the longest: first."""
+        """Batch, head and positions of this program: those from `start` on; `rows` are left of there. position repeats
+        the last one where the block is longer. LONG_LAST: a causal mask makes the last positions' walks the longest, so
+        they come first."""
         b, h, block = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(0)
         if LONG_LAST:
             block = tl.num_programs(0) - 1 - block
         start = block * BLOCK
-        rows = tl.minimum(n - start, BLOCK)
-        position = start + tl.minimum(tl.arange(0, BLOCK), rows - 1)
-        return b, h, start.to(tl.int64), rows, position
+        position = tl.minimum(start + tl.arange(0, BLOCK), n - 1)
+        return b, h, start.to(tl.int64), n - start, position
 
     @triton.jit
     def _sees(limits, position, n, other, before, after):
@@ -216,11 +216,12 @@ if triton is not None:
         return start, stop
 
     @triton.jit
-    def _walk(limits, start, rows, n, other, before, after, STEP: tl.constexpr):
+    def _walk(limits, start, n, other, before, after, BLOCK: tl.constexpr, STEP: tl.constexpr):
         """-> lo, full_lo, full_hi, hi: whole tiles are in [full_lo, full_hi), all that any position sees in [lo, hi).
         Intervals never move back: the first position and the last one tell of those between."""
-        first_start, first_stop = _sees(limits, start.to(tl.int32), n, other, before, after)
-        last_start, last_stop = _sees(limits, start.to(tl.int32) + rows - 1, n, other, before, after)
+        first = start.to(tl.int32)
+        first_start, first_stop = _sees(limits, first, n, other, before, after)
+        last_start, last_stop = _sees(limits, tl.minimum(first + BLOCK, n) - 1, n, other, before, after)
         lo, hi = first_start // STEP * STEP, last_stop
         full_lo, full_hi = tl.cdiv(last_start, STEP) * STEP, first_stop // STEP * STEP
         if full_hi <= full_lo:
@@ -303,7 +304,7 @@ if triton is not None:
         q_i = _load(q, sq, 0, rows, D, BLOCK_M, BLOCK_D, INDEX, True, False)                           # (M, D)
         m_i, l_i = tl.full([BLOCK_M], -float("inf"), ACC), tl.zeros([BLOCK_M], ACC)
         acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-        lo, full_lo, full_hi, hi = _walk(limits, start, rows, T, S, before, after, BLOCK_N)
+        lo, full_lo, full_hi, hi = _walk(limits, start, T, S, before, after, BLOCK_M, BLOCK_N)
         # 1. whole tiles
         for j in tl.range(full_lo, full_hi, BLOCK_N):
             k_j = _load(k, sk, j, S, D, BLOCK_N, BLOCK_D, INDEX, False, TMA)                           # (N, D)
@@ -367,7 +368,7 @@ if triton is not None:
         tl.store(row_sums + tl.num_programs(2) * tl.num_programs(1) * T + row, delta_i, mask=inside)
         q_i = _load(q, sq, 0, rows, D, BLOCK_M, BLOCK_D, INDEX, True, False)
         dq_i = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-        lo, full_lo, full_hi, hi = _walk(limits, start, rows, T, S, before, after, BLOCK_N)
+        lo, full_lo, full_hi, hi = _walk(limits, start, T, S, before, after, BLOCK_M, BLOCK_N)
         # 1. whole tiles
         for j in tl.range(full_lo, full_hi, BLOCK_N):
             k_j = _load(k, sk, j, S, D, BLOCK_N, BLOCK_D, INDEX, False, TMA)                           # (N, D)
@@ -416,12 +417,13 @@ if triton is not None:
         k_j = _load(k, sk, 0, rows, D, BLOCK_N, BLOCK_D, INDEX, True, False)                           # (N, D)
         v_j = _load(v, sv, 0, rows, D, BLOCK_N, BLOCK_D, INDEX, True, False)
         dk_j, dv_j = tl.zeros([BLOCK_N, BLOCK_D], ACC), tl.zeros([BLOCK_N, BLOCK_D], ACC)
-        lo, full_lo, full_hi, hi = _walk(limits, start, rows, S, T, before, after, BLOCK_M)
+        lo, full_lo, full_hi, hi = _walk(limits, start, S, T, before, after, BLOCK_N, BLOCK_M)
+        all_rows = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * GROUP * T
         for g in range(GROUP):
             q_h = _matrix(q, sq, b, h * GROUP + g, 0, T, D, BLOCK_M, BLOCK_D, TMA)
             do_h = _matrix(do, sdo, b, h * GROUP + g, 0, T, D, BLOCK_M, BLOCK_D, TMA)
-            lse = row_sums + ((b * tl.num_programs(1) + h) * GROUP + g) * T
-            delta = lse + tl.num_programs(2) * tl.num_programs(1) * GROUP * T
+            first_row = ((b * tl.num_programs(1) + h) * GROUP + g) * T
+            lse, delta = row_sums + first_row, row_sums + (first_row + all_rows)
             # 1. whole tiles
             for i in tl.range(full_lo, full_hi, BLOCK_M):
                 q_i = _load(q_h, sq, i, T, D, BLOCK_M, BLOCK_D, INDEX, False, TMA)                     # (M, D)
@@ -845,12 +847,12 @@ def arguments(name, matrices, causal, sm_scale, window, capability):
     aligned = all(x.stride(2) > 0 and
                   not (x.data_ptr() | x.itemsize * (x.stride(0) | x.stride(1) | x.stride(2))) % 16
                   for x in matrices[:4])
-    walked = T if name == "_bwd_dkdv" else S
-    chip_has_tma = (9, 0) <= capability < (11, 0) and walked >= TMA_FROM
+    BLOCK_D, walked = max(16, triton.next_power_of_2(D)), T if name == "_bwd_dkdv" else S
+    worth_it = (9, 0) <= capability < (11, 0) and (walked >= TMA_FROM or BLOCK_D * q.itemsize > 128)
     wide = max((x.shape[2] + 256) * x.stride(2) for x in matrices) >= 2**31
     return ((tuple(x.stride()[:3] for x in matrices), T, S, before, after),
-            dict(SCALE=sm_scale * LOG2E, GROUP=H // K, D=D, BLOCK_D=max(16, triton.next_power_of_2(D)),
-                 INDEX=tl.int64 if wide else tl.int32, TMA=aligned and (chip_has_tma if TMA is None else TMA),
+            dict(SCALE=sm_scale * LOG2E, GROUP=H // K, D=D, BLOCK_D=BLOCK_D,
+                 INDEX=tl.int64 if wide else tl.int32, TMA=aligned and (worth_it if TMA is None else TMA),
                  PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"))
 
 
@@ -875,8 +877,10 @@ CONFIGS = {
     "ieee": {1024: dict.fromkeys(("_attn_fwd", "_bwd_dkdv", "_bwd_dq"), [(16, 16, 4, 2)])},
 }
 PINNED = {}            # kernel name -> (BLOCK_M, BLOCK_N, num_warps, num_stages): use these and try no others
-TMA = None             # None: where the chip has it, strides allow, and walks are long; False, True: as said
-TMA_FROM = 2048        # positions of a walk from which a descriptor, made by each program, is worth its making
+TMA = None             # None: where the chip has it, strides allow, and it is worth it; False, True: as said
+# Each program makes its descriptors, and the host allocates the memory for them. Short walks do without, where the code
+# of loads by pointers is nearly as short: rows of 128 bytes. (Chosen by instructions, not yet by time on a GPU.)
+TMA_FROM = 2048        # positions of a walk
 
 
 def configs(name, row_bytes, table):

@@ -617,8 +617,9 @@ def test_what_the_kernels_are_told(monkeypatch):
     x = torch.empty(1, 1, flash_attn.TMA_FROM, 16, dtype=torch.float16)
     monkeypatch.setattr(flash_attn, "TMA", None)
     assert [told(x, chip)["TMA"] for chip in ((8, 0), (9, 0), (10, 0), (12, 0), (0, 0))] == [0, 1, 1, 0, 0]
-    assert not told(x[:, :, 1:], (9, 0))["TMA"]
     n = x.shape[2]
+    short, wide = x[:, :, 1:], torch.empty(1, 1, n - 1, 128, dtype=torch.float16)
+    assert not told(short, (9, 0))["TMA"] and told(wide, (9, 0))["TMA"]
     for other in (torch.empty(1, 1, n, 17, dtype=torch.float16)[..., :16], x[:, :, :1].expand(x.shape),
                   torch.empty(16 * n + 1)[1:].view(1, 1, n, 16)):
         assert not told(other, (9, 0))["TMA"]
@@ -689,21 +690,32 @@ def test_triton_where_it_cannot_run(monkeypatch, tmp_path):
         assert "the others are torch, sdpa, reference" in str(error.value)
 
 
-def read_machine_code(*flags):
+def run_bench(script, *flags):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    answer = subprocess.run([sys.executable, "tests/bench/bench_flash_static.py", *flags], cwd=ROOT, env=environment,
+    answer = subprocess.run([sys.executable, f"tests/bench/{script}.py", *flags], cwd=ROOT, env=environment,
                             capture_output=True, text=True)
     assert answer.returncode == 0, answer.stdout + answer.stderr
 
 
 @pytest.mark.skipif(flash_attn.triton is None, reason="no triton package here")
-def test_machine_code():
-    read_machine_code("--quick")
+@pytest.mark.parametrize("script", ["bench_flash_static", pytest.param("bench_launch", marks=pytest.mark.slow)])
+def test_machine_code_and_launches(script):
+    """In processes of their own: here kernels are interpreted."""
+    run_bench(script, "--quick")
 
 
 @pytest.mark.slow
 def test_machine_code_of_every_configuration():
-    read_machine_code()
+    run_bench("bench_flash_static")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without one")
+def test_bench_gpu_needs_one():
+    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "tests/bench/bench_gpu.py")
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    with pytest.raises(SystemExit, match="bench_gpu.py measures a GPU, and torch finds none here"):
+        bench.main([])
 
 
 # ---- break it: planted errors turn these tests red -------------------------------------------------------------------
