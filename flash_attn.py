@@ -489,11 +489,10 @@ def flash_attention(q, k, v, *, causal=True, sm_scale=None, window=None, documen
 # (torch.compile) or shapes alone are asked, they call the same through operators that are registered with torch.
 
 def run_forward(q, k, v, causal, sm_scale, window, limits, backend):
-    with torch._C._DisableAutocast(), torch._C.DisableTorchFunction():       # the tiles choose their dtypes
-        forward = BACKENDS[backend][0]
-        if q.ndim == 4:
-            return forward(dense(q), dense(k), dense(v), causal, sm_scale, window, limits)
-        o, lse = forward(*heads(dense(q), dense(k), dense(v)), causal, sm_scale, window, limits)
+    forward = BACKENDS[backend][0]
+    if q.ndim == 4:
+        return forward(dense(q), dense(k), dense(v), causal, sm_scale, window, limits)
+    o, lse = forward(*heads(dense(q), dense(k), dense(v)), causal, sm_scale, window, limits)
     return o[:, 0], lse[:, 0]
 
 
@@ -501,8 +500,7 @@ def run_backward(do, dlse, q, k, v, o, lse, causal, sm_scale, window, limits, ba
     do, *qkvo = heads(*(dense(x) for x in (do, q, k, v, o)))
     if q.ndim == 3:
         lse, dlse = lse[:, None], None if dlse is None else dlse[:, None]
-    with torch._C._DisableAutocast(), torch._C.DisableTorchFunction():
-        grads = BACKENDS[backend][1](do, dlse, *qkvo, lse, causal, sm_scale, window, limits)
+    grads = BACKENDS[backend][1](do, dlse, *qkvo, lse, causal, sm_scale, window, limits)
     return tuple(grads) if q.ndim == 4 else tuple(dx[:, 0] for dx in grads)
 
 
@@ -688,6 +686,15 @@ def tile_plan(q, k, causal, window, documents):
     return work, hidden, fold
 
 
+def undisturbed(function):
+    """Autocast and function modes end here: the tiles choose their dtypes."""
+    def run(*args):
+        with torch._C._DisableAutocast(), torch._C.DisableTorchFunction():
+            return function(*args)
+    return run
+
+
+@undisturbed
 def flash_forward_torch(q, k, v, causal, sm_scale, window, documents):
     """-> o as q, lse (B, H, T) in the accumulator dtype."""
     work, hidden, fold = tile_plan(q, k, causal, window, documents)
@@ -717,6 +724,7 @@ def flash_forward_torch(q, k, v, causal, sm_scale, window, documents):
     return torch.empty_like(q).copy_(of.flatten(1, 2)), lse.flatten(1, 2)
 
 
+@undisturbed
 def flash_backward_torch(do, dlse, q, k, v, o, lse, causal, sm_scale, window, documents):
     """-> dq, dk, dv as q, k, v."""
     work, hidden, fold = tile_plan(q, k, causal, window, documents)
@@ -914,8 +922,8 @@ def check(q, k, v, causal, sm_scale, window, documents, backend):
     if documents is not None and not isinstance(documents, Tensor):
         raise ValueError(f"documents must be a tensor, got {type(documents).__name__}")
     if not torch.compiler.is_compiling():
-        call = backend, sm_scale, window, *[None if x is None else (x.shape, x.dtype, x.device)
-                                            for x in (q, k, v, documents)]
+        call = (backend, sm_scale, window, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device,
+                v.device, None if documents is None else (documents.shape, documents.dtype, documents.device))
         if call in CHECKED:
             return
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -994,8 +1002,7 @@ def kept_bytes(function) -> int:
 
 
 def demo():
-    """The claims of this file, measured | predicted, asserted. CPU, some ten seconds."""
-    import time
+    """The claims of this file, measured | predicted, asserted. CPU, some seconds. How fast it is: tests/bench."""
     assert round(8192**2 * 2 / 1e6) == 134 and TILE * TILE * 4 == 256 * 2**10                # the prose above, in bytes
     device, generator = "cuda" if torch.cuda.is_available() else "cpu", torch.Generator().manual_seed(0)
 
@@ -1021,7 +1028,7 @@ def demo():
     cases = [("torch", T, causal, dtype) for T in (1, 203) for causal in (False, True)
              for dtype in (torch.float32, torch.bfloat16)]
     if INTERPRET or device == "cuda":
-        cases += [("triton", T, causal, dtype) for T, causal in ((64, False), (113, True))
+        cases += [("triton", T, causal, dtype) for T, causal in ((32, False), (49, True))
                   for dtype in (torch.float32, torch.float16)]
     for backend, T, causal, dtype in cases:
         exact = [draw(1, 2, T, 32).to(dtype).double() for _ in range(4)]
@@ -1046,30 +1053,6 @@ def demo():
         predicted = 4 * T * (4 * 64 + 1) * 4                                        # q, k, v, o, and a number per row
         print(f"    T {T:<6} {measured:>10,} | {predicted:>10,}    the textbook {textbook:>10,}")
         assert measured == predicted and textbook > 4 * T * T * 4
-
-    print("\ncausal, 4 heads of 64, float32, one thread: forward + backward" if device == "cpu" else
-          "\ncausal, 16 heads of 64, bfloat16: forward + backward")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for T in (256, 1024) if device == "cpu" else (1024, 4096, 16384):
-        cells = []
-        for backend in ("reference", "torch", "sdpa") if device == "cpu" else ("triton", "sdpa"):
-            n_head, dtype = (4, torch.float32) if device == "cpu" else (16, torch.bfloat16)
-            shape = dict(size=(1, n_head, T, 64), device=device, dtype=dtype, requires_grad=True)
-            q, k, v, do = (torch.randn(**shape) for _ in range(4))
-            times = []
-            for _ in range(4):                                                      # the first one warms up
-                start = time.perf_counter()
-                torch.autograd.grad(flash_attention(q, k, v, backend=backend), (q, k, v), do)
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter() - start)
-            seconds = sorted(times[1:])[1]
-            cells.append(f"{backend} {seconds:7.4f} s")
-            if device == "cuda":                               # 4 T^2 D forward, 10 backward, half of it by causality
-                cells[-1] += f" {7 * n_head * T * T * 64 / seconds / 1e12:.0f} TFLOP/s"
-        print(f"    T {T:<6} " + "    ".join(cells))
-    torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":

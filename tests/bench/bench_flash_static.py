@@ -29,8 +29,8 @@ TUTORIAL = {(90, 64): (265, 604), (90, 128): (264, 1298), (80, 64): (346, 978), 
 BOUND = {(90, 64): (265, 600), (90, 128): (264, 700), (80, 64): (346, 800), (80, 128): (600, 1350)}
 VARIANTS = {"grouped heads": {"group": 4}, "documents": {"documents": True}, "bf16": {"dtype": torch.bfloat16},
             "odd strides": {"aligned": False}, "float32 as tf32": {"dtype": torch.float32}}
-CHIPS = [(80, "pointers", (64, 128, 256)), (90, "tma", (64, 128, 256)), (90, "pointers", (64, 128, 256)),
-         (100, "tma", (64, 128, 256)), (100, "pointers", (64, 128, 256)), (120, "pointers", (64, 128))]
+CHIPS = [(80, "pointers", (64, 128, 256)), (90, "tma", (64, 128, 256)), (100, "tma", (64, 128, 256)),
+         (90, "pointers", (64,)), (100, "pointers", (64,)), (120, "pointers", (64, 128))]   # chip, loads, head dims
 DOTS = {"_attn_fwd": 2, "_bwd_dkdv": 4, "_bwd_dq": 3}                     # matrix products a tile
 
 
