@@ -118,8 +118,10 @@ def apply_rope(x, cos, sin):
 
 def document_mask(documents, dtype, causal: bool = True):
     """Ids (B, T) -> what is added to the scores, (B, 1, T, T): 0 where a query may see a key of its own document (at or
-    before itself, if causal), -inf elsewhere. GPT makes it once per micro-batch, and all layers share it."""
-    visible = documents[:, None, :, None] == documents[:, None, None, :]                             # (B, 1, T, T)
+    before itself, if causal), -inf elsewhere. A document is a run of equal ids: one that comes back begins a new
+    document. GPT makes the mask once per micro-batch, and all layers share it."""
+    number = F.pad((documents[:, 1:] != documents[:, :-1]).cumsum(1), (1, 0))                        # 7 7 3 7: 0 0 1 2
+    visible = number[:, None, :, None] == number[:, None, None, :]                                   # (B, 1, T, T)
     visible = visible.tril() if causal else visible
     return torch.zeros(visible.shape, dtype=dtype, device=documents.device).masked_fill(~visible, -math.inf)
 

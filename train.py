@@ -511,9 +511,10 @@ def meta_stage(c: Config, device, mesh, stage: int, low_dtype=None) -> net.GPT:
     """The shapes of a stage, on the meta device: attention chosen, width split over tp, depth over pp. Raises
     ValueError for sizes that the mesh does not divide."""
     backend = c.attention if device.type == "meta" else flash_attn.resolve_backend(c.attention, device)
-    attention, prepare = functools.partial(flash_attn.flash_attention, backend=backend), None
-    if backend == "sdpa":                                  # the model's own, whose layers share one document mask
-        attention = net.sdpa_attention
+    attention = functools.partial(flash_attn.flash_attention, backend=backend)
+    prepare = lambda documents, _: flash_attn.document_limits(documents)       # once per micro-batch, for all layers
+    if backend == "sdpa":                                                      # the model's own, with its own mask
+        attention, prepare = net.sdpa_attention, None
     if low_dtype:
         # RoPE may return q and k in float32: they are cast here, also where "selective" runs the core again in backward
         attention = compute_policy(c, device, low_dtype).as_operation(attention)

@@ -12,6 +12,7 @@ tl.maximum, tl.cumsum and comparing with a number. triton.language is patched on
 needs another process, as it does anyway. Floating-point exceptions are silent, as on a GPU: inf - inf is no warning.
 
 strict_int32() is for tests of 64-bit offsets: within it, integer arithmetic that overflows raises.
+count_traffic() counts the bytes that a kernel loads and stores, and finds addresses outside its tensors.
 
 Integers become bfloat16 by way of float32, as in torch and in code for sm_80; sm_90 rounds once, which can differ above
 2**24. Left as they are: float8, tl.dot_scaled, tl.dot into a float16 accumulator, and float32 products, which are never
@@ -22,8 +23,10 @@ import contextlib
 import dataclasses
 import functools
 import types
+from unittest.mock import patch
 
 import numpy as np
+import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter as stock
@@ -136,3 +139,33 @@ def strict_int32():
         yield
     finally:
         stock.interpreter_builder.options = before
+
+
+def count_traffic(kernel, tensors):
+    """Run kernel() in the interpreter -> bytes (requested, distinct) that it loads and stores.
+
+    Lanes that are masked off do not count, lanes of one load that name one address count once, distinct bytes are whole
+    32-byte sectors, the unit in which HBM is read. An address outside all the tensors raises (in the interpreter's
+    InterpreterError): on a GPU a kernel that leaves them reads garbage without a word.
+    """
+    spans = [(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in (x.untyped_storage() for x in tensors)]
+    requested, sectors = [], []
+
+    def watch(access, place_of_mask):
+        def watched(builder, pointers, *args, **options):
+            itemsize = pointers.get_element_ty().primitive_bitwidth // 8
+            inside = args[place_of_mask].data.astype("bool")
+            address = torch.from_numpy(pointers.data.astype("int64")[inside]).unique()
+            outside = len(address) - int(sum(((a <= address) & (address + itemsize <= b)).sum() for a, b in spans))
+            if outside:
+                raise IndexError(f"the kernel touches {outside} addresses outside its tensors")
+            requested.append(len(address) * itemsize)
+            sectors.append((address // 32).unique())
+            return access(builder, pointers, *args, **options)
+        return watched
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+    with patch.object(InterpreterBuilder, "create_masked_load", watch(load, 0)), \
+            patch.object(InterpreterBuilder, "create_masked_store", watch(store, 1)):
+        kernel()
+    return sum(requested), 32 * len(torch.cat(sectors).unique())

@@ -2,9 +2,9 @@
 
 compile_for(90, kernel, *args, num_warps=8, ...) compiles what a launch with those arguments would run: the launcher's
 own code specialises them (16-byte alignment, arguments that are 1 or multiples of 16), only the driver is a stub that
-names a chip: 80, 86, 89, 90, 100, 120 for NVIDIA's compute capabilities, "gfx90a", "gfx942", "gfx950" for AMD's. Pass
-tensors on the meta device: they take no memory, and a view's address is its offset, so misalignment counts too.
-analyse(compiled) reads registers, stack and loops off the binary (cuobjdump, nvdisasm; AMD: the assembly text).
+names a chip by NVIDIA's compute capability: 80, 86, 89, 90, 100, 120. Pass tensors on the meta device: they take no
+memory, and a view's address is its offset, so misalignment counts too. analyse(compiled) reads registers, stack and
+loops off the binary (cuobjdump, nvdisasm).
 
 What the figures are worth. None is a time. To rely on: whether the kernel can launch at all; spill instructions in
 the hot loop; wgmma serialised or not; kind, accumulator and number of the tensor-core instructions. Good for comparing
@@ -30,25 +30,24 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 # KB of shared memory in a multiprocessor and at most in a block, then warps and blocks in a multiprocessor (the table
-# of compute capabilities in NVIDIA's CUDA programming guide). AMD: KB of LDS in a compute unit (CDNA ISA documents).
+# of compute capabilities in NVIDIA's CUDA programming guide).
 NVIDIA = {80: (164, 163, 64, 32), 86: (100, 99, 48, 16), 89: (100, 99, 48, 24),
           90: (228, 227, 64, 32), 100: (228, 227, 64, 32), 120: (100, 99, 48, 24)}
-AMD = {"gfx90a": 64, "gfx942": 64, "gfx950": 160}
 
-TENSOR = re.compile(r"(UTC)?[A-Z]G?MMA\b|v_s?w?mf?ma")  # HMMA, HGMMA, UTCHMMA, QMMA, ...; v_mfma, v_smfmac, v_wmma
+TENSOR = re.compile(r"(UTC)?[A-Z]G?MMA\b")  # HMMA, HGMMA, UTCHMMA, QMMA, ...
 WARP_MMA = {"884": 8 * 8 * 4, "1684": 16 * 8 * 4, "1688": 16 * 8 * 8, "16816": 16 * 8 * 16, "16832": 16 * 8 * 32,
             "16864": 16 * 8 * 64}  # m, n, k written without a separator: HMMA.16816.F32
-MASKS = "FSEL", "SEL", "FSETP", "ISETP", "v_cndmask", "v_cmp"
-SPILLS = "LDL", "STL", "scratch_load", "scratch_store"
-JUMPS = "BRA", "BRX", "JMP", "JMX", "CALL", "s_branch"  # CALL to a .L label is a jump, on sm_80 the way out of loops
-ENDS = "BRA", "BRX", "JMP", "JMX", "EXIT", "RET", "s_branch", "s_endpgm", "s_setpc_b64"
+MASKS = "FSEL", "SEL", "FSETP", "ISETP"
+SPILLS = "LDL", "STL"
+JUMPS = "BRA", "BRX", "JMP", "JMX", "CALL"  # CALL to a .L label is a jump, on sm_80 the way out of loops
+ENDS = "BRA", "BRX", "JMP", "JMX", "EXIT", "RET"
 
 
 class Stub:
     """As much of a driver as compiling asks for."""
 
-    def __init__(self, arch: int | str):
-        self.target = GPUTarget("hip", arch, 64) if isinstance(arch, str) else GPUTarget("cuda", arch, 32)
+    def __init__(self, arch: int):
+        self.target = GPUTarget("cuda", arch, 32)
 
     def get_current_target(self):
         return self.target
@@ -61,7 +60,7 @@ class Stub:
 
 
 @contextlib.contextmanager
-def target(arch: int | str):
+def target(arch: int):
     """Inside, fn.warmup(...) compiles for this chip."""
     before = triton.runtime.driver._active  # the public property would look for a GPU
     triton.runtime.driver.set_active(Stub(arch))
@@ -71,7 +70,7 @@ def target(arch: int | str):
         triton.runtime.driver.set_active(before)
 
 
-def compile_for(arch: int | str, fn, *args, **options):
+def compile_for(arch: int, fn, *args, **options):
     """fn[grid](*args, **options) as far as the binary. Whether a*b+c is fused is said, for the default varies."""
     assert not knobs.runtime.interpret, "the interpreter compiles nothing"
     with target(arch):
@@ -126,9 +125,9 @@ class Loop:
 
 @dataclass
 class Report:
-    arch: int | str
+    arch: int
     num_warps: int  # of a warp-specialised kernel with those the compiler added
-    registers: int  # a thread; AMD: vector registers, those for accumulation included
+    registers: int  # a thread
     stack: int  # bytes a thread: spilled registers
     shared: int  # bytes a block
     tmem: int  # columns of tensor memory
@@ -187,10 +186,8 @@ def cubin_tool(compiled, tool, *flags: str) -> str:
 
 def assembly(compiled) -> tuple[list[Op], dict[str, int]]:
     """Instructions in the order of addresses, and where each label points."""
-    amd = "amdgcn" in compiled.asm
-    text = compiled.asm["amdgcn"] if amd else cubin_tool(compiled, knobs.nvidia.nvdisasm, "-c")
-    form = re.compile(r"\t()([a-z]\w+)\s*([^;]*)" if amd else
-                      r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?\w+)\s+)?([A-Z][\w.]*)\s*([^;]*)")
+    text = cubin_tool(compiled, knobs.nvidia.nvdisasm, "-c")
+    form = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?\w+)\s+)?([A-Z][\w.]*)\s*([^;]*)")
     ops, labels, constants = [], {}, {}
     for line in text.splitlines():
         if label := re.match(r"(\.L\w+):", line):
@@ -198,7 +195,7 @@ def assembly(compiled) -> tuple[list[Op], dict[str, int]]:
         elif found := form.match(line):
             predicate, name, operands = found.groups()
             kind = name.split(".")[0]
-            jumps = kind in JUMPS or kind.startswith("s_cbranch")
+            jumps = kind in JUMPS
             if name.startswith("BRA.DIV"):  # taken by a warp whose threads have parted: none in Triton's code
                 jumps = False
             falls = bool(predicate) or kind not in ENDS or kind == "BRA" and not operands.startswith("`")
@@ -256,21 +253,13 @@ def find_loops(ops: list[Op], labels: dict[str, int]) -> list[Loop]:
 def analyse(compiled) -> Report:
     meta, arch = compiled.metadata, compiled.metadata.target.arch
     warps, shared, tmem = meta.num_warps, meta.shared, getattr(meta, "tmem_size", 0) or 0
-    if isinstance(arch, str):
-        notes = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)$", compiled.asm["amdgcn"], re.M)}
-        registers, lds, threads = notes["vgpr_count"], AMD[arch] * 1024, 64 * warps
-        stack = max(notes["private_segment_fixed_size"], 4 * notes["vgpr_spill_count"])
-        by_registers = 4 * min(8, 512 // max(8, -(-registers // 8) * 8)) // warps  # 4 SIMDs, 512 registers a lane
-        fit = [by_registers, lds // max(shared, 1)]
-        most = {"registers": (registers, 512), "shared memory": (shared, lds), "threads": (threads, 1024)}
-    else:
-        usage = cubin_tool(compiled, knobs.nvidia.cuobjdump, "-res-usage")
-        registers, stack = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-        sm_shared, block_shared, sm_warps, sm_blocks = NVIDIA[arch]
-        by_registers = 65536 // (-(-registers // 8) * 8 * 32) // 4 * 4 // warps  # given out by 8, and to 4 warps
-        fit = [by_registers, sm_shared * 1024 // (shared + 1024), sm_warps // warps, sm_blocks, 512 // max(tmem, 1)]
-        most = {"registers": (registers, 255), "shared memory": (shared, block_shared * 1024),
-                "threads": (32 * warps, 1024), "tensor memory": (tmem, 512)}
+    usage = cubin_tool(compiled, knobs.nvidia.cuobjdump, "-res-usage")
+    registers, stack = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    sm_shared, block_shared, sm_warps, sm_blocks = NVIDIA[arch]
+    by_registers = 65536 // (-(-registers // 8) * 8 * 32) // 4 * 4 // warps  # given out by 8, and to 4 warps
+    fit = [by_registers, sm_shared * 1024 // (shared + 1024), sm_warps // warps, sm_blocks, 512 // max(tmem, 1)]
+    most = {"registers": (registers, 255), "shared memory": (shared, block_shared * 1024),
+            "threads": (32 * warps, 1024), "tensor memory": (tmem, 512)}
     limits = [f"{name}: {used} of {limit}" for name, (used, limit) in most.items() if used > limit]
     if by_registers < 1:
         limits.append(f"registers: {registers} a thread in {warps} warps")
