@@ -1449,9 +1449,12 @@ def resolve(c: Config, world: parallel.World) -> Config:
         kind = precision.resolve_precision(c.precision, world.device)
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
     try:
-        return dataclasses.replace(c, precision=kind, attention=flash_attn.resolve_backend(c.attention, world.device))
+        attention = flash_attn.resolve_backend(c.attention, world.device)
     except RuntimeError as error:
         raise BadInput(f"attention must be one that runs here: {error}") from None
+    if attention != "sdpa" and c.head_dim > 256:
+        raise BadInput(f"head_dim must be at most 256 with --attention {attention}, got {c.head_dim}; sdpa takes it")
+    return dataclasses.replace(c, precision=kind, attention=attention)
 
 
 # ---- starting ranks, main --------------------------------------------------------------------------------------------

@@ -143,6 +143,14 @@ def test_sdpa_is_the_outside_oracle():
         ids = make(2, 4, 2, 37, 37, 16, documents=documents)[-1]
         a, b = (flash_attention(q, k, v, window=window, documents=ids, backend=x) for x in ("sdpa", "torch"))
         torch.testing.assert_close(a, b)
+    for T, S in ((20, 50), (50, 20), (1, 9)):                          # the last query sees the last key
+        for causal in (True, False):
+            q, k, v, _, _, _ = make(2, 4, 2, T, S, 16, EXACT)
+            hidden = torch.ones(T, S, dtype=torch.bool).triu(1 + S - T) & causal
+            s = (q @ k.repeat_interleave(2, 1).mT / 4).masked_fill(hidden, -math.inf)
+            expected = s.softmax(-1).nan_to_num(0) @ v.repeat_interleave(2, 1)
+            for backend in flash_attn.BACKENDS:
+                torch.testing.assert_close(flash_attention(q, k, v, causal=causal, backend=backend), expected)
 
 
 # ---- the Triton kernels ----------------------------------------------------------------------------------------------

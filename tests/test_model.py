@@ -403,7 +403,9 @@ def test_cached_generation_equals_uncached(setting, how):
     model = random_model(SETTINGS[setting])
     tokens, _ = random_tokens(model.config, 3, 5)
     cached = model.generate(tokens, 35, seed=4, **how)                        # seq_len is 24: past it, twice
+    state = torch.get_rng_state()
     assert cached.shape == (3, 40) and torch.equal(cached, model.generate(tokens, 35, seed=4, use_cache=False, **how))
+    assert torch.equal(state, torch.get_rng_state())                               # the seed's generator, not torch's
     if how.get("temperature") != 0:
         assert not torch.equal(cached[:, :15], model.generate(tokens, 10, seed=5, **how))
 

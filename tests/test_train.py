@@ -882,6 +882,7 @@ def test_a_full_disk_stops_no_run(reference, corpus, tmp_path, monkeypatch):
     ("--temperature 1e-40", "--temperature must be 0 or at least 1e-4, got 1e-40"),
     ("--global-batch-size 4000000000000", "--global-batch-size must be at most 16777216"),
     ("--n-embd 1000000000000", "--n-embd must be at most 1048576"), ("--n-embd 0", "--n-embd must be at least 1"),
+    ("--head-dim 300 --attention torch", "--head-dim must be at most 256 with --attention torch, got 300"),
     ("--n-layer 0", "--n-layer must be at least 1"), ("--seq-len 1", "--seq-len must be at least 2")])
 def test_numbers_at_their_ends_are_one_line(corpus, tmp_path, flags, message):
     code, _, stderr = run(corpus, tmp_path / "run", *flags.split())
