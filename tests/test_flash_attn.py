@@ -147,7 +147,7 @@ def test_sdpa_is_the_outside_oracle():
         for causal in (True, False):
             q, k, v, _, _, _ = make(2, 4, 2, T, S, 16, EXACT)
             hidden = torch.ones(T, S, dtype=torch.bool).triu(1 + S - T) & causal
-            s = (q @ k.repeat_interleave(2, 1).mT / 4).masked_fill(hidden, -math.inf)
+            s = (q @ k.repeat_interleave(2, 1).mT / 4).masked_fill(hidden, -torch.inf)
             expected = s.softmax(-1).nan_to_num(0) @ v.repeat_interleave(2, 1)
             for backend in flash_attn.BACKENDS:
                 torch.testing.assert_close(flash_attention(q, k, v, causal=causal, backend=backend), expected)
