@@ -91,7 +91,7 @@ class ModelConfig:
 # ---- the parts of a block --------------------------------------------------------------------------------------------
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """Over the last dimension. RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight. LayerNorm: the same of x - mean(x)."""
+    """Over the last dimension. RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight. LayerNorm: that of x - mean(x)."""
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.n_embd, config.norm_eps)
     return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
@@ -153,6 +153,9 @@ class KVCache:
         return k, v
 
 
+RECOMPUTE = dict(use_reentrant=False, preserve_rng_state=False)        # checkpoint's; nothing here draws random numbers
+
+
 class Attention(nn.Module):
     """o = softmax(q k^T / sqrt(D)) v for each head, then one mixing matrix. (B, T, C) -> (B, T, C).
 
@@ -200,11 +203,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         up = self.up_proj(x)                                                                   # (B, T, F)
-        hidden = F.silu(self.gate_proj(x)) * up if self.swiglu else F.gelu(up, approximate="tanh")
-        return self.down_proj(hidden)                                                          # (B, T, C)
-
-
-RECOMPUTE = dict(use_reentrant=False, preserve_rng_state=False)        # nothing here draws random numbers
+        inner = F.silu(self.gate_proj(x)) * up if self.swiglu else F.gelu(up, approximate="tanh")
+        return self.down_proj(inner)                                                           # (B, T, C)
 
 
 class Block(nn.Module):

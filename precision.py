@@ -161,13 +161,13 @@ def bytes_per_parameter(dtype: torch.dtype, master_weights: bool = True, moments
 
 
 class MasterWeights(torch.optim.Optimizer):
-    """An optimizer for low-precision parameters: it updates float32 copies of them, the masters, and rounds these back.
+    """An optimizer for low-precision parameters. It updates float32 copies of them, the masters, and rounds them back.
 
         optimizer = MasterWeights(model.to(torch.bfloat16).parameters(), torch.optim.AdamW, lr=1e-3)
         loss.backward(); optimizer.step(); optimizer.zero_grad()
 
-    params         tensors or parameter groups, whole or slices. Each trained one of less than 32 bits gets a master, to
-                   which its Python attributes are copied. The others are updated as they are
+    params         tensors or parameter groups. Each trained one of less than 32 bits gets a master, to which its Python
+                   attributes are copied (names, boxes of slices). The others are updated as they are
     optimizer_cls  a callable (params, **kwargs) -> optimizer. It is given the masters
     keep           False: the float32 copies exist during a step only, and what rounding cut off is lost
     rounding       of the parameters: "nearest" or "stochastic" (whose random numbers come from `generator`)
@@ -219,9 +219,8 @@ class MasterWeights(torch.optim.Optimizer):
             if m is p and p.grad is not None and p.dtype.itemsize < 4:
                 raise RuntimeError("params must be frozen or not as they were at construction, a parameter without a "
                                    "master got a gradient")
-            # both optimizers hold one dict of state; without "master", for torch's take only an empty dict as new
-            self.inner.state[m] = self.state[p]
-            self.state[p].pop("master", None)
+            self.inner.state[m] = self.state[p]                                             # one dict for both
+            self.state[p].pop("master", None)                    # torch's optimizers fill in a state that is empty
         for p, m in updated.items():
             if not self.keep:
                 m.data = p.float()
@@ -265,7 +264,7 @@ def copy_options(source: list, target: list):
 
 class LossScaler:
     """The loss scale S, and how it moves. A state machine without tensors; names and behaviour are those of
-    torch.amp.GradScaler, whose factors here should be powers of two: then scaling loses no bit.
+    torch.amp.GradScaler. Scale and factors should be powers of two: then scaling loses no bit.
 
         (loss * scaler.scale).backward()
         norm = |grad| / scaler.scale;  found_inf = norm is not finite;  scaler.update(found_inf)
@@ -273,6 +272,8 @@ class LossScaler:
 
     update() raises FloatingPointError where S would fall below min_scale: then a smaller scale is no help.
     """
+
+    saved = "scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"     # GradScaler's names
 
     def __init__(self, init_scale: float = 2.0**16, growth_factor: float = 2.0, backoff_factor: float = 0.5,
                  growth_interval: int = 2000, min_scale: float = 2.0**-14):
@@ -283,30 +284,27 @@ class LossScaler:
             if not ok:
                 raise ValueError(f"{name} must {rule}, got {locals()[name]}")
         self.scale, self.growth_factor, self.backoff_factor = init_scale, growth_factor, backoff_factor
-        self.growth_interval, self.min_scale, self.growth_tracker = growth_interval, min_scale, 0
+        self.growth_interval, self.min_scale, self._growth_tracker = growth_interval, min_scale, 0
 
     def update(self, found_inf: bool):
         if found_inf:                                                                       # S is too large
-            self.growth_tracker = 0
+            self._growth_tracker = 0
             if self.scale * self.backoff_factor < self.min_scale:
                 raise FloatingPointError(f"loss scale must not fall below {self.min_scale:g}, gradients overflow at "
                                          f"{self.scale:g}")
             self.scale *= self.backoff_factor
             return
-        self.growth_tracker += 1
-        if self.growth_tracker == self.growth_interval:                                     # S may be too small
-            self.growth_tracker = 0
+        self._growth_tracker += 1
+        if self._growth_tracker == self.growth_interval:                                    # S may be too small
+            self._growth_tracker = 0
             if self.scale * self.growth_factor <= FORMATS["fp32"].max:
                 self.scale *= self.growth_factor
 
     def state_dict(self) -> dict:
-        return {"scale": self.scale, "growth_factor": self.growth_factor, "backoff_factor": self.backoff_factor,
-                "growth_interval": self.growth_interval, "_growth_tracker": self.growth_tracker}
+        return {key: getattr(self, key) for key in self.saved}
 
     def load_state_dict(self, state: dict):
-        self.scale, self.growth_factor, self.backoff_factor = (state[key] for key in (
-            "scale", "growth_factor", "backoff_factor"))
-        self.growth_interval, self.growth_tracker = state["growth_interval"], state["_growth_tracker"]
+        vars(self).update({key: state[key] for key in self.saved})
 
 
 # ---- which operation runs in which format ----------------------------------------------------------------------------
@@ -332,7 +330,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def functions(names: str) -> set:
-    """torch's functions of these names: x.sum() and torch.sum(x) are two."""
+    """torch's functions of these names. x.sum() and torch.sum(x) are two."""
     return {getattr(place, name) for name in names.split() for place in (torch, Tensor, F) if hasattr(place, name)}
 
 
@@ -398,8 +396,7 @@ class ComputePolicy(TorchFunctionMode):
             return self.run_low(function, *args, **kwargs)
 
     def as_operation(self, function):
-        """function, made of many operations (attention), as one operation of LOW: those it is made of are not looked
-        up."""
+        """function (attention) as one more operation of LOW. The operations that it calls are not looked up."""
         return functools.partial(self.run_as_operation, function)
 
     def active(self) -> bool:
@@ -412,8 +409,8 @@ class ComputePolicy(TorchFunctionMode):
             return function(*args, **kwargs)
 
     def applied(self, module: nn.Module) -> nn.Module:
-        """To every part of the module, in place: a block that recomputation runs again in backward enters the policy by
-        itself. The module can be pickled and copied."""
+        """Every part of the module runs under the policy; in place. Every part, and not the whole only: a block that
+        recomputation runs again in backward enters the policy by itself. The module can be pickled and copied."""
         for part in module.modules():
             part.policy = self
             mix_in(Governed, part)
@@ -439,7 +436,7 @@ def mix_in(mixin: type, module: nn.Module):
 
 
 class Governed:
-    """By ComputePolicy.applied()."""
+    """What ComputePolicy.applied() mixes into each part of a module."""
 
     def forward(self, *args, **kwargs):
         return self.policy.around(super().forward, *args, **kwargs)
@@ -606,7 +603,7 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 class Quantized:
-    """By quantize(): `weight` is decoded from integers whenever it is asked for."""
+    """What quantize() mixes into a linear layer: `weight` is decoded from integers whenever it is asked for."""
 
     @property
     def weight(self) -> Tensor:
