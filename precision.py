@@ -469,10 +469,10 @@ def encode(t: Tensor, scale: Tensor, fmt: str) -> Tensor:
 def fp8_matmul(a: Tensor, b: Tensor, scale: Tensor, dtype, hardware: bool | None) -> Tensor:
     """a (M, K) b (K, N) / scale, summed in float32 -> (M, N) in dtype. a, b: FP8. The hardware wants K and N to be
     multiples of 16; other sizes are multiplied in float32."""
-    if has_fp8(a.device) if hardware is None else hardware:
-        if a.shape[1] % 16 == b.shape[1] % 16 == 0:
-            by_columns = b.T.contiguous().T                                                 # as the hardware reads b
-            return torch._scaled_mm(a.contiguous(), by_columns, 1 / scale, torch.ones_like(scale), out_dtype=dtype)
+    hardware = has_fp8(a.device) if hardware is None else hardware
+    if hardware and a.shape[1] % 16 == b.shape[1] % 16 == 0:
+        by_columns = b.T.contiguous().T                                                     # as the hardware reads b
+        return torch._scaled_mm(a.contiguous(), by_columns, 1 / scale, torch.ones_like(scale), out_dtype=dtype)
     return (a.float() @ b.float() / scale).to(dtype)
 
 
@@ -517,8 +517,8 @@ def fp8_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, gro
 
 
 def matrices(module: nn.Module, leave_out=()) -> dict:
-    """{name: part} of the parts that multiply by a matrix of their own: linear layers and the head, not embeddings. No
-    name that contains a word of leave_out."""
+    """{name: part} of the parts that multiply by a matrix of their own: linear layers and the head, not embeddings.
+    Without those whose name contains a word of leave_out."""
     return {name: part for name, part in module.named_modules()
             if isinstance(weight := part._parameters.get("weight"), Tensor) and weight.ndim == 2
             and not isinstance(part, nn.Embedding) and not any(word in name for word in leave_out)}
@@ -551,6 +551,7 @@ def grid(w: Tensor, levels: int):
 
 
 def nearest_code(w, scale, zero, levels: int) -> Tensor:
+    """code = w / scale + zero, rounded, between 0 and levels."""
     return (w / scale.to(w.dtype) + zero).round().clamp(0, levels).to(torch.uint8)
 
 
@@ -573,16 +574,16 @@ def round_to_nearest(w: Tensor, levels: int, group_size: int):
 
 
 def gptq(w: Tensor, gram: Tensor, levels: int, group_size: int, damping: float = 0.01):
-    """The same, one column after the other: the columns to its right make up for what rounding it loses. gram (in, in)
-    = X X^T of calibration inputs. (Frantar 2022, algorithm 1, without blocks)"""
+    """As round_to_nearest, but one column after the other: the columns to its right make up for the error of rounding
+    it. gram (in, in) = X X^T of calibration inputs X (in, positions). (Frantar 2022, algorithm 1, without blocks)"""
     w, diagonal = w.double().clone(), gram.diagonal()
-    always_0 = diagonal == 0                                                                # inputs that say nothing
-    gram = gram.double() + torch.diag(damping * diagonal.mean() + always_0.double())
+    # a gram that can be inverted, also where inputs repeat each other, or where one is always 0
+    gram = gram.double() + torch.diag(damping * diagonal.mean() + (diagonal == 0).double())
     # U^T U = (X X^T)^-1
     U = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
     codes, scales, zeros = [], [], []
     for i in range(w.shape[1]):
-        if i % group_size == 0:                                                             # of weights as they are now
+        if i % group_size == 0:                                                             # a group begins
             scale, zero = grid(w[:, i:i + group_size], levels)
             scales.append(scale)
             zeros.append(zero)
