@@ -690,7 +690,7 @@ class Problem:
     """A student network learns a teacher's labels: 64 numbers -> 32 classes. The loss of a step's 64 rows is divided by
     2^22, as if they were a part of a batch of 4 million (GPT-3's has 3.2 million tokens). So gradients are small."""
 
-    steps, batch = 250, 2**22
+    steps, batch = 150, 2**22
 
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
@@ -790,7 +790,7 @@ def demo():
     row("numbers that become infinite, fp16 | |x| >= 65520", share([big.half().isinf()]), share([big >= 65520]))
     row("the same, bf16", share([big.bfloat16().isinf()]), 0)
 
-    print("\none problem, several recipes: 250 steps of AdamW, learning rate falling to 0\n"
+    print("\none problem, several recipes: 150 steps of AdamW, learning rate falling to 0\n"
           f"{'':<34} {'held-out loss':>13}  {'still weights':>13}  {'zero gradients':>14}  {'skipped':>7}  "
           "bytes: measured | predicted")
     problem, students, results = Problem(), {}, {}
