@@ -91,7 +91,7 @@ class ModelConfig:
 # ---- the parts of a block --------------------------------------------------------------------------------------------
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """Over the last dimension. RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight. LayerNorm: the same of x - mean(x)."""
+    """Over the last dimension. RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight. LayerNorm: that of x - mean(x)."""
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.n_embd, config.norm_eps)
     return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
@@ -155,6 +155,9 @@ class KVCache:
         return k, v
 
 
+RECOMPUTE = dict(use_reentrant=False, preserve_rng_state=False)        # checkpoint's; nothing here draws random numbers
+
+
 class Attention(nn.Module):
     """o = softmax(q k^T / sqrt(D)) v for each head, then one mixing matrix. (B, T, C) -> (B, T, C).
 
@@ -202,11 +205,8 @@ class MLP(nn.Module):
 
     def forward(self, x):
         up = self.up_proj(x)                                                                   # (B, T, F)
-        hidden = F.silu(self.gate_proj(x)) * up if self.swiglu else F.gelu(up, approximate="tanh")
-        return self.down_proj(hidden)                                                          # (B, T, C)
-
-
-RECOMPUTE = dict(use_reentrant=False, preserve_rng_state=False)        # nothing here draws random numbers
+        inner = F.silu(self.gate_proj(x)) * up if self.swiglu else F.gelu(up, approximate="tanh")
+        return self.down_proj(inner)                                                           # (B, T, C)
 
 
 class Block(nn.Module):
@@ -341,7 +341,7 @@ class Head(nn.Module):
 class GPT(nn.Module):
     """The whole network, or a pipeline stage of it: set model.embed_tokens, model.norm or lm_head to None and delete
     layers; what is left keeps its names. Parameters are named as in Hugging Face's Llama and know which piece they are:
-    `full_name`, the name in the single-process model, and `box`, one (start, stop, size) a dimension.
+    `full_name`, the name in the single-process model, and `box`, one (start, stop, size) per dimension.
 
     Every layer calls attention(q, k, v, causal=, documents=); documents is what prepare(ids, dtype of x) made of the
     batch's ids, once per micro-batch. prepare None: document_mask for the default attention, else the ids themselves.
@@ -368,10 +368,11 @@ class GPT(nn.Module):
     def forward(self, tokens, targets=None, *, weights=None, documents=None, hidden=None, cache=None):
         """tokens (B, T) int -> hidden (B, T, C) | logits (B, T, V) | (loss, nll), whichever this stage ends in.
 
-        targets (B, T) int, negative where there is none. loss: the differentiable *sum* of weights * nll over the
-        micro-batch, so that a step's loss is one sum divided once, however it is split. weights (B, T), default 1.
-        nll (B, T), detached, nats. documents (B, T): positions attend within equal ids. hidden: the stage before's
-        output.
+        targets    (B, T) int, negative where there is none. weights: (B, T), default 1
+        documents  (B, T) ids: positions attend within equal ids
+        hidden     (B, T, C), what the stage before returned. cache: a KVCache, whose tokens come before these
+        loss       the differentiable *sum* of weights * nll: a step's loss is one sum divided once, however it is split
+        nll        (B, T) of -log p(target), detached, in nats
         """
         m, start, T = self.model, 0 if cache is None else cache.length, tokens.shape[1]
         x = hidden
@@ -466,8 +467,8 @@ CHUNK = 2**20      # elements drawn by one generator
 
 
 def init_std(full_name: str, config: ModelConfig) -> float:
-    """Standard deviation a weight starts with (GPT-2): 0.02, and 0.02 / sqrt(2 n_layer) where a block adds to the
-    residual stream, since the sum of 2 n_layer terms should not grow with depth."""
+    """Standard deviation of a weight at the start (GPT-2): 0.02, and 0.02 / sqrt(2 n_layer) where a block adds to the
+    residual stream: the sum of 2 n_layer terms should not grow with depth."""
     residual = full_name.endswith(("o_proj.weight", "down_proj.weight"))
     return 0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02
 
@@ -482,16 +483,15 @@ def keyed_init(full_name: str, box, seed: int, config: ModelConfig) -> torch.Ten
     shape = [stop - start for start, stop, _ in box]
     if full_name.endswith("norm.weight"):
         return torch.ones(shape)
-    if full_name.endswith(".bias"):
+    if full_name.endswith(".bias") or 0 in shape:
         return torch.zeros(shape)
     sizes = [size for _, _, size in box]
-    total, filled = math.prod(sizes), 0
-    out = np.empty(math.prod(shape), np.float32)
+    out, filled = np.empty(math.prod(shape), np.float32), 0
     # where the box's first and last element lie in the full tensor: no chunk before or after them is touched
-    first = int(np.ravel_multi_index([start for start, _, _ in box], sizes)) if out.size else 0
-    last = int(np.ravel_multi_index([stop - 1 for _, stop, _ in box], sizes)) if out.size else -1
+    first = int(np.ravel_multi_index([start for start, _, _ in box], sizes))
+    last = int(np.ravel_multi_index([stop - 1 for _, stop, _ in box], sizes))
     for c in range(first // CHUNK, last // CHUNK + 1):
-        lo, hi = c * CHUNK, min((c + 1) * CHUNK, total)
+        lo, hi = c * CHUNK, min((c + 1) * CHUNK, math.prod(sizes))
         key = hashlib.blake2b(f"{seed}/{full_name}/{c}".encode(), digest_size=16).digest()
         stream = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
         values = stream.standard_normal(hi - lo, np.float32)
@@ -506,11 +506,10 @@ def keyed_init(full_name: str, box, seed: int, config: ModelConfig) -> torch.Ten
 
 
 def fill(module: nn.Module, read, device="cpu", dtype=torch.float32) -> nn.Module:
-    """Replace every parameter (usually on the meta device) by read(full_name, box), moved to device and dtype. In
-    place.
+    """Replace every parameter, usually of the meta device, by read(full_name, box) in device and dtype. In place.
 
-    `read` is keyed_init, a checkpoint's reader or a Hugging Face folder's: the three ways to fill a model are this one.
-    Attributes travel, tied parameters stay tied, and no more than one full-precision tensor exists at a time.
+    `read` is keyed_init, a checkpoint's reader or a Hugging Face folder's. Parameters keep their attributes, tied ones
+    stay tied, and no more than one tensor of `read` exists at a time. Raises ValueError for one of another shape.
     """
     filled = {}
     for sub in module.modules():
@@ -562,14 +561,17 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
 
 # ---- Hugging Face folders --------------------------------------------------------------------------------------------
 
-# fields of a config.json that change the function, and the values under which it is ours (the last one is named)
-OFF, ONE = (None, 0, "absent"), (None, 1)
-HF_RULES = dict.fromkeys((
-    "num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "final_logit_softcapping",
-    "attn_logit_softcapping", "attention_multiplier", "query_pre_attn_scalar", "scale_attn_by_inverse_layer_idx",
-    "add_cross_attention", "quantization_config"), OFF) | dict.fromkeys((
-    "partial_rotary_factor", "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale",
-    "scale_attn_weights"), ONE)
+# fields of a config.json that change the function: those that must be absent or 0, and those that must be absent or 1
+ABSENT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "final_logit_softcapping",
+          "attn_logit_softcapping", "attention_multiplier", "query_pre_attn_scalar", "scale_attn_by_inverse_layer_idx",
+          "add_cross_attention", "quantization_config")
+ONE = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "scale_attn_weights")
+
+
+def require(name: str, value, *allowed):
+    """Absent is None. An error names the last of the allowed values."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be {allowed[-1]}, got {value!r}")
 
 
 def config_from_hf(hf: dict) -> ModelConfig:
@@ -582,22 +584,25 @@ def config_from_hf(hf: dict) -> ModelConfig:
     if kind not in ("llama", "qwen3", "gpt2"):
         why = " (its biases are on q, k and v alone)" if kind == "qwen2" else ""
         raise ValueError(f"model_type must be one of llama, qwen3, gpt2, got {kind!r}{why}")
+    for name in ABSENT:
+        require(name, get(name), None, 0, "absent")
+    for name in ONE:
+        require(name, get(name), None, 1)
+    require("sliding_window", get("use_sliding_window", True) and get("sliding_window"), None, 0, "absent")
+    require("layer_types", next((t for t in get("layer_types") or () if t != "full_attention"), None), None,
+            "full_attention")
+    # rotary angles stand under three names
     rope = {"rope_theta": get("rope_theta") or 10000.0} | (get("rope_scaling") or {}) | (get("rope_parameters") or {})
+    require("rope_type", rope.pop("rope_type", rope.pop("type", None)), None, "default")
+    require("partial_rotary_factor", rope.pop("partial_rotary_factor", get("partial_rotary_factor")), None, 1)
+    require("rope_parameters", next((name for name in rope if name != "rope_theta"), None), None, "rope_theta alone")
     bias = get("attention_bias") or False
-    # rule by rule: the value in this config, and what it may be
-    values = hf | {"rope_type": rope.pop("rope_type", rope.pop("type", None)), "mlp_bias": get("mlp_bias", False),
-                   "partial_rotary_factor": rope.pop("partial_rotary_factor", get("partial_rotary_factor")),
-                   "rope_parameters": next((name for name in rope if name != "rope_theta"), None),
-                   "layer_types": next((t for t in get("layer_types") or () if t != "full_attention"), None),
-                   "sliding_window": get("use_sliding_window", True) and get("sliding_window")}
-    rules = HF_RULES | {"rope_type": (None, "default"), "rope_parameters": (None, "rope_theta alone"),
-                        "layer_types": (None, "full_attention"), "sliding_window": OFF}
-    rules |= {"activation_function": (None, "gelu_pytorch_tanh", "gelu_new")} if kind == "gpt2" else {
-        "hidden_act": (None, "swish", "silu"), "mlp_bias": (bias,),
-        "attention_bias": (None, False) if kind == "qwen3" else (None, False, True)}
-    for name, allowed in rules.items():
-        if (value := values.get(name)) not in allowed:
-            raise ValueError(f"{name} must be {allowed[-1]}, got {value!r}")
+    if kind == "gpt2":
+        require("activation_function", get("activation_function"), None, "gelu_pytorch_tanh", "gelu_new")
+    else:
+        require("hidden_act", get("hidden_act"), None, "swish", "silu")
+        require("attention_bias", get("attention_bias"), *((None, False) if kind == "qwen3" else (None, False, True)))
+        require("mlp_bias", get("mlp_bias", False), bias)
     try:
         if kind == "gpt2":
             C, H = hf["n_embd"], hf["n_head"]
@@ -653,8 +658,7 @@ GPT2_NAMES = {
 
 
 def hf_name(full_name: str, config: ModelConfig):
-    """(their name, which third of its columns or None, whether it is transposed). Llama's and Qwen3's names are
-    ours."""
+    """(their name, which third of its columns or None, whether it is transposed). Llama and Qwen3 have our names."""
     if config.norm == "rmsnorm" or full_name == "lm_head.weight":
         return full_name, None, False
     layer, part, suffix = re.fullmatch(r"model\.(?:layers\.(\d+)\.)?(.+)\.(\w+)", full_name).groups()

@@ -161,13 +161,13 @@ def bytes_per_parameter(dtype: torch.dtype, master_weights: bool = True, moments
 
 
 class MasterWeights(torch.optim.Optimizer):
-    """An optimizer for low-precision parameters: it updates float32 copies of them, the masters, and rounds these back.
+    """An optimizer for low-precision parameters. It updates float32 copies of them, the masters, and rounds them back.
 
         optimizer = MasterWeights(model.to(torch.bfloat16).parameters(), torch.optim.AdamW, lr=1e-3)
         loss.backward(); optimizer.step(); optimizer.zero_grad()
 
-    params         tensors or parameter groups, whole or slices. Each trained one of less than 32 bits gets a master, to
-                   which its Python attributes are copied. The others are updated as they are
+    params         tensors or parameter groups. Each trained one of less than 32 bits gets a master, to which its Python
+                   attributes are copied (names, boxes of slices). The others are updated as they are
     optimizer_cls  a callable (params, **kwargs) -> optimizer. It is given the masters
     keep           False: the float32 copies exist during a step only, and what rounding cut off is lost
     rounding       of the parameters: "nearest" or "stochastic" (whose random numbers come from `generator`)
@@ -219,9 +219,8 @@ class MasterWeights(torch.optim.Optimizer):
             if m is p and p.grad is not None and p.dtype.itemsize < 4:
                 raise RuntimeError("params must be frozen or not as they were at construction, a parameter without a "
                                    "master got a gradient")
-            # both optimizers hold one dict of state; without "master", for torch's take only an empty dict as new
-            self.inner.state[m] = self.state[p]
-            self.state[p].pop("master", None)
+            self.inner.state[m] = self.state[p]                                             # one dict for both
+            self.state[p].pop("master", None)                    # torch's optimizers fill in a state that is empty
         for p, m in updated.items():
             if not self.keep:
                 m.data = p.float()
@@ -265,7 +264,7 @@ def copy_options(source: list, target: list):
 
 class LossScaler:
     """The loss scale S, and how it moves. A state machine without tensors; names and behaviour are those of
-    torch.amp.GradScaler, whose factors here should be powers of two: then scaling loses no bit.
+    torch.amp.GradScaler. Scale and factors should be powers of two: then scaling loses no bit.
 
         (loss * scaler.scale).backward()
         norm = |grad| / scaler.scale;  found_inf = norm is not finite;  scaler.update(found_inf)
@@ -273,6 +272,8 @@ class LossScaler:
 
     update() raises FloatingPointError where S would fall below min_scale: then a smaller scale is no help.
     """
+
+    saved = "scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"     # GradScaler's names
 
     def __init__(self, init_scale: float = 2.0**16, growth_factor: float = 2.0, backoff_factor: float = 0.5,
                  growth_interval: int = 2000, min_scale: float = 2.0**-14):
@@ -283,30 +284,27 @@ class LossScaler:
             if not ok:
                 raise ValueError(f"{name} must {rule}, got {locals()[name]}")
         self.scale, self.growth_factor, self.backoff_factor = init_scale, growth_factor, backoff_factor
-        self.growth_interval, self.min_scale, self.growth_tracker = growth_interval, min_scale, 0
+        self.growth_interval, self.min_scale, self._growth_tracker = growth_interval, min_scale, 0
 
     def update(self, found_inf: bool):
         if found_inf:                                                                       # S is too large
-            self.growth_tracker = 0
+            self._growth_tracker = 0
             if self.scale * self.backoff_factor < self.min_scale:
                 raise FloatingPointError(f"loss scale must not fall below {self.min_scale:g}, gradients overflow at "
                                          f"{self.scale:g}")
             self.scale *= self.backoff_factor
             return
-        self.growth_tracker += 1
-        if self.growth_tracker == self.growth_interval:                                     # S may be too small
-            self.growth_tracker = 0
+        self._growth_tracker += 1
+        if self._growth_tracker == self.growth_interval:                                    # S may be too small
+            self._growth_tracker = 0
             if self.scale * self.growth_factor <= FORMATS["fp32"].max:
                 self.scale *= self.growth_factor
 
     def state_dict(self) -> dict:
-        return {"scale": self.scale, "growth_factor": self.growth_factor, "backoff_factor": self.backoff_factor,
-                "growth_interval": self.growth_interval, "_growth_tracker": self.growth_tracker}
+        return {key: getattr(self, key) for key in self.saved}
 
     def load_state_dict(self, state: dict):
-        self.scale, self.growth_factor, self.backoff_factor = (state[key] for key in (
-            "scale", "growth_factor", "backoff_factor"))
-        self.growth_interval, self.growth_tracker = state["growth_interval"], state["_growth_tracker"]
+        vars(self).update({key: state[key] for key in self.saved})
 
 
 # ---- which operation runs in which format ----------------------------------------------------------------------------
@@ -332,7 +330,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def functions(names: str) -> set:
-    """torch's functions of these names: x.sum() and torch.sum(x) are two."""
+    """torch's functions of these names. x.sum() and torch.sum(x) are two."""
     return {getattr(place, name) for name in names.split() for place in (torch, Tensor, F) if hasattr(place, name)}
 
 
@@ -398,8 +396,7 @@ class ComputePolicy(TorchFunctionMode):
             return self.run_low(function, *args, **kwargs)
 
     def as_operation(self, function):
-        """function, made of many operations (attention), as one operation of LOW: those it is made of are not looked
-        up."""
+        """function (attention) as one more operation of LOW. The operations that it calls are not looked up."""
         return functools.partial(self.run_as_operation, function)
 
     def active(self) -> bool:
@@ -412,8 +409,8 @@ class ComputePolicy(TorchFunctionMode):
             return function(*args, **kwargs)
 
     def applied(self, module: nn.Module) -> nn.Module:
-        """To every part of the module, in place: a block that recomputation runs again in backward enters the policy by
-        itself. The module can be pickled and copied."""
+        """Every part of the module runs under the policy; in place. Every part, and not the whole only: a block that
+        recomputation runs again in backward enters the policy by itself. The module can be pickled and copied."""
         for part in module.modules():
             part.policy = self
             mix_in(Governed, part)
@@ -439,7 +436,7 @@ def mix_in(mixin: type, module: nn.Module):
 
 
 class Governed:
-    """By ComputePolicy.applied()."""
+    """What ComputePolicy.applied() mixes into each part of a module."""
 
     def forward(self, *args, **kwargs):
         return self.policy.around(super().forward, *args, **kwargs)
@@ -472,10 +469,10 @@ def encode(t: Tensor, scale: Tensor, fmt: str) -> Tensor:
 def fp8_matmul(a: Tensor, b: Tensor, scale: Tensor, dtype, hardware: bool | None) -> Tensor:
     """a (M, K) b (K, N) / scale, summed in float32 -> (M, N) in dtype. a, b: FP8. The hardware wants K and N to be
     multiples of 16; other sizes are multiplied in float32."""
-    if has_fp8(a.device) if hardware is None else hardware:
-        if a.shape[1] % 16 == b.shape[1] % 16 == 0:
-            by_columns = b.T.contiguous().T                                                 # as the hardware reads b
-            return torch._scaled_mm(a.contiguous(), by_columns, 1 / scale, torch.ones_like(scale), out_dtype=dtype)
+    hardware = has_fp8(a.device) if hardware is None else hardware
+    if hardware and a.shape[1] % 16 == b.shape[1] % 16 == 0:
+        by_columns = b.T.contiguous().T                                                     # as the hardware reads b
+        return torch._scaled_mm(a.contiguous(), by_columns, 1 / scale, torch.ones_like(scale), out_dtype=dtype)
     return (a.float() @ b.float() / scale).to(dtype)
 
 
@@ -520,8 +517,8 @@ def fp8_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, gro
 
 
 def matrices(module: nn.Module, leave_out=()) -> dict:
-    """{name: part} of the parts that multiply by a matrix of their own: linear layers and the head, not embeddings. No
-    name that contains a word of leave_out."""
+    """{name: part} of the parts that multiply by a matrix of their own: linear layers and the head, not embeddings.
+    Without those whose name contains a word of leave_out."""
     return {name: part for name, part in module.named_modules()
             if isinstance(weight := part._parameters.get("weight"), Tensor) and weight.ndim == 2
             and not isinstance(part, nn.Embedding) and not any(word in name for word in leave_out)}
@@ -554,6 +551,7 @@ def grid(w: Tensor, levels: int):
 
 
 def nearest_code(w, scale, zero, levels: int) -> Tensor:
+    """code = w / scale + zero, rounded, between 0 and levels."""
     return (w / scale.to(w.dtype) + zero).round().clamp(0, levels).to(torch.uint8)
 
 
@@ -576,16 +574,16 @@ def round_to_nearest(w: Tensor, levels: int, group_size: int):
 
 
 def gptq(w: Tensor, gram: Tensor, levels: int, group_size: int, damping: float = 0.01):
-    """The same, one column after the other: the columns to its right make up for what rounding it loses. gram (in, in)
-    = X X^T of calibration inputs. (Frantar 2022, algorithm 1, without blocks)"""
+    """As round_to_nearest, but one column after the other: the columns to its right make up for the error of rounding
+    it. gram (in, in) = X X^T of calibration inputs X (in, positions). (Frantar 2022, algorithm 1, without blocks)"""
     w, diagonal = w.double().clone(), gram.diagonal()
-    always_0 = diagonal == 0                                                                # inputs that say nothing
-    gram = gram.double() + torch.diag(damping * diagonal.mean() + always_0.double())
+    # a gram that can be inverted, also where inputs repeat each other, or where one is always 0
+    gram = gram.double() + torch.diag(damping * diagonal.mean() + (diagonal == 0).double())
     # U^T U = (X X^T)^-1
     U = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
     codes, scales, zeros = [], [], []
     for i in range(w.shape[1]):
-        if i % group_size == 0:                                                             # of weights as they are now
+        if i % group_size == 0:                                                             # a group begins
             scale, zero = grid(w[:, i:i + group_size], levels)
             scales.append(scale)
             zeros.append(zero)
@@ -606,7 +604,7 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 class Quantized:
-    """By quantize(): `weight` is decoded from integers whenever it is asked for."""
+    """What quantize() mixes into a linear layer: `weight` is decoded from integers whenever it is asked for."""
 
     @property
     def weight(self) -> Tensor:
@@ -692,7 +690,7 @@ class Problem:
     """A student network learns a teacher's labels: 64 numbers -> 32 classes. The loss of a step's 64 rows is divided by
     2^22, as if they were a part of a batch of 4 million (GPT-3's has 3.2 million tokens). So gradients are small."""
 
-    steps, batch = 250, 2**22
+    steps, batch = 150, 2**22
 
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
@@ -792,7 +790,7 @@ def demo():
     row("numbers that become infinite, fp16 | |x| >= 65520", share([big.half().isinf()]), share([big >= 65520]))
     row("the same, bf16", share([big.bfloat16().isinf()]), 0)
 
-    print("\none problem, several recipes: 250 steps of AdamW, learning rate falling to 0\n"
+    print("\none problem, several recipes: 150 steps of AdamW, learning rate falling to 0\n"
           f"{'':<34} {'held-out loss':>13}  {'still weights':>13}  {'zero gradients':>14}  {'skipped':>7}  "
           "bytes: measured | predicted")
     problem, students, results = Problem(), {}, {}
