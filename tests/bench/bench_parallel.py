@@ -232,7 +232,7 @@ def beside_torch():
     print("data parallel, 2 ranks, 4 windows of 256 each")
     rows, wire, psi, waits = ranks(2, beside_ddp)
     show(rows)
-    print(f"    sent a rank {wire / 1e6:.2f} MB | 2 Psi (n-1)/n = {psi / 1e6:.2f} MB and a byte a parameter tensor")
+    print(f"    sent a rank {wire / 1e6:.2f} MB | 2 Psi (n-1)/n = {psi / 1e6:.2f} MB")
     for name, (work, waiting) in waits.items():
         print(f"    {name:<12} forward and backward {work * 1e3:5.0f} ms, then waiting {waiting * 1e3:4.0f} ms: "
               f"{waiting / (work + waiting):.1%} of the step")
