@@ -425,11 +425,14 @@ def test_a_call_is_six_operations(documents, launched):
 
 
 @needs_interpreter
-def test_a_second_launch_is_told_what_the_first_was(launched):
-    """The arguments kept for a shape are those of a new launch. Another shape, stride, alignment, scale or mask, and
-    other numbers beside the first ones, are launched anew."""
-    def run(*shape, scale=0.3, documents=None, dtype=torch.float16, shift=0, window=None, causal=True):
+def test_a_second_launch_is_told_what_the_first_was(launched, monkeypatch):
+    """The arguments kept for a shape are those of a new launch. Another shape, stride, alignment, scale, mask, dtype or
+    precision is launched anew."""
+    def run(*shape, scale=0.3, documents=None, dtype=torch.float16, shift=0, window=None, causal=True,
+            k_stride=None, precision="highest"):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
         q, k, v, do, _, ids = make(*shape, dtype, documents)
+        k = k.contiguous() if k_stride else k
         q = torch.empty(q.numel() + shift, dtype=dtype)[shift:].view(q.shape).copy_(q)
         x = [t.requires_grad_() for t in (q, k, v)]
         o, lse = FlashAttentionTriton.apply(*x, causal, scale, window, ids)
@@ -442,7 +445,8 @@ def test_a_second_launch_is_told_what_the_first_was(launched):
     calls = [((2, 4, 2, 40, 40, 16), {}), ((2, 4, 2, 40, 56, 16), {}), ((2, 4, 4, 40, 40, 16), {}),
              ((2, 4, 2, 40, 40, 16), {"shift": 1}), ((2, 4, 2, 40, 40, 16), {"scale": 0.4}),
              ((2, 4, 2, 40, 40, 16), {"documents": "packed"}), ((2, 4, 2, 40, 40, 16), {"window": 7}),
-             ((2, 4, 2, 40, 40, 16), {"causal": False}), ((2, 4, 2, 40, 40, 16), {"dtype": torch.bfloat16})]
+             ((2, 4, 2, 40, 40, 16), {"causal": False}), ((2, 4, 2, 40, 40, 16), {"dtype": torch.bfloat16}),
+             ((2, 4, 2, 40, 40, 16), {"k_stride": True}), ((2, 4, 2, 40, 40, 16), {"precision": "high"})]
     seen = []
     for shape, options in calls:
         first, again = run(*shape, **options), run(*shape, **options)
