@@ -1180,7 +1180,7 @@ COLUMNS = {"n": "N", "params": "N", "parameters": "N", "parameter_count": "N", "
 def read_runs(path) -> np.ndarray:
     """A CSV file of runs -> table()'s (n, 4). Its first line names the columns, as in COLUMNS: N, D, loss and, if it is
     known, C. Other columns, empty lines and those that begin with # are passed over. BadInput counts lines as an editor
-    does. Numbers that are in other units than one parameter and one token are warned of on stderr."""
+    does."""
     place, runs = {}, {}
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
@@ -1198,11 +1198,15 @@ def read_runs(path) -> np.ndarray:
                 runs[line] = [float(row[place[name]]) for name in ("N", "D", "loss", "C") if name in place]
             except (ValueError, IndexError):
                 raise BadInput(f"{line} must have a number for {', '.join(place)}, got {','.join(row)}") from None
-    x = table(list(runs.values()), list(runs))
-    if np.median(x[:, 0]) < 1000 or np.median(x[:, 1] / x[:, 0]) < 1:
-        print(f"scaling.py: {path}: the median run has {np.median(x[:, 0]):g} parameters and "
-              f"{np.median(x[:, 1] / x[:, 0]):.3g} tokens per parameter; are N and D in units of one?", file=sys.stderr)
-    return x
+    return table(list(runs.values()), list(runs))
+
+
+def warn_of_units(path, runs):
+    """On stderr, where N and D are hardly in units of one parameter and one token."""
+    N, ratio = np.median(runs[:, 0]), np.median(runs[:, 1] / runs[:, 0])
+    if N < 1000 or ratio < 1:
+        print(f"scaling.py: {path}: the median run has {N:g} parameters and {ratio:.3g} tokens per parameter; are N and D "
+              "in units of one?", file=sys.stderr)
 
 
 def fit_all(runs, name) -> dict:
@@ -1269,6 +1273,7 @@ def draw(file: Path, plot, *data):
 def command_fit(asked):
     runs = read_runs(asked.runs)
     results = fit_all(runs, asked.runs) | ({"holdout": holdout(runs, asked.holdout)} if asked.holdout else {})
+    warn_of_units(asked.runs, runs)
     print(json.dumps(results)) if asked.json else report(runs, results)
     if asked.plot:
         draw(Path(asked.plot) / "isoflop.png", plot_isoflop, runs, results)

@@ -1196,8 +1196,6 @@ def open_run(folder: str, c: Config, flag: str = "out") -> tuple:
 def use(c: Config, world: parallel.World) -> int:
     """--sample, --chat, --pairs, --probe, --export, --quantize: with the newest checkpoint in --out, which says what
     model it is."""
-    if c.quantize is not None and c.data != Config.data:
-        raise BadInput(f"data must be left out with --quantize, which reads the run's own text, got {c.data}")
     if c.quantize is not None and world.size > 1:
         raise BadInput(f"quantize must be left to one process, there are {world.size}")
     if world.rank != 0:
@@ -1215,6 +1213,8 @@ def use(c: Config, world: parallel.World) -> int:
         print(f"{c.out}, step {reader.meta['step']}, written as a Hugging Face model: {c.export}")
         return 0
     if c.quantize is not None:
+        if c.data not in (Config.data, saved.data):
+            raise BadInput(f"data must be left out with --quantize, which reads the run's own text, got {c.data}")
         if saved.objective == "rl":
             raise BadInput(f"quantize must be given a run with answers to calibrate on, {c.out} has prompts alone")
         model = Model(saved, world, reader.read)

@@ -374,7 +374,7 @@ def test_a_run_whose_replicas_differ_does_not_end_well(corpus, tmp_path, run_ran
 
 
 def test_dry_run_counts_what_a_layout_costs(monkeypatch, capsys):
-    """Memory and messages as ZeRO's own formulas, buffers named; the bubble; what stages 2 and 3 send too much."""
+    """Memory and messages as ZeRO's own formulas, buffers named; the bubble."""
     def bill(*flags):
         assert train.main([*TINY, "--dry-run", "--json", *flags]) == 0
         return json.loads(capsys.readouterr().out)
@@ -392,10 +392,6 @@ def test_dry_run_counts_what_a_layout_costs(monkeypatch, capsys):
         assert {name: b["memory_bytes"][name] for name in memory} == {name: round(x) for name, x in memory.items()}
         sent = 4 * sum(zero.comm_volume(psi, stage, dp, m).values())
         assert b["bytes_sent"]["dp"] == pytest.approx(sent, rel=0.01)
-        assert train.main([*TINY, "--dry-run", "--dp", "4", "--zero", str(stage)]) == 0
-        said = capsys.readouterr().out
-        assert "mesh       pp 1 x dp 4 x tp 1: 0 (0 0 0), 1 (0 1 0), 2 (0 2 0), 3 (0 3 0)" in said
-        assert (f"with every one of {m} micro-batches; stage 1 would send" in said) == (stage > 1)
     b = bill("--pp", "4", "--tp", "2")
     assert b["bubble"] == pytest.approx(3 / (8 + 3)) and b["layers_per_rank"] == [1] * 4
     hidden = 4 * 32 * 32 // 2                                                        # B T C / tp with sequence parallel
@@ -1645,5 +1641,5 @@ def test_all_ranks_find_it_one_line_says_it_and_nothing_starts_again(program):
     launcher = start("--nproc", "2", "--global-batch-size", "7", "--max-restarts", "1")
     launcher.join(60)
     assert launcher.exitcode == 2, said("stderr")
-    assert "--global-batch-size must be a multiple of micro_batch_size x dp = " in said("stderr")
+    assert "--global-batch-size must be a multiple of the 2 data-parallel ranks, got 7" in said("stderr")
     assert said("stderr").count("\n") == 1

@@ -458,14 +458,12 @@ def test_columns_of_budgets(capsys, tmp_path, few_draws):
 
 
 def test_numbers_in_other_units_are_warned_of(capsys, tmp_path):
-    rows = [row[:3] for row in with_budgets()]
-    scaling.read_runs(write(tmp_path / "runs.csv", rows, ("N", "D", "loss")))
-    assert capsys.readouterr().err == ""
-    for units in ((1, 1e9), (1e9, 1e9), (1e6, 1)):
-        other = [(N / units[0], D / units[1], loss) for N, D, loss in rows]
-        scaling.read_runs(write(tmp_path / "runs.csv", other, ("N", "D", "loss")))
+    rows = with_budgets()
+    for units, warned in (((1, 1), False), ((1, 1e9), True), ((1e9, 1e9), True), ((1e6, 1), True)):
+        runs = np.array([(N / units[0], D / units[1], loss, C) for N, D, loss, C in rows])
+        scaling.warn_of_units("runs.csv", runs)
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and "are N and D in units of one?" in error
+        assert error.count("\n") == warned and ("are N and D in units of one?" in error) == warned
 
 
 @pytest.mark.parametrize("ratio, spread", [(2, 0.0), (3, 0.0), (10, 0.09), (1.5, 0.02), (2, 0.15), (30, 0.3)])

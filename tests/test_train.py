@@ -835,7 +835,7 @@ def test_a_model_is_measured_on_its_own_text(tmp_path, monkeypatch):
     text.write_text(text.read_text() + "one more line\n" * 200)
     code, stdout, stderr = quantize()
     assert code == 2 and stderr.count("\n") == 1 and f"must measure on the text that {out} was trained on" in stderr
-    code, stdout, stderr = quantize("--data", str(text))
+    code, stdout, stderr = quantize("--data", str(text.with_name("other.txt")))
     assert code == 2 and "--data must be left out with --quantize" in stderr
 
 
