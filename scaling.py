@@ -1205,8 +1205,8 @@ def warn_of_units(path, runs):
     """On stderr, where N and D are hardly in units of one parameter and one token."""
     N, ratio = np.median(runs[:, 0]), np.median(runs[:, 1] / runs[:, 0])
     if N < 1000 or ratio < 1:
-        print(f"scaling.py: {path}: the median run has {N:g} parameters and {ratio:.3g} tokens per parameter; are N and D "
-              "in units of one?", file=sys.stderr)
+        print(f"scaling.py: {path}: the median run has {N:g} parameters and {ratio:.3g} tokens per parameter; are N "
+              "and D in units of one?", file=sys.stderr)
 
 
 def fit_all(runs, name) -> dict:
