@@ -922,8 +922,8 @@ def check(q, k, v, causal, sm_scale, window, documents, backend):
     if documents is not None and not isinstance(documents, Tensor):
         raise ValueError(f"documents must be a tensor, got {type(documents).__name__}")
     if not torch.compiler.is_compiling():
-        call = (backend, sm_scale, window, q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device, k.device,
-                v.device, None if documents is None else (documents.shape, documents.dtype, documents.device))
+        call = (backend, sm_scale, window, type(window), q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device,
+                k.device, v.device, None if documents is None else (documents.shape, documents.dtype, documents.device))
         if call in CHECKED:
             return
     for name, x in (("q", q), ("k", k), ("v", v)):

@@ -654,6 +654,7 @@ X = torch.zeros(2, 4, 8, 16)
     (X[0, 0], X, X, {}, r"q must be \(B, H, T, D\)"), (X, X[0], X, {}, "k must be"),
     (X, X[:, :3], X[:, :3], {}, "multiple of k's"), (X, X, X[:, :, :4], {}, "k and v must be"),
     (X, X[:1], X[:1], {}, "k and v must be"), (X, X.half(), X, {}, "one floating-point dtype"),
+    (X, X, X.half(), {}, "one floating-point dtype"), (X, X, X.to("meta"), {}, "one device"),
     (X.long(), X.long(), X.long(), {}, "floating-point dtype"), (X, X.to("meta"), X, {}, "one device"),
     (X[:, :, :0], X, X, {}, "not empty"), (torch.zeros(1, 1, 2, 257),) * 3 + ({}, "at most 256"),
     (X, X, X, {"window": -1}, "window must be at least 1"), (X, X, X, {"window": 0}, "window must be at least 1"),
@@ -669,6 +670,9 @@ X = torch.zeros(2, 4, 8, 16)
     (X, X, X, {"documents": torch.zeros(2, 2, 16, dtype=torch.int32), "window": 3}, "with window None"),
     (X, X, X, {"backend": "sdpa", "return_lse": True}, "gives no lse")])
 def test_bad_input_is_one_line(q, k, v, options, message):
+    right = torch.zeros(2, 8, dtype=torch.long)
+    for good in ({}, {"window": 1}, {"documents": right}, {"documents": flash_attn.document_limits(right)}):
+        flash_attention(X, X, X, **good)                                  # what was right once is not asked again
     with pytest.raises(ValueError, match=message) as error:
         flash_attention(q, k, v, **options)
     assert "\n" not in str(error.value)
