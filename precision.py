@@ -202,7 +202,6 @@ class MasterWeights(torch.optim.Optimizer):
             if m is not p and self.keep:
                 self.state[p]["master"] = m
             elif m is not p:
-                self.state[p].pop("master", None)
                 m.data = m.new_empty(0)
 
     def add_param_group(self, param_group: dict):

@@ -19,6 +19,7 @@ from test_parallel import CALM, MODELS, TINY
 from test_train import MINI, metrics, newest_tensors, run
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 import data
@@ -579,6 +580,35 @@ def test_the_policy_holds_where_a_block_runs_again_and_ends_with_an_error():
     with pytest.raises(RuntimeError):
         again(torch.randn(2, 5))
     assert not policy.active() and F.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype == torch.float32
+
+
+def test_an_operation_made_of_others_is_one():
+    """exp is one of FULL, and matmul one of LOW: inside neither is looked up."""
+    policy, x = ComputePolicy(torch.bfloat16), torch.randn(4, 4)
+    with policy:
+        assert x.exp().dtype == torch.float32 and policy.as_operation(lambda x: x.exp())(x).dtype == torch.bfloat16
+        assert policy.as_operation(lambda x: x.double() @ x.float().double())(x).dtype == torch.float64
+    emulated = ComputePolicy(torch.bfloat16, emulate=True)
+    with emulated:
+        inside = []
+        assert emulated.as_operation(lambda x: inside.append((x @ x).dtype) or x)(x).dtype == torch.bfloat16
+        assert inside == [torch.float32]
+
+
+class Depth(nn.Module):
+    def forward(self, x):
+        self.modes = len(_get_current_function_mode_stack())
+        return x
+
+
+def test_parts_of_parts_enter_the_policy_once():
+    """Or else each operation would be looked up once per level of the module."""
+    depth = Depth()
+    module = ComputePolicy(torch.bfloat16).applied(nn.Sequential(nn.Sequential(nn.Sequential(depth))))
+    module(torch.ones(1))
+    assert depth.modes == 1
+    depth(torch.ones(1))
+    assert depth.modes == 1 and not _get_current_function_mode_stack()
 
 
 def test_the_sets_may_be_changed(monkeypatch):
