@@ -219,7 +219,7 @@ class Mesh:
 
     def __init__(self, dp: int = 0, tp: int = 1, pp: int = 1, timeout: float = 600):
         world = dist.get_world_size() if dist.is_initialized() else 1
-        rest = dp or max(1, world // (tp * pp))
+        rest = dp or max(1, world // max(1, tp * pp))
         if min(rest, tp, pp) < 1 or rest * tp * pp != world:
             n = rest * tp * pp
             there = f"is 1; start them with --nproc {n}, or torchrun" if world == 1 else f"are {world}"
@@ -413,9 +413,9 @@ class DataParallel(nn.Module):
     - bucket_mb: MB (1e6 bytes) per bucket. reduce: "sum" | "mean".
     - A parameter that has no gradient on a rank counts as zero there. Freeze what is never used: an optimizer still
       decays a weight whose gradient is zero, and the bucket of such a weight leaves after backward, not during it.
-    - Gradients of micro-batches within no_sync() stay local and are added up. Those of the step before must be gone
-      (zero_grad), or they are summed again.
-    - All ranks give up a batch together: finish_gradient_synchronization(), then zero_grad().
+    - Gradients of micro-batches within no_sync() stay local and are added up.
+    - Call zero_grad() after each step: its gradients are sums over ranks already, and would be summed again.
+    - If a batch is to be skipped, all ranks skip it: finish_gradient_synchronization(), then zero_grad().
     - A bucket's memory stays, next to the gradients of micro-batches that are being added up.
     - Buffers of the module are broadcast once, at construction.
     Raises ValueError for another reduce or a bucket_mb not above 0, RuntimeError for what the backend cannot broadcast.
@@ -630,8 +630,10 @@ class VocabParallelHead(ParallelModule):
 
 
 class Regather:
-    """Sequence parallelism keeps no gathered sequence for backward: f has saved the shard, which is gathered once more
-    when backward asks. (Recomputation around f drops the shard too.)"""
+    """Sequence parallelism keeps no gathered sequence for backward. The linears after f would save its output (B, T,
+    C). pack: when autograd saves a tensor that is f's output (same memory, same version), nothing is kept; f has the
+    shard. unpack: when backward wants it, the shard is gathered again, once for all who want it (`left` counts
+    them)."""
 
     def __init__(self, whole: Tensor, group):
         self.f, self.group, self.left, self.again = whole.grad_fn, group, 0, None
@@ -695,8 +697,9 @@ def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN,
         column, row, vocab, head   the classes above
         partial                    works on the heads between a column and a row: its gradient is a part, sum_over
         positions                  an embedding of positions: under sequence parallelism each rank takes its own
-    sequence_parallel: what lies between row and column works on (B, T/n, C). The vocab embedding hands out these parts:
-    None, the default, is True where the plan meets one; given True, a model without is fed this rank's positions. The
+    sequence_parallel: the sequence is split between a row layer and the next column layer: (B, T/n, C). The vocab
+    embedding splits it, so None, the default, is True if the plan matches one. A model without one, given True, must be
+    fed this rank's positions alone. The
     gradients of all whole parameters are then parts too, and sum_over says so; reduce_partial_gradients() adds them up.
     Raises ValueError, naming the module, for sizes and heads that the group's size does not divide, a module that is
     no linear or embedding, and a pattern of your plan that meets nothing.
@@ -951,9 +954,14 @@ class SplitLinears(TorchFunctionMode):
 
 
 class Channels:
-    """Messages of a pipeline rank. A pair of ranks has one channel each way, and receives are posted in the sender's
-    order, read off the schedule: no tags, no handshakes. The schedule also says which of our messages a rank had
-    received when it sent us one: those are freed (receipts)."""
+    """Messages of a pipeline rank, each known by (kind of operation that reads it, micro-batch, stage). A pair of ranks
+    has one channel each way. Receives are posted in the sender's order, read off the schedule: no tags, no handshakes.
+
+    coming     by source rank: messages that it will send to us, in its order
+    arriving   receives that are posted; sending: sends that may not be done
+    here       messages of this rank to itself
+    receipts   of a message: which of our messages its sender had received before. They are freed when it arrives
+    """
 
     def __init__(self, schedule, groups, timeout: float):
         self.p, self.groups, self.timeout = len(schedule), groups, timedelta(seconds=timeout)
@@ -996,8 +1004,8 @@ class Channels:
             self.arriving[coming] = x, self.start(dist.irecv, x, source, coming)
 
     def post_ahead(self, message, result, like):
-        """The same, for the operation after the one that is about to run: the message travels meanwhile. Not if the
-        result of this one leaves in the same group, where it would have to wait until the message has come."""
+        """Post the receive of the next operation before the present one runs: the message travels meanwhile. But not if
+        the present result leaves in the same group: calls of a group run in order, so it would wait for the receive."""
         if result is None or self.goes_up(result) != self.goes_up(message):
             self.post(message, like)
 
@@ -1057,7 +1065,8 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
 
     def clock():
         if on_op is not None and torch.accelerator.is_available():             # a launch is not the work that it starts
-            torch.accelerator.current_stream().synchronize()   # of all streams, one may send what waits for our next op
+            # of this stream alone: another may hold a message that cannot finish before our next operation
+            torch.accelerator.current_stream().synchronize()
         return time.perf_counter()
 
     def like(i):

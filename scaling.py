@@ -12,8 +12,9 @@ approaches fit a law to such runs. They are numbered as in the paper; the plaine
 
     2  fit_isoflop     runs of one budget C: a parabola through loss(ln N); its vertex is the best size N_opt(C)
     1  fit_envelope    of all curves loss(C), one per size, the lower envelope: which size is on it at C?
-    3  fit_parametric  all five constants at once, with LSE = ln sum exp and delta = 1e-3:
+    3  fit_parametric  all five constants at once. With LSE = ln sum exp, the ln of the predicted loss is an LSE:
                        min sum_i Huber_delta(LSE(ln_E, ln_A - alpha ln N_i, ln_B - beta ln D_i) - ln L_i)
+                       Huber is a square up to delta = 1e-3 and a straight line beyond it: outliers count little.
 
 `holdout` hides the largest budgets from a fit and then asks the fit for them.
 
@@ -34,13 +35,15 @@ had for 61 % of its compute. Llama 3.1 8B is a tenth of N_opt, on purpose: a mod
 FLOPs per token. The more it is used, the smaller is the model that reaches the same loss most cheaply (Sardana 2024).
 
 (4) What does a layout take? 7 billion parameters want 126 GB for weights, gradients and AdamW's states, and an H100 has
-80. So a step is split: dp copies of tp parts of pp stages. A `Layout` says how, a `Program` what is kept and sent. Each
-formula stands at its function: `memory` (weights, gradients, states, activations, buffers), `messages` (calls and bytes
-of every collective), `step_time` (products, messages that nothing hides, the pipeline's bubble).
+80 GB: 18 bytes each, 2 of the weight, 4 of the gradient, 4 of the float32 copy, 8 of Adam's moments. So a step is
+split: dp copies of tp parts of pp stages. A `Layout` says how, a `Program` what is kept and sent. Each formula stands
+at its function: `memory` (weights, gradients, states, activations, buffers), `messages` (calls and bytes of every
+collective), `step_time` (products, messages that nothing hides, the pipeline's bubble).
 
-(5) What does it cost? 7 billion parameters on 140 billion tokens are 6.5e21 FLOPs; 64 H100s multiply at most 6.3e16 per
-second, so 28 hours are the least, and a good program needs nearly twice that. `bill` adds up one layout: time, energy,
-CO2, dollars. `plan` writes the bill of every layout and ranks them. train.py prints the same bill before it starts.
+(5) What does it cost? 7 billion parameters on 140 billion tokens are 6.5e21 FLOPs: 6 N D, and attention's products on
+top (Shape.flops_per_token). 64 H100s multiply at most 6.3e16 per second, so 28 hours are the least, and a good program
+needs nearly twice that. `bill` adds up one layout: time, energy, CO2, dollars. `plan` writes the bill of every layout
+and ranks them. train.py prints the same bill before it starts.
 
     N, D, C, L, law            parameters, training tokens, FLOPs, loss in nats per token, {"E", "A", "B", ...}
     n, h, H, T                 tokens of a micro-batch on a dp rank, n_embd, n_head, seq_len
@@ -180,8 +183,8 @@ def intervals(fits: dict) -> dict:
 
 
 def bootstrap(fit, groups, times, predict=lambda fit: {}) -> dict | None:
-    """Intervals of "a", "b" and of what `predict(fit)` adds, from `times` fits. Each is to as many runs as there are,
-    drawn from them with replacement, group by group. None if most draws support no fit."""
+    """Intervals of "a", "b" and of what `predict(fit)` adds, from `times` fits. Each fit is to a resample: every group
+    is drawn from itself, with replacement, at its own size. None if most draws support no fit."""
     rng, fits = np.random.default_rng(0), []
     for _ in range(times):
         with contextlib.suppress(BadInput):
@@ -274,10 +277,12 @@ def minimise(theta, runs, iterations):
     """S laws (S, 5) of runs (S, n, 3), each improved until no step helps, or as often as `iterations` -> theta, sum of
     Huber(r).
 
-    A parabola of curvature min(1, DELTA / |r|) touches Huber's loss at the present r and lies above it elsewhere. So
-    each step solves a least-squares problem with these weights, W, damped by mu (Levenberg):
+    Least squares with weights that are chosen anew in each step. With W = min(1, DELTA / |r|), W r^2 / 2 and a constant
+    touch Huber's loss at the present r, and are above it elsewhere: what lowers the weighted squares lowers Huber's.
 
-        (H + mu tr(H) I) step = J^T W r,  H = J^T W J        mu falls after a step that helped, else it rises
+        (H + mu tr(H) I) step = J^T W r,  H = J^T W J,  theta <- theta - step              r, J: of residuals()
+
+    mu is the damping (Levenberg). It falls after a step that helped and rises after one that did not.
     """
     theta, (r, J) = theta.copy(), residuals(theta, runs)
     f, mu, active = huber(r), np.full(len(theta), 1e-2), np.arange(len(theta))
@@ -501,8 +506,8 @@ class Program:
     document_mask: bool = False     # packed documents: a (T, T) mask per sequence, shared by all layers
     fused_norm: bool = True         # False: RMSNorm keeps x / rms as well as x
     chunked_loss: bool = True       # the loss keeps the gradients of its input and weight; False: the logits
-    # two of backward's four tp messages per layer, with sequence parallelism four of its six, travel while the
-    # gradients of weights are computed
+    # True: some of backward's tp messages travel while the gradients of weights are computed. An all-reduce counts as
+    # two messages. Backward has four per layer, six with sequence parallelism; two of them stay visible
     overlap_tp: bool = False
     overlap_dp: bool = True         # gradients travel during backward
     train_py: bool = True           # also count what train.py keeps or sends and the papers' programs do not
@@ -768,7 +773,8 @@ def messages(shape: Shape, layout: Layout, program: Program, stage: int) -> dict
             sent["dp", "all_gather"] = None, (rank.count + twice) * gathers * program.item
         sent["dp", "all_reduce"] = None, 8 + rank.count * program.gradient * (not zero)    # 8: the number of targets
     if layout.tp > 1:
-        def over_tp(per_layer):                    # (calls, bytes): with the head's, and the embedding's of residuals
+        # (calls, bytes) of a step. The head adds a call like a layer's, the embedding one that carries the residuals
+        def over_tp(per_layer):
             inside = layers * per_layer + is_last
             return m * (inside + is_first), m * (inside * product + is_first * hidden)
 
@@ -912,7 +918,7 @@ def cost(gpu: GPU, n_gpus: int, seconds: float) -> dict:
 
 def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: str | GPU | None = None,
          precision: str = "bf16", rank_flops: float | None = None) -> dict:
-    """What a run of `tokens` tokens takes, under names that say it, as JSON has it. Some that do not:
+    """What a run of `tokens` tokens takes: a dict, ready for JSON. Most names explain themselves. The others:
 
     law             what assess() says; "best_tokens" for this size; "extrapolated": N or D are smaller than what the
                     law was fitted to, and "loss" and "left" None
@@ -959,6 +965,8 @@ def layouts(shape: Shape, gpu: GPU, n_gpus: int, batch: int, **fixed):
     choices = {"tp": [n for n in divisors if n <= gpu.node], "pp": divisors, "micro_batch_size": (1, 2, 4, 8, 16, 32),
                "schedule": ("1f1b", "zb", "interleaved"), "chunks": range(1, 9), "zero": range(4),
                "recompute": ("none", "selective", "full"), "sequence_parallel": (True,)}
+    if unknown := fixed.keys() - {"dp", *choices}:
+        raise BadInput(f"fixed must name {', '.join(['dp', *choices])}, got {', '.join(sorted(unknown))}")
     choices |= {name: (x,) for name, x in fixed.items() if name != "dp"}
     for tp, pp, b, schedule, v, zero, recompute, sp in itertools.product(*choices.values()):
         dp, left_over = divmod(n_gpus, tp * pp)
@@ -987,7 +995,7 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
     precision          train.py's flag; program: another one than train.py
     tokens             of the run; default: the best number by the law
     fixed              fields of Layout that are given: tp=8, recompute="full", ...
-    Raises BadInput if no layout is possible, and if none fits.
+    Raises BadInput for other names in `fixed`, if no layout is possible, and if none fits.
     """
     shape, gpu = shape_of(config), find_gpu(gpu)
     precision, fixed = resolve_precision(precision, gpu), {name: x for name, x in fixed.items() if x is not None}

@@ -1233,6 +1233,11 @@ def answer(capsys, line) -> dict:
     return json.loads(out)
 
 
+def test_a_plan_names_what_cannot_be_fixed():
+    with pytest.raises(scaling.BadInput, match="fixed must name dp, tp, pp, .*, got micro_batches"):
+        scaling.plan(scaling.shape_for(7e9, 2048), "h100", 8, micro_batches=8)
+
+
 def test_a_plan(capsys):
     found = answer(capsys, "--params 2e9 --tokens 4e10 --gpu a100 --n-gpus 8")
     bill, shape = found["layouts"][0], Shape(**found["shape"])
