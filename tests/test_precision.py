@@ -973,6 +973,7 @@ def test_bytes_fall(fmt, least):
     assert before == weight_bytes(module) == 4 * 2 * 512 * 1408
     quantize(module, fmt)
     assert held() == weight_bytes(module) <= before / least
+    assert f"{fmt} {weight_bytes(module[0]) / (512 * 1408):.2f}" in precision.__doc__
 
 
 @pytest.mark.parametrize("options, message", [
