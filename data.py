@@ -18,6 +18,14 @@ Bits per byte: loss per token depends on the tokenizer (longer tokens are harder
 
     bpb = sum of nll / ln 2 / bytes of the targets            gzip and xz are measured in the same unit
 
+After pre-training come files of rows: conversations (SFT), two answers to a prompt (DPO), prompts (RL). Marks tell who
+speaks; where the tokenizer has marks of its own, no text can produce them. Only an answer's tokens are targets. A
+conversation of n ids makes n - 1 inputs and n - 1 targets: its last id, </s>, is a target only.
+
+    tokens     <s>  <|user|>  q_1  q_2  <|assistant|>  a_1  a_2   <s> ...  <pad>
+    targets     -      -       -    -        a_1       a_2  </s>   -  ...    -
+    documents   1      1       1    1         1         1    1     2  ...    3
+
 Order: window i of epoch e is permute(i, n, key(seed, e)), a keyed bijection that is computed, not stored (a Feistel
 network with cycle walking), so step n's global batch is a function of (seed, n) alone, on any number of ranks, with no
 state but a counter.
@@ -45,25 +53,32 @@ Not here: near-duplicate and quality filtering, mixing weights, tokenization acr
 
 run: python data.py                                            the demo
      python data.py FILES... --out FOLDER --vocab-size 4096    prepare your own text
+     python data.py instructions stdlib                        prepare data/instructions.jsonl for fine-tuning
 """
 
 import argparse
+import ast
 import contextlib
 import datetime
 import fcntl
+import functools
 import glob
 import hashlib
+import importlib
 import io
 import itertools
 import json
 import math
+import numbers
 import os
 import re
+import runpy
 import shutil
 import struct
 import sys
 import sysconfig
 import time
+import warnings
 import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -613,7 +628,8 @@ def write_tokens(folder, files, tokenizer, vocab_size, val_fraction, sample_byte
 
 def first_id(tokenizer) -> int:
     """The id that begins a document: <s>; in families without one, GPT-2's say, the mark that ends the one before."""
-    return tokenizer.eos_id if tokenizer.bos_id in (None, -1) else tokenizer.bos_id                # -1: SentencePiece's
+    bos = mark_id(tokenizer, "{bos}")
+    return tokenizer.eos_id if bos is None else bos
 
 
 def compressed_bpb(text: bytes) -> dict:
@@ -772,6 +788,427 @@ class Loader(Batches):
             targets[tokens == self.tokenizer.eos_id] = NO_TARGET
         documents = np.cumsum(tokens == begin, axis=1)
         return {k: torch.from_numpy(v) for k, v in (("tokens", tokens), ("targets", targets), ("documents", documents))}
+
+
+# ---- chat ------------------------------------------------------------------------------------------------------------
+
+# Who speaks is told by marks. Each family of models has its own; a model that goes on training keeps those it knows.
+# name: (before a turn's content, after an assistant's content, after any other's). <|...|> and {eos} are one special
+# token each, the rest is text. The last one needs no marks of roles: for GPT-2, say.
+CHAT_FORMATS = {
+    "ours":   ("<|{role}|>", "{eos}", ""),
+    "chatml": ("<|im_start|>{role}\n", "<|im_end|>\n", "<|im_end|>\n"),
+    "llama3": ("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>"),
+    "plain":  ("### {role}:\n", "{eos}\n\n", "\n\n")}
+MARK = re.compile(r"(<\|\w+\|>|{eos})")
+
+
+def mark_id(tokenizer, mark: str) -> int | None:
+    """The id of a mark of CHAT_FORMATS, of {bos} or {pad}; None if the tokenizer has none."""
+    known = {"{bos}": "bos_id", "{eos}": "eos_id", "{pad}": "pad_id"}
+    i = getattr(tokenizer, known[mark], None) if mark in known else tokenizer.special_id(mark)
+    return None if i == -1 else i                                              # -1: SentencePiece's word for none
+
+
+def chat_format(tokenizer) -> tuple[str, str, str]:
+    """The first of CHAT_FORMATS whose marks the tokenizer has."""
+    for chat in CHAT_FORMATS.values():
+        marks = MARK.findall("".join(text.replace("{role}", role) for text in chat for role in ROLES))
+        if all(mark_id(tokenizer, mark) is not None for mark in marks):
+            return chat
+    raise DataError("tokenizer: must have an end-of-text token to end an answer with, it has none")
+
+
+def encode_chat(tokenizer, messages, reply: bool = False) -> tuple[list[int], list[bool]]:
+    """[{"role", "content"}, ...] -> two lists of one length, (ids, is_answer). is_answer: whether the assistant must
+    produce the token, which is in its content or is the mark that ends its turn. reply: end with the assistant's
+    opening, ready to generate."""
+    before, after_answer, after_other = chat_format(tokenizer)
+    tokens = [] if mark_id(tokenizer, "{bos}") is None else [(tokenizer.bos_id, False)]
+
+    def marks(text, answer=False):
+        for part in MARK.split(text):                          # text between marks, chatml's \n, is part of no answer
+            if MARK.fullmatch(part):
+                yield mark_id(tokenizer, part), answer
+            else:
+                yield from ((i, False) for i in tokenizer.encode(part))
+
+    for message in messages:
+        answer = message["role"] == "assistant"
+        tokens += marks(before.replace("{role}", message["role"]))
+        tokens += ((i, answer) for i in tokenizer.encode(message["content"]))     # by itself: no piece crosses a mark
+        tokens += marks(after_answer if answer else after_other, answer)
+    if reply:
+        tokens += marks(before.replace("{role}", "assistant"))
+    return [i for i, _ in tokens], [answer for _, answer in tokens]
+
+
+def end_of_turn(tokenizer) -> int:
+    """The id that ends an assistant's answer."""
+    return mark_id(tokenizer, MARK.findall(chat_format(tokenizer)[1])[-1])
+
+
+def chat_template(tokenizer) -> str:
+    """The convention of encode_chat as a Jinja template, what Hugging Face calls chat_template. It reads messages,
+    add_generation_prompt, bos_token and eos_token."""
+    def expression(text):
+        names = {"{role}": "message['role']", "{eos}": "eos_token"}
+        return " + ".join(names.get(part, repr(part)) for part in re.split("({role}|{eos})", text) if part) or "''"
+
+    before, after_answer, after_other = chat_format(tokenizer)
+    after = f"({expression(after_answer)} if message['role'] == 'assistant' else {expression(after_other)})"
+    return ("{{ bos_token }}{% for message in messages %}{{ " + f"{expression(before)} + message['content'] + {after}"
+            + " }}{% endfor %}{% if add_generation_prompt %}{{ "
+            + expression(before.replace("{role}", "assistant")) + " }}{% endif %}")
+
+
+# ---- instructions ----------------------------------------------------------------------------------------------------
+
+WRITE_DOCSTRING = "Write the docstring of this function.\n\n"
+WRITE_FUNCTION = "Write a function with this docstring.\n\n"
+NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError)
+
+
+def parse_python(text: str) -> ast.Module:
+    """The syntax tree of a text; raises one of NOT_PYTHON, prints no warnings."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(text)
+
+
+def functions(body):
+    """The functions among statements, and the methods of their classes."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        elif isinstance(node, ast.ClassDef):
+            yield from functions(node.body)
+
+
+def function_rows(text: str):
+    """(prompt, answer) twice for every function that has a docstring and a body: write either from the other."""
+    for node in functions(parse_python(text).body):
+        docstring = ast.get_docstring(node)                                    # cleaned by inspect.cleandoc
+        if docstring and len(node.body) > 1:
+            node.body = node.body[1:]
+            function = ast.unparse(node)
+            yield WRITE_DOCSTRING + function, f'"""{docstring}"""'
+            yield WRITE_FUNCTION + docstring, function
+
+
+def instructions(sources, out, *, val_fraction: float = 0.05, max_chars: int = 600) -> dict:
+    """Instructions for fine-tuning, made from the functions of Python files -> counts of what was written and dropped.
+
+    out: a .jsonl of rows of sft, for Examples; prompts.jsonl in the same folder has the prompts that ask for a
+    function, for rewards. A row is on its document's side: documents that prepare() holds out make rows of split "val".
+    A prompt is on one side alone. Rows of more than max_chars characters are dropped, so are repeated ones. Raises
+    DataError.
+    """
+    out, dropped_files, dropped, rows, prompts = Path(out), defaultdict(list), Counter(), {}, {}
+    if out.name == "prompts.jsonl":
+        raise DataError(f"{out}: out must have another name, prompts.jsonl is written in the same folder")
+    documents = {text_hash(text): text for text in read_documents(source_files(sources), dropped_files)}
+    val, _ = split_documents({h: len(text.encode()) for h, text in documents.items()}, val_fraction)
+    for h in sorted(documents, key=lambda h: h not in val):                              # held-out documents first
+        split = "val" if h in val else "train"
+        try:
+            pairs = list(function_rows(documents[h]))
+        except NOT_PYTHON:
+            dropped["not Python"] += 1
+            continue
+        for prompt, answer in pairs:
+            if len(prompt) + len(answer) > max_chars:
+                dropped["too long"] += 1
+            elif (prompt, answer) in rows:
+                dropped["duplicate row"] += 1
+            elif prompts.setdefault(prompt, split) != split:                             # where it was seen first
+                dropped["prompt is held out"] += 1
+            else:
+                rows[prompt, answer] = split
+    dropped.update({reason: len(paths) for reason, paths in dropped_files.items()})
+    if not rows:
+        raise DataError(f"{out}: sources must hold functions with docstrings, dropped: {dict(dropped)}")
+    chats = [{"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
+              "split": split} for (prompt, answer), split in rows.items()]
+    functions_asked = [{"prompt": p, "split": split} for p, split in prompts.items() if p.startswith(WRITE_FUNCTION)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for path, content in ((out, chats), (out.with_name("prompts.jsonl"), functions_asked)):
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in content))
+    return {**Counter(rows.values()), "prompts": len(functions_asked), "dropped": dict(dropped)}
+
+
+# ---- examples --------------------------------------------------------------------------------------------------------
+
+def need(fact, rule: str, value):
+    if not fact:
+        raise DataError(f"{rule}, got {value!r:.80}")
+
+
+def conversation(row, objective: str) -> tuple[list[dict], list[str]]:
+    """A row of a fine-tuning file -> (the messages before the answer, the answers: one for sft; chosen, rejected for
+    dpo; none for rl). Raises DataError with the rule."""
+    need(isinstance(row, dict), "a row must be a JSON object", row)
+    need(row.get("split", "train") in ("train", "val"), 'split must be "train" or "val"', row.get("split"))
+    fields = {"sft": ["answer"], "dpo": ["chosen", "rejected"], "rl": []}[objective]
+    # a row is a whole conversation whose last message is the answer, or a prompt and its answers; both become turns
+    whole = "messages" in row and objective != "dpo"
+    need(whole or {"prompt", *fields} <= row.keys(), f"a row of {objective} must have "
+         f"{'' if objective == 'dpo' else 'messages, or '}{', '.join(['prompt', *fields])}", list(row))
+    turns = row["messages" if whole else "prompt"]
+    if isinstance(turns, str) and not whole:
+        turns = [{"role": "user", "content": turns}]
+    need(isinstance(turns, list) and turns,
+         f"{'messages must be' if whole else 'prompt must be a string or'} a list of messages", turns)
+    if not whole:
+        turns = turns + [{"role": "assistant", "content": row[field]} for field in fields]
+    for turn in turns:
+        need(isinstance(turn, dict) and {"role", "content"} <= turn.keys(), "a message must have role, content", turn)
+        need(turn["role"] in ROLES, f"role must be one of {', '.join(ROLES)}", turn["role"])
+        need(isinstance(turn["content"], str), "content must be a string", turn["content"])
+        need(turn["role"] != "assistant" or turn["content"].strip(), "an answer must not be empty", turn["content"])
+    prompt_length = len(turns) - (1 if whole else len(fields))
+    prompt, answers = turns[:prompt_length], [turn["content"] for turn in turns[prompt_length:]]
+    need(not whole or turns[-1]["role"] == "assistant", "the last message must be the assistant's", turns[-1]["role"])
+    need(whole or prompt[-1]["role"] != "assistant", "a prompt must not end with the assistant's message", prompt[-1])
+    need(len(set(answers)) == len(answers), "chosen and rejected must differ", answers)
+    return prompt, [] if objective == "rl" else answers
+
+
+def pack(lengths, size: int, num_open: int = 16) -> list[list[int]]:
+    """Items -> rows of `size` places: the first of the newest `num_open` rows where an item fits, or a new one.
+    lengths[i]: the item's length on every side of a row, at most size; it must fit on all.
+
+    >>> pack([[6], [5], [4], [3]], 10)
+    [[0, 2], [1, 3]]
+    """
+    rows, space = [], []
+    for item, length in enumerate(lengths):
+        for row in range(max(0, len(rows) - num_open), len(rows)):
+            if all(free >= n for free, n in zip(space[row], length, strict=True)):
+                break
+        else:
+            row = len(rows)
+            rows.append([])
+            space.append([size] * len(length))
+        rows[row].append(item)
+        space[row] = [free - n for free, n in zip(space[row], length, strict=True)]
+    return rows
+
+
+class Examples(Batches):
+    """A fine-tuning file, a .jsonl, as windows of seq_len tokens. Every line is checked at the start. Raises DataError,
+    FILE:LINE.
+
+    sft   {"messages": [{"role", "content"}, ...]} or {"prompt", "answer"}. A window holds whole conversations, packed;
+          targets are the answers' tokens, else NO_TARGET; count: how many targets a batch has.
+    dpo   {"prompt", "chosen", "rejected"}. Window 2 u holds chosen answers, window 2 u + 1 the rejected ones of the
+          same prompts, document by document; they come together. count: pairs; window (B,): numbers of the windows.
+    rl    {"prompt"}, or a row of sft, whose last answer is not used. A batch is a list of (ids of the prompt, row).
+
+    A prompt is a str or a list of messages. "split" says train or val; else the hash of the prompt's text decides. What
+    does not fit into a window is cut at its end. documents: 1, 2, ... in a window, the padding last; num_documents: the
+    largest of these, so a table by id has num_documents + 1 columns.
+    """
+
+    def __init__(self, path, tokenizer, *, objective: str, **layout):
+        super().__init__(path, **layout)
+        need(objective in ("sft", "dpo", "rl"), "objective must be sft, dpo or rl", objective)
+        self.objective, self.tokenizer = objective, tokenizer
+        self.rows_together = 2 if objective == "dpo" else 1             # windows that keep together in any order
+        try:
+            content = self.path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        examples, dropped, splits = [], Counter(), {"train": [], "val": []}
+        for number, line in enumerate(content.splitlines(), 1):
+            try:
+                if line.strip():
+                    row = json.loads(line)
+                    prompt, answers = conversation(row, objective)
+                    text = "".join(message["content"] for message in prompt)
+                    if sides := self.encode(prompt, answers, dropped):
+                        examples.append((row, text, sides))
+            except (ValueError, RecursionError) as error:
+                rule = error if isinstance(error, DataError) else f"a row must be JSON, got {line!r:.80}"
+                raise DataError(f"{path}:{number}: {rule}") from None
+        val = held_out({text for row, text, _ in examples if "split" not in row}, 0.05)
+        for row, text, sides in examples:
+            splits[row.get("split", "val" if text in val else "train")].append((row, sides))
+        self.examples = splits[self.split]
+        if not self.examples and self.split == "train":
+            raise DataError(f"{path}: must hold rows of the {self.split} split for {objective}, "
+                            f"it has {len(examples)} rows in all, dropped: {dict(dropped)}")
+        key = hashlib.sha256(content).hexdigest(), tokenizer.sha256, objective, self.seq_len
+        self.manifest = {
+            "sources": [str(path)], "knowledge_cutoff": None, "dropped": dict(dropped),
+            "fingerprint": hashlib.sha256(repr(key).encode()).hexdigest(),
+            "splits": {name: {"documents": len(rows), "tokens": sum(len(ids) for _, sides in rows for ids, _ in sides),
+                              "bytes": sum(len(tokenizer.bytes[i]) for _, sides in rows for _, targets in sides
+                                           for i in targets.tolist() if i != NO_TARGET)}
+                       for name, rows in splits.items()}}
+        # n tokens are n - 1 inputs and, one later, n - 1 targets
+        self.rows = pack([[len(ids) - 1 for ids, _ in sides] for _, sides in self.examples], self.seq_len)
+        self.num_windows = len(self.examples) if objective == "rl" else len(self.rows) * self.rows_together
+        self.num_documents = max(map(len, self.rows), default=0) + 1
+        self.reference = None        # dpo: (num_windows, num_documents + 1) nll of each answer under the starting model
+
+    def encode(self, prompt: list[dict], answers: list[str], dropped: Counter):
+        """-> for every answer (or, for rl, for the prompt) its ids and targets, (2, n) int32, n <= T + 1: a target is
+        the id itself or NO_TARGET. None if it is dropped."""
+        opening, _ = encode_chat(self.tokenizer, prompt, reply=True)
+        if self.objective == "rl":
+            if self.seq_len - len(opening) < self.seq_len / 4:
+                dropped["prompt leaves less than seq_len / 4"] += 1
+                return None
+            return [np.array([opening, [NO_TARGET] * len(opening)], np.int32)]
+        sides, size = [], self.seq_len + 1
+        for answer in answers:
+            ids, is_answer = encode_chat(self.tokenizer, [*prompt, {"role": "assistant", "content": answer}])
+            if self.objective == "dpo":                       # earlier answers of a conversation are part of its prompt
+                is_answer[:len(opening)] = [False] * len(opening)
+            sides.append(np.array([ids, np.where(is_answer, ids, NO_TARGET)], np.int32))
+        if any((targets[:size] == NO_TARGET).all() for _, targets in sides):
+            dropped["answer cut to nothing"] += 1
+            return None
+        if any(targets.size > size for _, targets in sides):
+            dropped["tail cut"] += 1
+        return [side[:, :size] for side in sides]
+
+    def read(self, window: np.ndarray):
+        """The windows of these numbers (B,): a dict of (B, T) int64 tensors and count; for rl a list."""
+        if self.objective == "rl":
+            return [(self.examples[w][1][0][0].tolist(), self.examples[w][0]) for w in window]
+        pad = mark_id(self.tokenizer, "{pad}")
+        tokens = np.full((len(window), self.seq_len), self.tokenizer.eos_id if pad is None else pad)
+        targets, documents = np.full_like(tokens, NO_TARGET), np.zeros_like(tokens)
+        for b, (row, side) in enumerate(zip(*np.divmod(window, self.rows_together), strict=True)):
+            start = 0
+            for number, item in enumerate(self.rows[row], 1):
+                ids, answer = self.examples[item][1][side]
+                end = start + len(ids) - 1
+                tokens[b, start:end], targets[b, start:end], documents[b, start:end] = ids[:-1], answer[1:], number
+                start = end
+            documents[b, start:] = len(self.rows[row]) + 1
+        batch = {"tokens": tokens, "targets": targets, "documents": documents}
+        if self.objective == "dpo":
+            batch |= {"window": window, "count": np.array(sum(len(self.rows[w // 2]) for w in window if w % 2 == 0))}
+            if self.reference is not None:
+                batch["reference"] = self.reference[window]
+        else:
+            batch |= {"count": np.array((targets != NO_TARGET).sum())}
+        return {name: torch.as_tensor(value) for name, value in batch.items()}
+
+
+def rows_of(prompts, answers) -> dict:
+    """Prompts and their answers, lists of ids -> dict(tokens, targets), (B, T) int64, one row each, as long as the
+    longest needs. Targets are the answers' ids, NO_TARGET elsewhere. Padding comes last: causal attention needs no mask
+    for it."""
+    T = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, answers, strict=True)) - 1
+    tokens, targets = torch.zeros(len(prompts), T, dtype=torch.int64), torch.full((len(prompts), T), NO_TARGET)
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        end = len(prompt) + len(answer) - 1
+        tokens[row, :end] = torch.tensor((prompt + answer)[:-1])
+        targets[row, len(prompt) - 1:end] = torch.tensor(answer, dtype=torch.int64)
+    return {"tokens": tokens, "targets": targets}
+
+
+# ---- rewards ---------------------------------------------------------------------------------------------------------
+
+def parses(row: dict, answer: str) -> float:
+    """1.0 if the answer is Python and holds exactly one function at its top level, else 0.0."""
+    try:
+        body = parse_python(answer).body
+    except NOT_PYTHON:
+        return 0.0
+    return float(sum(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for node in body) == 1)
+
+
+def follows_format(row: dict, answer: str) -> float:
+    """1.0 if the answer to a prompt of instructions() looks like what was asked for, else 0.0; nan: another prompt."""
+    prompt, _ = conversation(row, "rl")
+    text = prompt[-1]["content"] if prompt else ""
+    if text.startswith(WRITE_DOCSTRING):
+        quoted = answer.startswith('"""') and answer.endswith('"""')
+        return float(quoted and bool(answer.strip('"').strip()))
+    return float(answer.startswith(("def ", "async def ", "@"))) if text.startswith(WRITE_FUNCTION) else math.nan
+
+
+REWARDS = {"parses": parses, "format": follows_format}       # f(row of the file, answer) -> a number
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+@functools.cache                                             # a file of rewards is run once
+def find_reward(name: str):
+    """A function of REWARDS by its name, or FILE:FUNCTION from a Python file. Raises DataError."""
+    if name in REWARDS:
+        return REWARDS[name]
+    file, _, function = name.rpartition(":")
+    if not Path(file).is_file():
+        raise DataError(f"reward must be {', '.join(REWARDS)} or FILE:FUNCTION with a file that exists, got {name!r}")
+    try:
+        found = runpy.run_path(file).get(function)
+    except (Exception, SystemExit) as error:
+        raise DataError(f"{file}: raised while it was loaded ({one_line(error)})") from None
+    if not callable(found):
+        raise DataError(f"{file}: must hold a function named {function}, it does not")
+    return found
+
+
+def call_reward(reward, row: dict, answer: str) -> float:
+    """reward(row, answer), checked: a finite number; nan from follows_format alone. Raises DataError."""
+    name = getattr(reward, "__name__", reward)
+    try:
+        value = reward(row, answer)
+    except Exception as error:
+        raise DataError(f"reward {name} must give a finite number, it raised {one_line(error)}") from None
+    if not isinstance(value, numbers.Real) or not (math.isfinite(value) or reward is follows_format):
+        raise DataError(f"reward {name} must give a finite number, got {value!r:.80}")
+    return float(value)
+
+
+# ---- what a model cannot know ----------------------------------------------------------------------------------------
+
+# functions and classes of newer Pythons: 3.12, 3.13, 3.14 ("What's New" of each, docs.python.org)
+NEWER_NAMES = """itertools.batched calendar.Month calendar.Day math.sumprod inspect.markcoroutinefunction
+    threading.setprofile_all_threads random.binomialvariate statistics.kde pathlib.UnsupportedOperation copy.replace
+    queue.ShutDown warnings.deprecated os.process_cpu_count base64.z85encode glob.translate mimetypes.guess_file_type
+    types.CapsuleType typing.ReadOnly typing.TypeIs statistics.kde_random heapq.heappush_max functools.Placeholder
+    operator.is_none io.Reader os.reload_environ uuid.uuid7 asyncio.capture_call_graph pdb.set_default_backend
+    inspect.ispackage""".split()
+
+
+def names_before_and_after() -> dict:
+    """{"known": [(module, name), ...], "new": ...}: functions and classes of this Python's library, and of a later one.
+    A model that read this library has met the first; it cannot have met the second."""
+    found = {"known": [], "new": []}
+    for place, name in (each.split(".") for each in NEWER_NAMES):
+        module = importlib.import_module(place)
+        if not hasattr(module, name):
+            found["new"].append((place, name))
+            names = getattr(module, "__all__", dir(module))
+            names = [n for n in names if n[0] != "_" and len(n) > 3 and callable(getattr(module, n))]
+            found["known"] += [(place, n) for n in names[::max(1, len(names) // 3)][:3]]        # three of the module's
+    return {kind: sorted(set(names)) for kind, names in found.items()}
+
+
+def imported_module(text: str) -> str | None:
+    """The top-level module that an import statement names, whose keyword stands before `text`."""
+    match = re.match(r" ([A-Za-z_]\w*)", text)
+    return match and match[1]
+
+
+def longest_copy(text: bytes, corpus: bytes) -> bytes:
+    """The longest part of `text` that occurs in `corpus`."""
+    best, start = b"", 0
+    while start + len(best) < len(text):
+        if text[start:start + len(best) + 1] in corpus:                       # one more byte, or else one place later
+            best = text[start:start + len(best) + 1]
+        else:
+            start += 1
+    return best
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -1413,14 +1850,20 @@ def demo():
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description="Prepare text for training: tokenizer, token shards, manifest.")
+    parser = argparse.ArgumentParser(description="Prepare text for training: tokenizer, token shards, manifest. "
+                                     "With the word instructions first: a fine-tuning file from Python functions.")
     parser.add_argument("sources", nargs="+", help="files, folders, globs (.txt, .md, .py, .jsonl), or the word stdlib")
-    parser.add_argument("--out", help="folder to make (default: under data/)")
+    parser.add_argument("--out", help="folder to make (default: under data/); the .jsonl of instructions "
+                                      "(default data/instructions.jsonl)")
     parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the tokenizer (default 2048)")
     parser.add_argument("--val-fraction", type=float, default=0.05, help="share of documents held out (default 0.05)")
     args = parser.parse_args(argv)
     try:
-        print(prepare(args.sources, args.out, args.vocab_size, val_fraction=args.val_fraction, log=print))
+        if args.sources[0] == "instructions" and args.sources[1:]:
+            out = args.out or "data/instructions.jsonl"
+            print(f"{out}: {instructions(args.sources[1:], out, val_fraction=args.val_fraction)}")
+        else:
+            print(prepare(args.sources, args.out, args.vocab_size, val_fraction=args.val_fraction, log=print))
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2

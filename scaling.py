@@ -369,9 +369,9 @@ def holdout(runs, k: int, *, times=200) -> dict:
     law, isoflop = fit_parametric(known, times=times, predict=losses), fit_isoflop(known, times=times, predict=sizes)
     for v in hidden:
         for what, measured, fit, predict in (("loss", v.loss, law, losses), ("N_opt", v.N, isoflop, sizes)):
-            low, high = (fit["intervals"] or {}).get(v.C) or (None, None)
-            rows.append({"what": what, "C": v.C, "ahead": v.C / fitted_to, "predicted": predict(fit)[v.C], "low": low,
-                         "high": high, "measured": measured})
+            interval = (fit["intervals"] or {}).get(v.C) or (None, None)
+            rows.append({"what": what, "C": v.C, "ahead": v.C / fitted_to, "predicted": predict(fit)[v.C],
+                         "low": interval[0], "high": interval[1], "measured": measured})
     if not rows:
         raise BadInput("holdout must be of budgets with 3 or more sizes and the best inside, got none")
     return {"fitted_to": fitted_to, "rows": rows}
@@ -1246,8 +1246,8 @@ def report(runs, results):
         print(f"isoflop: an exponent from fewer than 4 vertices is hardly known, here are {len(fit['points'])}")
     fits = {name: fit for name, fit in results.items() if fit and "a" in fit}
     for one, other in itertools.combinations([name for name, fit in fits.items() if fit["intervals"]], 2):
-        (low, high), (other_low, other_high) = (fits[name]["intervals"]["a"] for name in (one, other))
-        if high < other_low or other_high < low:
+        (start, end), (other_start, other_end) = (fits[name]["intervals"]["a"] for name in (one, other))
+        if end < other_start or other_end < start:
             print(f"{one} and {other} disagree: their intervals of a do not overlap")
     best = {name: (fit["k_N"] * C.max() ** fit["a"], fit["k_D"] * C.max() ** fit["b"]) for name, fit in fits.items()}
     print("\n" + columns((f"C = {C.max():.3g} FLOPs", "N_opt", "D_opt", "D/N"),

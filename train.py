@@ -9,8 +9,15 @@
     python train.py --objective sft --init-from out/tiny --data data/instructions.jsonl --out out/sft
 
 Pre-training is one loop, and textbook_loop() below is all of it, for one rank. The rest of the file is the same loop on
-many ranks, with runs that survive being killed. The stages after pre-training (sft, dpo, rl: finetune.py) run through
-the same loop: all follow the gradient of sum_t w_t nll_t / N, and only the tokens' weights w_t differ.
+many ranks, with runs that survive being killed. Training goes on in stages, each with the weights of the one before:
+
+    pretrain   predict the next token of text           a base model: it continues
+    sft        ... of answers, after their prompts      it answers, in the form that it was shown
+    dpo        prefer the chosen answer of a pair       it answers as people, or a judge, like it better
+    rl         sample answers, reward the good ones     it gets what the reward pays for
+
+All four follow the gradient of sum_t w_t nll_t / N, and only the tokens' weights w_t differ ("four objectives, one
+loss", below).
 
 train_step() does one step, and its comments are numbered: 1. count targets, 2. forward and backward, 3. sum gradients,
 4. one all-reduce of norm and loss, 5. skip the update if they are not finite, 6. else clip and update with AdamW:
@@ -25,8 +32,9 @@ and SIGTERM, which save first, and after kill -9, from the last checkpoint.
     out/RUN/   config.json   metrics.jsonl   card.md   tokenizer.model   checkpoints/step-00000400/...
 
 Exit codes: 0 done, or stopped and saved; 2 bad input; 3 diverged; 1 anything else.
-Source: AdamW (Loshchilov 2019, arXiv:1711.05101).
-Map: textbook loop - configs - step - evaluate - build - the run: here a first reading ends. Then what
+Source: AdamW (Loshchilov 2019, arXiv:1711.05101); SFT and RLHF (Ouyang 2022, 2203.02155); DPO (Rafailov 2023,
+2305.18290); RLAIF (Bai 2022, 2212.08073).
+Map: textbook loop - configs - four objectives - step - evaluate - build - the run: here a first reading ends. Then what
 asks for a run and what uses it: the bill - chat, pairs, probe, export - command line - ranks, main.
 """
 
@@ -54,7 +62,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import data
-import finetune
 import flash_attn
 import model as net
 import parallel
@@ -72,7 +79,7 @@ def textbook_loop(c: "Config", loader, dtype=torch.float32):
     for step in range(c.steps):
         batch = next(loader)                                         # data.py: the same global batch on any ranks
         logits = model(batch["tokens"], documents=batch["documents"])        # flash_attn.py: no T x T matrix of scores
-        loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(),    # finetune.py: weights of targets
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(),
                                ignore_index=data.NO_TARGET)          # model.py: never all logits at once
         loss.backward()                                              # parallel.py: in micro-batches, stages, over ranks
         norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
@@ -278,16 +285,68 @@ def bad_input():
         raise BadInput(str(error)) from error
 
 
-# ---- rows of a fine-tuning file --------------------------------------------------------------------------------------
+# ---- four objectives, one loss ---------------------------------------------------------------------------------------
+#
+# Every stage of training follows the gradient of sum_t w_t nll_t / N, with w held fixed. Only the weights differ, so
+# there is one way through tp, pp and ZeRO:
+#
+#     pretrain   w = 1                                                                             N = targets
+#     sft        w = 1 on the answer; a prompt has no targets                                      N = targets
+#     dpo        w = beta sigmoid(-margin) on the chosen answer, minus that on the rejected one    N = pairs
+#     rl         w = advantage - kl_coef x the sum of log p/p_start from this token on             N = answers
+#
+# rl samples, so each of its ranks has the whole model. Its baseline is the mean reward of a group of G answers to one
+# prompt. The answer itself is among them, so the expected gradient is smaller by the factor 1 - 1/G.
 
-class Examples(finetune.Examples, data.Batches):
-    """Batches of a fine-tuning file: finetune.Examples reads rows and makes windows, data.Batches gives them a permuted
-    order, a position and a state."""
 
-    def __init__(self, path, tokenizer, *, objective: str, **layout):
-        data.Batches.__init__(self, path, **layout)
-        super().__init__(path, tokenizer, objective=objective, seq_len=self.seq_len, split=self.split,
-                         hold_out=functools.partial(data.held_out, val_fraction=0.05))
+def dpo_loss(log_ratio_chosen, log_ratio_rejected, beta):
+    """DPO as on the board (eq. 7). log_ratio (pairs,): log p/p_start of each answer, with its gradient."""
+    return -F.logsigmoid(beta * (log_ratio_chosen - log_ratio_rejected)).mean()
+
+
+def reinforce_loss(log_p, advantage):
+    """The policy gradient as on the board. log_p (answers,): log-probability of each answer, with its gradient."""
+    return -(advantage * log_p).mean()
+
+
+# The same gradients, as weights of tokens. A function takes (batch, nll (B, T), config) and returns two things: the
+# weights (B, T), and a tensor of three sums over the batch, the loss and two statistics (named in OBJECTIVES). nll
+# comes from a pass without gradient.
+
+def preference(batch, nll, c: Config):
+    """DPO (Rafailov 2023, arXiv:2305.18290, eq. 7). Rows 2u and 2u + 1 hold the chosen and the rejected answers to the
+    same prompts. documents (B, T): the number, from 1, of the answer that a token belongs to. reference (B, documents):
+    nll of each answer under the starting model, at its number."""
+    answer, documents = batch["targets"] >= 0, batch["documents"]
+    zeros = torch.zeros_like(batch["reference"])
+
+    def per_answer(x):                                          # sums of an answer's tokens: (B, T) -> (B, documents)
+        return zeros.scatter_add(1, documents, (x * answer).to(zeros.dtype))
+
+    # margin = beta (log p/p_start (chosen) - log p/p_start (rejected))                        (B/2, documents)
+    log_ratio = batch["reference"] - per_answer(nll)
+    margin = c.beta * (log_ratio[0::2] - log_ratio[1::2])
+    # loss = -log sigmoid(margin), whose derivative by a chosen token's nll is beta sigmoid(-margin)
+    w = c.beta * torch.sigmoid(-margin)
+    of_answer = torch.stack((w, -w), dim=1).flatten(0, 1)      # (B, documents): row 2u has w, row 2u + 1 has -w
+    weights = of_answer.gather(1, documents) * answer          # to the answer's tokens: (B, T)
+    is_pair = per_answer(torch.ones_like(nll))[0::2] > 0       # column 0 and the padding have no target
+    sums = [x[is_pair].double().sum() for x in (F.softplus(-margin), margin > 0, margin)]
+    return weights.to(nll.dtype), torch.stack(sums)
+
+
+def policy_gradient(batch, nll, c: Config):
+    """REINFORCE (Williams 1992) with the baseline of GRPO (arXiv:2402.03300), Rollouts' advantage. The sum of
+    log p - log p_start over an answer is, on average, KL(p, p_start). A token changes itself and the tokens after it,
+    so its weight has the price of those, and not of the tokens before it."""
+    answer = batch["targets"] >= 0
+    log_ratio = (batch["reference"] - nll) * answer
+    to_come = log_ratio.flip(1).cumsum(1).flip(1)                              # to_come[t] = sum_{s >= t} log_ratio[s]
+    weights = (batch["advantage"][:, None] - c.kl_coef * to_come).to(nll.dtype) * answer
+    return weights, torch.stack([x.double().sum() for x in (weights * nll, batch["reward"], log_ratio)])
+
+
+OBJECTIVES = {"dpo": (preference, ("accuracy", "margin")), "rl": (policy_gradient, ("reward", "kl"))}
 
 
 def windows_together(c: Config) -> int:
@@ -297,6 +356,37 @@ def windows_together(c: Config) -> int:
 
 def whole_on_each_rank(c: Config, world: parallel.World) -> bool:
     return c.tp == c.pp == 1 and (c.zero < 3 or world.mesh.dp == 1)
+
+
+class Rollouts:
+    """The loader of reinforcement learning: answers that the model samples as it is now, and what they are worth.
+
+    A batch is dict(tokens, targets, advantage, reward, count, reference). An answer depends on (seed, its number, the
+    weights) alone. prompts: data.Examples. start: the starting model.
+    """
+
+    def __init__(self, prompts, gpt, start, c: Config):
+        self.prompts, self.gpt, self.start, self.reward = prompts, gpt, start, data.find_reward(c.reward)
+        self.c = dataclasses.replace(c, temperature=1.0, top_k=0, top_p=1.0)                        # the model itself
+
+    def __next__(self) -> dict:
+        c, tokenizer = self.c, self.prompts.tokenizer
+        # the number of this rank's first answer, before next() moves the position
+        first = (self.prompts.position + self.prompts.dp_rank * self.prompts.micro_batch_size) * c.group_size
+        questions = [question for question in next(self.prompts) for _ in range(c.group_size)]
+        prompts = [ids for ids, _ in questions]
+        answers = sample_answers(self.gpt, tokenizer, prompts, c, range(first, first + len(prompts)), c.answer_tokens)
+        rewards = [data.call_reward(self.reward, row, tokenizer.decode(ids))
+                   for (_, row), ids in zip(questions, answers, strict=True)]
+        if math.isnan(sum(rewards)):
+            raise data.DataError(f"reward must say something of every prompt, {c.reward} does not")
+        # advantage = (reward - mean of its group) / spread of its group; in float64: equal rewards give 0
+        rewards = torch.tensor(rewards, dtype=torch.float64).view(-1, c.group_size)
+        advantage = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+        batch = data.rows_of(prompts, answers) | {"reward": rewards.flatten(), "advantage": advantage.flatten(),
+                                                  "count": torch.tensor(rewards.numel())}
+        batch["reference"] = nll_of(self.start, batch)
+        return batch
 
 
 # ---- a step ----------------------------------------------------------------------------------------------------------
@@ -320,7 +410,7 @@ def train_step(model: "Model", optimizer, loader, step: int, c: Config, world: p
     N = parallel.all_reduce(sum(b["count"] if "count" in b else (b["targets"] >= 0).sum() for b in batches),
                             world.mesh.dp_group)
     on_phase(step, "forward_backward")
-    weigh, names = finetune.OBJECTIVES.get(c.objective, (None, ()))
+    weigh, names = OBJECTIVES.get(c.objective, (None, ()))
     if weigh:
         loss_and_statistics = []
         with torch.no_grad():
@@ -414,7 +504,7 @@ def evaluate(model: "Model", loader, c: Config, world: parallel.World, asked=())
     total = torch.zeros(4, dtype=torch.float64, device=world.device)
     for batch, nll in forward_passes(model, loader, windows_evaluated(loader, c), c, world, asked):
         if c.objective == "dpo":
-            total += torch.cat([batch["count"][None], finetune.preference(batch, nll, c)[1]])
+            total += torch.cat([batch["count"][None], preference(batch, nll, c)[1]])
         else:
             is_target = batch["targets"] >= 0
             text = token_bytes[batch["targets"].clamp(min=0)] * is_target
@@ -431,14 +521,14 @@ def evaluate(model: "Model", loader, c: Config, world: parallel.World, asked=())
 def reward_of_answers(model: "Model", prompts, c: Config, world: parallel.World) -> float:
     """Mean reward of an answer to each of 64 held-out prompts, those for which the reward says something; nan if there
     are none. Every rank must have the whole model."""
-    reward, total = finetune.find_reward(c.reward), torch.zeros(2, dtype=torch.float64, device=world.device)
+    reward, total = data.find_reward(c.reward), torch.zeros(2, dtype=torch.float64, device=world.device)
     places = range(world.rank, min(64, prompts.num_windows), world.size)
     if places:
         questions = prompts.batch(places)
         answers = sample_answers(model.chunks[0], prompts.tokenizer, [ids for ids, _ in questions], c, places,
                                  c.answer_tokens if c.objective == "rl" else c.max_new_tokens)
         for (_, row), ids in zip(questions, answers, strict=True):
-            value = finetune.call_reward(reward, row, prompts.tokenizer.decode(ids))
+            value = data.call_reward(reward, row, prompts.tokenizer.decode(ids))
             if not math.isnan(value):
                 total += torch.tensor([value, 1.0], device=world.device)
     value, count = world.sum(total).tolist()
@@ -734,10 +824,10 @@ def open_data(c: Config, world: parallel.World):
         path = world.first(prepare)
         loader, val = data.Loader(path, **shape, **ranks), data.Loader(path, **shape, split="val")
     else:
-        finetune.find_reward(c.reward)
+        data.find_reward(c.reward)
         if c.objective == "rl":
             shape["micro_batch_size"] //= c.group_size                                                       # prompts
-        examples = functools.partial(Examples, c.data, tokenizer, objective=c.objective, **shape)
+        examples = functools.partial(data.Examples, c.data, tokenizer, objective=c.objective, **shape)
         loader, val = examples(**ranks), examples(split="val")
     if loader.tokenizer.vocab_size > c.vocab_size:
         raise BadInput(f"vocab_size must be at least the {loader.tokenizer.vocab_size} of {loader.path}, got "
@@ -855,7 +945,7 @@ class Run:
         loss shows what is forgotten, dpo's reference, rl's answers."""
         c, tokenizer = self.c, self.loader.tokenizer
         if whole_on_each_rank(c, self.world):
-            self.prompts = Examples(c.data, tokenizer, objective="rl", micro_batch_size=1, seq_len=c.seq_len,
+            self.prompts = data.Examples(c.data, tokenizer, objective="rl", micro_batch_size=1, seq_len=c.seq_len,
                                          split="val")
         text = self.parent_card.get("text")
         if text and self.world.first(lambda: Path(text, "manifest.json").exists()):
@@ -864,7 +954,7 @@ class Run:
                 self.pretraining_val = val
         if c.objective == "rl":
             start = make_stage(c, self.world.device, read=read_start)
-            self.batches = make_rollouts(self.loader, self.model.chunks[0], start, c)
+            self.batches = Rollouts(self.loader, self.model.chunks[0], start, c)
         if c.objective == "dpo":
             folder = self.folder / "reference"
             if self.saved is None:                             # the weights are those of the start: the run begins here
@@ -1155,7 +1245,7 @@ def sample_answers(gpt, tokenizer, prompts, c: Config, numbers, most: int) -> li
     among them if it came. An answer's random numbers depend on c.seed and its number."""
     device, lengths = next(gpt.parameters()).device, [len(prompt) for prompt in prompts]
     tokens = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts], device=device)
-    stop = finetune.end_of_turn(tokenizer) if c.objective != "pretrain" else tokenizer.eos_id
+    stop = data.end_of_turn(tokenizer) if c.objective != "pretrain" else tokenizer.eos_id
     # a length that grows by one would be compiled again and again
     eager = torch.compiler.set_stance("force_eager") if compiles(c, device) else contextlib.nullcontext()
     with eager:
@@ -1167,13 +1257,6 @@ def sample_answers(gpt, tokenizer, prompts, c: Config, numbers, most: int) -> li
         answer = row[length:length + most]
         answers.append(answer[:answer.index(stop) + 1] if stop in answer else answer)
     return answers
-
-
-def make_rollouts(prompts, gpt, start, c: Config) -> finetune.Rollouts:
-    """rl's batches: answers of the model as it is, at temperature 1."""
-    as_is = dataclasses.replace(c, temperature=1.0, top_k=0, top_p=1.0)
-    sample = lambda ids, numbers: sample_answers(gpt, prompts.tokenizer, ids, as_is, numbers, c.answer_tokens)
-    return finetune.Rollouts(prompts, prompts.tokenizer, sample, start, c)
 
 
 def continuation(gpt, tokenizer, prompt, c: Config, number: int = 0) -> str:
@@ -1204,7 +1287,7 @@ def use(c: Config, world: parallel.World) -> int:
     if c.export is not None:
         try:
             ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
-            template = finetune.chat_template(tokenizer) if saved.objective != "pretrain" else None
+            template = data.chat_template(tokenizer) if saved.objective != "pretrain" else None
             data.export_folder(c.export, net.config_to_hf(saved.model, **ids),
                                net.hf_tensors(saved.model, reader.read), tokenizer, chat_template=template)
         except (OSError, ValueError) as error:
@@ -1227,16 +1310,71 @@ def use(c: Config, world: parallel.World) -> int:
     if c.sample is not None:
         is_base = saved.objective == "pretrain"
         ids = ([data.first_id(tokenizer)] + tokenizer.encode(c.sample) if is_base else
-               finetune.encode_chat(tokenizer, [{"role": "user", "content": c.sample}], reply=True)[0])
+               data.encode_chat(tokenizer, [{"role": "user", "content": c.sample}], reply=True)[0])
         print(c.sample * is_base + continuation(gpt, tokenizer, ids, saved))
     if c.chat:
-        finetune.chat(tokenizer, lambda ids, number: continuation(gpt, tokenizer, ids, saved, number),
-                      saved.seq_len - saved.seq_len // 4)
+        chat(gpt, tokenizer, saved)
     if c.pairs is not None:
         write_pairs(gpt, tokenizer, saved, c, world)
     if c.probe:
         probe(reader, tokenizer, saved, world)
     return 0
+
+
+def chat(gpt, tokenizer, c: Config):
+    """A conversation on the terminal: each line is a message. When it is too long, its oldest messages are
+    forgotten, but for the last one."""
+    messages = []
+    while True:
+        try:
+            messages.append({"role": "user", "content": input("> " if sys.stdin.isatty() else "")})
+        except EOFError:
+            return
+        while (len(ids := data.encode_chat(tokenizer, messages, reply=True)[0]) > c.seq_len - c.seq_len // 4
+               and len(messages) > 1):
+            del messages[:2]
+        answer = continuation(gpt, tokenizer, ids, c, len(messages) - 1)
+        print(answer, flush=True)
+        messages.append({"role": "assistant", "content": answer})
+
+
+@torch.no_grad()
+def nll_of(gpt, batch) -> torch.Tensor:
+    """nats of each target (B, T) of a batch under a model, on the model's device; 0 where there is no target."""
+    device = next(gpt.parameters()).device
+    return gpt(batch["tokens"].to(device), batch["targets"].to(device))[1]
+
+
+def nll_per_token(gpt, prompts, answers) -> torch.Tensor:
+    """(n,) nats per token of each answer to its prompt, lists of ids."""
+    batch = data.rows_of(prompts, answers)
+    nll = nll_of(gpt, batch).cpu()
+    return nll.sum(1) / (batch["targets"] >= 0).sum(1).clamp(min=1)
+
+
+def preference_rows(prompts: data.Examples, sample, judge=None, most: int = 1200, batch_size: int = 64):
+    """Yields a row of dpo for each prompt, or None where its two answers are equal or one is empty. Without a judge the
+    row's own answer is chosen over a sampled one. With one (RLAIF: feedback from another model), two answers are
+    sampled, and chosen is the one that the judge, a model of the same tokenizer, finds more probable per token.
+
+    sample(prompts, numbers) -> answers, lists of ids. most: prompts that are answered. Raises data.DataError.
+    """
+    decode, split = prompts.tokenizer.decode, prompts.split
+    for first in range(0, min(prompts.num_windows, most), batch_size):
+        places = range(first, min(first + batch_size, prompts.num_windows, most))
+        ids, rows = zip(*prompts.batch(places), strict=True)
+        if judge is None:
+            real = [data.conversation(row, "sft")[1][0] for row in rows]                    # DataError if it has none
+            pairs = zip(real, map(decode, sample(ids, [f"{split}/{place}/0" for place in places])), strict=True)
+        else:
+            a, b = (sample(ids, [f"{split}/{place}/{side}" for place in places]) for side in (0, 1))
+            a_is_better = nll_per_token(judge, ids, a) < nll_per_token(judge, ids, b)
+            pairs = ((decode(x), decode(y)) if better else (decode(y), decode(x))
+                     for x, y, better in zip(a, b, a_is_better, strict=True))
+        for row, (chosen, rejected) in zip(rows, pairs, strict=True):
+            differ = chosen != rejected and chosen.strip() and rejected.strip()
+            yield {"prompt": data.conversation(row, "rl")[0], "chosen": chosen, "rejected": rejected,
+                   "split": split} if differ else None
 
 
 def write_pairs(gpt, tokenizer, saved: Config, c: Config, world: parallel.World):
@@ -1260,9 +1398,9 @@ def write_pairs(gpt, tokenizer, saved: Config, c: Config, world: parallel.World)
     sample = lambda prompts, numbers: sample_answers(gpt, tokenizer, prompts, saved, numbers, saved.max_new_tokens)
     lines, answered = [], 0
     for split in ("train", "val"):
-        prompts = Examples(saved.data, tokenizer, objective="rl", micro_batch_size=1, seq_len=saved.seq_len,
+        prompts = data.Examples(saved.data, tokenizer, objective="rl", micro_batch_size=1, seq_len=saved.seq_len,
                            split=split)
-        for row in finetune.preference_rows(prompts, sample, judge, c.max_pairs):
+        for row in preference_rows(prompts, sample, judge, c.max_pairs):
             lines += [json.dumps(row) + "\n"] if row else []
             answered += 1
             if answered % 640 == 0:
@@ -1272,21 +1410,49 @@ def write_pairs(gpt, tokenizer, saved: Config, c: Config, world: parallel.World)
 
 
 def probe(newest: data.Reader, tokenizer, c: Config, world: parallel.World):
-    """--probe: what the model in --out invents, cannot know, and copies, by finetune.probe."""
+    """--probe: how a language model is wrong, printed. It names modules that do not exist; of what is newer than its
+    text it knows nothing; and some of its text it repeats word for word."""
+    begin, card = data.first_id(tokenizer), newest.meta["card"]
+
     def ask(gpt, text, n, most, temperature):
         as_is = dataclasses.replace(c, objective="pretrain", temperature=temperature, top_k=0, top_p=1.0)
         answers = sample_answers(gpt, tokenizer, [[begin] + tokenizer.encode(text)] * n, as_is, range(n), most)
         return [tokenizer.decode(answer) for answer in answers]
 
-    begin, card, corpus, unseen = data.first_id(tokenizer), newest.meta["card"], b"", []
+    temperatures, openings = (0.3, 0.6, 1.0, 1.5), ('"""A module."""\n\nimport', '"""A module."""\n\nfrom')
+    print("share of imported modules that do not exist (128 samples)\n  temperature  "
+          + "".join(f"{t:>8}" for t in temperatures))
+    for folder in data.step_folders(newest.folder.parent):
+        reader = data.Reader(folder)
+        gpt = make_stage(c, world.device, read=reader.read)
+        shares = []
+        for temperature in temperatures:
+            texts = [text for opening in openings for text in ask(gpt, opening, 64, 8, temperature)]
+            names = [name for text in texts if (name := data.imported_module(text))]
+            shares.append(sum(name not in sys.stdlib_module_names for name in names) / max(1, len(names)))
+        print(f"  step {reader.meta['step']:>8}" + "".join(f"{share:8.1%}" for share in shares))
+
+    print(f"\nknowledge cutoff {card['knowledge_cutoff']}: names after `import MODULE`, nats per byte")
+    for kind, names in data.names_before_and_after().items():
+        if names:                                                          # a Python that has all of them knows of none
+            prompts = [[begin] + tokenizer.encode(f"import {module}\n\n{module}.") for module, _ in names]
+            answers = [tokenizer.encode(name) for _, name in names]
+            nll = nll_per_token(gpt, prompts, answers) * torch.tensor([len(ids) for ids in answers])
+            loss = (nll / torch.tensor([len(name) for _, name in names])).mean()
+            whose = "the library that it read" if kind == "known" else "newer Pythons"
+            print(f"  functions of {whose:<24} {loss:6.3f}")
+
     if card.get("text") and Path(card["text"], "manifest.json").exists():
         loaders = [data.Loader(card["text"], micro_batch_size=1, seq_len=c.seq_len, split=split)
                    for split in ("train", "val")]
         corpus = b"".join(tokenizer.bytes[i] for ids in loaders[0].shards for i in ids.tolist())
         unseen = [loaders[1].text(i + 1)[-400:] for i in range(min(8, loaders[1].num_windows))]
-    readers = map(data.Reader, sorted(newest.folder.parent.glob("step-*")))
-    models = ((reader.meta["step"], make_stage(c, world.device, read=reader.read)) for reader in readers)
-    finetune.probe(models, ask, tokenizer, begin, card["knowledge_cutoff"], corpus, unseen)
+        samples = [sample.encode("utf-8", "replace")[:400] for sample in ask(gpt, "", 8, 160, 1.0)]
+        print("\nlongest part that stands word for word in the training text, median and most, bytes of 400")
+        for name, parts in (("samples", samples), ("held-out text", unseen)):
+            copies = sorted((data.longest_copy(part, corpus) for part in parts), key=len)
+            print(f"  {name:<14} {len(copies[len(copies) // 2]):>4} {len(copies[-1]):>4}   "
+                  f"{copies[-1].decode('utf-8', 'replace')!r}")
 
 
 def quantize(model: Model, fmt: str, c: Config, world: parallel.World, fingerprint: str):
@@ -1585,7 +1751,7 @@ def run_command(argv) -> int:
     except data.SaveError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 1
-    except (BadInput, data.DataError, finetune.RowError) as error:
+    except (BadInput, data.DataError) as error:
         first, _, rest = str(error).partition(" ")
         flag = flag_of(first) if first in {f.name for f in fields(Config)} else first
         print(f"train.py: {flag} {rest}", file=sys.stderr)

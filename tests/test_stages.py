@@ -8,13 +8,13 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import data
-import finetune
 import train
 
 SHAPE = "--n-layer 4 --n-head 4 --n-kv-head 2 --n-embd 32 --n-ff 64 --seq-len 64 --vocab-size 512".split()
@@ -89,7 +89,7 @@ def staged(rank, n, argv, steps, dtype=torch.float64):
             each.reference = train.answers_nll(model, each, c, world)
     if c.objective == "rl":
         start = train.make_stage(c, world.device, read=read, dtype=dtype)
-        batches = train.make_rollouts(loader, model.chunks[0], start, c)
+        batches = train.Rollouts(loader, model.chunks[0], start, c)
     losses, scaler = [], train.precision.LossScaler(c.loss_scale) if c.precision == "fp16" else None
     for step in range(steps):
         loss, norm, _, statistics = train.train_step(model, optimizer, batches, step, c, world, scaler=scaler)
@@ -109,7 +109,7 @@ def log_p(gpt, batch):
 
 def sft_loss(gpt, start, batch, c):
     logits = gpt(batch["tokens"], documents=batch["documents"])
-    return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=finetune.NO_TARGET), []
+    return F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), ignore_index=data.NO_TARGET), []
 
 
 def dpo_loss(gpt, start, batch, c):
@@ -141,6 +141,28 @@ def rl_loss(gpt, start, batch, c):
     return loss / len(advantage), [rewards.mean().item(), log_ratio.sum().item() / len(advantage)]
 
 
+def test_weighted_cross_entropy_has_the_gradients_of_the_losses_on_the_board():
+    torch.manual_seed(0)
+    B, T, V, c = 6, 12, 17, SimpleNamespace(beta=0.3, kl_coef=0.0)
+    logits = torch.randn(B, T, V, dtype=torch.float64, requires_grad=True)
+    start = torch.randn(B, T, V, dtype=torch.float64)
+    targets = torch.randint(V, (B, T)).masked_fill(torch.rand(B, T) < 0.3, data.NO_TARGET)
+    nll, nll_start = (F.cross_entropy(x.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=data.NO_TARGET)
+                      .view(B, T) for x in (logits, start))
+    log_ratio, advantage = (nll_start - nll).sum(1), torch.randn(B, dtype=torch.float64)
+    pairs = {"targets": targets, "documents": torch.zeros(B, T, dtype=torch.int64),
+             "reference": nll_start.sum(1, keepdim=True)}
+    answers = {"targets": targets, "reference": nll_start, "advantage": advantage, "reward": advantage}
+    dpo = train.dpo_loss(log_ratio[0::2], log_ratio[1::2], c.beta)
+    reinforce = train.reinforce_loss(-nll.sum(1), advantage)
+    for board, (weights, sums), count in ((dpo, train.preference(pairs, nll.detach(), c), B // 2),
+                                          (reinforce, train.policy_gradient(answers, nll.detach(), c), B)):
+        expected, ours = (torch.autograd.grad(loss, logits, retain_graph=True)[0]
+                          for loss in (board, (weights * nll).sum() / count))
+        assert (ours - expected).abs().max() < 1e-14 and expected.abs().max() > 0.01
+        assert sums[0] / count == pytest.approx(board.item(), rel=1e-12)
+
+
 @pytest.mark.parametrize("objective, loss_of", [("sft", sft_loss), ("dpo", dpo_loss), ("rl", rl_loss)])
 def test_a_stage_is_its_textbook_formula(files, base, objective, loss_of):
     """Four steps of AdamW on the loss as the papers write it, by autograd, in float64."""
@@ -151,7 +173,7 @@ def test_a_stage_is_its_textbook_formula(files, base, objective, loss_of):
     c = train.resolve(c, world)
     read, (loader, _) = train.open_parent(c, world)[0], train.open_data(c, world)
     gpt, start = (train.make_stage(c, world.device, read=read, dtype=torch.float64) for _ in range(2))
-    batches = train.make_rollouts(loader, gpt, start, c) if objective == "rl" else loader
+    batches = train.Rollouts(loader, gpt, start, c) if objective == "rl" else loader
     optimizer = torch.optim.AdamW(train.decay_groups(gpt, c), betas=(c.beta1, c.beta2), eps=c.adam_eps)
     for step in range(4):
         loss, statistics = loss_of(gpt, start, next(batches), c)
@@ -258,18 +280,18 @@ def test_rollouts_are_a_function_of_seed_and_weights(files, base):
     c = train.parse_config(stage(files, base, "rl", "--micro-batch-size", "8"))
     world = train.join(c)
     c, gpt = train.resolve(c, world), train.make_stage(c, world.device, read=train.open_parent(c, world)[0])
-    first, second = (next(train.make_rollouts(train.open_data(c, world)[0], gpt, gpt, c)) for _ in range(2))
+    first, second = (next(train.Rollouts(train.open_data(c, world)[0], gpt, gpt, c)) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert (first["targets"] >= 0).sum(1).max() <= c.answer_tokens and first["tokens"].shape[0] == 8
     advantage = first["advantage"].view(-1, c.group_size)
     assert advantage.sum(1).abs().max() < 1e-5 and advantage.abs().max() > 0.5
     other = train.dataclasses.replace(c, seed=1)
-    assert not torch.equal(next(train.make_rollouts(train.open_data(c, world)[0], gpt, gpt, other))["targets"],
+    assert not torch.equal(next(train.Rollouts(train.open_data(c, world)[0], gpt, gpt, other))["targets"],
                            first["targets"])
     greedy = train.dataclasses.replace(c, temperature=0.0, top_k=1, top_p=0.1)              # of its use, not training
-    assert torch.equal(next(train.make_rollouts(train.open_data(c, world)[0], gpt, gpt, greedy))["targets"],
+    assert torch.equal(next(train.Rollouts(train.open_data(c, world)[0], gpt, gpt, greedy))["targets"],
                        first["targets"])
-    equal = train.make_rollouts(train.open_data(c, world)[0], gpt, gpt, c)
+    equal = train.Rollouts(train.open_data(c, world)[0], gpt, gpt, c)
     equal.reward = lambda row, answer: 1000.1
     assert not next(equal)["advantage"].any()
     for row, value in zip(first["targets"], first["reward"], strict=True):
@@ -361,8 +383,8 @@ def test_chat_and_sample_use_the_template(tuned, monkeypatch):
     tokenizer = data.load_tokenizer(tuned)
     c = train.parse_config(["--init-from", str(tuned), "--device", "cpu"])
     gpt = train.make_stage(c, torch.device("cpu"), read=train.open_parent(c, train.join(c))[0])
-    ids, _ = finetune.encode_chat(tokenizer, [{"role": "user", "content": "print 6"}], reply=True)
-    expected = gpt.generate(torch.tensor([ids]), 12, temperature=0, stop=finetune.end_of_turn(tokenizer))[0, len(ids):]
+    ids, _ = data.encode_chat(tokenizer, [{"role": "user", "content": "print 6"}], reply=True)
+    expected = gpt.generate(torch.tensor([ids]), 12, temperature=0, stop=data.end_of_turn(tokenizer))[0, len(ids):]
     assert sampled == tokenizer.decode(expected.tolist()) + "\n"
 
 
@@ -383,8 +405,8 @@ def test_pairs_are_real_and_sampled_answers_or_two_that_a_judge_ranks(files, bas
         c = train.parse_config(["--init-from", str(base), "--device", "cpu"])
         gpt = train.make_stage(c, torch.device("cpu"), read=train.open_parent(c, train.join(c))[0])
         t = data.load_tokenizer(base)
-        prompts = [finetune.encode_chat(t, row["prompt"], reply=True)[0] for row in rows]
-        chosen, rejected = (finetune.nll_per_token(gpt, prompts, [t.encode(row[side]) for row in rows])
+        prompts = [data.encode_chat(t, row["prompt"], reply=True)[0] for row in rows]
+        chosen, rejected = (train.nll_per_token(gpt, prompts, [t.encode(row[side]) for row in rows])
                             for side in ("chosen", "rejected"))
         assert (chosen < rejected).double().mean() > 0.8
     argv = ["--objective", "dpo", "--init-from", tuned, "--data", out, "--out", tmp_path / "dpo", *QUICK]
@@ -402,7 +424,7 @@ def test_probe_says_what_is_invented_unknown_and_copied(base, monkeypatch):
         return [t.encode(next(texts) if most == 8 else "@\u00e9@" + copied + "@\u00e9@") for _ in prompts]
 
     monkeypatch.setattr(train, "sample_answers", sample)
-    monkeypatch.setattr(finetune, "nll_per_token", lambda gpt, prompts, answers: torch.tensor(
+    monkeypatch.setattr(train, "nll_per_token", lambda gpt, prompts, answers: torch.tensor(
         [0.5 * len(t.decode(answer)) / len(answer) for answer in answers]))
     code, printed, error = run("--out", base, "--probe", "--device", "cpu")
     assert code == 0, error
@@ -413,8 +435,8 @@ def test_probe_says_what_is_invented_unknown_and_copied(base, monkeypatch):
 
 
 def test_longest_copy():
-    assert finetune.longest_copy(b"xxhello worldyy", b"say hello world") == b"hello world"
-    assert finetune.longest_copy(b"abc", b"xyz") == b"" and finetune.longest_copy(b"abcabd", b"zabd abc") == b"abc"
+    assert data.longest_copy(b"xxhello worldyy", b"say hello world") == b"hello world"
+    assert data.longest_copy(b"abc", b"xyz") == b"" and data.longest_copy(b"abcabd", b"zabd abc") == b"abc"
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,3 @@
-import ast
 import itertools
 import json
 import math
@@ -11,8 +10,6 @@ import torch
 from test_data import texts
 
 import data
-import finetune
-import train
 
 # ---- chat
 
@@ -58,42 +55,42 @@ def spell(tokenizer, ids):
     return "".join(names[i] if i in names else tokenizer.decode([i]) for i in ids)
 
 
-@pytest.mark.parametrize("name", finetune.CHAT_FORMATS)
+@pytest.mark.parametrize("name", data.CHAT_FORMATS)
 def test_every_chat_format_has_its_marks_and_its_answers(tokenizer, name):
     t, expected = FORMATS[name]
     t = t or tokenizer
-    ids, is_answer = finetune.encode_chat(t, TALK, reply=True)
-    assert finetune.chat_format(t) == finetune.CHAT_FORMATS[name]
+    ids, is_answer = data.encode_chat(t, TALK, reply=True)
+    assert data.chat_format(t) == data.CHAT_FORMATS[name]
     assert spell(t, ids) == expected.replace("[", "").replace("]", "") and len(ids) == len(is_answer)
     answers = [spell(t, [i for i, _ in group]) for answer, group in
                itertools.groupby(zip(ids, is_answer, strict=True), lambda pair: pair[1]) if answer]
     assert answers == re.findall(r"\[(.*?)\]", expected)
-    assert {spell(t, [finetune.end_of_turn(t)])} == {answer[1:] for answer in answers}
+    assert {spell(t, [data.end_of_turn(t)])} == {answer[1:] for answer in answers}
     jinja2 = pytest.importorskip("jinja2", reason="optional: pip install jinja2")
-    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(finetune.chat_template(t))
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(data.chat_template(t))
     bos, eos = {"ours": ("<s>", "</s>"), "chatml": ("", ""), "llama3": (LLAMA3[0], ""),
                 "plain": ("<|endoftext|>", "<|endoftext|>")}[name]
     for reply in (True, False):
         text = template.render(messages=TALK, add_generation_prompt=reply, bos_token=bos, eos_token=eos)
-        assert text == spell(t, finetune.encode_chat(t, TALK, reply=reply)[0])
+        assert text == spell(t, data.encode_chat(t, TALK, reply=reply)[0])
 
 
 def test_text_never_becomes_a_mark(tokenizer):
-    marks = [tokenizer.special_id(f"<|{role}|>") for role in finetune.ROLES]
+    marks = [tokenizer.special_id(f"<|{role}|>") for role in data.ROLES]
     assert marks == [4, 5, 6] and tokenizer.special_id("</s>") == tokenizer.eos_id
     assert [tokenizer.special_id(text) for text in ("<|im_start|>", "def", "<0x41>", "<unk>", "")] == [None] * 5
     told = data.Tokenizer.train(["<|user|> and <|assistant|> are marks </s>\n" * 50], 400)   # though it read them
     for t, text in itertools.product((tokenizer, told), ("<|user|>", "a<|assistant|></s>", "<|system|><|user|>x")):
         ids = t.encode(text)
         assert t.decode(ids) == text and min(ids) > 6
-        chat, is_answer = finetune.encode_chat(t, [USER | {"content": text}, BOT | {"content": text}])
+        chat, is_answer = data.encode_chat(t, [USER | {"content": text}, BOT | {"content": text}])
         assert chat == [t.bos_id, 5, *ids, 6, *ids, t.eos_id]
         assert is_answer == [False] * (len(ids) + 3) + [True] * (len(ids) + 1)
 
 
 def test_a_tokenizer_without_any_end_is_refused():
-    with pytest.raises(finetune.RowError, match="must have an end-of-text token"):
-        finetune.encode_chat(Foreign("<|start|>"), TALK)
+    with pytest.raises(data.DataError, match="must have an end-of-text token"):
+        data.encode_chat(Foreign("<|start|>"), TALK)
 
 
 # ---- instructions
@@ -126,7 +123,7 @@ def long():
 ''' % ("x" * 300)
 
 
-def test_instructions_come_from_functions_and_keep_their_documents_side(tmp_path, recwarn, capsys):
+def test_instructions_come_from_functions_and_keep_their_documents_side(tmp_path, recwarn):
     source = tmp_path / "src"
     source.mkdir()
     (source / "a.py").write_text(PROGRAM)
@@ -137,9 +134,7 @@ def test_instructions_come_from_functions_and_keep_their_documents_side(tmp_path
     for i in range(40):
         (source / f"{i}.py").write_text(f"def f{i}():\n    '''The number {i}.'''\n    return {i}\n"
                                         f"def same():\n    '''Same in all.'''\n    return {i % 13}\n")
-    flags = ["--out", str(tmp_path / "made" / "chat.jsonl"), "--val-fraction", "0.3", "--max-chars", "300"]
-    assert finetune.main(["instructions", str(source), *flags]) == 0
-    counts = ast.literal_eval(capsys.readouterr().out.split(": ", 1)[1])
+    counts = data.instructions([source], tmp_path / "made" / "chat.jsonl", val_fraction=0.3, max_chars=300)
     rows = [json.loads(line) for line in (tmp_path / "made" / "chat.jsonl").read_text().splitlines()]
     pairs = {(row["messages"][0]["content"], row["messages"][1]["content"]): row["split"] for row in rows}
     assert all([m["role"] for m in row["messages"]] == ["user", "assistant"] for row in rows)
@@ -169,21 +164,21 @@ def test_instructions_come_from_functions_and_keep_their_documents_side(tmp_path
     # the rewards give what we wrote full marks
     for row in rows:
         answer = row["messages"][1]["content"]
-        assert finetune.follows_format(row, answer) == 1.0
-        assert finetune.parses(row, answer) == float(not answer.startswith('"""'))
+        assert data.follows_format(row, answer) == 1.0
+        assert data.parses(row, answer) == float(not answer.startswith('"""'))
     assert not recwarn.list
 
 
 def test_instructions_on_the_command_line(tmp_path, capsys):
     (tmp_path / "a.py").write_text(PROGRAM)
     out = tmp_path / "chat.jsonl"
-    assert finetune.main(["instructions", str(tmp_path / "a.py"), "--out", str(out)]) == 0
+    assert data.main(["instructions", str(tmp_path / "a.py"), "--out", str(out)]) == 0
     assert str(out) in capsys.readouterr().out and len(out.read_text().splitlines()) == 6
     (tmp_path / "b.py").write_text("x = 1\n")
     for wrong, message in (([str(tmp_path / "b.py"), "--out", str(out)], "must hold functions with docstrings"),
                            ([str(tmp_path / "a.py"), "--out", str(tmp_path / "prompts.jsonl")], "another name"),
                            ([str(tmp_path / "a.py"), "--out", str(out), "--val-fraction", "1"], "val_fraction must")):
-        assert finetune.main(["instructions", *wrong]) == 2
+        assert data.main(["instructions", *wrong]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
 
@@ -217,7 +212,7 @@ def pair_rows(n=120):
 
 def examples(path, tokenizer, objective="sft", **kwargs):
     layout = {"micro_batch_size": 4, "seq_len": 96, "seed": 5} | kwargs
-    return train.Examples(path, tokenizer, objective=objective, **layout)
+    return data.Examples(path, tokenizer, objective=objective, **layout)
 
 
 def answers_of(tokenizer, batch, row):
@@ -233,7 +228,7 @@ def test_the_targets_of_an_epoch_are_exactly_the_answers(tokenizer, tmp_path, ma
     if marks == "chatml":
         t.eos_id = t.marks["<|im_end|>"]
     pad_id = tokenizer.pad_id if t is tokenizer else t.eos_id
-    inputs_of_rows = {tuple(finetune.encode_chat(t, row["messages"])[0][:-1]) for row in rows}
+    inputs_of_rows = {tuple(data.encode_chat(t, row["messages"])[0][:-1]) for row in rows}
     one = examples(write_rows(tmp_path / "a.jsonl", rows), t, seq_len=300)
     val = examples(tmp_path / "a.jsonl", t, seq_len=300, split="val")
     found = []
@@ -241,14 +236,14 @@ def test_the_targets_of_an_epoch_are_exactly_the_answers(tokenizer, tmp_path, ma
         for epoch in range(2 if side is one else 1):
             batch = side.batch(range(epoch * side.num_windows, (epoch + 1) * side.num_windows))
             assert batch["tokens"].shape == (side.num_windows, 300) and batch["tokens"].dtype == torch.int64
-            assert batch["count"].shape == () and batch["count"] == (batch["targets"] != finetune.NO_TARGET).sum()
+            assert batch["count"].shape == () and batch["count"] == (batch["targets"] != data.NO_TARGET).sum()
             answers = [ids for row in range(side.num_windows) for _, ids in answers_of(t, batch, row)]
             found += answers if epoch == 0 else []
             assert sorted(answers) == sorted(found[-len(answers):])
         documents, tokens, targets = batch["documents"], batch["tokens"], batch["targets"]
         assert documents.min() == 1 and documents.max() <= side.num_documents and (documents.diff() >= 0).all()
         # inside a document a target is the next token; the padding is a document of its own, without targets
-        same = (documents.diff() == 0) & (targets[:, :-1] != finetune.NO_TARGET)
+        same = (documents.diff() == 0) & (targets[:, :-1] != data.NO_TARGET)
         assert torch.equal(targets[:, :-1][same], tokens[:, 1:][same]) and same.sum() > 10
         conversations = 0
         for row in range(side.num_windows):
@@ -258,16 +253,16 @@ def test_the_targets_of_an_epoch_are_exactly_the_answers(tokenizer, tmp_path, ma
                     conversations += 1
                 else:
                     assert number == documents[row].max() and set(inputs) == {pad_id}
-                    assert (targets[row][documents[row] == number] == finetune.NO_TARGET).all()
+                    assert (targets[row][documents[row] == number] == data.NO_TARGET).all()
         assert conversations == side.manifest["splits"][side.split]["documents"]
-    expected = [t.encode(m["content"]) + [finetune.end_of_turn(t)] for r in rows for m in r["messages"]
+    expected = [t.encode(m["content"]) + [data.end_of_turn(t)] for r in rows for m in r["messages"]
                 if m["role"] == "assistant"]
     assert sorted(found) == sorted(expected)
     splits = one.manifest["splits"]
     assert splits == val.manifest["splits"] and one.manifest["dropped"] == {} and splits["val"]["documents"] > 0
     assert sum(s["bytes"] for s in splits.values()) == sum(len(m["content"]) for r in rows for m in r["messages"]
                                                            if m["role"] == "assistant")
-    lengths = [len(finetune.encode_chat(t, row["messages"])[0]) for row in rows]
+    lengths = [len(data.encode_chat(t, row["messages"])[0]) for row in rows]
     assert sum(s["tokens"] for s in splits.values()) == sum(lengths)
 
 
@@ -287,7 +282,7 @@ def test_preference_windows_hold_the_same_prompts_document_by_document(tokenizer
             sides = []
             for r in (row, row + 1):
                 inside = batch["documents"][r] == document
-                first = (batch["targets"][r][inside] != finetune.NO_TARGET).nonzero()[0]
+                first = (batch["targets"][r][inside] != data.NO_TARGET).nonzero()[0]
                 sides.append(batch["tokens"][r][inside].tolist()[:first + 1])                  # up to the answer
             assert sides[0] == sides[1]
             found.append((sides[0], chosen[document - 1][1], rejected[document - 1][1]))
@@ -297,7 +292,7 @@ def test_preference_windows_hold_the_same_prompts_document_by_document(tokenizer
     expected = []
     for row in rows:
         prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
-        expected.append((finetune.encode_chat(tokenizer, prompt, reply=True)[0],
+        expected.append((data.encode_chat(tokenizer, prompt, reply=True)[0],
                          *(tokenizer.encode(row[k]) + [tokenizer.eos_id] for k in ("chosen", "rejected"))))
     val = examples(tmp_path / "p.jsonl", tokenizer, "dpo", seq_len=200, split="val")
     assert len(found) + val.manifest["splits"]["val"]["documents"] == len(rows)
@@ -311,7 +306,7 @@ def test_prompts_are_ready_for_an_answer(tokenizer, tmp_path):
     assert one.num_windows == 4
     prompts = [[{"role": "user", "content": "one"}], TALK[:2], TALK[:4], [{"role": "user", "content": "two"}]]
     got = {json.dumps(row): ids for ids, row in one.batch(range(4))}
-    assert got == {json.dumps(row | {"split": "train"}): finetune.encode_chat(tokenizer, prompt, reply=True)[0]
+    assert got == {json.dumps(row | {"split": "train"}): data.encode_chat(tokenizer, prompt, reply=True)[0]
                    for row, prompt in zip(rows, prompts, strict=True)}
     assert all(type(i) is int for ids in got.values() for i in ids)
 
@@ -376,13 +371,13 @@ def test_a_bad_row_is_one_line_with_its_number(tokenizer, tmp_path, objective, r
     row = row if isinstance(row, bytes) else row.encode() if isinstance(row, str) else json.dumps(row).encode()
     path.write_bytes(good + b"\r\n\n  \n" + row + b"\n" + good)
     for split in ("train", "val"):
-        with pytest.raises(finetune.RowError, match=r"bad\.jsonl:4: " + message) as error:
+        with pytest.raises(data.DataError, match=r"bad\.jsonl:4: " + message) as error:
             examples(path, tokenizer, objective, split=split)
         assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
 def test_what_is_too_long_is_cut_or_dropped_and_counted(tokenizer, tmp_path):
-    long, opening = "x" * 200, len(finetune.encode_chat(tokenizer, [USER], reply=True)[0])
+    long, opening = "x" * 200, len(data.encode_chat(tokenizer, [USER], reply=True)[0])
     cost = len(tokenizer.encode(long))
     rows = [{"messages": [USER, BOT | {"content": long}]}, {"messages": [USER | {"content": long}, BOT]},
             {"messages": [USER, BOT]}, {"messages": [USER, BOT, USER | {"content": long}, BOT]}]
@@ -397,12 +392,12 @@ def test_what_is_too_long_is_cut_or_dropped_and_counted(tokenizer, tmp_path):
     write_rows(path, [row | {"split": "val"} for row in pairs])
     one = examples(path, tokenizer, "dpo", seq_len=20, split="val")
     assert one.manifest["dropped"] == {"tail cut": 1, "answer cut to nothing": 1} and one.num_windows == 2
-    with pytest.raises(finetune.RowError, match="a.jsonl: must hold rows of the train split for dpo.*1 rows in all"):
+    with pytest.raises(data.DataError, match="a.jsonl: must hold rows of the train split for dpo.*1 rows in all"):
         examples(path, tokenizer, "dpo", seq_len=20)
     # a quarter of seq_len is left for the answer, or the prompt is dropped
     write_rows(path, [{"prompt": "u"}] * 2)
     assert examples(path, tokenizer, "rl", seq_len=math.ceil(opening / 0.75)).manifest["dropped"] == {}
-    with pytest.raises(finetune.RowError, match="dropped: {'prompt leaves less than seq_len / 4': 2}"):
+    with pytest.raises(data.DataError, match="dropped: {'prompt leaves less than seq_len / 4': 2}"):
         examples(path, tokenizer, "rl", seq_len=math.ceil(opening / 0.75) - 1)
 
 
@@ -427,7 +422,7 @@ def test_sides_of_rows(tokenizer, tmp_path):
                                   (tmp_path, "sft", "cannot be read"),
                                   (path, "ppo", "objective must be sft, dpo or rl, got 'ppo'"),
                                   (write_rows(few, ["", " "]), "sft", "c.jsonl: must hold rows.*0 rows in all")):
-        with pytest.raises(finetune.RowError, match=message):
+        with pytest.raises(data.DataError, match=message):
             examples(source, tokenizer, kind)
 
 
@@ -441,12 +436,12 @@ def test_lone_surrogates_are_text(tokenizer, tmp_path):
 def test_packing_loses_nothing_and_fills_rows():
     rng = random.Random(4)
     lengths = [[rng.randrange(1, 100), rng.randrange(1, 100)] for _ in range(500)]
-    rows = finetune.pack(lengths, 100)
+    rows = data.pack(lengths, 100)
     assert sorted(i for row in rows for i in row) == list(range(500))
     assert all(sum(lengths[i][side] for i in row) <= 100 for row in rows for side in (0, 1))
     single = [[a] for a, _ in lengths]
-    assert sum(a for a, in single) / 100 / len(finetune.pack(single, 100)) > 0.85
-    assert finetune.pack([[6], [5], [4], [3]], 10) == [[0, 2], [1, 3]] and finetune.pack([[10], [10]], 10) == [[0], [1]]
+    assert sum(a for a, in single) / 100 / len(data.pack(single, 100)) > 0.85
+    assert data.pack([[6], [5], [4], [3]], 10) == [[0, 2], [1, 3]] and data.pack([[10], [10]], 10) == [[0], [1]]
 
 
 # ---- rewards
@@ -458,23 +453,23 @@ def test_packing_loses_nothing_and_fills_rows():
     ("def f(): return '\\d' is 1", 1.0), ("def f(): return " + "(" * 5000 + ")" * 5000, 0.0), ("\ud800", 0.0),
     ("def f(): return " + "-" * 100000 + "1", 0.0)], ids=range(12))
 def test_parses(answer, value, recwarn):
-    assert finetune.call_reward(finetune.find_reward("parses"), {}, answer) == value
+    assert data.call_reward(data.find_reward("parses"), {}, answer) == value
     assert not recwarn.list
 
 
 def test_follows_format():
-    doc = {"prompt": finetune.WRITE_DOCSTRING + "def f(): pass"}
-    function = {"prompt": finetune.WRITE_FUNCTION + "Do it."}
+    doc = {"prompt": data.WRITE_DOCSTRING + "def f(): pass"}
+    function = {"prompt": data.WRITE_FUNCTION + "Do it."}
     for row, answer, value in ((doc, '"""It."""', 1.0), (doc, '"""It.', 0.0), (doc, "It.", 0.0), (doc, '""""""', 0.0),
                                (doc, '"""', 0.0), (doc, '""" \n"""', 0.0), (doc, '"' * 7, 0.0),
                                (doc, "def f(): 1", 0.0),
                                (function, "def f(): pass", 1.0), (function, "async def f(): pass", 1.0),
                                (function, "@a\ndef f(): pass", 1.0), (function, "define it", 0.0),
                                (function, '"""It."""', 0.0), (function, " def f(): pass", 0.0)):
-        assert finetune.call_reward(finetune.REWARDS["format"], row, answer) == value, (row, answer)
+        assert data.call_reward(data.REWARDS["format"], row, answer) == value, (row, answer)
         as_messages = {"messages": [{"role": "user", "content": row["prompt"]}, BOT]}
-        assert finetune.follows_format(as_messages, answer) == value
-    assert math.isnan(finetune.call_reward(finetune.REWARDS["format"], {"prompt": "Say hello."}, "hello"))
+        assert data.follows_format(as_messages, answer) == value
+    assert math.isnan(data.call_reward(data.REWARDS["format"], {"prompt": "Say hello."}, "hello"))
 
 
 def test_a_reward_of_ones_own(tmp_path):
@@ -482,11 +477,11 @@ def test_a_reward_of_ones_own(tmp_path):
     file.write_text("import math\nSCALE = 2\ndef length(row, answer): return SCALE * len(answer)\n"
                     "def nan(row, answer): return math.nan\ndef text(row, answer): return 'good'\n"
                     "def fails(row, answer): return row['no\\nsuch']\ndef nothing(row, answer): pass\n")
-    assert finetune.call_reward(finetune.find_reward(f"{file}:length"), {}, "four") == 8.0
+    assert data.call_reward(data.find_reward(f"{file}:length"), {}, "four") == 8.0
     for name, message in (("nan", "reward nan must give a finite number, got nan"), ("text", "reward text.*got 'good'"),
                           ("nothing", "reward nothing.*got None"), ("fails", "reward fails .*it raised KeyError")):
-        with pytest.raises(finetune.RowError, match=message) as error:
-            finetune.call_reward(finetune.find_reward(f"{file}:{name}"), {}, "x")
+        with pytest.raises(data.DataError, match=message) as error:
+            data.call_reward(data.find_reward(f"{file}:{name}"), {}, "x")
         assert "\n" not in str(error.value)
     (tmp_path / "bad.py").write_text("raise SystemExit('a\\nb')\n")
     (tmp_path / "worse.py").write_text("def f(:\n")
@@ -496,11 +491,6 @@ def test_a_reward_of_ones_own(tmp_path):
                           (f"{file}:SCALE", "mine.py: must hold a function named SCALE"),
                           (f"{tmp_path}/bad.py:f", "bad.py: raised while it was loaded .SystemExit: a b"),
                           (f"{tmp_path}/worse.py:f", "worse.py: raised while it was loaded .SyntaxError")):
-        with pytest.raises(finetune.RowError, match=message) as error:
-            finetune.find_reward(name)
+        with pytest.raises(data.DataError, match=message) as error:
+            data.find_reward(name)
         assert "\n" not in str(error.value)
-
-
-
-def test_constants_are_those_of_data():
-    assert (finetune.NO_TARGET, finetune.ROLES) == (data.NO_TARGET, data.ROLES)
