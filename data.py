@@ -571,7 +571,7 @@ def write_tokens(folder, files, tokenizer, vocab_size, val_fraction, sample_byte
     if not sizes:
         raise DataError(f"{files[0]}{' ...' * (len(files) > 1)}: sources must hold text, dropped: {dropped}")
     for reason, paths in dropped_files.items():
-        names = ", ".join(map(str, sorted(set(paths))[:3]))
+        names = ", ".join("/".join(path.parts[-2:]) for path in sorted(set(paths))[:3])
         log(f"left out: {len(paths):,} {reason}: {names}{', ...' * (len(set(paths)) > 3)}")
     val, cut = split_documents(sizes, val_fraction)
 

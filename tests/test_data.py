@@ -297,8 +297,8 @@ def test_text_is_read_as_it_comes_and_what_is_left_out_is_named(tmp_path):
     said = []
     out = data.prepare([tmp_path], tmp_path / "out", 320, log=said.append)
     assert "".join(texts(out, "train") + texts(out, "val")) == "the first line\n" * 40
-    assert f"left out: 2 invalid UTF-8: {tmp_path}/latin1.txt, {tmp_path}/utf16.txt" in said
-    assert f"left out: 1 no text field: {tmp_path}/bom.jsonl" in said
+    assert f"left out: 2 invalid UTF-8: {tmp_path.name}/latin1.txt, {tmp_path.name}/utf16.txt" in said
+    assert f"left out: 1 no text field: {tmp_path.name}/bom.jsonl" in said
 
 
 @pytest.mark.parametrize("sources, message", [
