@@ -33,7 +33,6 @@ from halves import pytest_runtestloop  # noqa: E402, F401
 
 import data  # noqa: E402
 
-
 NOT_JOINED = "the ranks have not joined: "
 
 
