@@ -32,8 +32,8 @@ Three things differ from the textbook, because other files need them:
     from outside. Nothing below knows of devices, ranks or precision.
 
 Map: ModelConfig - norms, RoPE, attention, MLP, Block - the loss and Head - GPT - keyed_init, fill, build - counting -
-Hugging Face folders: configs and weights, in and out - demo. Not here: tiling of attention, splitting over ranks,
-number formats.
+other weights in the same loss (SFT, DPO, RL) - Hugging Face folders: configs and weights, in and out - demo. Not here:
+tiling of attention, splitting over ranks, number formats.
 
 Sources: Vaswani 2017 (arXiv:1706.03762); GPT-2 (Radford 2019); RMSNorm (1910.07467); RoPE (2104.09864); SwiGLU
 (2002.05202); GQA (2305.13245); QK-norm as in Qwen3 (2505.09388); Llama 2 (2307.09288).
@@ -557,6 +557,70 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> int:
     c = config
     attention = 12 * c.n_layer * c.n_head * c.head_dim * seq_len
     return 6 * (c.n_layer * block_matrices(c) + c.vocab_size * c.n_embd) + attention
+
+
+# ---- the same loss, other weights: SFT, DPO, reinforcement learning --------------------------------------------------
+#
+# Every stage of training follows the gradient of sum_t w_t nll_t / N, with w held fixed. Only the weights differ, so
+# there is one way through tp, pp and ZeRO:
+#
+#     pretrain   w = 1                                                                             N = targets
+#     sft        w = 1 on the answer; a prompt has no targets                                      N = targets
+#     dpo        w = beta sigmoid(-margin) on the chosen answer, minus that on the rejected one    N = pairs
+#     rl         w = advantage - kl_coef x the sum of log p/p_start from this token on             N = answers
+
+def dpo_loss(log_ratio_chosen, log_ratio_rejected, beta):
+    """DPO as on the board (eq. 7). log_ratio (pairs,): log p/p_start of each answer, with its gradient."""
+    return -F.logsigmoid(beta * (log_ratio_chosen - log_ratio_rejected)).mean()
+
+
+def reinforce_loss(log_p, advantage):
+    """The policy gradient as on the board. log_p (answers,): log-probability of each answer, with its gradient."""
+    return -(advantage * log_p).mean()
+
+
+# The same gradients, as weights of tokens. A function takes (batch, nll (B, T), a coefficient) and returns two things:
+# the weights (B, T), and a tensor of three sums over the batch, the loss and two statistics. nll comes from a pass
+# without gradient.
+
+def preference(batch, nll, beta: float):
+    """DPO (Rafailov 2023, arXiv:2305.18290, eq. 7). Rows 2u and 2u + 1 hold the chosen and the rejected answers to the
+    same prompts. documents (B, T): the number, from 1, of the answer that a token belongs to. reference (B, documents):
+    nll of each answer under the starting model, at its number."""
+    answer, documents = batch["targets"] >= 0, batch["documents"]
+    zeros = torch.zeros_like(batch["reference"])
+
+    def per_answer(x):                                          # sums of an answer's tokens: (B, T) -> (B, documents)
+        return zeros.scatter_add(1, documents, (x * answer).to(zeros.dtype))
+
+    # margin = beta (log p/p_start (chosen) - log p/p_start (rejected))                        (B/2, documents)
+    log_ratio = batch["reference"] - per_answer(nll)
+    margin = beta * (log_ratio[0::2] - log_ratio[1::2])
+    # loss = -log sigmoid(margin), whose derivative by a chosen token's nll is beta sigmoid(-margin)
+    w = beta * torch.sigmoid(-margin)
+    of_answer = torch.stack((w, -w), dim=1).flatten(0, 1)      # (B, documents): row 2u has w, row 2u + 1 has -w
+    weights = of_answer.gather(1, documents) * answer          # to the answer's tokens: (B, T)
+    is_pair = per_answer(torch.ones_like(nll))[0::2] > 0       # column 0 and the padding have no target
+    sums = [x[is_pair].double().sum() for x in (F.softplus(-margin), margin > 0, margin)]
+    return weights.to(nll.dtype), torch.stack(sums)
+
+
+def policy_gradient(batch, nll, kl_coef: float):
+    """REINFORCE (Williams 1992) with the baseline of GRPO (arXiv:2402.03300) in batch["advantage"]. The sum of
+    log p - log p_start over an answer is, on average, KL(p, p_start). A token changes itself and the tokens after it,
+    so its weight has the price of those, and not of the tokens before it."""
+    answer = batch["targets"] >= 0
+    log_ratio = (batch["reference"] - nll) * answer
+    to_come = log_ratio.flip(1).cumsum(1).flip(1)                              # to_come[t] = sum_{s >= t} log_ratio[s]
+    weights = (batch["advantage"][:, None] - kl_coef * to_come).to(nll.dtype) * answer
+    return weights, torch.stack([x.double().sum() for x in (weights * nll, batch["reward"], log_ratio)])
+
+
+@torch.no_grad()
+def nll_of(gpt, batch) -> torch.Tensor:
+    """nats of each target (B, T) of a batch under a model, on the model's device; 0 where there is no target."""
+    device = next(gpt.parameters()).device
+    return gpt(batch["tokens"].to(device), batch["targets"].to(device))[1]
 
 
 # ---- Hugging Face folders --------------------------------------------------------------------------------------------

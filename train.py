@@ -16,8 +16,8 @@ many ranks, with runs that survive being killed. Training goes on in stages, eac
     dpo        prefer the chosen answer of a pair       it answers as people, or a judge, like it better
     rl         sample answers, reward the good ones     it gets what the reward pays for
 
-All four follow the gradient of sum_t w_t nll_t / N, and only the tokens' weights w_t differ ("four objectives, one
-loss", below).
+All four follow the gradient of sum_t w_t nll_t / N, and only the tokens' weights w_t differ (model.py, "the same loss,
+other weights").
 
 train_step() does one step, and its comments are numbered: 1. count targets, 2. forward and backward, 3. sum gradients,
 4. one all-reduce of norm and loss, 5. skip the update if they are not finite, 6. else clip and update with AdamW:
@@ -34,7 +34,7 @@ and SIGTERM, which save first, and after kill -9, from the last checkpoint.
 Exit codes: 0 done, or stopped and saved; 2 bad input; 3 diverged; 1 anything else.
 Source: AdamW (Loshchilov 2019, arXiv:1711.05101); SFT and RLHF (Ouyang 2022, 2203.02155); DPO (Rafailov 2023,
 2305.18290); RLAIF (Bai 2022, 2212.08073).
-Map: textbook loop - configs - four objectives - step - evaluate - build - the run: here a first reading ends. Then what
+Map: textbook loop - configs - objectives - step - evaluate - build - the run: here a first reading ends. Then what
 asks for a run and what uses it: the bill - chat, pairs, probe, export - command line - ranks, main.
 """
 
@@ -285,68 +285,16 @@ def bad_input():
         raise BadInput(str(error)) from error
 
 
-# ---- four objectives, one loss ---------------------------------------------------------------------------------------
+# ---- the objectives --------------------------------------------------------------------------------------------------
 #
-# Every stage of training follows the gradient of sum_t w_t nll_t / N, with w held fixed. Only the weights differ, so
-# there is one way through tp, pp and ZeRO:
-#
-#     pretrain   w = 1                                                                             N = targets
-#     sft        w = 1 on the answer; a prompt has no targets                                      N = targets
-#     dpo        w = beta sigmoid(-margin) on the chosen answer, minus that on the rejected one    N = pairs
-#     rl         w = advantage - kl_coef x the sum of log p/p_start from this token on             N = answers
-#
-# rl samples, so each of its ranks has the whole model. Its baseline is the mean reward of a group of G answers to one
-# prompt. The answer itself is among them, so the expected gradient is smaller by the factor 1 - 1/G.
+# model.py has their weights of tokens ("the same loss, other weights"). rl samples, so each of its ranks has the whole
+# model. Its baseline is the mean reward of a group of G answers to one prompt. The answer itself is among them, so the
+# expected gradient is smaller by the factor 1 - 1/G.
 
-
-def dpo_loss(log_ratio_chosen, log_ratio_rejected, beta):
-    """DPO as on the board (eq. 7). log_ratio (pairs,): log p/p_start of each answer, with its gradient."""
-    return -F.logsigmoid(beta * (log_ratio_chosen - log_ratio_rejected)).mean()
-
-
-def reinforce_loss(log_p, advantage):
-    """The policy gradient as on the board. log_p (answers,): log-probability of each answer, with its gradient."""
-    return -(advantage * log_p).mean()
-
-
-# The same gradients, as weights of tokens. A function takes (batch, nll (B, T), config) and returns two things: the
-# weights (B, T), and a tensor of three sums over the batch, the loss and two statistics (named in OBJECTIVES). nll
-# comes from a pass without gradient.
-
-def preference(batch, nll, c: Config):
-    """DPO (Rafailov 2023, arXiv:2305.18290, eq. 7). Rows 2u and 2u + 1 hold the chosen and the rejected answers to the
-    same prompts. documents (B, T): the number, from 1, of the answer that a token belongs to. reference (B, documents):
-    nll of each answer under the starting model, at its number."""
-    answer, documents = batch["targets"] >= 0, batch["documents"]
-    zeros = torch.zeros_like(batch["reference"])
-
-    def per_answer(x):                                          # sums of an answer's tokens: (B, T) -> (B, documents)
-        return zeros.scatter_add(1, documents, (x * answer).to(zeros.dtype))
-
-    # margin = beta (log p/p_start (chosen) - log p/p_start (rejected))                        (B/2, documents)
-    log_ratio = batch["reference"] - per_answer(nll)
-    margin = c.beta * (log_ratio[0::2] - log_ratio[1::2])
-    # loss = -log sigmoid(margin), whose derivative by a chosen token's nll is beta sigmoid(-margin)
-    w = c.beta * torch.sigmoid(-margin)
-    of_answer = torch.stack((w, -w), dim=1).flatten(0, 1)      # (B, documents): row 2u has w, row 2u + 1 has -w
-    weights = of_answer.gather(1, documents) * answer          # to the answer's tokens: (B, T)
-    is_pair = per_answer(torch.ones_like(nll))[0::2] > 0       # column 0 and the padding have no target
-    sums = [x[is_pair].double().sum() for x in (F.softplus(-margin), margin > 0, margin)]
-    return weights.to(nll.dtype), torch.stack(sums)
-
-
-def policy_gradient(batch, nll, c: Config):
-    """REINFORCE (Williams 1992) with the baseline of GRPO (arXiv:2402.03300), Rollouts' advantage. The sum of
-    log p - log p_start over an answer is, on average, KL(p, p_start). A token changes itself and the tokens after it,
-    so its weight has the price of those, and not of the tokens before it."""
-    answer = batch["targets"] >= 0
-    log_ratio = (batch["reference"] - nll) * answer
-    to_come = log_ratio.flip(1).cumsum(1).flip(1)                              # to_come[t] = sum_{s >= t} log_ratio[s]
-    weights = (batch["advantage"][:, None] - c.kl_coef * to_come).to(nll.dtype) * answer
-    return weights, torch.stack([x.double().sum() for x in (weights * nll, batch["reward"], log_ratio)])
-
-
-OBJECTIVES = {"dpo": (preference, ("accuracy", "margin")), "rl": (policy_gradient, ("reward", "kl"))}
+# objective -> the function of (batch, nll, config) that weighs tokens, and the names of its statistics
+OBJECTIVES = {
+    "dpo": (lambda batch, nll, c: net.preference(batch, nll, c.beta), ("accuracy", "margin")),
+    "rl": (lambda batch, nll, c: net.policy_gradient(batch, nll, c.kl_coef), ("reward", "kl"))}
 
 
 def windows_together(c: Config) -> int:
@@ -385,7 +333,7 @@ class Rollouts:
         advantage = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
         batch = data.rows_of(prompts, answers) | {"reward": rewards.flatten(), "advantage": advantage.flatten(),
                                                   "count": torch.tensor(rewards.numel())}
-        batch["reference"] = nll_of(self.start, batch)
+        batch["reference"] = net.nll_of(self.start, batch)
         return batch
 
 
@@ -504,7 +452,7 @@ def evaluate(model: "Model", loader, c: Config, world: parallel.World, asked=())
     total = torch.zeros(4, dtype=torch.float64, device=world.device)
     for batch, nll in forward_passes(model, loader, windows_evaluated(loader, c), c, world, asked):
         if c.objective == "dpo":
-            total += torch.cat([batch["count"][None], preference(batch, nll, c)[1]])
+            total += torch.cat([batch["count"][None], net.preference(batch, nll, c.beta)[1]])
         else:
             is_target = batch["targets"] >= 0
             text = token_bytes[batch["targets"].clamp(min=0)] * is_target
@@ -1338,17 +1286,10 @@ def chat(gpt, tokenizer, c: Config):
         messages.append({"role": "assistant", "content": answer})
 
 
-@torch.no_grad()
-def nll_of(gpt, batch) -> torch.Tensor:
-    """nats of each target (B, T) of a batch under a model, on the model's device; 0 where there is no target."""
-    device = next(gpt.parameters()).device
-    return gpt(batch["tokens"].to(device), batch["targets"].to(device))[1]
-
-
 def nll_per_token(gpt, prompts, answers) -> torch.Tensor:
     """(n,) nats per token of each answer to its prompt, lists of ids."""
     batch = data.rows_of(prompts, answers)
-    nll = nll_of(gpt, batch).cpu()
+    nll = net.nll_of(gpt, batch).cpu()
     return nll.sum(1) / (batch["targets"] >= 0).sum(1).clamp(min=1)
 
 

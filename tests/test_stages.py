@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import model as net
 import train
 
 SHAPE = "--n-layer 4 --n-head 4 --n-kv-head 2 --n-embd 32 --n-ff 64 --seq-len 64 --vocab-size 512".split()
@@ -153,10 +154,10 @@ def test_weighted_cross_entropy_has_the_gradients_of_the_losses_on_the_board():
     pairs = {"targets": targets, "documents": torch.zeros(B, T, dtype=torch.int64),
              "reference": nll_start.sum(1, keepdim=True)}
     answers = {"targets": targets, "reference": nll_start, "advantage": advantage, "reward": advantage}
-    dpo = train.dpo_loss(log_ratio[0::2], log_ratio[1::2], c.beta)
-    reinforce = train.reinforce_loss(-nll.sum(1), advantage)
-    for board, (weights, sums), count in ((dpo, train.preference(pairs, nll.detach(), c), B // 2),
-                                          (reinforce, train.policy_gradient(answers, nll.detach(), c), B)):
+    dpo = net.dpo_loss(log_ratio[0::2], log_ratio[1::2], c.beta)
+    reinforce = net.reinforce_loss(-nll.sum(1), advantage)
+    for board, (weights, sums), count in ((dpo, net.preference(pairs, nll.detach(), c.beta), B // 2),
+                                          (reinforce, net.policy_gradient(answers, nll.detach(), c.kl_coef), B)):
         expected, ours = (torch.autograd.grad(loss, logits, retain_graph=True)[0]
                           for loss in (board, (weights * nll).sum() / count))
         assert (ours - expected).abs().max() < 1e-14 and expected.abs().max() > 0.01
