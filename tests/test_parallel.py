@@ -1416,6 +1416,15 @@ def busy_wire(rank, n):
     return rows
 
 
+def test_a_ring_sends_what_the_others_lack():
+    for n in (1, 2, 3, 4):
+        calls = {name: parallel.Call("dp", "", name, 12, n, (3,), torch.float32, None).wire
+                 for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "recv")}
+        part = 12 - 12 / n
+        assert calls == pytest.approx({"all_reduce": 2 * part, "all_gather": part, "reduce_scatter": part,
+                                       "all_to_all": part, "send": 12, "recv": 0})
+
+
 @pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="counts the bytes of the loopback device")
 def test_what_is_counted_is_what_is_sent(run_ranks):
