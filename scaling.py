@@ -335,8 +335,10 @@ def fit_parametric(runs, *, times=200, predict=lambda law: {}) -> dict:
     starts = np.array([(math.log(E), math.log(s * (middle - E)), math.log((1 - s) * (middle - E)), alpha, beta)
                        for E in (0.01 * lowest, 0.5 * lowest, 0.95 * lowest)
                        for s in (0.1, 0.5, 0.9) for alpha in rates for beta in rates])
-    for count, iterations in ((len(starts), 60), (24, 2000)):                    # all a little, the best to the end
-        starts, f = minimise(starts[:count], np.broadcast_to(logs - center, (count, *runs.shape)), iterations)
+    # all starts a little, on some 500 runs; the best to the end
+    for count, iterations, every in ((len(starts), 60, max(1, len(runs) // 500)), (24, 2000, 1)):
+        some = (logs - center)[::every]
+        starts, f = minimise(starts[:count], np.broadcast_to(some, (count, *some.shape)), iterations)
         starts, f = starts[f.argsort()], np.sort(f)
     best, ends = law_of(starts[0]), None
     if times:
@@ -533,11 +535,11 @@ def depth(n_layer: int, pp: int, chunks: int) -> list[int]:
 RankParams = namedtuple("RankParams", "count whole")
 
 
-def rank_params(shape: Shape, layout: Layout, stage: int) -> RankParams:
-    """Of one rank at place `stage` of its pipeline, before ZeRO: how many parameters, how many of them tp does not
+def rank_params(shape: Shape, layout: Layout, pp_rank: int) -> RankParams:
+    """Of one rank at place `pp_rank` of its pipeline, before ZeRO: how many parameters, how many of them tp does not
     split."""
-    layers = depth(shape.n_layer, layout.pp, layout.chunks)[stage]
-    is_first, is_last = stage == 0, stage == layout.pp - 1
+    layers = depth(shape.n_layer, layout.pp, layout.chunks)[pp_rank]
+    is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
     tables = is_first + is_last - (shape.tie_embeddings and layout.pp == 1)
     learned = is_first and shape.position == "learned"
     whole = layers * shape.whole + (learned * shape.seq_len + is_last * shape.norm_vectors) * shape.n_embd
@@ -673,35 +675,36 @@ def end_bytes(shape: Shape, layout: Layout, program: Program) -> float:
     return norm + x + 4 * n * V
 
 
-def stored(layout: Layout, stage: int) -> float:
+def stored(layout: Layout, pp_rank: int) -> float:
     """Micro-batches whose activations rank r of a pipeline holds at once: 1F1B p - r, GPipe m, interleaved on the first
     rank p (1 + (p-1)/(p v)), where a micro-batch in one of a rank's v stages counts 1 / v."""
     p, m, v = layout.pp, layout.micro_batches, layout.chunks
     if v > 1:
-        return min(m * v, (p - 1 - stage) * 2 + (v - 1) * p + 1) / v
-    return m if layout.schedule == "gpipe" and p > 1 else min(m, p - stage)
+        return min(m * v, (p - 1 - pp_rank) * 2 + (v - 1) * p + 1) / v
+    return m if layout.schedule == "gpipe" and p > 1 else min(m, p - pp_rank)
 
 
-def waiting_bytes(shape: Shape, layout: Layout, program: Program, stage: int) -> float:
+def waiting_bytes(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> float:
     """Zero bubble computes weight gradients later. Until then each linear's input and the gradient of its result wait.
     One linear more is waiting while a forward pass runs after a backward, which is so only if m > p."""
     if layout.schedule != "zb" or layout.pp == 1:
         return 0
     n, h, t = layout.micro_batch_size * shape.seq_len, shape.n_embd, layout.tp
-    layers, m, p = depth(shape.n_layer, layout.pp, 1)[stage], layout.micro_batches, layout.pp
+    layers, m, p = depth(shape.n_layer, layout.pp, 1)[pp_rank], layout.micro_batches, layout.pp
     per_layer = n * program.item * (4 * h + (2 * shape.q + 2 * shape.kv + (shape.ups + 1) * shape.n_ff) / t)
-    return (min(m, p) - stored(layout, stage)) * layers * per_layer + (m > p) * n * program.item * (h + shape.n_ff / t)
+    recomputed = (m > p) * n * program.item * (h + shape.n_ff / t)
+    return (min(m, p) - stored(layout, pp_rank)) * layers * per_layer + recomputed
 
 
-def buffer_bytes(shape: Shape, layout: Layout, program: Program, stage: int) -> float:
+def buffer_bytes(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> float:
     """Gradients on their way, gathered layers, and the block that runs again. psi: parameters of the rank."""
-    psi, dp, zero = rank_params(shape, layout, stage).count, layout.dp, layout.zero
+    psi, dp, zero = rank_params(shape, layout, pp_rank).count, layout.dp, layout.zero
     again = layer_bytes(shape, layout, program, "none") * (layout.recompute == "full")
     if not zero:                                                    # the sums, and one micro-batch's gradients
         return again + (dp > 1 and layout.micro_batches > 1) * psi * program.gradient
     # stage 3: a layer, or a table, at a time; before: a bucket
     layer = (shape.block + shape.split_biases) / layout.tp + shape.whole
-    table = shape.vocab_size / layout.tp * shape.n_embd * (stage in (0, layout.pp - 1))
+    table = shape.vocab_size / layout.tp * shape.n_embd * (pp_rank in (0, layout.pp - 1))
     bucket = max(layer, table) if zero == 3 else min(BUCKETS[zero] / program.gradient, psi)
     # gradients: a bucket that is being summed, and the rank's share of it; from stage 2 on, also two buckets as
     # backward left them. Stage 3: the gathered weights of this layer and of the next
@@ -709,35 +712,35 @@ def buffer_bytes(shape: Shape, layout: Layout, program: Program, stage: int) -> 
     return again + (dp > 1) * gradients + (zero == 3) * 2 * bucket * program.item
 
 
-def memory(shape: Shape, layout: Layout, program: Program, stage: int) -> dict:
-    """Bytes of a rank at place `stage` of its pipeline: {"parameters", "gradients", "states", "activations",
+def memory(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict:
+    """Bytes of a rank at place `pp_rank` of its pipeline: {"parameters", "gradients", "states", "activations",
     "buffers"}. (Rajbhandari 2020, figure 1; Korthikanti 2022, section 4)"""
-    psi, zero, dp = rank_params(shape, layout, stage).count, layout.zero, layout.dp
+    psi, zero, dp = rank_params(shape, layout, pp_rank).count, layout.zero, layout.dp
     # parameters, gradients, states: those that ZeRO splits / dp
     weight, states = program.item, program.states
     if zero == 3 and program.train_py and program.master_weights:      # train.py's shards are the masters themselves
         weight, states = program.wide, 2 * program.wide
-    layers, alive = depth(shape.n_layer, layout.pp, layout.chunks)[stage], stored(layout, stage)
+    layers, alive = depth(shape.n_layer, layout.pp, layout.chunks)[pp_rank], stored(layout, pp_rank)
     # what the layers of a micro-batch share: train.py's cos and sin (of each chunk), or positions; a mask
     T, rope = shape.seq_len, shape.position == "rope"
-    shared = program.train_py * T * (layout.chunks * shape.head_dim * program.residual if rope else 8 * (stage == 0))
+    shared = program.train_py * T * (layout.chunks * shape.head_dim * program.residual if rope else 8 * (pp_rank == 0))
     shared += program.document_mask * layout.micro_batch_size * T * T * program.item
     kept = alive * (layers * layer_bytes(shape, layout, program, layout.recompute) + shared)
-    if stage == layout.pp - 1:                # the loss's backward follows its forward at once, but not with GPipe
+    if pp_rank == layout.pp - 1:                # the loss's backward follows its forward at once, but not with GPipe
         kept += end_bytes(shape, layout, program) * (alive if layout.schedule == "gpipe" else 1)
     return {"parameters": psi * weight / (dp if zero >= 3 else 1),
             "gradients": psi * program.gradient / (dp if zero >= 2 else 1),
             "states": psi * states / (dp if zero >= 1 else 1),
-            "activations": kept + waiting_bytes(shape, layout, program, stage),
-            "buffers": buffer_bytes(shape, layout, program, stage)}
+            "activations": kept + waiting_bytes(shape, layout, program, pp_rank),
+            "buffers": buffer_bytes(shape, layout, program, pp_rank)}
 
 
 def fullest(shape: Shape, layout: Layout, program: Program) -> dict:
     """memory() of the rank that needs most. Candidates: the first rank, the last, and for each number of layers the
     first rank between them that has so many, since an earlier rank stores more micro-batches."""
     layers = depth(shape.n_layer, layout.pp, layout.chunks)
-    stages = {0, layout.pp - 1, *(layers.index(x, min(1, layout.pp - 1)) for x in set(layers[1:]))}
-    return max((memory(shape, layout, program, r) for r in stages), key=lambda parts: sum(parts.values()))
+    ranks = {0, layout.pp - 1, *(layers.index(x, min(1, layout.pp - 1)) for x in set(layers[1:]))}
+    return max((memory(shape, layout, program, r) for r in ranks), key=lambda parts: sum(parts.values()))
 
 
 # ---- (4) messages ----------------------------------------------------------------------------------------------------
@@ -752,15 +755,15 @@ def layer_collectives(layout: Layout, program: Program) -> dict:
     return {"forward": (2, 2), "backward": (2 + 2 * sp, 2), "again": again}
 
 
-def messages(shape: Shape, layout: Layout, program: Program, stage: int) -> dict:
-    """What a rank at place `stage` of its pipeline sends in a step: {(axis, collective): (calls, bytes)}.
+def messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict:
+    """What a rank at place `pp_rank` of its pipeline sends in a step: {(axis, collective): (calls, bytes)}.
 
     axis     dp, tp, pp; "world": all ranks; "ends": first and last stage, which share a tied weight
     calls    None where the number depends on the size of buckets or of the loss's chunks
     bytes    the payload, all ranks' parts together. With ZeRO ranks' shards differ in size: the mean, without padding
     """
-    rank, layers = rank_params(shape, layout, stage), depth(shape.n_layer, layout.pp, layout.chunks)[stage]
-    m, is_first, is_last, zero = layout.micro_batches, stage == 0, stage == layout.pp - 1, layout.zero
+    rank, layers = rank_params(shape, layout, pp_rank), depth(shape.n_layer, layout.pp, layout.chunks)[pp_rank]
+    m, is_first, is_last, zero = layout.micro_batches, pp_rank == 0, pp_rank == layout.pp - 1, layout.zero
     n, h, table = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size // layout.tp * shape.n_embd
     product, hidden = n * h * program.item, n * h * program.residual
     mean = program.gradient / (layout.dp if zero else 1)                  # of a gradient after ZeRO has sharded it
@@ -934,7 +937,7 @@ def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: 
         law |= {"loss": None, "left": None}
     parts = {name: round(x) for name, x in fullest(shape, layout, program).items()}
     waits = bubble(layout, 1, 1, 1)
-    sent = [bytes_sent(messages(shape, layout, program, stage), layout) for stage in range(layout.pp)]
+    sent = [bytes_sent(messages(shape, layout, program, pp_rank), layout) for pp_rank in range(layout.pp)]
     answer = {"parameters": N, "embedding_parameters": shape.vocab_size * shape.n_embd, "tokens": tokens,
               "tokens_per_parameter": tokens / N, "tokens_per_step": layout.batch * shape.seq_len,
               "flops_per_token": shape.flops_per_token(), "flops": flops, "law": law,
@@ -998,7 +1001,7 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
     Raises BadInput for other names in `fixed`, if no layout is possible, and if none fits.
     """
     shape, gpu = shape_of(config), find_gpu(gpu)
-    precision, fixed = resolve_precision(precision, gpu), {name: x for name, x in fixed.items() if x is not None}
+    precision, fixed = precision_of_gpu(precision, gpu), {name: x for name, x in fixed.items() if x is not None}
     tokens = optimal_tokens(shape.num_params) if tokens is None else tokens
     if not tokens > 0:
         raise BadInput(f"tokens must be above 0, got {tokens}")
@@ -1081,7 +1084,7 @@ def find_gpu(name: str | GPU) -> GPU:
     return name if isinstance(name, GPU) else GPUS[name]
 
 
-def resolve_precision(name: str, gpu: str | GPU) -> str:
+def precision_of_gpu(name: str, gpu: str | GPU) -> str:
     """"auto" -> the GPU's 16 bits: bf16, before Ampere fp16. BadInput for a precision that the GPU lacks."""
     gpu = find_gpu(gpu)
     if name == "auto":
@@ -1280,6 +1283,9 @@ def draw(file: Path, plot, *data):
 
 def command_fit(asked):
     runs = read_runs(asked.runs)
+    if len(runs) > 2000:
+        print(f"scaling.py: {asked.runs}: fitting {len(runs):,} runs, and 200 resamples of them, takes minutes",
+              file=sys.stderr)
     results = fit_all(runs, asked.runs) | ({"holdout": holdout(runs, asked.holdout)} if asked.holdout else {})
     warn_of_units(asked.runs, runs)
     print(json.dumps(results)) if asked.json else report(runs, results)
