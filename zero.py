@@ -58,8 +58,10 @@ run: python zero.py        (starts its own ranks)
 import contextlib
 import functools
 import itertools
+import math
 from collections import defaultdict
 from dataclasses import is_dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -371,7 +373,7 @@ class GradientShards:
 
 # ---- stages 1 and 2 --------------------------------------------------------------------------------------------------
 
-NOT_ELEMENTWISE = ("Adafactor", "LBFGS", "Muon", "SparseAdam")                      # of torch's
+NOT_ELEMENTWISE = tuple(getattr(torch.optim, name) for name in ("Adafactor", "LBFGS", "Muon", "SparseAdam"))
 
 
 class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
@@ -410,9 +412,8 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
             raise ValueError(f"bucket_mb must be above 0, got {bucket_mb}")
         super().__init__(params, kwargs)
         whole = [p for group in self.param_groups for p in group["params"]]
-        name = getattr(getattr(optimizer_cls, "func", optimizer_cls), "__name__", "")
-        if name in NOT_ELEMENTWISE:
-            raise ValueError(f"optimizer_cls must update each element by itself to be sharded, {name} does not")
+        if (cls := getattr(optimizer_cls, "func", optimizer_cls)) in NOT_ELEMENTWISE:
+            raise ValueError(f"optimizer_cls must update each element by itself to be sharded, {cls.__name__} does not")
         order = whole if order is None else list(order)
         if len(order) != len(whole) or set(order) != set(whole):
             raise ValueError(f"order must hold each of the {len(whole)} parameters once, got another {len(order)}")
@@ -738,6 +739,222 @@ class FullyShard(GradientShards, nn.Module):
             row = all_gather(unit.weights, unit.group)
             for p in unit.params:
                 yield p.full_name, unit.view(row, p).clone()
+
+
+# ---- an optimizer that needs whole matrices: Muon --------------------------------------------------------------------
+
+def muon_step(p: Tensor, g: Tensor, M: Tensor, lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
+    """Muon as on the board: one step of one whole matrix p (rows, columns) with gradient g. M: its momentum, from 0 on.
+    (Jordan 2024; weight decay as in Liu 2025, arXiv:2502.16982, eq. 3)"""
+    M.mul_(momentum).add_(g)                                                  # M = mu M + g
+    U = g + momentum * M                                                      # U = g + mu M             (Nesterov)
+    O = orthogonalize(U)                                                      # W S V^T -> about W V^T
+    p.sub_(lr * (scale_of(*p.shape) * O + weight_decay * p))                  # p -= lr (scale O + wd p)
+
+
+POLYNOMIAL = 3.4445, -4.7750, 2.0315                                          # a, b, c  (Jordan 2024)
+
+
+def orthogonalize(U: Tensor, steps: int = 5) -> Tensor:
+    """A matrix U = W S V^T (rows, columns) with its singular values S moved near 1: about W V^T, the orthogonal matrix
+    that is nearest. So every direction of a gradient counts alike, also one that is rarely seen.
+
+    The polynomial phi(s) = a s + b s^3 + c s^5, applied to every singular value again and again, needs products alone:
+    phi(X) = (a + b X X^T + c (X X^T)^2) X. It is steep at 0 (a^5 = 485), and near 1 it does not settle: values end
+    between 0.68 and 1.14. In U's dtype, float32 at least. (Newton-Schulz iteration, Jordan 2024)
+    """
+    a, b, c = POLYNOMIAL
+    X = U.to(torch.promote_types(U.dtype, torch.float32))
+    X = X.mT if U.shape[0] > U.shape[1] else X                                # (m, n), m <= n
+    X = X / X.norm().clamp(min=1e-7)                                          # no singular value is above 1
+    for _ in range(steps):
+        A = X @ X.mT                                                          # (m, m)
+        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)  # X = a X + (b A + c A^2) X
+    return X.mT if U.shape[0] > U.shape[1] else X
+
+
+def orthogonalize_flops(rows: int, columns: int, steps: int = 5) -> int:
+    """2 m^2 n for A, 2 m^3 for A^2, 2 m^2 n for the product with X, in each step."""
+    m, n = sorted((rows, columns))
+    return steps * (4 * m * m * n + 2 * m**3)
+
+
+def scale_of(rows: int, columns: int) -> float:
+    """Jordan's: a linear layer's output then changes by the learning rate, as a root of mean squares, for any shape.
+    (Liu 2025 takes 0.2 sqrt(max(rows, columns)): the update is then as large as AdamW's.)"""
+    return max(1, rows / columns) ** 0.5
+
+
+class Piece(NamedTuple):
+    """Elements lo ... hi - 1, row by row, of a box of a matrix. Equal pieces are replicas."""
+
+    name: str
+    box: tuple                                                                # ((start, stop, size of the whole), ...)
+    lo: int
+    hi: int
+
+    whole = property(lambda self: [size for _, _, size in self.box])          # (rows, columns) of the matrix
+
+    def view(self, matrix: Tensor) -> Tensor:
+        """The box in the whole matrix."""
+        (top, bottom, _), (left, right, _) = self.box
+        return matrix[top:bottom, left:right]
+
+
+def piece_of(p: Tensor, number: int) -> Piece:
+    """By p's attributes; a tensor without them is a whole, and the `number`-th."""
+    name, box = getattr(p, "full_name", str(number)), getattr(p, "box", tuple((0, n, n) for n in p.shape))
+    if len(box) != 2:
+        raise ValueError(f"{name} must be a matrix for Muon, it has {len(box)} dimensions")
+    return Piece(name, box, *getattr(p, "flat", (0, p.numel())))
+
+
+def assemble(parts: dict[Piece, Tensor]) -> Tensor:
+    """All pieces of a matrix -> the matrix."""
+    boxes = {}                                                                # box -> its elements in a row
+    for piece, x in parts.items():
+        row = boxes.setdefault(piece.box, x.new_empty(math.prod(b - a for a, b, _ in piece.box)))
+        row[piece.lo:piece.hi] = x
+    matrix = x.new_empty(piece.whole)
+    for piece in parts:
+        place = piece.view(matrix)
+        place.copy_(boxes[piece.box].view(place.shape))
+    return matrix
+
+
+def cut(matrix: Tensor, piece: Piece) -> Tensor:
+    return piece.view(matrix).flatten()[piece.lo:piece.hi]
+
+
+def plan_exchange(everyone: list[list[Piece]]) -> tuple[dict, list, list]:
+    """everyone[r]: what rank r holds. Every rank makes the same plan of it: {matrix: its owner}, and two lists of
+    (piece, source rank, target rank): each piece to its matrix's owner once, and from the owner to all that hold it.
+
+    The owner is one of the matrix's holders, the one with the fewest FLOPs so far; the most expensive matrix is given
+    away first. Raises ValueError for pieces that do not make the matrix.
+    """
+    holders = defaultdict(lambda: defaultdict(list))                          # name -> piece -> ranks
+    for r, pieces in enumerate(everyone):
+        for piece in pieces:
+            if piece.lo < piece.hi:
+                holders[piece.name][piece].append(r)
+    flops = {}
+    for name, pieces in holders.items():
+        elements, shape = sum(piece.hi - piece.lo for piece in pieces), next(iter(pieces)).whole
+        if elements != math.prod(shape):
+            raise ValueError(f"{name}: the pieces of the group's ranks must make its {math.prod(shape)} elements, they "
+                             f"make {elements}")
+        flops[name] = orthogonalize_flops(*shape)
+    owners, load, to_owner, to_holders = {}, [0] * len(everyone), [], []
+    for name in sorted(holders, key=lambda name: (-flops[name], name)):
+        owner = owners[name] = min(sorted(set().union(*holders[name].values())), key=load.__getitem__)
+        load[owner] += flops[name]
+        for piece, ranks in sorted(holders[name].items()):
+            to_owner.append((piece, owner if owner in ranks else ranks[0], owner))
+            to_holders += [(piece, owner, r) for r in ranks]
+    return owners, to_owner, to_holders
+
+
+def exchange(routes: list, pieces: dict[Piece, Tensor], like: Tensor, group) -> dict[Piece, Tensor]:
+    """routes: (piece, source rank, target rank), the same list on all ranks. pieces: what this rank has, of the dtype
+    and device of `like`. -> what comes to this rank, each a row. One message from a rank to another, if any."""
+    me, arrived = rank(group), {}
+    outgoing, incoming = defaultdict(list), defaultdict(list)
+    for piece, source, target in routes:
+        if source == target == me:
+            arrived[piece] = pieces[piece].flatten()
+        elif source == me:
+            outgoing[target].append(pieces[piece].flatten())
+        elif target == me:
+            incoming[source].append(piece)
+    rows = {source: like.new_empty(sum(x.hi - x.lo for x in expected)) for source, expected in incoming.items()}
+    calls = [dist.P2POp(dist.isend, torch.cat(parts), group=group, group_peer=r) for r, parts in outgoing.items()]
+    calls += [dist.P2POp(dist.irecv, row, group=group, group_peer=r) for r, row in rows.items()]
+    for work in dist.batch_isend_irecv(calls) if calls else ():
+        work.wait()
+    for source, expected in incoming.items():
+        arrived |= zip(expected, rows[source].split([x.hi - x.lo for x in expected]), strict=True)
+    return arrived
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices, another optimizer for the rest, wherever the pieces of a matrix lie.
+
+        groups = [{"params": matrices, "muon": True}, {"params": others}]
+        optimizer = Muon(groups, functools.partial(torch.optim.AdamW, lr=3e-3), group=group, lr=0.02)
+
+    A step:
+        1  elementwise, on the piece that a rank holds: M = mu M + g, U = g + mu M
+        2  every piece of U goes to its matrix's owner, one of the ranks that hold a part
+        3  the owner, and no other rank, orthogonalizes the matrix
+        4  every rank gets its piece of O back, and updates: p -= lr (scale O + wd p)
+
+    params   parameter groups. Those with "muon": True hold matrices, or pieces of them, as the attributes full_name,
+             box and flat say (one without them is a whole matrix). The others go to `rest`, groups -> optimizer
+    group    all ranks that may hold a part of these matrices, or a copy. None: this process alone
+    lr, momentum, weight_decay   of the groups with "muon", unless a group has its own
+
+    Steps 2 and 4 send each piece at most once to its owner, and once to every other rank that holds it: of a matrix of
+    m n elements that n ranks share, 2 m n (n - 1)/n elements; of one of which dp ranks have a copy, m n (dp - 1).
+    Without step 4 each copy would be orthogonalized by the rank that has it. That takes 5 (4 m^2 n + 2 m^3) FLOPs (m <=
+    n), at least 20 m per element. So sharing is cheaper where 20 m / (FLOP/s) > 4 bytes / (bytes/s), which is nearly
+    everywhere: above m = 270 for float32 products of 67 TFLOP/s and a network of 50 GB/s (H100).
+
+    state[p] has one moment, "momentum", where AdamW has two. A matrix without a gradient, on any rank, stays as it is.
+    Raises ValueError for what is not a matrix, and for pieces that do not make one: a group that is too small.
+    """
+
+    def __init__(self, params, rest, *, group=None, lr: float = 0.02, momentum: float = 0.95,
+                 weight_decay: float = 0.1):
+        groups = list(params)
+        self.group, self.rest = group, rest([x for x in groups if not x.get("muon")] or [{"params": []}])
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        matrices = [p for x in self.matrix_groups() for p in x["params"]]
+        self.pieces = {p: piece_of(p, number) for number, p in enumerate(matrices)}
+        dtype = functools.reduce(torch.promote_types, (p.dtype for p in matrices), torch.float32)
+        self.like = torch.empty(0, dtype=dtype, device=matrices[0].device if matrices else None)
+        everyone = [list(self.pieces.values())]
+        if size(group) > 1:
+            everyone = [None] * size(group)
+            dist.all_gather_object(everyone, list(self.pieces.values()), group=group)
+        self.owners, *plan = plan_exchange(everyone)
+        # several ranks exchange all matrices at once; one alone takes a matrix at a time, and holds no more than its U
+        rounds = [set(self.owners)] if size(group) > 1 else [{name} for name in self.owners]
+        self.rounds = [[[x for x in routes if x[0].name in names] for routes in plan] for names in rounds]
+
+    def matrix_groups(self) -> list[dict]:
+        return [x for x in self.param_groups if x.get("muon")]
+
+    @torch.no_grad()
+    def step(self):
+        self.rest.param_groups = [x for x in self.param_groups if not x.get("muon")]
+        self.rest.state = self.state
+        self.rest.step()
+        options = {self.pieces[p]: (p, x) for x in self.matrix_groups() for p in x["params"]}
+        without = {piece.name for piece, (p, _) in options.items() if p.grad is None}
+        for routes in self.rounds:
+            to_owner, to_holders = ([x for x in r if x[0].name not in without] for r in routes)
+            # 1
+            updates = {piece: self.momentum(*options[piece]) for piece, _, r in to_holders if r == rank(self.group)}
+            # 2
+            parts = defaultdict(dict)
+            for piece, x in exchange(to_owner, updates, self.like, self.group).items():
+                parts[piece.name][piece] = x
+            # 3
+            O = {name: orthogonalize(assemble(pieces)) for name, pieces in parts.items()}
+            # 4
+            cuts = {piece: cut(O[piece.name], piece) for piece, _, _ in to_holders if piece.name in O}
+            for piece, x in exchange(to_holders, cuts, self.like, self.group).items():
+                p, of_p = options[piece]
+                # p -= lr (scale O + wd p)
+                p.mul_(1 - of_p["lr"] * of_p["weight_decay"])
+                p.sub_(x.view(p.shape), alpha=of_p["lr"] * scale_of(*piece.whole))
+
+    def momentum(self, p: Tensor, options: dict) -> Tensor:
+        """U of this rank's piece."""
+        M = self.state[p].setdefault("momentum", torch.zeros_like(p))
+        M.mul_(options["momentum"]).add_(p.grad)                              # M = mu M + g
+        return torch.add(p.grad, M, alpha=options["momentum"]).to(self.like)  # U = g + mu M
 
 
 # ---- the global norm -------------------------------------------------------------------------------------------------
