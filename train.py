@@ -25,6 +25,7 @@ train_step() does one step, and its comments are numbered: 1. count targets, 2. 
       m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2           m' = m / (1 - b1^t)      v' = v / (1 - b2^t)
       p -= lr (m' / (sqrt(v') + eps) + wd p)                       p: a parameter; wd: weight decay, on matrices alone
 
+or, with --optimizer muon, the matrices inside the blocks with Muon (zero.py) and the rest with AdamW.
 A step depends on the config, the data, the seed and its number alone. So a checkpoint continues bit for bit on a CPU,
 and on a GPU as far as its kernels are deterministic. The same command again goes on where the run stopped: after Ctrl-C
 and SIGTERM, which save first, and after kill -9, from the last checkpoint.

@@ -40,6 +40,9 @@ Everything lies in buckets: parameters side by side in a flat row, padded so tha
 slices is rank r's. The optimizer sees, for each parameter, the part that lies in the slice, as a view. An elementwise
 optimizer cannot tell the difference.
 
+Muon can: its update needs whole matrices. So each matrix has one owner among the ranks that hold a part of it. In every
+step the pieces go to the owner, it computes the update, and each rank gets its part back.
+
     symbol   in code                     shape, dtype
     Psi      num_params                  parameters of the model
     n, r     size(group), rank(group)    ranks that share the model states, and which of them this is
@@ -49,8 +52,7 @@ optimizer cannot tell the difference.
     -        shard.flat = (lo, hi)       which elements of the (local) parameter a shard is, row by row
 
 Map: formulas - the three stages on the board - Bucket - GradientShards (what the stages share) - ShardedOptimizer (1,
-2) - FullyShard (3) - the global norm - what is in memory - demo. Not here: offloading, sharded activations, optimizers
-that need whole matrices.
+2) - FullyShard (3) - Muon - the global norm - what is in memory - demo. Not here: offloading, sharded activations.
 
 run: python zero.py        (starts its own ranks)
 """
@@ -215,7 +217,7 @@ class Bucket:
     def shard(self, p: Tensor, row: Tensor) -> nn.Parameter:
         """What this rank updates of p: a view of its slice, with p's attributes and flat."""
         new = nn.Parameter(self.part(row, p), requires_grad=p.requires_grad)
-        new.__dict__.update(p.__dict__)
+        new.__dict__.update({"box": tuple((0, n, n) for n in p.shape)} | p.__dict__)
         new.flat, new.sharded, new.grad_dtype = self.flat(p), True, self.total_dtype
         return new
 
@@ -398,8 +400,9 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
     parameters' attributes and flat. (By these data.py's checkpoints write and read them, on any number of ranks.)
     The module's own p.grad is None after finish_gradient_synchronization(): clear and clip what the optimizer has. All
     ranks give up a batch together: optimizer.zero_grad(). torch.amp.GradScaler would see one rank's inf alone.
-    An optimizer that is not elementwise would compute something else from a part of a tensor. Four of torch's are known
-    and refused; of others, and of one that clips by the norm of what it has, nobody will know.
+    An optimizer that is not elementwise would compute something else from a part of a tensor (but Muon, below, asks the
+    other ranks). Four of torch's are known and refused; of others, and of one that clips by the norm of what it has,
+    nobody will know.
     Raises ValueError for these four, a group without this rank, parameters that are sharded; RuntimeError for step()
     before finish_gradient_synchronization(), sparse gradients, a frozen parameter that is no longer.
     """
@@ -756,12 +759,13 @@ POLYNOMIAL = 3.4445, -4.7750, 2.0315                                          # 
 
 
 def orthogonalize(U: Tensor, steps: int = 5) -> Tensor:
-    """A matrix U = W S V^T (rows, columns) with its singular values S moved near 1: about W V^T, the orthogonal matrix
-    that is nearest. So every direction of a gradient counts alike, also one that is rarely seen.
+    """U = W S V^T (rows, columns) with its singular values S moved near 1: about W V^T, the nearest matrix with
+    orthogonal rows or columns. All directions of a gradient count alike, also one that is rarely seen.
 
-    The polynomial phi(s) = a s + b s^3 + c s^5, applied to every singular value again and again, needs products alone:
-    phi(X) = (a + b X X^T + c (X X^T)^2) X. It is steep at 0 (a^5 = 485), and near 1 it does not settle: values end
-    between 0.68 and 1.14. In U's dtype, float32 at least. (Newton-Schulz iteration, Jordan 2024)
+    phi(s) = a s + b s^3 + c s^5 acts on every singular value at once, by products alone, since phi(W S V^T) =
+    W phi(S) V^T = (a + b U U^T + c (U U^T)^2) U. It is steep at 0, and does not settle at 1: values that begin above a
+    500th of the norm of U end between 0.68 and 1.21. In U's dtype, float32 at least. (Newton-Schulz iteration; Jordan
+    2024, https://kellerjordan.github.io/posts/muon/)
     """
     a, b, c = POLYNOMIAL
     X = U.to(torch.promote_types(U.dtype, torch.float32))
@@ -883,22 +887,22 @@ class Muon(torch.optim.Optimizer):
         groups = [{"params": matrices, "muon": True}, {"params": others}]
         optimizer = Muon(groups, functools.partial(torch.optim.AdamW, lr=3e-3), group=group, lr=0.02)
 
-    A step:
-        1  elementwise, on the piece that a rank holds: M = mu M + g, U = g + mu M
-        2  every piece of U goes to its matrix's owner, one of the ranks that hold a part
-        3  the owner, and no other rank, orthogonalizes the matrix
-        4  every rank gets its piece of O back, and updates: p -= lr (scale O + wd p)
+    A step of the ranks that hold parts of a matrix, or copies of it:
+        1  each, on its piece:     M = mu M + g, U = g + mu M
+        2  each                    sends its piece of U to the owner, one of them
+        3  the owner alone         orthogonalizes U
+        4  the owner               sends each its piece of O
+        5  each, on its piece:     p -= lr (scale O + wd p)
 
     params   parameter groups. Those with "muon": True hold matrices, or pieces of them, as the attributes full_name,
-             box and flat say (one without them is a whole matrix). The others go to `rest`, groups -> optimizer
+             box and flat say (one without them is a whole matrix). The others go to `rest`: groups -> optimizer
     group    all ranks that may hold a part of these matrices, or a copy. None: this process alone
     lr, momentum, weight_decay   of the groups with "muon", unless a group has its own
 
-    Steps 2 and 4 send each piece at most once to its owner, and once to every other rank that holds it: of a matrix of
-    m n elements that n ranks share, 2 m n (n - 1)/n elements; of one of which dp ranks have a copy, m n (dp - 1).
-    Without step 4 each copy would be orthogonalized by the rank that has it. That takes 5 (4 m^2 n + 2 m^3) FLOPs (m <=
-    n), at least 20 m per element. So sharing is cheaper where 20 m / (FLOP/s) > 4 bytes / (bytes/s), which is nearly
-    everywhere: above m = 270 for float32 products of 67 TFLOP/s and a network of 50 GB/s (H100).
+    Of a matrix of m n elements that R ranks share, 2 m n (R - 1)/R elements are sent; if R ranks have a copy each,
+    m n (R - 1). Copies could also do without: each rank would orthogonalize its own, in 5 (4 m^2 n + 2 m^3) FLOPs (m <=
+    n), which is at least 20 m per element. One owner is cheaper where 20 m / (FLOP/s) > 4 bytes / (bytes/s): almost
+    everywhere, as above m = 250 on H100s (62 TFLOP/s in float32, a network of 50 GB/s). So there always is one.
 
     state[p] has one moment, "momentum", where AdamW has two. A matrix without a gradient, on any rank, stays as it is.
     Raises ValueError for what is not a matrix, and for pieces that do not make one: a group that is too small.
@@ -934,19 +938,19 @@ class Muon(torch.optim.Optimizer):
         without = {piece.name for piece, (p, _) in options.items() if p.grad is None}
         for routes in self.rounds:
             to_owner, to_holders = ([x for x in r if x[0].name not in without] for r in routes)
-            # 1
+            # 1  each
             updates = {piece: self.momentum(*options[piece]) for piece, _, r in to_holders if r == rank(self.group)}
-            # 2
+            # 2  to the owners
             parts = defaultdict(dict)
             for piece, x in exchange(to_owner, updates, self.like, self.group).items():
                 parts[piece.name][piece] = x
-            # 3
+            # 3  the owner
             O = {name: orthogonalize(assemble(pieces)) for name, pieces in parts.items()}
-            # 4
+            # 4  from the owners
             cuts = {piece: cut(O[piece.name], piece) for piece, _, _ in to_holders if piece.name in O}
             for piece, x in exchange(to_holders, cuts, self.like, self.group).items():
+                # 5  p -= lr (scale O + wd p)
                 p, of_p = options[piece]
-                # p -= lr (scale O + wd p)
                 p.mul_(1 - of_p["lr"] * of_p["weight_decay"])
                 p.sub_(x.view(p.shape), alpha=of_p["lr"] * scale_of(*piece.whole))
 
@@ -1046,17 +1050,19 @@ def demo():
                 x = x + layer(x)
             return nn.functional.cross_entropy(self.head(x).flatten(0, 1), targets.flatten(), reduction="sum")
 
-    def train(stage, group):
-        """Two steps of two micro-batches on each of four ranks -> weights, peak bytes, bytes sent in the last."""
+    def train(stage, group, muon=False):
+        """Two steps of two micro-batches on each of four ranks -> weights, peak bytes, bytes sent in the last, and
+        those of Muon, if it updates the matrices in the layers."""
         toy, r, n = Toy(), rank(group), size(group)
-        if stage == 0:
-            sync, optimizer = parallel.DataParallel(toy, group), torch.optim.AdamW(toy.parameters(), 0.01)
-        elif stage == 3:
-            sync = FullyShard(toy, group)
-            optimizer = torch.optim.AdamW(sync.parameters(), 0.01)
+        sync = parallel.DataParallel(toy, group) if stage == 0 else FullyShard(toy, group) if stage == 3 else None
+        rule, params = functools.partial(torch.optim.AdamW, lr=0.01), list((sync or toy).parameters())
+        if muon:
+            params = [{"params": params[1:-1], "muon": True}, {"params": [params[0], params[-1]]}]
+            rule = functools.partial(Muon, rest=rule, group=group)
+        if sync is None:
+            sync = optimizer = ShardedOptimizer(params, rule, group=group, stage=stage, bucket_mb=8 * 1024 / 1e6)
         else:
-            sync = optimizer = ShardedOptimizer(toy.parameters(), torch.optim.AdamW, group=group, stage=stage,
-                                                bucket_mb=8 * 1024 / 1e6, lr=0.01)
+            optimizer = rule(params)
 
         def there():
             tensors = holdings(sync, optimizer) if stage else {
@@ -1077,8 +1083,9 @@ def demo():
                 optimizer.step()
             optimizer.zero_grad()
         weights = dict(sync.full_parameters() if stage == 3 else toy.named_parameters())
-        sent = sum(x.wire for x in wire.calls if x.dtype == torch.float64)
-        return weights, memory.peak, sent
+        sent, own = (sum(x.wire for x in wire.calls if x.dtype == torch.float64 and (x.collective == "send") == to_one)
+                     for to_one in (False, True))
+        return weights, memory.peak, sent, own
 
     def run(r, store):
         torch.set_num_threads(1)
@@ -1090,7 +1097,7 @@ def demo():
             "measured | formula | error\nstage  " + "".join(f"{x:<25}" for x in (
                 "parameters", "gradients", "states", "buffers", "sent")) + "off AdamW by")
         for stage in range(4):
-            weights, peak, sent = train(stage, dist.group.WORLD)
+            weights, peak, sent, _ = train(stage, dist.group.WORLD)
             formula = memory_per_rank(psi, stage, n, param_bytes=8, grad_bytes=8, state_bytes=16)
             formula["gradients"] *= 1 + (stage == 0)              # the bucket, beside gradients that are being added up
             # a bucket (1, 2: a matrix; 3: a layer, of two) that is received, and a slice of the sum; 2, 3: and those
@@ -1103,6 +1110,18 @@ def demo():
             say(f"{stage:<7}" + "".join(f"{f'{a:,.0f} | {b:,.0f} | {a - b:,.0f}':<25}" for a, b in row)
                 + f"{error:.0e}")
             assert error < 1e-12 and all(a == b for a, b in row), (stage, row)
+
+        alone = train(0, None, muon=True)[0]
+        say("\nMuon on the layers' eight matrices of 1,024; bytes that it sends of a rank: measured | formula; off one "
+            "process by")
+        for stage in range(4):
+            weights, _, _, sent = train(stage, dist.group.WORLD, muon=True)
+            # stage 0: the owner sends n - 1 copies; 1, 2: n parts come and go; 3: a layer's two matrices lie on two
+            # ranks each
+            formula = 8 * 8 * 1024 / n * {0: n - 1, 3: 2 * (1 - 1 / 2)}.get(stage, 2 * (n - 1) / n)
+            error = max((weights[name] - p).abs().max().item() for name, p in alone.items())
+            say(f"{stage:<7}{f'{sent:,.0f} | {formula:,.0f}':<25}{error:.0e}")
+            assert error < 1e-12 and sent == formula, stage
 
         say("\nmodel states of the paper (Table 1), 2 + 2 + 12 bytes a parameter, GB a rank: formula | published")
         for (params, stage, dp), gb in published.items():

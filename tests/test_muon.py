@@ -6,6 +6,7 @@ import pytest
 import test_precision
 import torch
 from test_parallel import MODELS, STEPS, TINY, differences, in_ranks, one_process, rerun, trained
+from test_train import MINI, PARITY, our_losses, plain_losses
 from torch import nn
 
 import data
@@ -171,9 +172,11 @@ LAYOUTS = [  # ranks, flags
     (2, "--dp 2"), (2, "--tp 2"), (4, "--dp 2 --tp 2 --no-sequence-parallel"), (2, "--pp 2 --pp-schedule zb"),
     (4, "--dp 4 --zero 1"), (2, "--dp 2 --zero 2"), (4, "--dp 4 --zero 3"), (4, "--dp 2 --tp 2 --zero 3"),
     (4, "--dp 2 --tp 2 --zero 1"), (4, "--tp 2 --pp 2 --pp-schedule interleaved"), (4, "--dp 2 --pp 2 --zero 2")]
+SELDOM = [(2, "--tp 2"), (2, "--pp 2 --pp-schedule zb"), (2, "--dp 2 --zero 2"), (4, "--dp 4 --zero 3")]
 
 
-@pytest.mark.parametrize("ranks, flags", LAYOUTS)
+@pytest.mark.parametrize("ranks, flags", [
+    pytest.param(*layout, marks=[pytest.mark.slow] * (layout in SELDOM)) for layout in LAYOUTS])
 def test_any_layout_is_the_same_run(corpus, run_ranks, ranks, flags):
     """Weights and losses are those of one process; bytes sent are counted from the pieces, and the bill's."""
     model = "llama tied" if "zero" in flags else "gpt2" if "pp" in flags else "llama"
@@ -194,6 +197,15 @@ def test_any_layout_is_the_same_run(corpus, run_ranks, ranks, flags):
     assert sent == [8 * n for n in elements_sent([answer[4] for answer in answers])]
     assert sum(sent) == sum(predicted) or c.zero and sum(sent) < sum(predicted)
     assert (sum(sent) > 0) == (ranks > c.pp)
+
+
+def test_one_process_takes_the_textbook_loops_steps(short_documents):
+    argv = [*MINI, *PARITY, *MUON, "--data", str(short_documents), "--micro-batch-size", "2"]
+    (losses, weights), (ours, our_weights, _) = plain_losses(argv, 4), our_losses(0, 1, argv, 4)
+    for a, b in zip(losses, ours, strict=True):
+        assert a == pytest.approx(b, abs=1e-10)
+    for name, w in weights.items():
+        assert (our_weights[name] - w).abs().max() < 1e-10, name
 
 
 @pytest.mark.parametrize("kind, ranks, flags", [
@@ -233,3 +245,33 @@ def test_a_run_goes_on_bit_for_bit_and_in_another_layout(corpus, tmp_path, run_r
         assert other.keys() == first.keys()
         for name in first:
             torch.testing.assert_close(other[name], first[name], rtol=0, atol=1e-4)
+
+
+# ---- the bill --------------------------------------------------------------------------------------------------------
+
+def test_the_bill_counts_one_moment_the_products_and_the_exchange():
+    bills = {}
+    for optimizer in ("adamw", "muon"):
+        c = train.parse_config(["--config", "small", "--optimizer", optimizer, "--gpu", "h100", "--dry-run"])
+        world, layout = train.join(c), scaling.Layout(dp=8, tp=2, micro_batches=4)
+        bills[optimizer] = train.make_bill(train.resolve(c, world), world), scaling.messages(
+            scaling.shape_of(c.model), layout, scaling.Program(muon=optimizer == "muon"), 0)
+    (adamw, calls), (muon, more_calls) = bills["adamw"], bills["muon"]
+    shapes = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]                                           # of a layer
+    assert scaling.shape_of(c.model).muon_flops() == [zero.orthogonalize_flops(*shape) for shape in shapes]
+    elements = 12 * sum(math.prod(shape) for shape in shapes)
+    assert adamw["memory_bytes"]["states"] - muon["memory_bytes"]["states"] == 4 * elements
+    seconds = 12 * sum(zero.orthogonalize_flops(*shape) for shape in shapes) / (0.635 * 989e12 / 16)
+    assert muon["seconds_per_step"]["update"] - adamw["seconds_per_step"]["update"] == pytest.approx(seconds)
+    assert more_calls.keys() - calls.keys() == {("world", "send"), ("world", "recv")}
+    # eight copies of two halves: one half to the owner, a half to each of the fifteen others
+    assert more_calls["world", "send"] == (None, 4 * elements * (1 / 2 + 15 / 2) / 16)
+
+
+def test_sharing_pays_from_matrices_of_some_hundred_rows_on():
+    """zero.Muon's docstring: m where 20 m / (FLOP/s) = 4 bytes / (bytes/s)."""
+    h100 = scaling.GPUS["h100"]
+    assert round(h100.peak / h100.slower / 1e12) == 62 and h100.network == 50e9
+    assert round(4 / h100.network * h100.peak / h100.slower / 20, -1) == 250
+    m, n = 300, 10**6                                                             # n far above m: the fewest FLOPs
+    assert zero.orthogonalize_flops(m, n) / (m * n) == pytest.approx(20 * m, rel=1e-3)
