@@ -42,6 +42,16 @@ def test_the_polynomial_is_what_is_said_of_it():
     assert 0.68 < s.min() and s.max() < 1.21 and round(a**5) == 485
 
 
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64), (128, 128)])
+def test_outputs_change_by_the_rate_and_moonlights_scale_is_of_the_longer_side(shape):
+    """Roots of mean squares, as far as singular values end at 1. Input and gradient are random."""
+    torch.manual_seed(0)
+    O, x = orthogonalize(torch.randn(shape)), torch.randn(shape[1], 1000)
+    rms = lambda x: x.square().mean().sqrt().item()
+    assert 0.68 < rms(zero.scale_of(*shape) * O @ x) < 1.21
+    assert 0.68 < rms(math.sqrt(max(shape)) * O) < 1.21
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_step_is_torchs_and_the_one_on_the_board(monkeypatch, exact):
     """torch computes the products in bfloat16: here in float64, or as it is and then near. Its momentum is ours times
