@@ -473,6 +473,12 @@ class Shape:
         again = {"none": 0, "selective": core, "full": 2 * self.block + core}[recompute]
         return self.n_layer * (6 * self.block + 3 * core + again) + 6 * self.vocab_size * self.n_embd
 
+    def muon_flops(self) -> list[int]:
+        """Of each of a layer's matrices, m x n, in a step of Muon: 5 (4 m^2 n + 2 m^3), m <= n (zero.py)."""
+        widths = [self.q, self.q, self.kv, self.kv] + [self.n_ff] * (self.ups + 1)              # the other side: n_embd
+        sides = [sorted((width, self.n_embd)) for width in widths]
+        return [5 * (4 * m * m * n + 2 * m**3) for m, n in sides]
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -507,6 +513,7 @@ class Program:
     dropout: bool = False           # masks of dropout are kept, a byte per number
     document_mask: bool = False     # packed documents: a (T, T) mask per sequence, shared by all layers
     fused_norm: bool = True         # False: RMSNorm keeps x / rms as well as x
+    muon: bool = False              # the layers' matrices are updated by Muon, all else by Adam
     chunked_loss: bool = True       # the loss keeps the gradients of its input and weight; False: the logits
     # True: some of backward's tp messages travel while the gradients of weights are computed. An all-reduce counts as
     # two messages. Backward has four per layer, six with sequence parallelism; two of them stay visible
@@ -721,6 +728,7 @@ def memory(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict
     if zero == 3 and program.train_py and program.master_weights:      # train.py's shards are the masters themselves
         weight, states = program.wide, 2 * program.wide
     layers, alive = depth(shape.n_layer, layout.pp, layout.chunks)[pp_rank], stored(layout, pp_rank)
+    one_moment = program.muon * layers * shape.block / layout.tp * program.wide      # Muon's, where Adam has two
     # what the layers of a micro-batch share: train.py's cos and sin (of each chunk), or positions; a mask
     T, rope = shape.seq_len, shape.position == "rope"
     shared = program.train_py * T * (layout.chunks * shape.head_dim * program.residual if rope else 8 * (pp_rank == 0))
@@ -730,7 +738,7 @@ def memory(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict
         kept += end_bytes(shape, layout, program) * (alive if layout.schedule == "gpipe" else 1)
     return {"parameters": psi * weight / (dp if zero >= 3 else 1),
             "gradients": psi * program.gradient / (dp if zero >= 2 else 1),
-            "states": psi * states / (dp if zero >= 1 else 1),
+            "states": (psi * states - one_moment) / (dp if zero >= 1 else 1),
             "activations": kept + waiting_bytes(shape, layout, program, pp_rank),
             "buffers": buffer_bytes(shape, layout, program, pp_rank)}
 
@@ -761,6 +769,8 @@ def messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> di
     axis     dp, tp, pp; "world": all ranks; "ends": first and last stage, which share a tied weight
     calls    None where the number depends on the size of buckets or of the loss's chunks
     bytes    the payload, all ranks' parts together. With ZeRO ranks' shards differ in size: the mean, without padding
+    Muon's exchange (zero.py) goes over "world": the mean of a stage's ranks. With ZeRO it is at most that: a matrix
+    that lies in few shards has less to send.
     """
     rank, layers = rank_params(shape, layout, pp_rank), depth(shape.n_layer, layout.pp, layout.chunks)[pp_rank]
     m, is_first, is_last, zero = layout.micro_batches, pp_rank == 0, pp_rank == layout.pp - 1, layout.zero
@@ -790,6 +800,11 @@ def messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> di
         if layout.sequence_parallel:
             sent["tp", "all_gather"], sent["tp", "reduce_scatter"] = gathers, sums
         sent["tp", "all_reduce"] = None, reduced + (0 if layout.sequence_parallel else sums[1])
+    if program.muon and layout.dp * layout.tp > 1:
+        # each matrix goes to its owner, one of R ranks, and from there to all that hold a part, or a copy
+        R, copies, matrices = layout.dp * layout.tp, 1 if zero else layout.dp, layers * shape.block
+        elements = matrices * (1 - copies / R) + matrices * copies / R * (R - 1)
+        sent["world", "send"] = sent["world", "recv"] = None, elements / R * program.wide
     if layout.pp > 1:
         calls = m * (2 * layout.chunks - is_first - is_last)
         # Megatron sends 1/t of a hidden state even where each tp rank has all of it (Narayanan 2021, section 4.1)
@@ -896,6 +911,11 @@ def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: f
     # reads the gradient and the states, writes the states and the weight
     update = psi * (2 * program.states + program.gradient + program.item) / gpu.bandwidth / (
         layout.dp if layout.zero else 1)
+    if program.muon:                          # products in float32, shared out by whole matrices; and the exchange
+        flops = shape.muon_flops()
+        most = max(layers * sum(flops) / (layout.dp * t), max(flops))
+        _, sent = messages(shape, layout, program, slowest).get(("world", "send"), (0, 0))
+        update += most / (gpu.matmul * gpu.peak / gpu.slower) + sent / rate
     return {"compute": m * sum(compute), "tp": m * sum(tp), "pp": m * 2 * pp, "dp": dp,
             "bubble": bubble(layout, forward, backward, weight), "update": update}
 

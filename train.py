@@ -25,6 +25,7 @@ train_step() does one step, and its comments are numbered: 1. count targets, 2. 
       m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2           m' = m / (1 - b1^t)      v' = v / (1 - b2^t)
       p -= lr (m' / (sqrt(v') + eps) + wd p)                       p: a parameter; wd: weight decay, on matrices alone
 
+or, with --optimizer muon, the matrices inside the blocks with Muon (zero.py) and the rest with AdamW.
 A step depends on the config, the data, the seed and its number alone. So a checkpoint continues bit for bit on a CPU,
 and on a GPU as far as its kernels are deterministic. The same command again goes on where the run stopped: after Ctrl-C
 and SIGTERM, which save first, and after kill -9, from the last checkpoint.
@@ -75,7 +76,7 @@ def textbook_loop(c: "Config", loader, dtype=torch.float32):
     """Pre-training on one rank, as on the board. Yields (loss, gradient norm, model) after each step. The tests hold
     every layout of the real loop to this one. A comment names the file that replaces the line."""
     model = net.build(c.model, c.seed, dtype=dtype)                  # parallel.py: no rank builds more than its part
-    optimizer = torch.optim.AdamW(decay_groups(model, c), betas=(c.beta1, c.beta2), eps=c.adam_eps)
+    optimizer = update_rule(c)(decay_groups(model, c))               # AdamW; or Muon, zero.py
     for step in range(c.steps):
         batch = next(loader)                                         # data.py: the same global batch on any ranks
         logits = model(batch["tokens"], documents=batch["documents"])        # flash_attn.py: no T x T matrix of scores
@@ -87,17 +88,33 @@ def textbook_loop(c: "Config", loader, dtype=torch.float32):
             for p in model.parameters():
                 p.grad *= c.grad_clip / norm
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, c)
+            group["lr"] = lr_at(step, c) * group["lr_ratio"]
         optimizer.step()                                             # precision.py: float32 masters; zero.py: shards
         optimizer.zero_grad()
         yield loss.item(), norm, model                               # scaling.py: how low it gets, and what it costs
 
 
+def update_rule(c: "Config", group=None, fused: bool = False):
+    """decay_groups -> optimizer: AdamW; or Muon on the blocks' matrices, and AdamW on the rest. group: the ranks that
+    may hold a part of the same matrix."""
+    adamw = functools.partial(torch.optim.AdamW, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=fused)
+    return adamw if c.optimizer == "adamw" else functools.partial(zero.Muon, rest=adamw, group=group)
+
+
 def decay_groups(model, c: "Config") -> list[dict]:
     """Weight decay acts on matrices, not on biases and norms. p.box (model.py) has the dimensions of the whole
-    parameter, also where p is a flat shard of it."""
-    return [{"params": [p for p in model.parameters() if (len(p.box) >= 2) == matrix],
-             "weight_decay": c.weight_decay * matrix} for matrix in (True, False)]
+    parameter, also where p is a flat shard of it. lr_ratio: a group's learning rate / lr_at."""
+    kinds = {"decay": dict(weight_decay=c.weight_decay), "vector": dict(weight_decay=0.0)}
+    if c.optimizer == "muon":
+        kinds["muon"] = dict(weight_decay=c.weight_decay, muon=True, momentum=c.momentum, lr_ratio=c.muon_lr_ratio)
+
+    def kind(p):
+        if "muon" in kinds and len(p.box) == 2 and ".layers." in p.full_name:
+            return "muon"
+        return "decay" if len(p.box) >= 2 else "vector"
+
+    return [{"lr_ratio": 1.0, "params": [p for p in model.parameters() if kind(p) == k]} | options
+            for k, options in kinds.items()]
 
 
 def lr_at(step: int, c: "Config") -> float:
@@ -168,7 +185,11 @@ class Config:
     warmup_steps: int = option(100, "steps of linear rise")
     schedule: str = option("cosine", "after the rise", ("cosine", "wsd"))
     decay_fraction: float = option(0.2, "wsd: share of the steps in the final decay", at_most=1)
-    weight_decay: float = option(0.1, "AdamW's, on matrices")
+    optimizer: str = option("adamw", "update rule; muon: for the blocks' matrices, AdamW for the rest",
+                            ("adamw", "muon"))
+    muon_lr_ratio: float = option(7.0, "muon: learning rate of the blocks' matrices / lr")
+    momentum: float = option(0.95, "muon: share of the momentum that a step keeps", below=1)
+    weight_decay: float = option(0.1, "on matrices")
     beta1: float = option(0.9, "AdamW's first-moment decay", below=1)
     beta2: float = option(0.95, "AdamW's second-moment decay", below=1)
     adam_eps: float = option(1e-8, "AdamW's epsilon")
@@ -401,7 +422,7 @@ def train_step(model: "Model", optimizer, loader, step: int, c: Config, world: p
         if factor != 1.0:
             torch._foreach_mul_([p.grad for p in parameters_of(optimizer)], factor)
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, c)
+            group["lr"] = lr_at(step, c) * group["lr_ratio"]
         optimizer.step()
     optimizer.zero_grad()
     if scaler:
@@ -624,19 +645,17 @@ class Model(torch.nn.Module):
 
 
 def make_optimizer(model: Model, c: Config):
-    """AdamW of what this rank updates. optimizer.owned: the pieces that this rank counts and saves; of replicas, the
-    lowest rank's."""
-    groups = decay_groups(model, c)
-    options = dict(lr=c.lr, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=True)
-    adamw = torch.optim.AdamW
+    """The update rule on what this rank updates. optimizer.owned: the pieces that this rank counts and saves; of
+    replicas, the lowest rank's."""
+    groups, rule = decay_groups(model, c), update_rule(c, model.world.group, fused=True)
     if c.dtype.itemsize == 2:
-        adamw = functools.partial(precision.MasterWeights, optimizer_cls=adamw, keep=c.master_weights)
+        rule = functools.partial(precision.MasterWeights, optimizer_cls=rule, keep=c.master_weights)
     if c.zero in (1, 2):
-        optimizer = zero.ShardedOptimizer(groups, adamw, group=model.mesh.dp_group, stage=c.zero,
-                                          order=model.parameters(), **options)
+        optimizer = zero.ShardedOptimizer(groups, rule, group=model.mesh.dp_group, stage=c.zero,
+                                          order=model.parameters())
         model.sum_with(optimizer)
     else:
-        optimizer = adamw(groups, **options)
+        optimizer = rule(groups)
     optimizer.owned = parallel.owned(parameters_of(optimizer), model.world.host)
     return optimizer
 
@@ -1124,7 +1143,8 @@ def make_bill(c: Config, world: parallel.World, rank_flops: float | None = None)
     resolve(). rank_flops: FLOP/s that a rank was measured to reach, where the GPU is not known."""
     layout, on_gpu = layout_of(c, world.mesh.dp), c.gpu is not None or world.device.type != "cpu"
     program = scaling.Program(item=c.dtype.itemsize, fused_norm=on_gpu, flash=c.attention != "reference",
-                              document_mask=c.document_mask and c.attention == "sdpa", master_weights=c.master_weights)
+                              document_mask=c.document_mask and c.attention == "sdpa", master_weights=c.master_weights,
+                              muon=c.optimizer == "muon")
     bill = scaling.bill(scaling.shape_of(c.model), layout, program, tokens=c.steps * c.tokens_per_step,
                         gpu=gpu_of(c, world.device), precision=c.precision, rank_flops=rank_flops)
     return bill if c.objective == "pretrain" else bill | {"law": None}

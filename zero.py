@@ -40,6 +40,9 @@ Everything lies in buckets: parameters side by side in a flat row, padded so tha
 slices is rank r's. The optimizer sees, for each parameter, the part that lies in the slice, as a view. An elementwise
 optimizer cannot tell the difference.
 
+Muon can: its update needs whole matrices. So each matrix has one owner among the ranks that hold a part of it. In every
+step the pieces go to the owner, it computes the update, and each rank gets its part back.
+
     symbol   in code                     shape, dtype
     Psi      num_params                  parameters of the model
     n, r     size(group), rank(group)    ranks that share the model states, and which of them this is
@@ -49,8 +52,7 @@ optimizer cannot tell the difference.
     -        shard.flat = (lo, hi)       which elements of the (local) parameter a shard is, row by row
 
 Map: formulas - the three stages on the board - Bucket - GradientShards (what the stages share) - ShardedOptimizer (1,
-2) - FullyShard (3) - the global norm - what is in memory - demo. Not here: offloading, sharded activations, optimizers
-that need whole matrices.
+2) - FullyShard (3) - Muon - the global norm - what is in memory - demo. Not here: offloading, sharded activations.
 
 run: python zero.py        (starts its own ranks)
 """
@@ -58,8 +60,10 @@ run: python zero.py        (starts its own ranks)
 import contextlib
 import functools
 import itertools
+import math
 from collections import defaultdict
 from dataclasses import is_dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -213,7 +217,7 @@ class Bucket:
     def shard(self, p: Tensor, row: Tensor) -> nn.Parameter:
         """What this rank updates of p: a view of its slice, with p's attributes and flat."""
         new = nn.Parameter(self.part(row, p), requires_grad=p.requires_grad)
-        new.__dict__.update(p.__dict__)
+        new.__dict__.update({"box": tuple((0, n, n) for n in p.shape)} | p.__dict__)
         new.flat, new.sharded, new.grad_dtype = self.flat(p), True, self.total_dtype
         return new
 
@@ -371,7 +375,7 @@ class GradientShards:
 
 # ---- stages 1 and 2 --------------------------------------------------------------------------------------------------
 
-NOT_ELEMENTWISE = ("Adafactor", "LBFGS", "Muon", "SparseAdam")                      # of torch's
+NOT_ELEMENTWISE = tuple(getattr(torch.optim, name) for name in ("Adafactor", "LBFGS", "Muon", "SparseAdam"))
 
 
 class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
@@ -396,8 +400,9 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
     parameters' attributes and flat. (By these data.py's checkpoints write and read them, on any number of ranks.)
     The module's own p.grad is None after finish_gradient_synchronization(): clear and clip what the optimizer has. All
     ranks give up a batch together: optimizer.zero_grad(). torch.amp.GradScaler would see one rank's inf alone.
-    An optimizer that is not elementwise would compute something else from a part of a tensor. Four of torch's are known
-    and refused; of others, and of one that clips by the norm of what it has, nobody will know.
+    An optimizer that is not elementwise would compute something else from a part of a tensor (but Muon, below, asks the
+    other ranks). Four of torch's are known and refused; of others, and of one that clips by the norm of what it has,
+    nobody will know.
     Raises ValueError for these four, a group without this rank, parameters that are sharded; RuntimeError for step()
     before finish_gradient_synchronization(), sparse gradients, a frozen parameter that is no longer.
     """
@@ -410,9 +415,8 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
             raise ValueError(f"bucket_mb must be above 0, got {bucket_mb}")
         super().__init__(params, kwargs)
         whole = [p for group in self.param_groups for p in group["params"]]
-        name = getattr(getattr(optimizer_cls, "func", optimizer_cls), "__name__", "")
-        if name in NOT_ELEMENTWISE:
-            raise ValueError(f"optimizer_cls must update each element by itself to be sharded, {name} does not")
+        if (cls := getattr(optimizer_cls, "func", optimizer_cls)) in NOT_ELEMENTWISE:
+            raise ValueError(f"optimizer_cls must update each element by itself to be sharded, {cls.__name__} does not")
         order = whole if order is None else list(order)
         if len(order) != len(whole) or set(order) != set(whole):
             raise ValueError(f"order must hold each of the {len(whole)} parameters once, got another {len(order)}")
@@ -740,6 +744,223 @@ class FullyShard(GradientShards, nn.Module):
                 yield p.full_name, unit.view(row, p).clone()
 
 
+# ---- an optimizer that needs whole matrices: Muon --------------------------------------------------------------------
+
+def muon_step(p: Tensor, g: Tensor, M: Tensor, lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
+    """Muon as on the board: one step of one whole matrix p (rows, columns) with gradient g. M: its momentum, from 0 on.
+    (Jordan 2024; weight decay as in Liu 2025, arXiv:2502.16982, eq. 3)"""
+    M.mul_(momentum).add_(g)                                                  # M = mu M + g
+    U = g + momentum * M                                                      # U = g + mu M             (Nesterov)
+    O = orthogonalize(U)                                                      # W S V^T -> about W V^T
+    p.sub_(lr * (scale_of(*p.shape) * O + weight_decay * p))                  # p -= lr (scale O + wd p)
+
+
+POLYNOMIAL = 3.4445, -4.7750, 2.0315                                          # a, b, c  (Jordan 2024)
+
+
+def orthogonalize(U: Tensor, steps: int = 5) -> Tensor:
+    """U = W S V^T (rows, columns) with its singular values S moved near 1: about W V^T, the nearest matrix with
+    orthogonal rows or columns. All directions of a gradient count alike, also one that is rarely seen.
+
+    phi(s) = a s + b s^3 + c s^5 acts on every singular value at once, by products alone, since phi(W S V^T) =
+    W phi(S) V^T = (a + b U U^T + c (U U^T)^2) U. It is steep at 0, and does not settle at 1: values that begin above a
+    500th of the norm of U end between 0.68 and 1.21. In U's dtype, float32 at least. (Newton-Schulz iteration; Jordan
+    2024, https://kellerjordan.github.io/posts/muon/)
+    """
+    a, b, c = POLYNOMIAL
+    X = U.to(torch.promote_types(U.dtype, torch.float32))
+    X = X.mT if U.shape[0] > U.shape[1] else X                                # (m, n), m <= n
+    X = X / X.norm().clamp(min=1e-7)                                          # no singular value is above 1
+    for _ in range(steps):
+        A = X @ X.mT                                                          # (m, m)
+        X = torch.addmm(X, torch.addmm(A, A, A, beta=b, alpha=c), X, beta=a)  # X = a X + (b A + c A^2) X
+    return X.mT if U.shape[0] > U.shape[1] else X
+
+
+def orthogonalize_flops(rows: int, columns: int, steps: int = 5) -> int:
+    """2 m^2 n for A, 2 m^3 for A^2, 2 m^2 n for the product with X, in each step."""
+    m, n = sorted((rows, columns))
+    return steps * (4 * m * m * n + 2 * m**3)
+
+
+def scale_of(rows: int, columns: int) -> float:
+    """Jordan's: a linear layer's output then changes by the learning rate, as a root of mean squares, for any shape.
+    (Liu 2025 takes 0.2 sqrt(max(rows, columns)): the update is then as large as AdamW's.)"""
+    return max(1, rows / columns) ** 0.5
+
+
+class Piece(NamedTuple):
+    """Elements lo ... hi - 1, row by row, of a box of a matrix. Equal pieces are replicas."""
+
+    name: str
+    box: tuple                                                                # ((start, stop, size of the whole), ...)
+    lo: int
+    hi: int
+
+    whole = property(lambda self: [size for _, _, size in self.box])          # (rows, columns) of the matrix
+
+    def view(self, matrix: Tensor) -> Tensor:
+        """The box in the whole matrix."""
+        (top, bottom, _), (left, right, _) = self.box
+        return matrix[top:bottom, left:right]
+
+
+def piece_of(p: Tensor, number: int) -> Piece:
+    """By p's attributes; a tensor without them is a whole, and the `number`-th."""
+    name, box = getattr(p, "full_name", str(number)), getattr(p, "box", tuple((0, n, n) for n in p.shape))
+    if len(box) != 2:
+        raise ValueError(f"{name} must be a matrix for Muon, it has {len(box)} dimensions")
+    return Piece(name, box, *getattr(p, "flat", (0, p.numel())))
+
+
+def assemble(parts: dict[Piece, Tensor]) -> Tensor:
+    """All pieces of a matrix -> the matrix."""
+    boxes = {}                                                                # box -> its elements in a row
+    for piece, x in parts.items():
+        row = boxes.setdefault(piece.box, x.new_empty(math.prod(b - a for a, b, _ in piece.box)))
+        row[piece.lo:piece.hi] = x
+    matrix = x.new_empty(piece.whole)
+    for piece in parts:
+        place = piece.view(matrix)
+        place.copy_(boxes[piece.box].view(place.shape))
+    return matrix
+
+
+def cut(matrix: Tensor, piece: Piece) -> Tensor:
+    return piece.view(matrix).flatten()[piece.lo:piece.hi]
+
+
+def plan_exchange(everyone: list[list[Piece]]) -> tuple[dict, list, list]:
+    """everyone[r]: what rank r holds. Every rank makes the same plan of it: {matrix: its owner}, and two lists of
+    (piece, source rank, target rank): each piece to its matrix's owner once, and from the owner to all that hold it.
+
+    The owner is one of the matrix's holders, the one with the fewest FLOPs so far; the most expensive matrix is given
+    away first. Raises ValueError for pieces that do not make the matrix.
+    """
+    holders = defaultdict(lambda: defaultdict(list))                          # name -> piece -> ranks
+    for r, pieces in enumerate(everyone):
+        for piece in pieces:
+            if piece.lo < piece.hi:
+                holders[piece.name][piece].append(r)
+    flops = {}
+    for name, pieces in holders.items():
+        elements, shape = sum(piece.hi - piece.lo for piece in pieces), next(iter(pieces)).whole
+        if elements != math.prod(shape):
+            raise ValueError(f"{name}: the pieces of the group's ranks must make its {math.prod(shape)} elements, they "
+                             f"make {elements}")
+        flops[name] = orthogonalize_flops(*shape)
+    owners, load, to_owner, to_holders = {}, [0] * len(everyone), [], []
+    for name in sorted(holders, key=lambda name: (-flops[name], name)):
+        owner = owners[name] = min(sorted(set().union(*holders[name].values())), key=load.__getitem__)
+        load[owner] += flops[name]
+        for piece, ranks in sorted(holders[name].items()):
+            to_owner.append((piece, owner if owner in ranks else ranks[0], owner))
+            to_holders += [(piece, owner, r) for r in ranks]
+    return owners, to_owner, to_holders
+
+
+def exchange(routes: list, pieces: dict[Piece, Tensor], like: Tensor, group) -> dict[Piece, Tensor]:
+    """routes: (piece, source rank, target rank), the same list on all ranks. pieces: what this rank has, of the dtype
+    and device of `like`. -> what comes to this rank, each a row. One message from a rank to another, if any."""
+    me, arrived = rank(group), {}
+    outgoing, incoming = defaultdict(list), defaultdict(list)
+    for piece, source, target in routes:
+        if source == target == me:
+            arrived[piece] = pieces[piece].flatten()
+        elif source == me:
+            outgoing[target].append(pieces[piece].flatten())
+        elif target == me:
+            incoming[source].append(piece)
+    rows = {source: like.new_empty(sum(x.hi - x.lo for x in expected)) for source, expected in incoming.items()}
+    calls = [dist.P2POp(dist.isend, torch.cat(parts), group=group, group_peer=r) for r, parts in outgoing.items()]
+    calls += [dist.P2POp(dist.irecv, row, group=group, group_peer=r) for r, row in rows.items()]
+    for work in dist.batch_isend_irecv(calls) if calls else ():
+        work.wait()
+    for source, expected in incoming.items():
+        arrived |= zip(expected, rows[source].split([x.hi - x.lo for x in expected]), strict=True)
+    return arrived
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for matrices, another optimizer for the rest, wherever the pieces of a matrix lie.
+
+        groups = [{"params": matrices, "muon": True}, {"params": others}]
+        optimizer = Muon(groups, functools.partial(torch.optim.AdamW, lr=3e-3), group=group, lr=0.02)
+
+    A step of the ranks that hold parts of a matrix, or copies of it:
+        1  each, on its piece:     M = mu M + g, U = g + mu M
+        2  each                    sends its piece of U to the owner, one of them
+        3  the owner alone         orthogonalizes U
+        4  the owner               sends each its piece of O
+        5  each, on its piece:     p -= lr (scale O + wd p)
+
+    params   parameter groups. Those with "muon": True hold matrices, or pieces of them, as the attributes full_name,
+             box and flat say (one without them is a whole matrix). The others go to `rest`: groups -> optimizer
+    group    all ranks that may hold a part of these matrices, or a copy. None: this process alone
+    lr, momentum, weight_decay   of the groups with "muon", unless a group has its own
+
+    Of a matrix of m n elements that R ranks share, 2 m n (R - 1)/R elements are sent; if R ranks have a copy each,
+    m n (R - 1). Copies could also do without: each rank would orthogonalize its own, in 5 (4 m^2 n + 2 m^3) FLOPs (m <=
+    n), which is at least 20 m per element. One owner is cheaper where 20 m / (FLOP/s) > 4 bytes / (bytes/s): almost
+    everywhere, as above m = 250 on H100s (62 TFLOP/s in float32, a network of 50 GB/s). So there always is one.
+
+    state[p] has one moment, "momentum", where AdamW has two. A matrix without a gradient, on any rank, stays as it is.
+    Raises ValueError for what is not a matrix, and for pieces that do not make one: a group that is too small.
+    """
+
+    def __init__(self, params, rest, *, group=None, lr: float = 0.02, momentum: float = 0.95,
+                 weight_decay: float = 0.1):
+        groups = list(params)
+        self.group, self.rest = group, rest([x for x in groups if not x.get("muon")] or [{"params": []}])
+        super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        matrices = [p for x in self.matrix_groups() for p in x["params"]]
+        self.pieces = {p: piece_of(p, number) for number, p in enumerate(matrices)}
+        dtype = functools.reduce(torch.promote_types, (p.dtype for p in matrices), torch.float32)
+        self.like = torch.empty(0, dtype=dtype, device=matrices[0].device if matrices else None)
+        everyone = [list(self.pieces.values())]
+        if size(group) > 1:
+            everyone = [None] * size(group)
+            dist.all_gather_object(everyone, list(self.pieces.values()), group=group)
+        self.owners, *plan = plan_exchange(everyone)
+        # several ranks exchange all matrices at once; one alone takes a matrix at a time, and holds no more than its U
+        rounds = [set(self.owners)] if size(group) > 1 else [{name} for name in self.owners]
+        self.rounds = [[[x for x in routes if x[0].name in names] for routes in plan] for names in rounds]
+
+    def matrix_groups(self) -> list[dict]:
+        return [x for x in self.param_groups if x.get("muon")]
+
+    @torch.no_grad()
+    def step(self):
+        self.rest.param_groups = [x for x in self.param_groups if not x.get("muon")]
+        self.rest.state = self.state
+        self.rest.step()
+        options = {self.pieces[p]: (p, x) for x in self.matrix_groups() for p in x["params"]}
+        without = {piece.name for piece, (p, _) in options.items() if p.grad is None}
+        for routes in self.rounds:
+            to_owner, to_holders = ([x for x in r if x[0].name not in without] for r in routes)
+            # 1  each
+            updates = {piece: self.momentum(*options[piece]) for piece, _, r in to_holders if r == rank(self.group)}
+            # 2  to the owners
+            parts = defaultdict(dict)
+            for piece, x in exchange(to_owner, updates, self.like, self.group).items():
+                parts[piece.name][piece] = x
+            # 3  the owner
+            O = {name: orthogonalize(assemble(pieces)) for name, pieces in parts.items()}
+            # 4  from the owners
+            cuts = {piece: cut(O[piece.name], piece) for piece, _, _ in to_holders if piece.name in O}
+            for piece, x in exchange(to_holders, cuts, self.like, self.group).items():
+                # 5  p -= lr (scale O + wd p)
+                p, of_p = options[piece]
+                p.mul_(1 - of_p["lr"] * of_p["weight_decay"])
+                p.sub_(x.view(p.shape), alpha=of_p["lr"] * scale_of(*piece.whole))
+
+    def momentum(self, p: Tensor, options: dict) -> Tensor:
+        """U of this rank's piece."""
+        M = self.state[p].setdefault("momentum", torch.zeros_like(p))
+        M.mul_(options["momentum"]).add_(p.grad)                              # M = mu M + g
+        return torch.add(p.grad, M, alpha=options["momentum"]).to(self.like)  # U = g + mu M
+
+
 # ---- the global norm -------------------------------------------------------------------------------------------------
 
 def clip_grad_norm_(shards, max_norm: float, group=None) -> float:
@@ -829,17 +1050,19 @@ def demo():
                 x = x + layer(x)
             return nn.functional.cross_entropy(self.head(x).flatten(0, 1), targets.flatten(), reduction="sum")
 
-    def train(stage, group):
-        """Two steps of two micro-batches on each of four ranks -> weights, peak bytes, bytes sent in the last."""
+    def train(stage, group, muon=False):
+        """Two steps of two micro-batches on each of four ranks -> weights, peak bytes, bytes sent in the last, and
+        those of Muon, if it updates the matrices in the layers."""
         toy, r, n = Toy(), rank(group), size(group)
-        if stage == 0:
-            sync, optimizer = parallel.DataParallel(toy, group), torch.optim.AdamW(toy.parameters(), 0.01)
-        elif stage == 3:
-            sync = FullyShard(toy, group)
-            optimizer = torch.optim.AdamW(sync.parameters(), 0.01)
+        sync = parallel.DataParallel(toy, group) if stage == 0 else FullyShard(toy, group) if stage == 3 else None
+        rule, params = functools.partial(torch.optim.AdamW, lr=0.01), list((sync or toy).parameters())
+        if muon:
+            params = [{"params": params[1:-1], "muon": True}, {"params": [params[0], params[-1]]}]
+            rule = functools.partial(Muon, rest=rule, group=group)
+        if sync is None:
+            sync = optimizer = ShardedOptimizer(params, rule, group=group, stage=stage, bucket_mb=8 * 1024 / 1e6)
         else:
-            sync = optimizer = ShardedOptimizer(toy.parameters(), torch.optim.AdamW, group=group, stage=stage,
-                                                bucket_mb=8 * 1024 / 1e6, lr=0.01)
+            optimizer = rule(params)
 
         def there():
             tensors = holdings(sync, optimizer) if stage else {
@@ -860,8 +1083,9 @@ def demo():
                 optimizer.step()
             optimizer.zero_grad()
         weights = dict(sync.full_parameters() if stage == 3 else toy.named_parameters())
-        sent = sum(x.wire for x in wire.calls if x.dtype == torch.float64)
-        return weights, memory.peak, sent
+        sent, own = (sum(x.wire for x in wire.calls if x.dtype == torch.float64 and (x.collective == "send") == to_one)
+                     for to_one in (False, True))
+        return weights, memory.peak, sent, own
 
     def run(r, store):
         torch.set_num_threads(1)
@@ -873,7 +1097,7 @@ def demo():
             "measured | formula | error\nstage  " + "".join(f"{x:<25}" for x in (
                 "parameters", "gradients", "states", "buffers", "sent")) + "off AdamW by")
         for stage in range(4):
-            weights, peak, sent = train(stage, dist.group.WORLD)
+            weights, peak, sent, _ = train(stage, dist.group.WORLD)
             formula = memory_per_rank(psi, stage, n, param_bytes=8, grad_bytes=8, state_bytes=16)
             formula["gradients"] *= 1 + (stage == 0)              # the bucket, beside gradients that are being added up
             # a bucket (1, 2: a matrix; 3: a layer, of two) that is received, and a slice of the sum; 2, 3: and those
@@ -886,6 +1110,18 @@ def demo():
             say(f"{stage:<7}" + "".join(f"{f'{a:,.0f} | {b:,.0f} | {a - b:,.0f}':<25}" for a, b in row)
                 + f"{error:.0e}")
             assert error < 1e-12 and all(a == b for a, b in row), (stage, row)
+
+        alone = train(0, None, muon=True)[0]
+        say("\nMuon on the layers' eight matrices of 1,024; bytes that it sends of a rank: measured | formula; off one "
+            "process by")
+        for stage in range(4):
+            weights, _, _, sent = train(stage, dist.group.WORLD, muon=True)
+            # stage 0: the owner sends n - 1 copies; 1, 2: n parts come and go; 3: a layer's two matrices lie on two
+            # ranks each
+            formula = 8 * 8 * 1024 / n * {0: n - 1, 3: 2 * (1 - 1 / 2)}.get(stage, 2 * (n - 1) / n)
+            error = max((weights[name] - p).abs().max().item() for name, p in alone.items())
+            say(f"{stage:<7}{f'{sent:,.0f} | {formula:,.0f}':<25}{error:.0e}")
+            assert error < 1e-12 and sent == formula, stage
 
         say("\nmodel states of the paper (Table 1), 2 + 2 + 12 bytes a parameter, GB a rank: formula | published")
         for (params, stage, dp), gb in published.items():

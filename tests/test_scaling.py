@@ -775,7 +775,8 @@ RUNS = [
     (2, TINY + TWICE + " --pp 2 --pp-schedule gpipe"), (2, DEEP + " --pp 2 --pp-schedule interleaved"),
     (4, TINY + TWICE + " --pp 2 --tp 2"), (2, SMALL + TWICE + " --n-layer 3 --pp 2"),
     (2, TINY + " --tp 2 --precision bf16 --recompute selective"),
-    (4, TINY + TWICE + " --tp 2 --zero 3 --precision bf16")]
+    (4, TINY + TWICE + " --tp 2 --zero 3 --precision bf16"), (2, TINY + " --tp 2 --precision bf16 --optimizer muon"),
+    (2, SMALL + TWICE + " --dp 2 --optimizer muon")]
 MORE = [
     (4, DEEP + " --pp 4"), (2, DEEP + " --pp 2 --pp-schedule zb"), (2, SMALL + TWICE + " --zero 1"),
     (2, TINY + " --tp 2 --precision bf16"), (4, TINY + TWICE + " --tp 2 --zero 1"),
@@ -801,7 +802,8 @@ def test_a_run_of_train_is_what_the_planner_says(run_ranks, ranks, flags):
     answers = [executed(0, 1, argv)] if ranks == 1 else run_ranks(executed, ranks, argv)
     c = train.parse_config(argv)
     shape, layout, sent, predicted_sent = scaling.shape_of(c.model), layout_of(c, ranks), {}, {}
-    program = Program(item=2 if c.precision == "bf16" else 4, fused_norm=False)           # train.py's, on a CPU
+    program = Program(item=2 if c.precision == "bf16" else 4, fused_norm=False,           # train.py's, on a CPU
+                      muon=c.optimizer == "muon")
     for held, kept, (wire, calls), _, (r, _, _), peak in answers:
         predicted, said = scaling.memory(shape, layout, program, r), scaling.messages(shape, layout, program, r)
         for part, size in (held | {"activations": kept}).items():
