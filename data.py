@@ -59,6 +59,7 @@ run: python data.py                                            the demo
 import argparse
 import array
 import ast
+import bisect
 import concurrent.futures
 import contextlib
 import datetime
@@ -86,6 +87,7 @@ import time
 import warnings
 import zlib
 from collections import Counter, defaultdict, deque
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -267,6 +269,19 @@ def optional(module: str, package: str, what):
         raise DataError(f"{what}: must be read by the package {package}: pip install {package}") from None
 
 
+@contextlib.contextmanager
+def readable(what, hint: str = ""):
+    """Whatever is raised while a file or a name is read becomes a DataError of one line: packages have their own kinds.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{what}: cannot be read ({why:.200}){hint}") from None
+
+
 def raw_documents(path: Path, field: str):
     """What a file of text holds, document by document: bytes, lines of JSON still, or str of a .parquet's column. Of a
     file larger than TEXT_BYTES every TEXT_BYTES are a document, cut at a line end."""
@@ -277,11 +292,11 @@ def raw_documents(path: Path, field: str):
         for rows in file.iter_batches(256, columns=[field]):
             yield from rows.column(0).to_pylist()
         return
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(gzip.open(path) if path.suffix == ".gz" else open(path, "rb"))
-        if path.suffix == ".zst":
-            unpack = optional("zstandard", "zstandard", path).ZstdDecompressor().stream_reader
-            file = stack.enter_context(io.BufferedReader(unpack(file, read_across_frames=True)))
+    if path.suffix == ".zst":
+        file = io.BufferedReader(optional("pyarrow", "pyarrow", path).input_stream(str(path), compression="zstd"))
+    else:
+        file = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+    with file:
         if ".jsonl" in path.suffixes:
             yield from file
         else:
@@ -316,7 +331,7 @@ def read_documents(path: Path, dropped, field: str = "text", tokenizer=None):
     """Yield each document of a file, in order: a str, or the ids (n,) of a token file. A file is one document, a line
     of .jsonl and a row of .parquet too. dropped: a defaultdict(list) of files, by why a document was left out. Holds no
     more than a document (of .parquet 256 rows). Raises DataError for a file that cannot be read."""
-    try:
+    with readable(path):
         if path.suffix == ".bin":
             yield from token_documents(path, tokenizer)
             return
@@ -335,9 +350,6 @@ def read_documents(path: Path, dropped, field: str = "text", tokenizer=None):
                 dropped[reason].append(path)
             else:
                 yield text
-    except Exception as error:                                       # each package that unpacks has its own kinds
-        raise error if isinstance(error, DataError) else DataError(
-            f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 def open_stream(source: str, field: str):
@@ -359,14 +371,13 @@ def write_down(source: str, folder: Path, field: str, most_bytes: float, log) ->
     count, size = map(int, parts[-1].name.split(".")[1:3]) if parts else (0, 0)
     if (folder / f"{name}.end").exists():
         return parts
-    try:
-        lines, first, started = [], size, time.monotonic()
+    lines, first, started = [], size, time.monotonic()
+    with readable(source, ": hf: takes a folder, or a data set on huggingface.co, which needs the network"):
         rows = open_stream(source, field)
         for row in itertools.chain(rows.skip(count) if count else rows, [None]):                         # None: the end
             if row is not None:
-                text, count = row.get(field), count + 1
-                lines.append(json.dumps({field: text}) + "\n")
-                size += len(lines[-1])
+                lines.append(json.dumps({field: row[field]}) + "\n")
+                count, size = count + 1, size + len(lines[-1])
             if lines and (row is None or size - first >= PART_BYTES or size >= most_bytes):
                 parts.append(folder / f"{name}.{count:012d}.{size:015d}.jsonl.gz")
                 write_atomic(parts[-1], gzip.compress("".join(lines).encode(), 1, mtime=0))
@@ -375,11 +386,7 @@ def write_down(source: str, folder: Path, field: str, most_bytes: float, log) ->
                 lines, first, started = [], size, time.monotonic()
             if size >= most_bytes:
                 break
-        write_atomic(folder / f"{name}.end", "")
-    except Exception as error:                                                    # datasets raises many kinds
-        raise error if isinstance(error, DataError) else DataError(
-            f"{source}: cannot be read ({type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}); an hf: "
-            "name is a folder, or a data set on huggingface.co, which needs the network") from None
+    write_atomic(folder / f"{name}.end", "")
     return parts
 
 
@@ -734,31 +741,28 @@ def size_of(document, tokenizer) -> int:
 def estimate(files, streams, tokenizer, vocab_size: int, field: str, max_tokens: int, log) -> float:
     """Say how large and how long it will be, from the first 2 MB -> bytes of text that must do for max_tokens."""
     size = sum(p.stat().st_size * (3 if p.suffix in (".gz", ".zst", ".parquet") else 1) for p in files)    # 3: a guess
-    if all(p.suffix == ".bin" for p in files) and not streams or not streams and not max_tokens and size < POOL_BYTES:
+    if not max_tokens and (streams or size < POOL_BYTES):
         return math.inf
     first, start = "", time.monotonic()
-    with contextlib.suppress(DataError):                        # what is wrong with a source is said when it is read
+    with contextlib.suppress(DataError), readable(""):            # what is wrong with a source is said when it is read
         texts = (t for _, t in read_all(files, field, tokenizer, defaultdict(list)))
         rows = (row[field] for source in streams for row in open_stream(source, field))
         for text in itertools.chain(texts, rows):
             first += text[:2**21] if isinstance(text, str) else ""
             if len(first) >= 2**21:
                 break
-    if len(first) < 2**10:
+    if len(first) < 2**10:                                                                   # token files alone, say
         return math.inf
     reading, half = time.monotonic() - start, len(first) // 2
     tokenizer = tokenizer or Tokenizer.train([first[:half]], vocab_size)
     start = time.monotonic()
     per_token = len(first[half:].encode()) / len(tokenizer.encode(first[half:]))
     encoding = 2 * (time.monotonic() - start)
-    size = math.inf if streams else size
-    if max_tokens:
-        size = min(size, max_tokens * per_token)
-    if size < math.inf:
-        seconds = size / len(first) * (2 * reading + encoding / num_cores())
-        log(f"about {size / 1e6:,.0f} MB of text: {size / per_token / 1e6:,.1f} M tokens, "
-            f"{size / per_token * (2 if tokenizer.vocab_size <= 2**16 else 4) / 1e6:,.0f} MB on disk, "
-            f"some {math.ceil(seconds / 60)} min on {num_cores()} cores")
+    size = min([size] * (not streams) + [max_tokens * per_token] * (max_tokens > 0))
+    seconds = size / len(first) * (2 * reading + encoding / num_cores())
+    log(f"about {size / 1e6:,.0f} MB of text: {size / per_token / 1e6:,.1f} M tokens, "
+        f"{size / per_token * (2 if tokenizer.vocab_size <= 2**16 else 4) / 1e6:,.0f} MB on disk, "
+        f"some {math.ceil(seconds / 60)} min on {num_cores()} cores")
     # more than it takes: a tokenizer of more text has more bytes per token, and some of the text is held out
     return 1.3 * max_tokens * per_token if max_tokens else math.inf
 
@@ -986,15 +990,17 @@ class Batches:
     The position counts windows of the *global* batch. Each call takes the next micro_batch_size * dp_size windows of
     the permuted epochs and gives this rank its micro_batch_size of them, so what the ranks read together does not
     depend on their number. Within an epoch each window comes once. A subclass has num_windows, manifest and
-    read(numbers of windows) -> a batch.
+    read(numbers of windows) -> a batch. prefetch: a thread reads the next batch meanwhile, into pinned memory where
+    there is a GPU.
     """
 
     rows_together = 1                # windows that the permutation moves as one
 
     def __init__(self, path, *, micro_batch_size: int, seq_len: int, dp_rank: int = 0, dp_size: int = 1, seed: int = 0,
-                 split: str = "train"):
+                 split: str = "train", prefetch: bool = False):
         self.path, self.split, self.seq_len, self.seed, self.position = Path(path), split, seq_len, seed, 0
         self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
+        self.reader, self.ahead = concurrent.futures.ThreadPoolExecutor(1) if prefetch else None, (None, None)
 
     def windows(self, order) -> np.ndarray:
         """Numbers of the windows at places `order` (B,) of the permuted epochs' endless sequence."""
@@ -1009,10 +1015,25 @@ class Batches:
     def __iter__(self):
         return self
 
-    def __next__(self) -> dict:
+    def next_order(self) -> range:
         first = self.position + self.dp_rank * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)
+
+    def __next__(self) -> dict:
+        order = self.next_order()
+        expected, batch = self.ahead
+        batch = batch.result() if order == expected else self.batch(order)
         self.position += self.micro_batch_size * self.dp_size
-        return self.batch(range(first, first + self.micro_batch_size))
+        if self.reader:
+            self.ahead = self.next_order(), self.reader.submit(self.pinned, self.next_order())
+        return batch
+
+    def pinned(self, order):
+        return {name: x.pin_memory() if torch.cuda.is_available() else x for name, x in self.batch(order).items()}
+
+    def epochs(self, position: int) -> dict:
+        """{source: how often its windows were read} when so many windows were."""
+        return {str(self.path): position / max(1, self.num_windows)}
 
     def batch(self, order):
         """The windows at places `order` (B,) of the permuted epochs' endless sequence."""
@@ -1099,6 +1120,106 @@ class Loader(Batches):
             targets[tokens == self.tokenizer.eos_id] = NO_TARGET
         documents = np.cumsum(tokens == begin, axis=1)
         return {k: torch.from_numpy(v) for k, v in (("tokens", tokens), ("targets", targets), ("documents", documents))}
+
+
+def mixture(text: str) -> list:
+    """"0.7*web/,0.3*code/*.py" -> [(0.7, "web/"), (0.3, "code/*.py")], shares as Fractions whose sum is 1; [] for a
+    text without shares. Raises DataError."""
+    parts = [re.fullmatch(r"(\d+\.?\d*|\.\d+)\*(.+)", part) for part in text.split(",")]
+    if len(parts) < 2 or not any(parts):
+        return []
+    if not all(parts):
+        raise DataError(f"every source of a mixture must have a share, SHARE*SOURCE,SHARE*SOURCE; got {text}")
+    shares = [Fraction(part[1]) for part in parts]
+    if min(shares) * Mixture.ROUND < sum(shares):
+        raise DataError(f"a source's share of a mixture must be at least 1/{Mixture.ROUND}, got {text}")
+    return [(share / sum(shares), part[2]) for share, part in zip(shares, parts, strict=True)]
+
+
+def prepare_all(text: str, tokenizer=None, **settings) -> list:
+    """What --data names -> [(share, prepared folder), ...]: a prepared folder, sources between commas, or a mixture of
+    these. Each source of a mixture has a folder of its own, which serves other mixtures too. All have one tokenizer:
+    the given one, else that of the first prepared folder, else the one that the source of the largest share gets."""
+    is_prepared = lambda source: Path(source, "manifest.json").exists()
+    parts, folders = mixture(text) or [(Fraction(1), text)], {}
+    for _, source in sorted(parts, key=lambda part: (not is_prepared(part[1]), -part[0])):
+        folders[source] = Path(source) if is_prepared(source) else prepare(
+            [source] if Path(source).exists() else source.split(","), tokenizer=tokenizer, **settings)
+        tokenizer = tokenizer or load_tokenizer(folders[source])
+    return [(share, folders[source]) for share, source in parts]
+
+
+def open_loader(parts, **layout):
+    """The Loader of prepare_all's only folder, or a Mixture of several."""
+    return Loader(parts[0][1], **layout) if len(parts) == 1 else Mixture(parts, **layout)
+
+
+class Mixture(Batches):
+    """Batches of several prepared folders with one tokenizer, each its share of the windows, which all have as many
+    tokens. parts: [(share, folder), ...], shares as Fractions whose sum is 1.
+
+    Closed form, no state but the position. The first r rounds of ROUND windows have floor(e_s r ROUND) windows of the
+    sources up to s, e_s = the sum of their shares: exactly the shares, within a window. In a round, the n windows of a
+    source are spread evenly, at (k + 1/2) / n. Each source's windows come in the order of its own epochs.
+    A held-out split ends where its first source ends; sources without a window of it are left out of it.
+    """
+
+    ROUND = 1000
+
+    def __init__(self, parts, **layout):
+        super().__init__(max(parts, key=lambda part: part[0])[1], **layout)
+        parts = [(share, Loader(folder, **layout | {"prefetch": False})) for share, folder in parts]
+        if len({loader.tokenizer.sha256 for _, loader in parts}) > 1:
+            raise DataError("a mixture's folders must have one tokenizer (--tokenizer), these differ: "
+                            + ", ".join(str(loader.path) for _, loader in parts))
+        read = [part for part in parts if part[1].num_windows or self.split == "train"] or parts
+        self.loaders, self.tokenizer = [loader for _, loader in read], parts[0][1].tokenizer
+        self.shards = [shard for loader in self.loaders for shard in loader.shards]
+        ends = list(itertools.accumulate(share for share, _ in read))
+        self.ends = [end / ends[-1] for end in ends]
+        self.num_windows = min(bisect.bisect_right(range(int(loader.num_windows * ends[-1] / share) + self.ROUND),
+                                                   loader.num_windows, key=lambda p, s=s: self.counts(p)[s]) - 1
+                               for s, ((share, _), loader) in enumerate(zip(read, self.loaders, strict=True)))
+        manifests = [loader.manifest for _, loader in parts]
+        self.manifest = {
+            "sources": [source for m in manifests for source in m["sources"]],
+            "knowledge_cutoff": max(m["knowledge_cutoff"] for m in manifests),
+            "dropped": dict(sum((Counter(m["dropped"]) for m in manifests), Counter())),
+            "splits": {split: {what: sum(m["splits"][split][what] for m in manifests)
+                               for what in ("documents", "bytes", "tokens")} for split in ("train", "val")},
+            "fingerprint": hashlib.sha256(repr([(str(share), loader.manifest["fingerprint"])
+                                                for share, loader in parts]).encode()).hexdigest()}
+
+    def before(self, rounds: int) -> list[int]:
+        """How many windows of each source the first rounds have."""
+        ends = [0, *(math.floor(end * rounds * self.ROUND) for end in self.ends)]
+        return [b - a for a, b in itertools.pairwise(ends)]
+
+    @functools.lru_cache(maxsize=8)                                                    # noqa: B019 - a loader stays
+    def round(self, number: int) -> np.ndarray:
+        """The sources (ROUND,) of a round's windows."""
+        n = np.subtract(self.before(number + 1), self.before(number))
+        return np.repeat(np.arange(len(n)), n)[np.argsort(np.concatenate([(np.arange(k) + 0.5) / k for k in n if k]),
+                                                          kind="stable")]
+
+    def counts(self, position: int) -> list[int]:
+        """How many windows of each source come before a position."""
+        rounds, place = divmod(position, self.ROUND)
+        return (np.bincount(self.round(rounds)[:place], minlength=len(self.ends)) + self.before(rounds)).tolist()
+
+    def batch(self, order) -> dict:
+        rows = []
+        for position in order:
+            source = self.round(position // self.ROUND)[position % self.ROUND]
+            rows.append(self.loaders[source].batch([self.counts(position)[source]]))
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    def epochs(self, position: int) -> dict:
+        return {str(loader.path): n / max(1, loader.num_windows)
+                for loader, n in zip(self.loaders, self.counts(position), strict=True)}
+
+    def text(self, num_windows: int) -> bytes:
+        return b"".join(loader.text(n) for loader, n in zip(self.loaders, self.counts(num_windows), strict=True))
 
 
 # ---- chat ------------------------------------------------------------------------------------------------------------
@@ -2039,6 +2160,15 @@ def load_tokenizer(path) -> Tokenizer:
     raise DataError(f"{path}: must be, or hold, a tokenizer.json, or a tokenizer.model that keeps spaces as they are")
 
 
+def find_tokenizer(name: str) -> Tokenizer:
+    """load_tokenizer of a path, or of a model's name on huggingface.co (gpt2), through the package huggingface_hub."""
+    if Path(name).exists():
+        return load_tokenizer(name)
+    hub = optional("huggingface_hub", "tokenizers", f"tokenizer {name}")
+    with readable(f"tokenizer {name}", ": it must be a path, or a model on huggingface.co, which needs the network"):
+        return load_tokenizer(hub.snapshot_download(name, allow_patterns=["tokenizer*", "*config.json"]))
+
+
 def tokenizer_json(tokenizer: Tokenizer) -> dict:
     """Our SentencePiece BPE as the content of a tokenizer.json: the same ids for every text without U+2581.
 
@@ -2168,18 +2298,27 @@ def demo():
 def main(argv):
     parser = argparse.ArgumentParser(description="Prepare text for training: tokenizer, token shards, manifest. "
                                      "With the word instructions first: a fine-tuning file from Python functions.")
-    parser.add_argument("sources", nargs="+", help="files, folders, globs (.txt, .md, .py, .jsonl), or the word stdlib")
+    parser.add_argument("sources", nargs="+", help="the word stdlib; files, folders, globs of .txt, .md, .py, .jsonl, "
+                        "the same .gz or .zst, .parquet; .bin of nanoGPT or llm.c; or hf:DATASET[:SUBSET][:SPLIT]")
     parser.add_argument("--out", help="folder to make (default: under data/); the .jsonl of instructions "
                                       "(default data/instructions.jsonl)")
     parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the tokenizer (default 2048)")
     parser.add_argument("--val-fraction", type=float, default=0.05, help="share of documents held out (default 0.05)")
+    parser.add_argument("--text-field", default="text", help="column, or JSON field, of the text (default text)")
+    parser.add_argument("--tokenizer", help="use this one: a file, a folder, or a model on huggingface.co (gpt2)")
+    parser.add_argument("--tokens", type=float, default=0, help="stop after so many for training (default: all)")
+    parser.add_argument("--sample-mb", type=float, default=0, help="text that the tokenizer is trained on, in MB "
+                        "(default 8, or 8 for each 2048 pieces)")
     args = parser.parse_args(argv)
     try:
         if args.sources[0] == "instructions" and args.sources[1:]:
             out = args.out or "data/instructions.jsonl"
             print(f"{out}: {instructions(args.sources[1:], out, val_fraction=args.val_fraction)}")
         else:
-            print(prepare(args.sources, args.out, args.vocab_size, val_fraction=args.val_fraction, log=print))
+            print(prepare(args.sources, args.out, args.vocab_size, val_fraction=args.val_fraction, log=print,
+                          sample_bytes=int(args.sample_mb * 1e6), text_field=args.text_field,
+                          max_tokens=int(args.tokens),
+                          tokenizer=find_tokenizer(args.tokenizer) if args.tokenizer else None))
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2
