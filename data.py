@@ -1196,23 +1196,28 @@ class Mixture(Batches):
         return [b - a for a, b in itertools.pairwise(ends)]
 
     @functools.lru_cache(maxsize=8)                                                    # noqa: B019 - a loader stays
-    def round(self, number: int) -> np.ndarray:
-        """The sources (ROUND,) of a round's windows."""
-        n = np.subtract(self.before(number + 1), self.before(number))
-        return np.repeat(np.arange(len(n)), n)[np.argsort(np.concatenate([(np.arange(k) + 0.5) / k for k in n if k]),
-                                                          kind="stable")]
+    def round(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each window of a round, its source and which of the source's windows it is, (ROUND,) each."""
+        first = self.before(number)
+        n = np.subtract(self.before(number + 1), first)
+        sources, index = np.repeat(np.arange(len(n)), n), np.concatenate([np.arange(k) for k in n])
+        order = np.argsort((index + 0.5) / n[sources], kind="stable")
+        return sources[order], (index + np.array(first)[sources])[order]
 
     def counts(self, position: int) -> list[int]:
         """How many windows of each source come before a position."""
         rounds, place = divmod(position, self.ROUND)
-        return (np.bincount(self.round(rounds)[:place], minlength=len(self.ends)) + self.before(rounds)).tolist()
+        return (np.bincount(self.round(rounds)[0][:place], minlength=len(self.ends)) + self.before(rounds)).tolist()
 
     def batch(self, order) -> dict:
-        rows = []
-        for position in order:
-            source = self.round(position // self.ROUND)[position % self.ROUND]
-            rows.append(self.loaders[source].batch([self.counts(position)[source]]))
-        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+        places = [(self.round(position // self.ROUND), position % self.ROUND) for position in order]
+        sources = np.array([sources[place] for (sources, _), place in places])
+        index, batch = np.array([index[place] for (_, index), place in places]), {}
+        for s in np.unique(sources):
+            rows = torch.from_numpy(sources == s)
+            for name, x in self.loaders[s].batch(index[sources == s]).items():
+                batch.setdefault(name, x.new_empty(len(rows), *x.shape[1:]))[rows] = x
+        return batch
 
     def epochs(self, position: int) -> dict:
         return {str(loader.path): n / max(1, loader.num_windows)
