@@ -7,7 +7,8 @@ and every batch a function of its number. And what a model knows ends with its t
 the *knowledge cutoff*, travels with the tokens into every checkpoint. (What it was never told, a model still answers,
 fluently: hallucination begins here.)
 
-    files -> documents -> (drop: invalid UTF-8, empty, exact duplicates) -> train | validation, by hash of the text
+    sources: files and folders of .txt .md .py .jsonl, plain or .gz .zst; .parquet; .bin of nanoGPT or llm.c; hf:DATASET
+          -> documents -> (drop: invalid UTF-8, empty, exact duplicates) -> train | validation, by hash of the text
           -> tokens:  <s> document </s> <s> document </s> ...  -> shards on disk -> windows of T + 1 -> batches
 
     tokens     x_0 x_1 x_2 ... x_{T-1}
@@ -25,6 +26,11 @@ conversation of n ids makes n - 1 inputs and n - 1 targets: its last id, </s>, i
     tokens     <s>  <|user|>  q_1  q_2  <|assistant|>  a_1  a_2   <s> ...  <pad>
     targets     -      -       -    -        a_1       a_2  </s>   -  ...    -
     documents   1      1       1    1         1         1    1     2  ...    3
+
+A large corpus is read twice, document by document, and memory does not grow with it. The first reading keeps 8 bytes of
+hash and 8 of size per document: duplicates, sides and the tokenizer's sample follow. The second encodes on all cores,
+shard by shard; a preparation that was killed goes on with its whole shards. A stream, hf:, comes once: so it is written
+down first. A mixture gives each source its share of the windows, so of the tokens.
 
 Order: window i of epoch e is permute(i, n, key(seed, e)), a keyed bijection that is computed, not stored (a Feistel
 network with cycle walking), so step n's global batch is a function of (seed, n) alone, on any number of ranks, with no
@@ -49,10 +55,12 @@ there.
 
 Sources: BPE (Sennrich 2016, arXiv:1508.07909), SentencePiece (Kudo 2018, arXiv:1808.06226); Feistel with cycle walking
 (Black and Rogaway 2002); packing without cross-document targets as in Llama 3 (arXiv:2407.21783).
-Not here: near-duplicate and quality filtering, mixing weights, tokenization across machines.
+Not here: filtering by quality, near-duplicates at scale, preparing on many machines: datatrove, NeMo Curator and dolma
+do these. Nor which shares a mixture should have (DoReMi, arXiv:2305.10429).
 
 run: python data.py                                            the demo
      python data.py FILES... --out FOLDER --vocab-size 4096    prepare your own text
+     python data.py hf:HuggingFaceFW/fineweb-edu:sample-10BT --out data/fineweb --tokens 2.5e9 --vocab-size 50304
      python data.py instructions stdlib                        prepare data/instructions.jsonl for fine-tuning
 """
 
@@ -145,7 +153,7 @@ def write_atomic(path, content: str | bytes):
 @contextlib.contextmanager
 def new_folder(out: Path, key: str = ""):
     """A temporary folder to fill, which becomes `out` when all is in it, or is gone. What a kill left is removed; with
-    a key, which says what is made, work on the same goes on where it was killed."""
+    a key, which says what is made, work on the same goes on where it was killed, or where a stream broke."""
     temporary = out.with_name(f".{out.name}.tmp")
     progress = temporary / "progress"                                         # what only the work itself needs
     if not key or not (progress / "key").exists() or (progress / "key").read_text() != key:
@@ -157,7 +165,7 @@ def new_folder(out: Path, key: str = ""):
         shutil.rmtree(progress)
         os.rename(temporary, out)
     except BaseException as error:
-        if not key or isinstance(error, DataError):
+        if not key or isinstance(error, DataError) and not any(progress.glob("*.gz")):
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_folder(out.parent)
@@ -734,8 +742,12 @@ def read_all(files, field, tokenizer, dropped):
 
 
 def size_of(document, tokenizer) -> int:
-    """Bytes of text of a document or a part of it: str, or ids."""
+    """Bytes of text of a document: a str, or ids."""
     return len(document.encode()) if isinstance(document, str) else int(tokenizer.token_bytes[document].sum())
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def estimate(files, streams, tokenizer, vocab_size: int, field: str, max_tokens: int, log) -> float:
@@ -765,10 +777,6 @@ def estimate(files, streams, tokenizer, vocab_size: int, field: str, max_tokens:
         f"some {math.ceil(seconds / 60)} min on {num_cores()} cores")
     # more than it takes: a tokenizer of more text has more bytes per token, and some of the text is held out
     return 1.3 * max_tokens * per_token if max_tokens else math.inf
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 def survey(read, tokenizer, val_fraction: float, sample_bytes: int, most_bytes: float, log):
@@ -801,45 +809,41 @@ def survey(read, tokenizer, val_fraction: float, sample_bytes: int, most_bytes: 
                   "bytes": int(sizes[first].sum()), "sample": int(sizes[chosen].sum())}
 
 
-def parts_of(read, side, val_fraction: float):
-    """The second reading: (side, part of a document, whether it begins and whether it ends one), in order. A part has
-    at most 2**20 characters, or ids."""
+def sides_of(read, side, val_fraction: float):
+    """The second reading: (TRAIN or VAL, document) in order. A document that is on both sides is cut."""
     for (_, document), bits in zip(read(defaultdict(list)), side, strict=False):
-        sides = [(bit, document) for bit in (TRAIN, VAL) if bits & bit]
-        if len(sides) == 2:                           # cut at a line end, if there is one in what would be held out
+        if bits & TRAIN and bits & VAL:                # at a line end, if there is one in what would be held out
             cut = int(len(document) * (1 - val_fraction))
             if isinstance(document, str):
                 cut = document.find("\n", cut, len(document) - 1) + 1 or cut
-            sides = [(bit, part) for bit, part in ((TRAIN, document[:cut]), (VAL, document[cut:])) if len(part)]
-        for bit, text in sides:
-            parts = list(split_text(text, 2**20) if isinstance(text, str) else
-                         (text[i:i + 2**20] for i in range(0, len(text), 2**20)))
-            yield from ((bit, part, n == 0, n == len(parts) - 1) for n, part in enumerate(parts))
+            yield from ((bit, part) for bit, part in ((TRAIN, document[:cut]), (VAL, document[cut:])) if len(part))
+        elif bits & (TRAIN | VAL):
+            yield int(bits & (TRAIN | VAL)), document
 
 
-def chunks_of(parts, most: int):
-    """Lists of parts, of at least `most` characters or ids together but for the last."""
-    chunk, size = [], 0
-    for part in parts:
-        chunk.append(part)
-        size += len(part[1])
-        if size >= most:
+def chunks_of(documents, size: int):
+    """Lists of (side, document), of at least `size` characters or ids together but for the last."""
+    chunk, total = [], 0
+    for bit, document in documents:
+        chunk.append((bit, document))
+        total += len(document)
+        if total >= size:
             yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+            chunk, total = [], 0
+    yield chunk
 
 
 def encode_chunk(tokenizer, chunk) -> dict:
-    """-> {side: (ids (n,), Counter of documents, bytes, tokens)}"""
+    """-> {side: (ids (n,), Counter of documents, bytes)}"""
     begin, sides = first_id(tokenizer), {}
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    for bit, text, begins, ends in chunk:
+    for bit, document in chunk:
         arrays, counts = sides.setdefault(bit, ([], Counter()))
-        marks = [[begin]] * begins, [[tokenizer.eos_id]] * (ends and tokenizer.eos_id != begin)
-        ids = tokenizer.encode(text) if isinstance(text, str) else text
-        arrays += (np.array(part, dtype) for part in (*marks[0], ids, *marks[1]))
-        counts.update(documents=int(begins), bytes=size_of(text, tokenizer))
+        parts = ([document] if isinstance(document, np.ndarray) else
+                 map(tokenizer.encode, split_text(document, 2**20)))                 # not all of a huge file at once
+        end = [tokenizer.eos_id] * (tokenizer.eos_id != begin)
+        arrays += (np.array(part, dtype) for part in itertools.chain([[begin]], parts, [end]))
+        counts.update(documents=1, bytes=size_of(document, tokenizer))
     return {bit: (np.concatenate(arrays), counts) for bit, (arrays, counts) in sides.items()}
 
 
@@ -877,16 +881,17 @@ def write_tokens(folder, files, field, tokenizer, vocab_size, val_fraction, samp
     progress, read = folder / "progress", functools.partial(read_all, files, field, tokenizer)
     if not (progress / "survey.json").exists():
         side, found = survey(read, tokenizer, val_fraction, sample_bytes, most_bytes, log)
+        if not len(side):
+            raise DataError(f"{files[0] if files else 'stream'}{' ...' * (len(files) > 1)}: sources must hold text, "
+                            f"dropped: {found['dropped']}")
         np.save(progress / "side.npy", side)
         write_sealed(progress / "survey.json", {"kind": "survey", "version": FORMAT_VERSION} | found)
     side, found = np.load(progress / "side.npy"), read_sealed(progress / "survey.json", "survey")
-    if not found["bytes"]:
-        raise DataError(f"{files[0]}{' ...' * (len(files) > 1)}: sources must hold text, dropped: {found['dropped']}")
     if tokenizer is None and (folder / "tokenizer.model").exists():
         tokenizer = Tokenizer(folder / "tokenizer.model")
     elif tokenizer is None:
-        parts = parts_of(read, side * (side >= SAMPLE), val_fraction)
-        tokenizer = Tokenizer.train((text for bit, text, *_ in parts if bit == TRAIN), vocab_size)
+        sample = sides_of(read, side * (side >= SAMPLE), val_fraction)
+        tokenizer = Tokenizer.train((text for bit, text in sample if bit == TRAIN), vocab_size)
         log(f"tokenizer: {tokenizer.vocab_size} pieces from {found['sample'] / 1e6:.1f} MB")
     tokenizer_file = tokenizer.save(folder)
 
@@ -897,8 +902,8 @@ def write_tokens(folder, files, field, tokenizer, vocab_size, val_fraction, samp
         counts[bit] = sum((Counter(shard["counts"]) for shard in shards[bit]), Counter())
     done = {bit: shards[bit][-1]["chunks"] if shards[bit] else 0 for bit in names}
     size = min(2**20, shard_tokens, max_tokens // 16 or 2**20)
-    chunks = ([part for part in chunk if number >= done[part[0]]] for number, chunk in
-              enumerate(chunks_of(parts_of(read, side, val_fraction), size)))
+    chunks = ([(bit, document) for bit, document in chunk if number >= done[bit]] for number, chunk in
+              enumerate(chunks_of(sides_of(read, side, val_fraction), size)))
 
     def close(bit, chunks_read):
         shard, in_shard = writers.pop(bit)
@@ -949,7 +954,6 @@ def first_id(tokenizer) -> int:
 
 def compressed_bpb(text: bytes) -> dict:
     """Bits per byte that general compressors reach on the same text: a yardstick for a language model."""
-    import gzip
     import lzma
     return {"gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
             "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text)}
