@@ -932,7 +932,7 @@ def write_tokens(folder, files, field, tokenizer, vocab_size, val_fraction, samp
                 rate = (size - bytes_before) / (said - started)
                 log(f"{size / 1e6:,.0f} MB of text are tokens, {part:.1%}, {rate / 1e6:.1f} MB/s, eta "
                     f"{datetime.timedelta(seconds=int((size / part - size) / max(1, rate)))}")
-    for bit in list(writers):
+    for bit in sorted(writers):
         close(bit, number)
     splits = {}
     for bit, name in names.items():

@@ -396,6 +396,40 @@ def test_what_was_begun_from_another_source_is_begun_again(tmp_path, monkeypatch
     assert content(data.prepare([other], tmp_path / "out", 320)) == content(expected)
 
 
+def test_a_limited_preparation_that_is_killed_ends_where_it_would_have(tmp_path, monkeypatch):
+    source, how = write_lines(tmp_path / "a.jsonl", documents(300)), dict(max_tokens=12_000, shard_tokens=2500)
+    expected = data.prepare([source], tmp_path / "whole", 320, **how)
+    plain = data.write_sealed
+
+    def killed(path, content):
+        if path.name.startswith("val-"):                                            # all shards of train are whole
+            raise KeyboardInterrupt
+        plain(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "write_sealed", killed)
+        with pytest.raises(KeyboardInterrupt):
+            data.prepare([source], tmp_path / "out", 320, **how)
+    assert content(data.prepare([source], tmp_path / "out", 320, **how)) == content(expected)
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", documents(400))
+    script = tmp_path / "run.py"
+    script.write_text(prepare_slowly(source, tmp_path / "out").replace("data.prepare(", "data.POOL_BYTES = 0\n"
+                      "data.num_cores = lambda: 2\nif __name__ == '__main__':\n    data.prepare("))
+    with subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL) as process:
+        while not (shards := list(tmp_path.glob(".out.tmp/train-*.bin"))) and process.poll() is None:
+            time.sleep(0.02)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGKILL)
+    assert shards and len(children) >= 3                                        # and the pool's resource tracker
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+
+
 @pytest.mark.parametrize("limit", [2000, 10_000, 10**9])
 def test_tokens_are_limited(tmp_path, limit):
     source = write_lines(tmp_path / "a.jsonl", documents(300))
