@@ -1004,7 +1004,10 @@ class Batches:
                  split: str = "train", prefetch: bool = False):
         self.path, self.split, self.seq_len, self.seed, self.position = Path(path), split, seq_len, seed, 0
         self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
-        self.reader, self.ahead = concurrent.futures.ThreadPoolExecutor(1) if prefetch else None, (None, None)
+        # the thread pins for this rank's GPU, else it would open GPU 0 on every rank
+        gpu = (torch.cuda.set_device, (torch.cuda.current_device(),)) if prefetch and torch.cuda.is_available() else ()
+        self.reader = concurrent.futures.ThreadPoolExecutor(1, "reader", *gpu) if prefetch else None
+        self.ahead = None, None                                                # places of windows, their batch to come
 
     def windows(self, order) -> np.ndarray:
         """Numbers of the windows at places `order` (B,) of the permuted epochs' endless sequence."""
@@ -1172,7 +1175,7 @@ class Mixture(Batches):
 
     def __init__(self, parts, **layout):
         super().__init__(max(parts, key=lambda part: part[0])[1], **layout)
-        parts = [(share, Loader(folder, **layout | {"prefetch": False})) for share, folder in parts]
+        parts = [(share, Loader(folder, **layout)) for share, folder in parts]
         if len({loader.tokenizer.sha256 for _, loader in parts}) > 1:
             raise DataError("a mixture's folders must have one tokenizer (--tokenizer), these differ: "
                             + ", ".join(str(loader.path) for _, loader in parts))

@@ -189,8 +189,8 @@ class Rows:
 
     def __iter__(self):
         for i, text in enumerate(self.texts[self.start:], self.start):
-            if i >= self.most:
-                raise KeyboardInterrupt
+            if i >= self.most:                                                        # Ctrl-C, or the network is gone
+                raise KeyboardInterrupt if i % 2 else ConnectionError("gone")
             READ.append(i)
             yield {"text": text}
 
@@ -205,7 +205,8 @@ def test_a_stream_that_breaks_goes_on_after_its_last_part(plain, tmp_path, monke
         monkeypatch.setattr(data, "open_stream", lambda source, field, most=most: Rows(documents(), most))
         try:
             data.prepare(["hf:some/set"], tmp_path / "out", 320)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, data.DataError) as error:
+            assert isinstance(error, KeyboardInterrupt) or "hf:some/set: cannot be read (gone)" in str(error)
             assert len(list((tmp_path / ".out.tmp" / "progress").glob("*.jsonl.gz"))) == whole
         assert READ[0] == first
     assert content(tmp_path / "out") == content(plain.parent / "prepared")
