@@ -451,6 +451,14 @@ def test_the_tokenizers_sample_grows_with_its_vocabulary(plain, tmp_path, monkey
     assert samples == [8_000_000, 8_000_000, 196_500_000, 5_000_000]
 
 
+def test_the_sample_is_of_training_documents_and_no_larger_than_asked_for(plain):
+    read = data.functools.partial(data.read_all, [plain], "text", None)
+    side, found = data.survey(read, None, 0.3, 5000, math.inf, print)
+    sampled, sizes = side >= data.SAMPLE, np.array([len(text) for text in documents()])
+    assert found["sample"] == sizes[sampled].sum() and 5000 <= found["sample"] < 5000 + sizes.max()
+    assert (side[sampled] & data.TRAIN).all() and (side == data.VAL).sum() > 8
+
+
 def test_a_shard_that_comes_in_pieces_is_the_one_written_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "BLOCK", 64)
     ids = np.random.default_rng(0).integers(0, 2**16, 1001).astype(np.uint16)
