@@ -7,7 +7,8 @@ and every batch a function of its number. And what a model knows ends with its t
 the *knowledge cutoff*, travels with the tokens into every checkpoint. (What it was never told, a model still answers,
 fluently: hallucination begins here.)
 
-    files -> documents -> (drop: invalid UTF-8, empty, exact duplicates) -> train | validation, by hash of the text
+    sources: files and folders of .txt .md .py .jsonl, plain or .gz .zst; .parquet; .bin of nanoGPT or llm.c; hf:DATASET
+          -> documents -> (drop: invalid UTF-8, empty, exact duplicates) -> train | validation, by hash of the text
           -> tokens:  <s> document </s> <s> document </s> ...  -> shards on disk -> windows of T + 1 -> batches
 
     tokens     x_0 x_1 x_2 ... x_{T-1}
@@ -25,6 +26,11 @@ conversation of n ids makes n - 1 inputs and n - 1 targets: its last id, </s>, i
     tokens     <s>  <|user|>  q_1  q_2  <|assistant|>  a_1  a_2   <s> ...  <pad>
     targets     -      -       -    -        a_1       a_2  </s>   -  ...    -
     documents   1      1       1    1         1         1    1     2  ...    3
+
+A large corpus is read twice, document by document, and memory does not grow with it. The first reading keeps 8 bytes of
+hash and 8 of size per document: duplicates, sides and the tokenizer's sample follow. The second encodes on all cores,
+shard by shard; a preparation that was killed goes on with its whole shards. A stream, hf:, comes once: so it is written
+down first. A mixture gives each source its share of the windows, so of the tokens.
 
 Order: window i of epoch e is permute(i, n, key(seed, e)), a keyed bijection that is computed, not stored (a Feistel
 network with cycle walking), so step n's global batch is a function of (seed, n) alone, on any number of ranks, with no
@@ -49,26 +55,33 @@ there.
 
 Sources: BPE (Sennrich 2016, arXiv:1508.07909), SentencePiece (Kudo 2018, arXiv:1808.06226); Feistel with cycle walking
 (Black and Rogaway 2002); packing without cross-document targets as in Llama 3 (arXiv:2407.21783).
-Not here: near-duplicate and quality filtering, mixing weights, tokenization across machines.
+Not here: filtering by quality, near-duplicates at scale, preparing on many machines: datatrove, NeMo Curator and dolma
+do these. Nor which shares a mixture should have (DoReMi, arXiv:2305.10429).
 
 run: python data.py                                            the demo
      python data.py FILES... --out FOLDER --vocab-size 4096    prepare your own text
+     python data.py hf:HuggingFaceFW/fineweb-edu:sample-10BT --out data/fineweb --tokens 2.5e9 --vocab-size 50304
      python data.py instructions stdlib                        prepare data/instructions.jsonl for fine-tuning
 """
 
 import argparse
+import array
 import ast
+import bisect
+import concurrent.futures
 import contextlib
 import datetime
 import fcntl
 import functools
 import glob
+import gzip
 import hashlib
 import importlib
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import numbers
 import os
 import re
@@ -77,10 +90,12 @@ import shutil
 import struct
 import sys
 import sysconfig
+import threading
 import time
 import warnings
 import zlib
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +103,11 @@ import sentencepiece
 import torch
 
 FORMAT_VERSION = 1
-SUFFIXES = (".txt", ".md", ".py", ".jsonl")
+SUFFIXES = (*(f"{kind}{packed}" for kind in (".txt", ".md", ".py", ".jsonl") for packed in ("", ".gz", ".zst")),
+            ".parquet")
+TEXT_BYTES = 2**26                   # of a larger file of text: a document
+PART_BYTES = 2**25                   # of a stream: written down at once
+POOL_BYTES = 2**25                   # from so much text on, all cores encode
 NO_TARGET = -1                       # in targets: nothing to predict here
 ROLES = ("system", "user", "assistant")
 
@@ -132,16 +151,22 @@ def write_atomic(path, content: str | bytes):
 
 
 @contextlib.contextmanager
-def new_folder(out: Path):
-    """A temporary folder to fill, which becomes `out` when all is in it, or is gone. What a kill left is removed."""
+def new_folder(out: Path, key: str = ""):
+    """A temporary folder to fill, which becomes `out` when all is in it, or is gone. What a kill left is removed; with
+    a key, which says what is made, work on the same goes on where it was killed, or where a stream broke."""
     temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    progress = temporary / "progress"                                         # what only the work itself needs
+    if not key or not (progress / "key").exists() or (progress / "key").read_text() != key:
+        shutil.rmtree(temporary, ignore_errors=True)
+        progress.mkdir(parents=True)
+        write_atomic(progress / "key", key)
     try:
         yield temporary
+        shutil.rmtree(progress)
         os.rename(temporary, out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+        if not key or isinstance(error, DataError) and not any(progress.glob("*.gz")):
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_folder(out.parent)
 
@@ -215,7 +240,8 @@ def files_under(folder: Path):
 def source_files(sources) -> list[Path]:
     """Sorted files behind names of files, folders and globs. ["stdlib"]: this Python's own library, without its tests.
 
-    Raises DataError for a name that matches no .txt, .md, .py or .jsonl file.
+    Raises DataError for a name that matches no file of SUFFIXES. Token files, .bin, are read where a name or a glob
+    says so, not where a folder holds some.
     """
     if list(sources) == ["stdlib"]:
         root = Path(sysconfig.get_path("stdlib"))
@@ -224,87 +250,197 @@ def source_files(sources) -> list[Path]:
     for source in map(str, sources):
         if not source.strip():
             raise DataError(f"source must be a name of files, got {source!r}")
+        kinds = (*SUFFIXES, ".bin")
         if Path(source).is_file():
             found = [Path(source)]
         elif Path(source).is_dir():
-            found = files_under(Path(source))
+            found, kinds = files_under(Path(source)), SUFFIXES
         else:
             paths = [Path(p) for p in glob.glob(source, recursive=True)]
             found = [p for path in paths if not is_run(path.parent)
                      for p in (files_under(path) if path.is_dir() else [path])]
-        found = [p for p in found if p.suffix in SUFFIXES and p.is_file()]
+        found = [p for p in found if p.name.endswith(kinds) and p.is_file()]
         if not found:
             prepared = (" (it holds tokens already)" if Path(source, "manifest.json").exists() else
                         " (its manifest.json is missing: prepare it again)" if list(Path(source).glob("*.bin")) else "")
-            raise DataError(f"source {source!r} must match a {', '.join(SUFFIXES)} file, it matches none{prepared}")
+            raise DataError(f"source {source!r} must match a .txt, .md, .py, .jsonl (or one of these with .gz or "
+                            f".zst), .parquet or .bin file, it matches none{prepared}")
         files.update(found)
     return sorted(files)
 
 
-def read_documents(files, dropped):
-    """Yield each document (str) once, in order. A file is one document, a .jsonl line too. dropped: a defaultdict(list)
-    of files, by why a document was left out. Raises DataError for a file that cannot be read."""
-    seen = set()
-    for path in files:
-        try:
-            raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")                           # a byte order mark
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-        for part in raw.splitlines() if path.suffix == ".jsonl" else [raw]:
+def optional(module: str, package: str, what):
+    """An optional package's module, or DataError with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise DataError(f"{what}: must be read by the package {package}: pip install {package}") from None
+
+
+@contextlib.contextmanager
+def readable(what, hint: str = ""):
+    """Whatever is raised while a file or a name is read becomes a DataError of one line: packages have their own kinds.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{what}: cannot be read ({why:.200}){hint}") from None
+
+
+def raw_documents(path: Path, field: str):
+    """What a file of text holds, document by document: bytes, lines of JSON still, or str of a .parquet's column. Of a
+    file larger than TEXT_BYTES every TEXT_BYTES are a document, cut at a line end."""
+    if path.suffix == ".parquet":
+        file = optional("pyarrow.parquet", "pyarrow", path).ParquetFile(path)
+        if field not in file.schema_arrow.names:
+            raise DataError(f"{path}: must have a column {field} (--text-field), it has {file.schema_arrow.names}")
+        for rows in file.iter_batches(256, columns=[field]):
+            yield from rows.column(0).to_pylist()
+        return
+    if path.suffix == ".zst":
+        file = io.BufferedReader(optional("pyarrow", "pyarrow", path).input_stream(str(path), compression="zstd"))
+    else:
+        file = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+    with file:
+        if ".jsonl" in path.suffixes:
+            yield from file
+        else:
+            yield file.read(TEXT_BYTES) + file.readline()
+            while part := file.read(TEXT_BYTES):
+                yield part + file.readline()
+
+
+def token_documents(path: Path, tokenizer):
+    """The documents of a token file, ids (n,) uint16 without marks. nanoGPT's is ids alone; llm.c's and
+    modded-nanogpt's has 256 int32 first: 20240520, 1, how many ids. In both a document lies between two of the
+    tokenizer's marks, <|endoftext|> = 50256 for GPT-2: it may begin or end with it."""
+    if tokenizer is None:
+        raise DataError(f"{path}: a token file needs --tokenizer, the one that its ids are of (gpt2, say)")
+    head, size = np.fromfile(path, "<i4", 256), path.stat().st_size
+    has_header = len(head) == 256 and (head[:2] == (20240520, 1)).all()
+    if has_header and size != 1024 + 2 * int(head[2]) or size % 2 or size == 0 or head[:2].tobytes() == MAGIC:
+        raise DataError(f"{path}: must be uint16 ids, alone or after llm.c's header; it has {size} bytes, {head[:3]}")
+    ids = np.memmap(path, "<u2", "r", offset=1024 if has_header else 0)
+    marks, start = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None], 0
+    for first in range(0, len(ids), 2**24):
+        part = ids[first:first + 2**24]
+        if part.max() >= tokenizer.vocab_size:
+            raise DataError(f"{path}: ids must be below the tokenizer's {tokenizer.vocab_size}, got {part.max()}")
+        for end in (np.isin(part, marks).nonzero()[0] + first).tolist() + [len(ids)] * (first + 2**24 >= len(ids)):
+            if end > start:
+                yield ids[start:end]
+            start = end + 1
+
+
+def read_documents(path: Path, dropped, field: str = "text", tokenizer=None):
+    """Yield each document of a file, in order: a str, or the ids (n,) of a token file. A file is one document, a line
+    of .jsonl and a row of .parquet too. dropped: a defaultdict(list) of files, by why a document was left out. Holds no
+    more than a document (of .parquet 256 rows). Raises DataError for a file that cannot be read."""
+    with readable(path):
+        if path.suffix == ".bin":
+            yield from token_documents(path, tokenizer)
+            return
+        for raw in raw_documents(path, field):
             try:
-                text = part.decode("utf-8")
-                if path.suffix == ".jsonl":
-                    text = json.loads(text)["text"] if text.strip() else ""
-                    text.encode("utf-8")                   # an escaped lone surrogate is no text, and no str is no text
-                digest = text_hash(text)
-                reason = "empty" if not text.strip() else "duplicate" if digest in seen else None
+                text = raw if path.suffix == ".parquet" else raw.removeprefix(b"\xef\xbb\xbf").decode()   # a byte order
+                if ".jsonl" in path.suffixes:                                                             # mark
+                    text = json.loads(text)[field] if text.strip() else ""
+                text.encode()                              # an escaped lone surrogate is no text, and no str is no text
+                reason = "" if text.strip() else "empty"
             except UnicodeError:
                 reason = "invalid UTF-8"
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                reason = "no text field"
+                reason = f"no {field} field"
             if reason:
                 dropped[reason].append(path)
             else:
-                seen.add(digest)
                 yield text
 
 
-def text_hash(text: str) -> int:
-    raw = text.encode("utf-8", "surrogatepass")
+def open_stream(source: str, field: str):
+    """The rows of hf:DATASET[:SUBSET][:SPLIT], an iterable of the package datasets. DATASET is a name on
+    huggingface.co, or a folder. Without SPLIT it is train."""
+    name, subset, split = (source.removeprefix("hf:").split(":") + ["", ""])[:3]
+    datasets = optional("datasets", "datasets", source)
+    rows = datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
+    if rows.column_names and field not in rows.column_names:
+        raise DataError(f"{source}: must have a column {field} (--text-field), it has {rows.column_names}")
+    return rows
+
+
+def write_down(source: str, folder: Path, field: str, most_bytes: float, log) -> list[Path]:
+    """A stream comes once, and preparing reads twice: so it is written down, in parts of PART_BYTES, each whole or
+    absent. Called again, it goes on after the last part. -> the parts, .jsonl.gz."""
+    name = re.sub(r"\W+", "-", source)
+    parts = sorted(folder.glob(f"{name}.*.jsonl.gz"))                 # NAME.DOCUMENTS.BYTES, as many as up to its end
+    count, size = map(int, parts[-1].name.split(".")[1:3]) if parts else (0, 0)
+    if (folder / f"{name}.end").exists():
+        return parts
+    lines, first, started = [], size, time.monotonic()
+    with readable(source, ": hf: takes a folder, or a data set on huggingface.co, which needs the network"):
+        rows = open_stream(source, field)
+        for row in itertools.chain(rows.skip(count) if count else rows, [None]):                         # None: the end
+            if row is not None:
+                lines.append(json.dumps({field: row[field]}) + "\n")
+                count, size = count + 1, size + len(lines[-1])
+            if lines and (row is None or size - first >= PART_BYTES or size >= most_bytes):
+                parts.append(folder / f"{name}.{count:012d}.{size:015d}.jsonl.gz")
+                write_atomic(parts[-1], gzip.compress("".join(lines).encode(), 1, mtime=0))
+                log(f"{source}: {count:,} documents, {size / 1e6:,.0f} MB read, "
+                    f"{(size - first) / 1e6 / (time.monotonic() - started):.1f} MB/s")
+                lines, first, started = [], size, time.monotonic()
+            if size >= most_bytes:
+                break
+    write_atomic(folder / f"{name}.end", "")
+    return parts
+
+
+def text_hash(text) -> int:
+    """A str's, or ids', 8-byte hash."""
+    raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text.tobytes()
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
 
 
-def validation_side(hashes: set, val_fraction: float) -> set:
-    """Those of the texts' hashes that are held out. Each hash decides for itself, so it does not matter what else there
-    is. Only if that leaves validation or training empty, one text is moved there; training comes first."""
+def validation_side(hashes: np.ndarray, val_fraction: float) -> np.ndarray:
+    """Which of the texts' hashes (n,) uint64 are held out, (n,) bool. Each hash decides for itself, so it does not
+    matter what else there is. Only if that leaves validation or training empty, one text is moved there; training comes
+    first."""
     if not 0 <= val_fraction < 1:
         raise DataError(f"val_fraction must be in [0, 1), got {val_fraction}")
-    val = {h for h in hashes if h % 10**6 < val_fraction * 10**6}
-    if not val and val_fraction > 0:
-        val = set(sorted(hashes)[:1])
-    if val and val == hashes:
-        val = val - {max(hashes)}
+    val = hashes % np.uint64(10**6) < val_fraction * 10**6
+    if len(val) and not val.any() and val_fraction > 0:
+        val[hashes.argmin()] = True
+    if len(val) and val.all():
+        val[hashes.argmax()] = False
     return val
 
 
 def held_out(texts, val_fraction: float) -> set:
     """Those of the texts that validation_side holds out."""
     by_hash = {text_hash(text): text for text in texts}
-    return {by_hash[h] for h in validation_side(set(by_hash), val_fraction)}
+    hashes = np.fromiter(by_hash, np.uint64, len(by_hash))
+    return {by_hash[h] for h in hashes[validation_side(hashes, val_fraction)].tolist()}
 
 
-def split_documents(sizes: dict, val_fraction: float) -> tuple[set, set]:
-    """{hash of a document: its bytes} -> the hashes of those that are held out, and of those that are cut in two.
+TRAIN, VAL, SAMPLE = 1, 2, 4         # bits: the side of a document, both if it is cut; whether the tokenizer reads it
+
+
+def split_documents(hashes: np.ndarray, sizes: np.ndarray, val_fraction: float) -> np.ndarray:
+    """Hashes and bytes of documents that differ, (n,) -> the side of each, (n,) uint8.
 
     About val_fraction of the bytes is held out. A document that is twice as large as that is cut: its end is held out.
     Of the others each is on the side that its own hash says.
     """
-    limit = 2 * val_fraction * sum(sizes.values())
-    cut = {h for h, size in sizes.items() if 0 < limit < size}
-    val = validation_side(set(sizes) - cut, val_fraction)
-    if cut:                                                    # their ends are held out: no other need be moved there
-        val = {h for h in val if h % 10**6 < val_fraction * 10**6}
-    return val, cut
+    limit = 2 * val_fraction * sizes.sum()
+    cut = (sizes > limit) & (limit > 0)
+    val = np.zeros(len(hashes), bool)
+    val[~cut] = validation_side(hashes[~cut], val_fraction)
+    if cut.any():                                              # their ends are held out: no other need be moved there
+        val &= hashes % np.uint64(10**6) < val_fraction * 10**6
+    return (TRAIN * (~val | cut) + VAL * (val | cut)).astype(np.uint8)
 
 
 def knowledge_cutoff(sources, files) -> str:
@@ -376,6 +512,9 @@ class Tokenizer:
 
     # U+2581 is SentencePiece's own mark for a space and surrogates have no UTF-8: both go as single bytes
     SPECIAL = re.compile("([\u2581\ud800-\udfff])")
+    # SentencePiece encodes short texts three times as fast as a long one. No piece of ours has a space after another
+    # character, so cutting there changes no id
+    SHORT = re.compile(r"(?s).{100,}?(?=(?<! ) |\Z)|.+\Z")
 
     def __init__(self, model):
         try:
@@ -391,6 +530,7 @@ class Tokenizer:
         self.bytes = [self.piece_bytes(i) for i in range(self.vocab_size)]
         self.byte_ids = [self.sp.piece_to_id(f"<0x{b:02X}>") for b in range(256)]
         self.token_bytes = np.array([len(b) for b in self.bytes])
+        self.can_cut = not any("\u2581" in self.piece(i).lstrip("\u2581") for i in range(self.vocab_size))
 
     def piece(self, i: int) -> str:
         return self.sp.id_to_piece(i)
@@ -417,10 +557,13 @@ class Tokenizer:
         give."""
         if vocab_size < 320:
             raise DataError(f"vocab_size must be at least 320 (7 marks, 256 bytes, some pieces), got {vocab_size}")
-        documents = list(documents)
+        documents, characters = list(documents), Counter()
+        for document in documents:
+            characters.update(document)
         # rare characters stay bytes: the alphabet takes at most half of what is left after the marks and the bytes
-        alphabet = {c for c, _ in Counter("".join(documents)).most_common((vocab_size - 263) // 2)} - {"\u2581"}
-        sentences = [s for d in documents for s in split_text("".join(c for c in d if c in alphabet), 1000)]
+        alphabet = {c for c, _ in characters.most_common((vocab_size - 263) // 2)} - {"\u2581"}
+        rare = dict.fromkeys(map(ord, characters.keys() - alphabet))
+        sentences = [s for d in documents for s in split_text(d.translate(rare), 1000)]
         if not sentences:
             raise DataError("tokenizer: the documents must hold some text, they hold none")
         for _ in range(2):                             # a size that the text cannot fill is refused, naming the largest
@@ -441,12 +584,14 @@ class Tokenizer:
         raise DataError(f"tokenizer: the text is too short for {vocab_size} pieces")
 
     def encode(self, text: str) -> list[int]:
-        parts = self.SPECIAL.split(text)
-        if len(parts) == 1:
-            return self.sp.encode(text)
         ids = []
-        for i, part in enumerate(parts):
-            ids += [self.byte_ids[b] for b in part.encode("utf-8", "surrogatepass")] if i % 2 else self.sp.encode(part)
+        for i, part in enumerate(self.SPECIAL.split(text)):
+            if i % 2:
+                ids += (self.byte_ids[b] for b in part.encode("utf-8", "surrogatepass"))
+            elif len(part) <= 200 or not self.can_cut:
+                ids += self.sp.encode(part)
+            else:
+                ids += itertools.chain.from_iterable(self.sp.encode(self.SHORT.findall(part)))
         return ids
 
     def decode(self, ids) -> str:
@@ -475,23 +620,40 @@ MAGIC, HEADER = b"LLMTOKEN", struct.Struct("<8sIIQII")        # 32 bytes
 BLOCK = 2**20                                                 # bytes that have a checksum of their own in the manifest
 
 
+class ShardWriter:
+    """A shard that is written as its ids come. close() -> its tokens, CRC32, and that of every BLOCK bytes; then it is
+    on disk."""
+
+    def __init__(self, path, dtype):
+        self.path, self.dtype, self.tokens, self.crc, self.blocks, self.in_block = path, np.dtype(dtype), 0, 0, [], 0
+        self.file = open(path, "wb")
+        self.file.write(bytes(HEADER.size))
+
+    def write(self, ids: np.ndarray):
+        """Append ids (n,)."""
+        raw = np.ascontiguousarray(ids.astype(self.dtype.newbyteorder("<"))).data.cast("B")
+        self.file.write(raw)
+        self.crc, self.tokens = zlib.crc32(raw, self.crc), self.tokens + len(ids)
+        while len(raw):
+            part = raw[:BLOCK - self.in_block]
+            self.blocks.append(zlib.crc32(part, self.blocks.pop() if self.in_block else 0))
+            raw, self.in_block = raw[len(part):], (self.in_block + len(part)) % BLOCK
+
+    def close(self) -> dict:
+        head = HEADER.pack(MAGIC, FORMAT_VERSION, self.dtype.itemsize, self.tokens, self.crc, 0)
+        self.file.seek(0)
+        self.file.write(head[:28] + struct.pack("<I", zlib.crc32(head[:28])))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return {"tokens": self.tokens, "crc32": self.crc, "blocks": self.blocks}
+
+
 def write_shard(path, ids: np.ndarray) -> int:
     """ids (n,) uint16 or uint32 -> one file, flushed to disk; returns the ids' CRC32."""
-    payload = np.ascontiguousarray(ids.astype(ids.dtype.newbyteorder("<"))).data.cast("B")
-    crc = zlib.crc32(payload)
-    head = HEADER.pack(MAGIC, FORMAT_VERSION, ids.itemsize, len(ids), crc, 0)
-    with open(path, "wb") as f:
-        f.write(head[:28] + struct.pack("<I", zlib.crc32(head[:28])))
-        f.write(payload)
-        f.flush()
-        os.fsync(f.fileno())
-    return crc
-
-
-def block_checksums(ids: np.ndarray) -> list[int]:
-    """CRC32 of every BLOCK bytes of the ids."""
-    raw = np.ascontiguousarray(ids).data.cast("B")
-    return [zlib.crc32(raw[first:first + BLOCK]) for first in range(0, len(raw), BLOCK)]
+    shard = ShardWriter(path, ids.dtype)
+    shard.write(ids)
+    return shard.close()["crc32"]
 
 
 def open_shard(path, verify: bool = True, entry: dict | None = None) -> np.ndarray:
@@ -524,19 +686,27 @@ def open_shard(path, verify: bool = True, entry: dict | None = None) -> np.ndarr
 # ---- prepare ---------------------------------------------------------------------------------------------------------
 
 def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fraction: float = 0.05,
-            sample_bytes: int = 8_000_000, shard_tokens: int = 2**27, tokenizer=None, log=lambda line: None) -> Path:
+            sample_bytes: int = 0, shard_tokens: int = 2**27, tokenizer=None, text_field: str = "text",
+            max_tokens: int = 0, log=lambda line: None) -> Path:
     """Text to a folder of tokenizer.model, train-*.bin, val-*.bin and manifest.json -> the folder.
 
+    sources: ["stdlib"], or names of files, folders, globs (SUFFIXES, and token files), or hf:DATASET[:SUBSET][:SPLIT].
     out: default data/NAME-KEY, KEY a fingerprint of files and settings. A folder already prepared from the same is
     used as it is; one that holds something else is refused. The work is done in a temporary folder that is renamed at
-    the end. A document's side is decided by its own hash, so it does not depend on the order; see split_documents.
+    the end; killed, the same call goes on with what is whole in it. Memory does not grow with the text, but for some 60
+    bytes per document. A document's side is decided by its own hash, not by the order; see split_documents.
     tokenizer: used, and saved, instead of training one of vocab_size (a model that goes on training keeps its own).
-    Raises DataError.
+    sample_bytes: of text, to train a tokenizer on (0: 8 MB, and for more than 2048 pieces as many times as much).
+    max_tokens: stop after so many for training (0: all there are). Raises DataError.
     """
-    files = source_files(sources)
-    stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    streams = [s for s in map(str, sources) if s.startswith("hf:")]
+    texts = [s for s in sources if str(s) not in streams]
+    files = source_files(texts) if texts or not streams else []
+    sample_bytes = sample_bytes or 8_000_000 * max(2048, 0 if tokenizer else vocab_size) // 2048
+    stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files] + streams
     pieces = tokenizer.sha256 if tokenizer else (vocab_size, ROLES)
     settings = (FORMAT_VERSION, pieces, val_fraction, sample_bytes, shard_tokens)
+    settings += () if (text_field, max_tokens) == ("text", 0) else (text_field, max_tokens)
     key = hashlib.sha256(repr((stamps, settings)).encode()).hexdigest()[:16]
     name = re.sub(r"\W+", "-", Path(sources[0]).stem).strip("-") or "text"
     out = Path(out) if out else Path("data") / f"{name}-{key}"
@@ -553,75 +723,225 @@ def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fracti
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.parent / f".{out.name}.lock"):
         if not ready():                                         # another process may have been faster
-            with new_folder(out) as temporary:
-                manifest = write_tokens(temporary, files, tokenizer, vocab_size, val_fraction, sample_bytes,
-                                        shard_tokens, log)
+            with new_folder(out, key) as temporary:
+                most_bytes = estimate(files, streams, tokenizer, vocab_size, text_field, max_tokens, log)
+                files += [part for source in streams
+                          for part in write_down(source, temporary / "progress", text_field, most_bytes, log)]
+                manifest = write_tokens(temporary, files, text_field, tokenizer, vocab_size, val_fraction,
+                                        sample_bytes, shard_tokens, max_tokens, most_bytes, log)
                 write_sealed(temporary / "manifest.json", {
                     "kind": "tokens", "version": FORMAT_VERSION, "key": key, "sources": [str(s) for s in sources],
                     "files": len(files), "knowledge_cutoff": knowledge_cutoff(sources, files)} | manifest)
     return out
 
 
-def write_tokens(folder, files, tokenizer, vocab_size, val_fraction, sample_bytes, shard_tokens, log) -> dict:
-    """Tokenizer and shards of both splits into `folder`; returns what the manifest says of them."""
-    # pass 1: what is there, and which side each document is on
-    dropped_files = defaultdict(list)
-    sizes = {text_hash(text): len(text.encode()) for text in read_documents(files, dropped_files)}
-    dropped = {reason: len(paths) for reason, paths in dropped_files.items()}
-    if not sizes:
-        raise DataError(f"{files[0]}{' ...' * (len(files) > 1)}: sources must hold text, dropped: {dropped}")
-    for reason, paths in dropped_files.items():
-        names = ", ".join("/".join(path.parts[-2:]) for path in sorted(set(paths))[:3])
-        log(f"left out: {len(paths):,} {reason}: {names}{', ...' * (len(set(paths)) > 3)}")
-    val, cut = split_documents(sizes, val_fraction)
+def read_all(files, field, tokenizer, dropped):
+    """The documents of all files, in order."""
+    for path in files:
+        yield from ((path, document) for document in read_documents(path, dropped, field, tokenizer))
 
-    def documents(split):
-        for text in read_documents(files, defaultdict(list)):
-            digest = text_hash(text)
-            if digest in cut:                              # at a line end, if there is one in what would be held out
-                start = int(len(text) * (1 - val_fraction))
-                end_of_line = text.find("\n", start, len(text) - 1) + 1 or start
-                if part := text[:end_of_line] if split == "train" else text[end_of_line:]:
-                    yield digest, part
-            elif (digest in val) == (split == "val"):
-                yield digest, text
 
-    # pass 2: the tokenizer, from training documents alone, those of smallest hash up to sample_bytes
-    if tokenizer is None:
-        chosen, total = set(), 0
-        for h in sorted(sizes.keys() - val):
-            chosen.add(h)
-            total += sizes[h]
-            if total >= sample_bytes:
+def size_of(document, tokenizer) -> int:
+    """Bytes of text of a document: a str, or ids."""
+    return len(document.encode()) if isinstance(document, str) else int(tokenizer.token_bytes[document].sum())
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def estimate(files, streams, tokenizer, vocab_size: int, field: str, max_tokens: int, log) -> float:
+    """Say how large and how long it will be, from the first 2 MB -> bytes of text that must do for max_tokens."""
+    size = sum(p.stat().st_size * (3 if p.suffix in (".gz", ".zst", ".parquet") else 1) for p in files)    # 3: a guess
+    if not max_tokens and (streams or size < POOL_BYTES):
+        return math.inf
+    first, start = "", time.monotonic()
+    with contextlib.suppress(DataError), readable(""):            # what is wrong with a source is said when it is read
+        texts = (t for _, t in read_all(files, field, tokenizer, defaultdict(list)))
+        rows = (row[field] for source in streams for row in open_stream(source, field))
+        for text in itertools.chain(texts, rows):
+            first += text[:2**21] if isinstance(text, str) else ""
+            if len(first) >= 2**21:
                 break
-        tokenizer = Tokenizer.train((t for h, t in documents("train") if h in chosen), vocab_size)
-        log(f"tokenizer: {tokenizer.vocab_size} pieces from {total / 1e6:.1f} MB")
+    if len(first) < 2**10:                                                                   # token files alone, say
+        return math.inf
+    reading, half = time.monotonic() - start, len(first) // 2
+    tokenizer = tokenizer or Tokenizer.train([first[:half]], vocab_size)
+    start = time.monotonic()
+    per_token = len(first[half:].encode()) / len(tokenizer.encode(first[half:]))
+    encoding = 2 * (time.monotonic() - start)
+    size = min([size] * (not streams) + [max_tokens * per_token] * (max_tokens > 0))
+    seconds = size / len(first) * (2 * reading + encoding / num_cores())
+    log(f"about {size / 1e6:,.0f} MB of text: {size / per_token / 1e6:,.1f} M tokens, "
+        f"{size / per_token * (2 if tokenizer.vocab_size <= 2**16 else 4) / 1e6:,.0f} MB on disk, "
+        f"some {math.ceil(seconds / 60)} min on {num_cores()} cores")
+    # more than it takes: a tokenizer of more text has more bytes per token, and some of the text is held out
+    return 1.3 * max_tokens * per_token if max_tokens else math.inf
+
+
+def survey(read, tokenizer, val_fraction: float, sample_bytes: int, most_bytes: float, log):
+    """The first reading: hash and size of each document -> what becomes of it, (n,) uint8, 0 for a duplicate; counts of
+    what was dropped; bytes of each side. TRAIN, VAL, SAMPLE are bits."""
+    dropped, hashes, sizes, starts, total = defaultdict(list), array.array("Q"), array.array("Q"), {}, 0
+    for path, document in read(dropped):
+        starts.setdefault(path, len(hashes))
+        hashes.append(text_hash(document))
+        sizes.append(size_of(document, tokenizer))
+        total += sizes[-1]
+        if total >= most_bytes:
+            break
+    hashes, sizes = np.array(hashes, np.uint64), np.array(sizes, np.int64)
+    _, first = np.unique(hashes, return_index=True)                       # the first of those that are equal, by hash
+    again = np.setdiff1d(np.arange(len(hashes)), first, assume_unique=True)
+    paths = list(starts)
+    dropped["duplicate"] = [paths[i] for i in np.searchsorted(list(starts.values()), again, side="right") - 1]
+    for reason, where in dropped.items():
+        if where:
+            names = ", ".join("/".join(path.parts[-2:]) for path in sorted(set(where))[:3])
+            log(f"left out: {len(where):,} {reason}: {names}{', ...' * (len(set(where)) > 3)}")
+    side = np.zeros(len(hashes), np.uint8)
+    side[first] = split_documents(hashes[first], sizes[first], val_fraction)
+    # the tokenizer reads training documents alone, those of smallest hash
+    order = first[(side[first] & TRAIN) > 0]
+    chosen = order[:np.searchsorted(np.cumsum(sizes[order]), sample_bytes) + 1]
+    side[chosen] |= SAMPLE
+    return side, {"dropped": {reason: len(where) for reason, where in dropped.items() if where},
+                  "bytes": int(sizes[first].sum()), "sample": int(sizes[chosen].sum())}
+
+
+def sides_of(read, side, val_fraction: float):
+    """The second reading: (TRAIN or VAL, document) in order. A document that is on both sides is cut."""
+    for (_, document), bits in zip(read(defaultdict(list)), side, strict=False):
+        if bits & TRAIN and bits & VAL:                # at a line end, if there is one in what would be held out
+            cut = int(len(document) * (1 - val_fraction))
+            if isinstance(document, str):
+                cut = document.find("\n", cut, len(document) - 1) + 1 or cut
+            yield from ((bit, part) for bit, part in ((TRAIN, document[:cut]), (VAL, document[cut:])) if len(part))
+        elif bits & (TRAIN | VAL):
+            yield int(bits & (TRAIN | VAL)), document
+
+
+def chunks_of(documents, size: int):
+    """Lists of (side, document), of at least `size` characters or ids together but for the last."""
+    chunk, total = [], 0
+    for bit, document in documents:
+        chunk.append((bit, document))
+        total += len(document)
+        if total >= size:
+            yield chunk
+            chunk, total = [], 0
+    yield chunk
+
+
+def encode_chunk(tokenizer, chunk) -> dict:
+    """-> {side: (ids (n,), Counter of documents, bytes)}"""
+    begin, sides = first_id(tokenizer), {}
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    for bit, document in chunk:
+        arrays, counts = sides.setdefault(bit, ([], Counter()))
+        parts = ([document] if isinstance(document, np.ndarray) else
+                 map(tokenizer.encode, split_text(document, 2**20)))                 # not all of a huge file at once
+        end = [tokenizer.eos_id] * (tokenizer.eos_id != begin)
+        arrays += (np.array(part, dtype) for part in itertools.chain([[begin]], parts, [end]))
+        counts.update(documents=1, bytes=size_of(document, tokenizer))
+    return {bit: (np.concatenate(arrays), counts) for bit, (arrays, counts) in sides.items()}
+
+
+def start_worker(folder):
+    """A process of the pool: it reads the tokenizer, and ends with its parent, however that ends."""
+    global worker_tokenizer
+    worker_tokenizer = load_tokenizer(folder)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def encode_in_worker(chunk):
+    return encode_chunk(worker_tokenizer, chunk)
+
+
+def encode_all(tokenizer, folder, chunks, total_bytes: int):
+    """encode_chunk of every chunk, in order: here, or of a large text on all cores."""
+    if total_bytes < POOL_BYTES or num_cores() == 1:
+        yield from (encode_chunk(tokenizer, chunk) for chunk in chunks)
+        return
+    with concurrent.futures.ProcessPoolExecutor(num_cores(), multiprocessing.get_context("spawn"), start_worker,
+                                                (folder,)) as pool:
+        running = deque()
+        for chunk in chunks:
+            running.append(pool.submit(encode_in_worker, chunk))
+            if len(running) > 2 * num_cores():                                       # so many are in memory, not all
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+
+
+def write_tokens(folder, files, field, tokenizer, vocab_size, val_fraction, sample_bytes, shard_tokens, max_tokens,
+                 most_bytes, log) -> dict:
+    """Tokenizer and shards of both splits into `folder`; returns what the manifest says of them. What is whole there
+    already, and is listed in folder/progress, is not done again."""
+    progress, read = folder / "progress", functools.partial(read_all, files, field, tokenizer)
+    if not (progress / "survey.json").exists():
+        side, found = survey(read, tokenizer, val_fraction, sample_bytes, most_bytes, log)
+        if not len(side):
+            raise DataError(f"{files[0] if files else 'stream'}{' ...' * (len(files) > 1)}: sources must hold text, "
+                            f"dropped: {found['dropped']}")
+        np.save(progress / "side.npy", side)
+        write_sealed(progress / "survey.json", {"kind": "survey", "version": FORMAT_VERSION} | found)
+    side, found = np.load(progress / "side.npy"), read_sealed(progress / "survey.json", "survey")
+    if tokenizer is None and (folder / "tokenizer.model").exists():
+        tokenizer = Tokenizer(folder / "tokenizer.model")
+    elif tokenizer is None:
+        sample = sides_of(read, side * (side >= SAMPLE), val_fraction)
+        tokenizer = Tokenizer.train((text for bit, text in sample if bit == TRAIN), vocab_size)
+        log(f"tokenizer: {tokenizer.vocab_size} pieces from {found['sample'] / 1e6:.1f} MB")
     tokenizer_file = tokenizer.save(folder)
 
-    # pass 3: tokens, a shard at a time
-    begin = first_id(tokenizer)
-    dtype, splits = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32, {}
-    for split in ("train", "val"):
-        counts, shards, buffer, num_buffered = Counter(), [], [], 0
-        for text in itertools.chain((text for _, text in documents(split)), [None]):       # None: the end
-            if text is not None:
-                ids = [begin]
-                for part in split_text(text, 2**20):                      # not all of a huge file at once
-                    ids += tokenizer.encode(part)
-                ids += [tokenizer.eos_id] * (tokenizer.eos_id != begin)
-                buffer.append(np.array(ids, dtype))
-                num_buffered += len(ids)
-                counts.update(documents=1, bytes=len(text.encode()), tokens=len(ids))
-            if num_buffered and (text is None or num_buffered >= shard_tokens):
-                ids, file = np.concatenate(buffer), f"{split}-{len(shards):05d}.bin"
-                shards.append({"file": file, "tokens": num_buffered, "crc32": write_shard(folder / file, ids),
-                               "blocks": block_checksums(ids)})
-                buffer, num_buffered = [], 0
-        splits[split] = {name: counts[name] for name in ("documents", "bytes", "tokens")} | {"shards": shards}
-        log(f"{split}: {counts['documents']:,} documents, {counts['bytes'] / 1e6:.2f} MB, {counts['tokens']:,} tokens")
+    # the second reading: tokens, a shard at a time. Chunks are counted: each shard says how many its split had by then
+    names, counts, shards, writers = {TRAIN: "train", VAL: "val"}, {}, {}, {}
+    for bit, name in names.items():
+        shards[bit] = [read_sealed(f, "shard") for f in sorted(progress.glob(f"{name}-*.json"))]
+        counts[bit] = sum((Counter(shard["counts"]) for shard in shards[bit]), Counter())
+    done = {bit: shards[bit][-1]["chunks"] if shards[bit] else 0 for bit in names}
+    size = min(2**20, shard_tokens, max_tokens // 16 or 2**20)
+    chunks = ([(bit, document) for bit, document in chunk if number >= done[bit]] for number, chunk in
+              enumerate(chunks_of(sides_of(read, side, val_fraction), size)))
 
+    def close(bit, chunks_read):
+        shard, in_shard = writers.pop(bit)
+        shards[bit].append({"kind": "shard", "version": FORMAT_VERSION, "chunks": chunks_read, "counts": in_shard,
+                            "entry": {"file": shard.path.name} | shard.close()})
+        write_sealed(progress / f"{shard.path.stem}.json", shards[bit][-1])
+
+    number, started, said = 0, time.monotonic(), time.monotonic()
+    bytes_before = sum(count["bytes"] for count in counts.values())
+    with contextlib.closing(encode_all(tokenizer, folder, chunks, found["bytes"])) as encoded:
+        for number, sides in enumerate(encoded, 1):
+            for bit, (ids, count) in sides.items():
+                if bit not in writers:
+                    path = folder / f"{names[bit]}-{len(shards[bit]):05d}.bin"
+                    writers[bit] = ShardWriter(path, ids.dtype), Counter()
+                writers[bit][0].write(ids)
+                for counter in (writers[bit][1], counts[bit]):
+                    counter.update(count, tokens=len(ids))
+                if writers[bit][0].tokens >= shard_tokens:
+                    close(bit, number)
+            if max_tokens and counts[TRAIN]["tokens"] >= max_tokens and number >= done[TRAIN]:
+                break
+            if time.monotonic() > said + 10:
+                said, size = time.monotonic(), sum(count["bytes"] for count in counts.values())
+                part = max(size / found["bytes"], counts[TRAIN]["tokens"] / (max_tokens or math.inf))
+                rate = (size - bytes_before) / (said - started)
+                log(f"{size / 1e6:,.0f} MB of text are tokens, {part:.1%}, {rate / 1e6:.1f} MB/s, eta "
+                    f"{datetime.timedelta(seconds=int((size / part - size) / max(1, rate)))}")
+    for bit in sorted(writers):
+        close(bit, number)
+    splits = {}
+    for bit, name in names.items():
+        entries = [shard["entry"] for shard in shards[bit]]
+        splits[name] = {what: counts[bit][what] for what in ("documents", "bytes", "tokens")} | {"shards": entries}
+        log("{}: {documents:,} documents, {:.2f} MB, {tokens:,} tokens".format(
+            name, counts[bit]["bytes"] / 1e6, **splits[name]))
     content = [(split, s["file"], s["tokens"], s["crc32"]) for split in splits for s in splits[split]["shards"]]
-    return {"dropped": dropped, "splits": splits,
+    return {"dropped": found["dropped"], "splits": splits,
             "tokenizer": {"file": tokenizer_file, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
             "fingerprint": hashlib.sha256(repr((tokenizer.sha256, content)).encode()).hexdigest()}
 
@@ -634,7 +954,6 @@ def first_id(tokenizer) -> int:
 
 def compressed_bpb(text: bytes) -> dict:
     """Bits per byte that general compressors reach on the same text: a yardstick for a language model."""
-    import gzip
     import lzma
     return {"gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
             "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text)}
@@ -675,15 +994,20 @@ class Batches:
     The position counts windows of the *global* batch. Each call takes the next micro_batch_size * dp_size windows of
     the permuted epochs and gives this rank its micro_batch_size of them, so what the ranks read together does not
     depend on their number. Within an epoch each window comes once. A subclass has num_windows, manifest and
-    read(numbers of windows) -> a batch.
+    read(numbers of windows) -> a batch. prefetch: a thread reads the next batch meanwhile, into pinned memory where
+    there is a GPU.
     """
 
     rows_together = 1                # windows that the permutation moves as one
 
     def __init__(self, path, *, micro_batch_size: int, seq_len: int, dp_rank: int = 0, dp_size: int = 1, seed: int = 0,
-                 split: str = "train"):
+                 split: str = "train", prefetch: bool = False):
         self.path, self.split, self.seq_len, self.seed, self.position = Path(path), split, seq_len, seed, 0
         self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
+        # the thread pins for this rank's GPU, else it would open GPU 0 on every rank
+        gpu = (torch.cuda.set_device, (torch.cuda.current_device(),)) if prefetch and torch.cuda.is_available() else ()
+        self.reader = concurrent.futures.ThreadPoolExecutor(1, "reader", *gpu) if prefetch else None
+        self.ahead = None, None                                                # places of windows, their batch to come
 
     def windows(self, order) -> np.ndarray:
         """Numbers of the windows at places `order` (B,) of the permuted epochs' endless sequence."""
@@ -698,10 +1022,25 @@ class Batches:
     def __iter__(self):
         return self
 
-    def __next__(self) -> dict:
+    def next_order(self) -> range:
         first = self.position + self.dp_rank * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)
+
+    def __next__(self) -> dict:
+        order = self.next_order()
+        expected, batch = self.ahead
+        batch = batch.result() if order == expected else self.batch(order)
         self.position += self.micro_batch_size * self.dp_size
-        return self.batch(range(first, first + self.micro_batch_size))
+        if self.reader:
+            self.ahead = self.next_order(), self.reader.submit(self.pinned, self.next_order())
+        return batch
+
+    def pinned(self, order):
+        return {name: x.pin_memory() if torch.cuda.is_available() else x for name, x in self.batch(order).items()}
+
+    def epochs(self, position: int) -> dict:
+        """{source: how often its windows were read} when so many windows were."""
+        return {str(self.path): position / max(1, self.num_windows)}
 
     def batch(self, order):
         """The windows at places `order` (B,) of the permuted epochs' endless sequence."""
@@ -788,6 +1127,111 @@ class Loader(Batches):
             targets[tokens == self.tokenizer.eos_id] = NO_TARGET
         documents = np.cumsum(tokens == begin, axis=1)
         return {k: torch.from_numpy(v) for k, v in (("tokens", tokens), ("targets", targets), ("documents", documents))}
+
+
+def mixture(text: str) -> list:
+    """"0.7*web/,0.3*code/*.py" -> [(0.7, "web/"), (0.3, "code/*.py")], shares as Fractions whose sum is 1; [] for a
+    text without shares. Raises DataError."""
+    parts = [re.fullmatch(r"(\d+\.?\d*|\.\d+)\*(.+)", part) for part in text.split(",")]
+    if len(parts) < 2 or not any(parts):
+        return []
+    if not all(parts):
+        raise DataError(f"every source of a mixture must have a share, SHARE*SOURCE,SHARE*SOURCE; got {text}")
+    shares = [Fraction(part[1]) for part in parts]
+    if min(shares) * Mixture.ROUND < sum(shares):
+        raise DataError(f"a source's share of a mixture must be at least 1/{Mixture.ROUND}, got {text}")
+    return [(share / sum(shares), part[2]) for share, part in zip(shares, parts, strict=True)]
+
+
+def prepare_all(text: str, tokenizer=None, **settings) -> list:
+    """What --data names -> [(share, prepared folder), ...]: a prepared folder, sources between commas, or a mixture of
+    these. Each source of a mixture has a folder of its own, which serves other mixtures too. All have one tokenizer:
+    the given one, else that of the first prepared folder, else the one that the source of the largest share gets."""
+    is_prepared = lambda source: Path(source, "manifest.json").exists()
+    parts, folders = mixture(text) or [(Fraction(1), text)], {}
+    for _, source in sorted(parts, key=lambda part: (not is_prepared(part[1]), -part[0])):
+        folders[source] = Path(source) if is_prepared(source) else prepare(
+            [source] if Path(source).exists() else source.split(","), tokenizer=tokenizer, **settings)
+        tokenizer = tokenizer or load_tokenizer(folders[source])
+    return [(share, folders[source]) for share, source in parts]
+
+
+def open_loader(parts, **layout):
+    """The Loader of prepare_all's only folder, or a Mixture of several."""
+    return Loader(parts[0][1], **layout) if len(parts) == 1 else Mixture(parts, **layout)
+
+
+class Mixture(Batches):
+    """Batches of several prepared folders with one tokenizer, each its share of the windows, which all have as many
+    tokens. parts: [(share, folder), ...], shares as Fractions whose sum is 1.
+
+    Closed form, no state but the position. The first r rounds of ROUND windows have floor(e_s r ROUND) windows of the
+    sources up to s, e_s = the sum of their shares: exactly the shares, within a window. In a round, the n windows of a
+    source are spread evenly, at (k + 1/2) / n. Each source's windows come in the order of its own epochs.
+    A held-out split ends where its first source ends; sources without a window of it are left out of it.
+    """
+
+    ROUND = 1000
+
+    def __init__(self, parts, **layout):
+        super().__init__(max(parts, key=lambda part: part[0])[1], **layout)
+        parts = [(share, Loader(folder, **layout)) for share, folder in parts]
+        if len({loader.tokenizer.sha256 for _, loader in parts}) > 1:
+            raise DataError("a mixture's folders must have one tokenizer (--tokenizer), these differ: "
+                            + ", ".join(str(loader.path) for _, loader in parts))
+        read = [part for part in parts if part[1].num_windows or self.split == "train"] or parts
+        self.loaders, self.tokenizer = [loader for _, loader in read], parts[0][1].tokenizer
+        self.shards = [shard for loader in self.loaders for shard in loader.shards]
+        ends = list(itertools.accumulate(share for share, _ in read))
+        self.ends = [end / ends[-1] for end in ends]
+        self.num_windows = min(bisect.bisect_right(range(int(loader.num_windows * ends[-1] / share) + self.ROUND),
+                                                   loader.num_windows, key=lambda p, s=s: self.counts(p)[s]) - 1
+                               for s, ((share, _), loader) in enumerate(zip(read, self.loaders, strict=True)))
+        manifests = [loader.manifest for _, loader in parts]
+        self.manifest = {
+            "sources": [source for m in manifests for source in m["sources"]],
+            "knowledge_cutoff": max(m["knowledge_cutoff"] for m in manifests),
+            "dropped": dict(sum((Counter(m["dropped"]) for m in manifests), Counter())),
+            "splits": {split: {what: sum(m["splits"][split][what] for m in manifests)
+                               for what in ("documents", "bytes", "tokens")} for split in ("train", "val")},
+            "fingerprint": hashlib.sha256(repr([(str(share), loader.manifest["fingerprint"])
+                                                for share, loader in parts]).encode()).hexdigest()}
+
+    def before(self, rounds: int) -> list[int]:
+        """How many windows of each source the first rounds have."""
+        ends = [0, *(math.floor(end * rounds * self.ROUND) for end in self.ends)]
+        return [b - a for a, b in itertools.pairwise(ends)]
+
+    @functools.lru_cache(maxsize=8)                                                    # noqa: B019 - a loader stays
+    def round(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of each window of a round, its source and which of the source's windows it is, (ROUND,) each."""
+        first = self.before(number)
+        n = np.subtract(self.before(number + 1), first)
+        sources, index = np.repeat(np.arange(len(n)), n), np.concatenate([np.arange(k) for k in n])
+        order = np.argsort((index + 0.5) / n[sources], kind="stable")
+        return sources[order], (index + np.array(first)[sources])[order]
+
+    def counts(self, position: int) -> list[int]:
+        """How many windows of each source come before a position."""
+        rounds, place = divmod(position, self.ROUND)
+        return (np.bincount(self.round(rounds)[0][:place], minlength=len(self.ends)) + self.before(rounds)).tolist()
+
+    def batch(self, order) -> dict:
+        places = [(self.round(position // self.ROUND), position % self.ROUND) for position in order]
+        sources = np.array([sources[place] for (sources, _), place in places])
+        index, batch = np.array([index[place] for (_, index), place in places]), {}
+        for s in np.unique(sources):
+            rows = torch.from_numpy(sources == s)
+            for name, x in self.loaders[s].batch(index[sources == s]).items():
+                batch.setdefault(name, x.new_empty(len(rows), *x.shape[1:]))[rows] = x
+        return batch
+
+    def epochs(self, position: int) -> dict:
+        return {str(loader.path): n / max(1, loader.num_windows)
+                for loader, n in zip(self.loaders, self.counts(position), strict=True)}
+
+    def text(self, num_windows: int) -> bytes:
+        return b"".join(loader.text(n) for loader, n in zip(self.loaders, self.counts(num_windows), strict=True))
 
 
 # ---- chat ------------------------------------------------------------------------------------------------------------
@@ -907,12 +1351,17 @@ def instructions(sources, out, *, val_fraction: float = 0.05, max_chars: int = 6
     out, dropped_files, dropped, rows, prompts = Path(out), defaultdict(list), Counter(), {}, {}
     if out.name == "prompts.jsonl":
         raise DataError(f"{out}: out must have another name, prompts.jsonl is written in the same folder")
-    documents = {text_hash(text): text for text in read_documents(source_files(sources), dropped_files)}
-    val, _ = split_documents({h: len(text.encode()) for h, text in documents.items()}, val_fraction)
-    for h in sorted(documents, key=lambda h: h not in val):                              # held-out documents first
-        split = "val" if h in val else "train"
+    documents = {}
+    for path in source_files(sources):
+        for text in read_documents(path, dropped_files):
+            if documents.setdefault(text_hash(text), text) is not text:
+                dropped_files["duplicate"].append(path)
+    side = split_documents(np.fromiter(documents, np.uint64, len(documents)),
+                           np.array([len(text.encode()) for text in documents.values()]), val_fraction)
+    for is_train, text in sorted(zip(side != VAL, documents.values(), strict=True), key=lambda pair: pair[0]):
+        split = "train" if is_train else "val"                                           # held-out documents first
         try:
-            pairs = list(function_rows(documents[h]))
+            pairs = list(function_rows(text))
         except NOT_PYTHON:
             dropped["not Python"] += 1
             continue
@@ -1723,6 +2172,15 @@ def load_tokenizer(path) -> Tokenizer:
     raise DataError(f"{path}: must be, or hold, a tokenizer.json, or a tokenizer.model that keeps spaces as they are")
 
 
+def find_tokenizer(name: str) -> Tokenizer:
+    """load_tokenizer of a path, or of a model's name on huggingface.co (gpt2), through the package huggingface_hub."""
+    if Path(name).exists():
+        return load_tokenizer(name)
+    hub = optional("huggingface_hub", "tokenizers", f"tokenizer {name}")
+    with readable(f"tokenizer {name}", ": it must be a path, or a model on huggingface.co, which needs the network"):
+        return load_tokenizer(hub.snapshot_download(name, allow_patterns=["tokenizer*", "*config.json"]))
+
+
 def tokenizer_json(tokenizer: Tokenizer) -> dict:
     """Our SentencePiece BPE as the content of a tokenizer.json: the same ids for every text without U+2581.
 
@@ -1852,18 +2310,27 @@ def demo():
 def main(argv):
     parser = argparse.ArgumentParser(description="Prepare text for training: tokenizer, token shards, manifest. "
                                      "With the word instructions first: a fine-tuning file from Python functions.")
-    parser.add_argument("sources", nargs="+", help="files, folders, globs (.txt, .md, .py, .jsonl), or the word stdlib")
+    parser.add_argument("sources", nargs="+", help="the word stdlib; files, folders, globs of .txt, .md, .py, .jsonl, "
+                        "the same .gz or .zst, .parquet; .bin of nanoGPT or llm.c; or hf:DATASET[:SUBSET][:SPLIT]")
     parser.add_argument("--out", help="folder to make (default: under data/); the .jsonl of instructions "
                                       "(default data/instructions.jsonl)")
     parser.add_argument("--vocab-size", type=int, default=2048, help="pieces of the tokenizer (default 2048)")
     parser.add_argument("--val-fraction", type=float, default=0.05, help="share of documents held out (default 0.05)")
+    parser.add_argument("--text-field", default="text", help="column, or JSON field, of the text (default text)")
+    parser.add_argument("--tokenizer", help="use this one: a file, a folder, or a model on huggingface.co (gpt2)")
+    parser.add_argument("--tokens", type=float, default=0, help="stop after so many for training (default: all)")
+    parser.add_argument("--sample-mb", type=float, default=0, help="text that the tokenizer is trained on, in MB "
+                        "(default 8, or 8 for each 2048 pieces)")
     args = parser.parse_args(argv)
     try:
         if args.sources[0] == "instructions" and args.sources[1:]:
             out = args.out or "data/instructions.jsonl"
             print(f"{out}: {instructions(args.sources[1:], out, val_fraction=args.val_fraction)}")
         else:
-            print(prepare(args.sources, args.out, args.vocab_size, val_fraction=args.val_fraction, log=print))
+            print(prepare(args.sources, args.out, args.vocab_size, val_fraction=args.val_fraction, log=print,
+                          sample_bytes=int(args.sample_mb * 1e6), text_field=args.text_field,
+                          max_tokens=int(args.tokens),
+                          tokenizer=find_tokenizer(args.tokenizer) if args.tokenizer else None))
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)
         return 2

@@ -174,8 +174,11 @@ class Config:
     answer_tokens: int = option(64, "rl: longest answer", at_least=1)
     kl_coef: float = option(0.0, "rl: price of a nat that an answer's token is away from the starting model")
     # the data
-    data: str = runtime("stdlib", "prepared folder, or files, folders, globs (comma-separated), or stdlib; after "
-                                  "pre-training: a .jsonl of conversations, pairs or prompts")
+    data: str = runtime("stdlib", "prepared folder, or files, folders, globs, hf:DATASET[:SUBSET][:SPLIT] (comma-"
+                                  "separated), or stdlib; with shares of tokens, 0.7*A,0.3*B, a mixture; after pre-"
+                                  "training: a .jsonl of conversations, pairs or prompts")
+    text_field: str = runtime("text", "column, or JSON field, of the text")
+    tokenizer: str = runtime("", "use this one: a file, a folder, or a model on huggingface.co (gpt2)")
     document_mask: bool = option(True, "attend within a document only")
     # the optimisation
     steps: int = option(2000, "optimizer steps", at_least=1)
@@ -775,21 +778,21 @@ def refusal(c: Config, meta: dict, loader) -> str:
 def open_data(c: Config, world: parallel.World):
     """Loaders of both splits: of a prepared folder, of text that rank 0 prepares first, or, after pre-training, of
     conversations, pairs or prompts. A model that comes from elsewhere brings its tokenizer along."""
-    tokenizer = data.load_tokenizer(existing_parent(c.init_from, c.out)) if c.init_from else None
+    tokenizer = (data.load_tokenizer(existing_parent(c.init_from, c.out)) if c.init_from else
+                 data.find_tokenizer(c.tokenizer) if c.tokenizer else None)
 
     def prepare():
-        if Path(c.data, "manifest.json").exists():
-            return Path(c.data)
-        print(f"data       preparing {c.data}", flush=True)
-        sources = [c.data] if Path(c.data).exists() else c.data.split(",")
-        return data.prepare(sources, vocab_size=c.vocab_size, tokenizer=tokenizer,
-                            log=lambda line: print("           " + line, flush=True))
+        if not Path(c.data, "manifest.json").exists():
+            print(f"data       preparing {c.data}", flush=True)
+        return data.prepare_all(c.data, tokenizer, vocab_size=c.vocab_size, text_field=c.text_field,
+                                log=lambda line: print("           " + line, flush=True))
 
     shape = dict(micro_batch_size=c.micro_batch_size, seq_len=c.seq_len)
     ranks = dict(seed=c.seed, dp_rank=world.mesh.dp_rank, dp_size=world.mesh.dp)
     if c.objective == "pretrain":
-        path = world.first(prepare)
-        loader, val = data.Loader(path, **shape, **ranks), data.Loader(path, **shape, split="val")
+        parts = world.first(prepare)
+        loader = data.open_loader(parts, **shape, **ranks, prefetch=world.device.type == "cuda")
+        val = data.open_loader(parts, **shape, split="val")
     else:
         data.find_reward(c.reward)
         if c.objective == "rl":
@@ -800,7 +803,7 @@ def open_data(c: Config, world: parallel.World):
         raise BadInput(f"vocab_size must be at least the {loader.tokenizer.vocab_size} of {loader.path}, got "
                        f"{c.vocab_size}")
     if tokenizer and loader.tokenizer.sha256 != tokenizer.sha256:
-        raise BadInput(f"data must be prepared with the tokenizer of {c.init_from}, {c.data} is not")
+        raise BadInput(f"data must be prepared with the tokenizer of {c.init_from or c.tokenizer}, {c.data} is not")
     return loader, val
 
 
@@ -1060,11 +1063,12 @@ def make_card(run: Run) -> dict:
     """What the model is made of: stands in every checkpoint and, at the end, in card.md."""
     manifest, tokens, bill, parent = run.loader.manifest, run.step * run.c.tokens_per_step, run.bill, run.parent_card
     text = parent.get("text") if run.c.objective != "pretrain" else str(run.loader.path)
+    epochs = run.loader.epochs(run.loader.position)
     return {"config": run.c.config, "objective": run.c.objective, "parent": run.c.init_from, "text": text or "",
             "sources": parent.get("sources", []) + manifest["sources"],
             "knowledge_cutoff": max(filter(None, (manifest["knowledge_cutoff"], parent.get("knowledge_cutoff")))),
             "data_fingerprint": manifest["fingerprint"], "parameters": bill["parameters"], "step": run.step,
-            "epochs": run.loader.position / max(1, run.loader.num_windows),
+            "epochs": epochs if len(epochs) > 1 else run.loader.position / max(1, run.loader.num_windows),
             "wall_seconds": round(time.perf_counter() - run.began, 1), "torch": torch.__version__} | (
                 {} if run.c.objective == "rl" else {                           # which trains on answers of any length
                     "tokens": tokens, "tokens_per_parameter": tokens / bill["parameters"],
@@ -1074,11 +1078,12 @@ def make_card(run: Run) -> dict:
 def announcement(run: Run, seconds: float) -> str:
     """The run in numbers, before its first step."""
     c, manifest, trained_on = run.c, run.loader.manifest, run.loader.manifest["splits"]["train"]["tokens"]
-    epochs = c.steps * c.global_batch_size / (c.group_size if c.objective == "rl" else 1) / run.loader.num_windows
+    epochs = run.loader.epochs(c.steps * c.global_batch_size // (c.group_size if c.objective == "rl" else 1))
+    so = ", ".join(f"{n:.2f} epochs" + f" of {path}" * (len(epochs) > 1) for path, n in epochs.items())
     peak = f"peak {run.peak / 1e9:,.0f} GFLOP/s ({run.peak_source})" if run.peak else run.peak_source
     lines = [describe(c, run.bill),
-             f"data       {run.loader.path}: {trained_on:,} training tokens, so "
-             f"{epochs:.2f} epochs; knowledge cutoff {make_card(run)['knowledge_cutoff']}",
+             f"data       {run.loader.path if len(epochs) == 1 else c.data}: {trained_on:,} training tokens, so "
+             f"{so}; knowledge cutoff {make_card(run)['knowledge_cutoff']}",
              f"machine    {run.world.size} x {run.world.device.type}, {torch.get_num_threads()} threads, "
              f"{c.precision}; {peak}"]
     if c.warmup_steps >= c.steps:
@@ -1088,12 +1093,24 @@ def announcement(run: Run, seconds: float) -> str:
         lines.append(f"           left out, or cut: {counts}")
     if c.init_from:
         lines.append(f"           {c.objective}, begins with the weights of {c.init_from}")
-    if epochs > 4 and c.objective == "pretrain":
+    if max(epochs.values()) > 4 and c.objective == "pretrain":
         lines.append("           after 4 epochs repeated text teaches less and less (arXiv:2305.16264)")
+        if c.data == Config.data and c.config != "tiny":
+            lines.insert(0, real_corpus(c, run.world.size, max(epochs.values())))
     lines.append(f"finished   {c.out} is finished: step {run.step} of {c.steps}" if run.step == c.steps else
                  f"{'resuming' if run.step else 'starting'}   at step {run.step} of {c.steps}, "
                  f"{seconds:.1f} s after the start\n")
     return "\n".join(lines)
+
+
+def real_corpus(c: Config, ranks: int, epochs: float) -> str:
+    """What to type instead of --config small on this Python's library."""
+    tokens = c.steps * c.tokens_per_step
+    subset = next((f":sample-{n}BT" for n in (10, 100, 350) if tokens < 0.9e9 * n), "")
+    return (f"data       {epochs:,.0f} epochs of {c.data} are too many; a real corpus, prepared once:\n"
+            f"           python data.py hf:HuggingFaceFW/fineweb-edu{subset} --out data/fineweb --tokens {tokens:.2g} "
+            f"--vocab-size {c.vocab_size}\n"
+            f"           torchrun --nproc-per-node {ranks} train.py --config {c.config} --data data/fineweb")
 
 
 def finish(run: Run):

@@ -191,9 +191,10 @@ def test_about_the_fraction_asked_for_is_held_out_by_bytes(count):
     for seed in range(200):
         rng = random.Random(seed)
         sizes = {rng.getrandbits(64): 1 + int(1e6 / 3 ** min(i, 12) * rng.uniform(0.5, 2)) for i in range(count)}
-        val, cut = data.split_documents(sizes, 0.05)
-        assert not val & cut and max(sizes, key=sizes.get) in cut
-        share = (sum(sizes[h] for h in val) + 0.05 * sum(sizes[h] for h in cut)) / sum(sizes.values())
+        size = np.array([*sizes.values()])
+        side = data.split_documents(np.array([*sizes], np.uint64), size, 0.05)
+        assert set(side) <= {data.TRAIN, data.VAL, data.TRAIN | data.VAL} and side[size.argmax()] == 3
+        share = (size[side == data.VAL].sum() + 0.05 * size[side == 3].sum()) / size.sum()
         assert 0.03 < share < 0.22, (seed, share)
 
 

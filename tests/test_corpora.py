@@ -1,0 +1,659 @@
+"""The corpora that people have: compressed text, tables, token files, streams, mixtures of these; and what a large one
+needs: bounded memory, all cores, going on after a kill."""
+
+import gzip
+import itertools
+import json
+import math
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections import Counter, defaultdict
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_train
+import torch
+from conftest import ROOT
+
+import data
+import train
+
+WORDS = "the quick brown fox jumps over a lazy dog and runs home".split()
+
+
+def documents(n: int = 60, seed: int = 2) -> list[str]:
+    rng = random.Random(seed)
+    return [f"{seed}/{i} {' '.join(rng.choices(WORDS, k=80))}\nend\n" for i in range(n)]
+
+
+def write_lines(path: Path, texts, field: str = "text") -> Path:
+    path.write_text("".join(json.dumps({field: text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """A .jsonl, and prepared/ of it."""
+    folder = tmp_path_factory.mktemp("plain")
+    write_lines(folder / "a.jsonl", documents())
+    data.prepare([folder / "a.jsonl"], folder / "prepared", 320)
+    return folder / "a.jsonl"
+
+
+def manifest(folder) -> dict:
+    return data.read_sealed(Path(folder) / "manifest.json", "tokens")
+
+
+def content(folder) -> dict:
+    return {name: manifest(folder)[name] for name in ("splits", "fingerprint", "dropped")}
+
+
+def loader(folder, **kwargs):
+    return data.Loader(folder, **{"micro_batch_size": 4, "seq_len": 32, "seed": 5} | kwargs)
+
+
+# ---- kinds of files
+
+
+def parquet(path, texts, field="text", **options):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"id": list(range(len(texts))), field: texts})
+    pytest.importorskip("pyarrow.parquet").write_table(table, path, **options)
+    return path
+
+
+def compressed(path, raw: bytes):
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(raw))
+    else:
+        codec, half = pytest.importorskip("pyarrow").Codec("zstd"), len(raw) // 2                           # two frames
+        path.write_bytes(b"".join(codec.compress(part, asbytes=True) for part in (raw[:half], raw[half:])))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["txt", "txt.gz", "md.zst", "jsonl.gz", "jsonl.zst", "parquet"])
+def test_every_kind_of_file_gives_the_same_tokens(plain, tmp_path, kind):
+    texts, source = documents(), tmp_path / "src"
+    source.mkdir()
+    if kind == "parquet":
+        parquet(source / "a.parquet", texts[:40], row_group_size=7)
+        parquet(source / "b.parquet", texts[40:])
+    elif kind.startswith("jsonl"):
+        compressed(source / f"a.{kind}", plain.read_bytes())
+    else:
+        for i, text in enumerate(texts):
+            path = source / f"{i:03d}.{kind}"
+            path.write_text(text) if kind == "txt" else compressed(path, text.encode())
+    assert content(data.prepare([source], tmp_path / "out", 320)) == content(plain.parent / "prepared")
+
+
+def test_the_fields_name_is_a_flag(plain, tmp_path):
+    write_lines(tmp_path / "b.jsonl", documents(), "body")
+    out = data.prepare([tmp_path / "b.jsonl"], tmp_path / "out", 320, text_field="body")
+    assert content(out) == content(plain.parent / "prepared")
+    with pytest.raises(data.DataError, match="must hold text, dropped: {'no text field': 60}"):
+        data.prepare([tmp_path / "b.jsonl"], tmp_path / "out2", 320)
+    path = parquet(tmp_path / "c.parquet", documents(), "body")
+    with pytest.raises(data.DataError, match=r"c.parquet: must have a column text .*it has \['id', 'body'\]"):
+        data.prepare([path], tmp_path / "out2", 320)
+
+
+def test_a_large_file_of_text_is_documents_cut_at_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "TEXT_BYTES", 1000)
+    text = "".join(f"line {i} \u00e9\n" for i in range(500))
+    for name, content in (("a.txt", text), ("b.txt", "short\n"), ("c.txt", "")):
+        (tmp_path / name).write_text(content)
+    dropped = defaultdict(list)
+    read = {name: list(data.read_documents(tmp_path / name, dropped)) for name in ("a.txt", "b.txt", "c.txt")}
+    assert "".join(read["a.txt"]) == text and all(1000 <= len(t.encode()) < 1020 for t in read["a.txt"][:-1])
+    assert read["b.txt"] == ["short\n"] and read["c.txt"] == [] and dropped == {"empty": [tmp_path / "c.txt"]}
+
+
+def test_files_are_read_document_by_document(tmp_path):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt", compresslevel=1) as f:
+        for i in range(20_000):
+            f.write(json.dumps({"text": f"{i} " + "word " * 200}) + "\n")
+    tracemalloc.start()
+    size = sum(len(text) for text in data.read_documents(tmp_path / "a.jsonl.gz", defaultdict(list)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert size > 20e6 and peak < 1e6
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.zst", "a.parquet"])
+def test_a_damaged_file_is_one_line(plain, tmp_path, name):
+    path = tmp_path / name
+    whole = parquet(path, documents()) if name.endswith("parquet") else compressed(path, plain.read_bytes())
+    raw = whole.read_bytes()
+    for damaged in (raw[:-20], b"garbage" * 100):
+        path.write_bytes(damaged)
+        with pytest.raises(data.DataError, match=rf"{name}: cannot be read \(") as error:
+            data.prepare([path], tmp_path / "out", 320)
+        assert "\n" not in str(error.value) and not (tmp_path / ".out.tmp").exists()
+
+
+@pytest.mark.parametrize("source, module, package", [
+    ("a.jsonl.zst", "pyarrow", "pyarrow"), ("a.parquet", "pyarrow.parquet", "pyarrow"),
+    ("hf:name/of:subset", "datasets", "datasets")])
+def test_an_absent_package_is_one_line_with_the_command(tmp_path, monkeypatch, source, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
+    (tmp_path / "a.parquet").write_bytes(b"x")
+    path = source if source.startswith("hf:") else str(tmp_path / source)
+    with pytest.raises(data.DataError, match=f"^{path}: must be read by .*: pip install {package}$"):
+        data.prepare([path], tmp_path / "out", 320)
+
+
+# ---- streams
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_data_set_of_the_library_is_streamed(plain, tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    for split, texts in (("train", documents()), ("test", documents(20, seed=3))):
+        write_lines(tmp_path / "set" / "data" / f"{split}-00000.jsonl", texts)
+    out = data.prepare([f"hf:{tmp_path / 'set'}"], tmp_path / "out", 320)
+    assert content(out) == content(plain.parent / "prepared")
+    out = data.prepare([f"hf:{tmp_path / 'set'}::test"], tmp_path / "out2", 320)
+    m = manifest(out)
+    assert m["splits"]["train"]["documents"] + m["splits"]["val"]["documents"] == 20
+    assert m["knowledge_cutoff"] == time.strftime("%Y-%m-%d", time.gmtime())                    # nothing says it better
+    assert sorted(p.name for p in out.iterdir()) == ["manifest.json", "tokenizer.model", "train-00000.bin",
+                                                     "val-00000.bin"]
+    for source, message in ((f"hf:{tmp_path / 'absent'}", r"cannot be read \(.*absent.*\): hf: takes a folder, or"),
+                            (f"hf:{tmp_path / 'set'}::no", "Bad split")):
+        with pytest.raises(data.DataError, match=message) as error:
+            data.prepare([source], tmp_path / "out3", 320)
+        assert "\n" not in str(error.value)
+    with pytest.raises(data.DataError, match="must have a column body"):
+        data.prepare([f"hf:{tmp_path / 'set'}"], tmp_path / "out3", 320, text_field="body")
+
+
+class Rows:
+    """A stream as of the package datasets, that breaks after some rows."""
+    column_names = ["text"]
+
+    def __init__(self, texts, most=math.inf, start=0):
+        self.texts, self.most, self.start, self.given = texts, most, start, []
+
+    def skip(self, n):
+        return Rows(self.texts, self.most, n)
+
+    def __iter__(self):
+        for i, text in enumerate(self.texts[self.start:], self.start):
+            if i >= self.most:                                                        # Ctrl-C, or the network is gone
+                raise KeyboardInterrupt if i % 2 else ConnectionError("gone")
+            READ.append(i)
+            yield {"text": text}
+
+
+READ = []
+
+
+def test_a_stream_that_breaks_goes_on_after_its_last_part(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PART_BYTES", 4000)
+    for most, whole, first in ((25, 2, 0), (26, 2, 22), (45, 4, 22), (math.inf, None, 44)):    # 11 documents in a part
+        READ.clear()
+        monkeypatch.setattr(data, "open_stream", lambda source, field, most=most: Rows(documents(), most))
+        try:
+            data.prepare(["hf:some/set"], tmp_path / "out", 320)
+        except (KeyboardInterrupt, data.DataError) as error:
+            assert isinstance(error, KeyboardInterrupt) or "hf:some/set: cannot be read (gone)" in str(error)
+            assert len(list((tmp_path / ".out.tmp" / "progress").glob("*.jsonl.gz"))) == whole
+        assert READ[0] == first
+    assert content(tmp_path / "out") == content(plain.parent / "prepared")
+
+
+def test_only_as_much_of_a_stream_is_read_as_the_tokens_need(tmp_path, monkeypatch):
+    texts, said = documents(3000), []
+    monkeypatch.setattr(data, "open_stream", lambda source, field: Rows(texts))
+    monkeypatch.setattr(data, "PART_BYTES", 10_000)
+    READ.clear()
+    out = data.prepare(["hf:some/set"], tmp_path / "out", 320, max_tokens=40_000, log=said.append)
+    m = manifest(out)
+    assert 40_000 <= m["splits"]["train"]["tokens"] < 44_000 and m["splits"]["val"]["tokens"] > 500
+    assert len(READ) - 3000 < 900                                    # the estimate reads 2 MB, here all, from its start
+    assert re.fullmatch(r"about 0 MB of text: 0.0 M tokens, 0 MB on disk, some 1 min on \d+ cores", said[0])
+
+
+# ---- token files
+
+
+@pytest.fixture(scope="module")
+def gpt2_like(tmp_path_factory):
+    """A byte-level BPE whose one mark, <|endoftext|>, stands between documents."""
+    tokenizers = pytest.importorskip("tokenizers")
+    folder = tmp_path_factory.mktemp("gpt2")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.train_from_iterator(documents(), tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    model.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 0}))
+    return folder
+
+
+def llm_c(path, ids, **changes):
+    head = np.zeros(256, "<i4")
+    head[:3] = [changes.get("magic", 20240520), changes.get("version", 1), changes.get("count", len(ids))]
+    path.write_bytes(head.tobytes() + ids.astype("<u2").tobytes())
+    return path
+
+
+@pytest.mark.parametrize("mark_is", ["first", "last"])
+def test_token_files_keep_their_ids(gpt2_like, tmp_path, mark_is):
+    """nanoGPT ends a document with the mark, llm.c begins it: the same documents, and the same as from the text."""
+    t = data.find_tokenizer(str(gpt2_like))
+    texts = documents()
+    ids = [[0] * (mark_is == "first") + t.encode(text) + [0] * (mark_is == "last") for text in texts]
+    raw = np.array(list(itertools.chain(*ids)), "<u2")
+    raw.tofile(tmp_path / "train.bin")
+    llm_c(tmp_path / "fineweb_train_000001.bin", raw)
+    of_text = data.prepare([write_lines(tmp_path / "a.jsonl", texts)], tmp_path / "of_text", tokenizer=t)
+    expected = {tuple(t.encode(text)) for text in texts}
+    for name in ("train.bin", "fineweb_train_000001.bin"):
+        found = [tuple(x.tolist()) for x in data.read_documents(tmp_path / name, {}, tokenizer=t)]
+        assert len(found) == 60 and set(found) == expected
+        out = data.prepare([tmp_path / name], tmp_path / f"{name}.out", tokenizer=t)
+        m, reference = manifest(out), manifest(of_text)
+        for what in ("documents", "bytes", "tokens"):
+            assert sum(m["splits"][s][what] for s in m["splits"]) == sum(
+                reference["splits"][s][what] for s in m["splits"])
+        one = loader(out, seq_len=16)
+        (shard,) = one.shards
+        assert shard[0] == 0
+        assert {tuple(d[1:].tolist()) for d in np.split(shard, (shard == 0).nonzero()[0])[1:]} < expected
+        batch = next(one)
+        assert (batch["targets"] >= 0).all()
+        assert torch.equal(batch["documents"], (batch["tokens"] == 0).cumsum(1))
+
+
+def test_bad_token_files_are_one_line(gpt2_like, plain, tmp_path):
+    t, ids, path = data.find_tokenizer(str(gpt2_like)), np.arange(300), tmp_path / "x.bin"
+
+    def refused(message, tokenizer=t):
+        with pytest.raises(data.DataError, match=message):
+            data.prepare([path], tmp_path / "out", tokenizer=tokenizer)
+
+    llm_c(path, ids)
+    refused("x.bin: a token file needs --tokenizer", None)
+    llm_c(path, ids, count=299)
+    refused("x.bin: must be uint16 ids, alone or after llm.c's header; it has 1624 bytes")
+    llm_c(path, ids, magic=20240801)                                                            # its header is not ids
+    refused(rf"x.bin: ids must be below the tokenizer's {t.vocab_size}, got \d+")
+    (ids + 200).astype("<u2").tofile(path)
+    refused(f"x.bin: ids must be below the tokenizer's {t.vocab_size}, got 499")
+    path.write_bytes(b"abc")
+    refused("x.bin: must be uint16 ids")
+    path.write_bytes((plain.parent / "prepared" / "train-00000.bin").read_bytes())
+    refused("x.bin: must be uint16 ids")
+    with pytest.raises(data.DataError, match="matches none"):                         # a folder's .bin may be anything
+        data.source_files([tmp_path])
+
+
+def test_a_tokenizer_by_its_name_on_the_hub(gpt2_like, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    asked = []
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **options: asked.append(name) or str(gpt2_like))
+    t = data.find_tokenizer("gpt2")
+    assert asked == ["gpt2"] and t.vocab_size > 300 and data.first_id(t) == t.eos_id == 0
+
+    def no_network(name, **options):
+        raise ConnectionError("no route to host\nmore")
+
+    monkeypatch.setattr(hub, "snapshot_download", no_network)
+    with pytest.raises(data.DataError, match=r"^tokenizer gpt2: cannot be read \(no route to host\): it must be "):
+        data.find_tokenizer("gpt2")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(data.DataError, match="pip install tokenizers"):
+        data.find_tokenizer("gpt2")
+
+
+# ---- large corpora
+
+
+def test_long_texts_are_encoded_in_parts_without_a_change(tokenizer):
+    rng = random.Random(3)
+    text = Path(data.__file__).read_text().replace("\u2581", "") * 2
+    for _ in range(300):
+        odd = [" ", "  ", "\n", "a", "word", "():", "\t", "\u00e9", "x" * 150, " " * 120]
+        piece = "".join(rng.choices(odd, k=200))
+        for t in (piece, text[(a := rng.randrange(len(text))):a + 3000]):
+            assert tokenizer.encode(t) == tokenizer.sp.encode(t)
+    import io
+    model = io.BytesIO()                                                     # its pieces end with spaces: it is not cut
+    data.sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(documents()), model_writer=model, model_type="bpe", vocab_size=300, byte_fallback=True,
+        normalization_rule_name="identity", add_dummy_prefix=False, treat_whitespace_as_suffix=True, minloglevel=2)
+    suffix = data.Tokenizer(model.getvalue())
+    assert not suffix.can_cut and tokenizer.can_cut
+    assert all(suffix.encode(text) == suffix.sp.encode(text) for text in documents())
+
+
+def test_all_cores_write_what_one_writes(plain, tmp_path, monkeypatch):
+    options = dict(vocab_size=320, shard_tokens=3000)
+    one = data.prepare([plain], tmp_path / "one", **options)
+    monkeypatch.setattr(data, "POOL_BYTES", 0)
+    monkeypatch.setattr(data, "num_cores", lambda: 2)
+    started = []
+    executor = data.concurrent.futures.ProcessPoolExecutor
+    monkeypatch.setattr(data.concurrent.futures, "ProcessPoolExecutor",
+                        lambda n, *args: started.append(n) or executor(n, *args))
+    said = []
+    two = data.prepare([plain], tmp_path / "two", **options, log=said.append)
+    assert content(one) == content(two) and started == [2] and len(manifest(two)["splits"]["train"]["shards"]) > 2
+    assert re.match(r"about 0 MB of text: 0.\d M tokens, ", said[0])
+
+
+def prepare_slowly(source, out):
+    """What a process that will be killed runs."""
+    return (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import data\n"
+            f"plain = data.encode_chunk\n"
+            f"data.encode_chunk = lambda *args: time.sleep(0.03) or plain(*args)\n"
+            f"data.prepare([{str(source)!r}], {str(out)!r}, 320, shard_tokens=2000)\n")
+
+
+def test_a_killed_preparation_goes_on_with_its_finished_shards(tmp_path, monkeypatch):
+    source, out, work = write_lines(tmp_path / "a.jsonl", documents(400)), tmp_path / "out", tmp_path / ".out.tmp"
+    whole = data.prepare([source], tmp_path / "whole", 320, shard_tokens=2000)
+    process = subprocess.Popen([sys.executable, "-c", prepare_slowly(source, out)])
+    while len(list(work.glob("progress/train-*.json"))) < 3 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not out.exists()
+    finished = {p.stem: (work / f"{p.stem}.bin").stat().st_mtime_ns for p in work.glob("progress/train-*.json")}
+    (work / "train-99999.bin").write_bytes(b"unfinished")
+    read, encoded = [], []
+    survey, train_tokenizer, encode = data.survey, data.Tokenizer.train, data.encode_chunk
+    monkeypatch.setattr(data, "survey", lambda *args: read.append(1) or survey(*args))
+    monkeypatch.setattr(data.Tokenizer, "train", lambda *args: read.append(1) or train_tokenizer(*args))
+    monkeypatch.setattr(data, "encode_chunk", lambda t, chunk: encoded.extend(chunk) or encode(t, chunk))
+    data.prepare([source], out, 320, shard_tokens=2000)
+    shards = manifest(out)["splits"]["train"]["shards"]
+    assert not read and 3 <= len(finished) < len(shards)                       # neither surveyed nor trained again
+    assert all((out / f"{name}.bin").stat().st_mtime_ns == when for name, when in finished.items())
+    assert len(encoded) < 400 - 10 * len(finished)                                                     # nor encoded
+    assert content(out) == content(whole) and not work.exists()
+
+
+def test_what_was_begun_from_another_source_is_begun_again(tmp_path, monkeypatch):
+    source, other = write_lines(tmp_path / "a.jsonl", documents()), write_lines(tmp_path / "b.jsonl", documents(50, 9))
+    expected = data.prepare([other], tmp_path / "whole", 320)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "encode_chunk", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            data.prepare([source], tmp_path / "out", 320)
+    assert (tmp_path / ".out.tmp" / "tokenizer.model").exists()
+    assert content(data.prepare([other], tmp_path / "out", 320)) == content(expected)
+
+
+def test_a_limited_preparation_that_is_killed_ends_where_it_would_have(tmp_path, monkeypatch):
+    source, how = write_lines(tmp_path / "a.jsonl", documents(300)), dict(max_tokens=12_000, shard_tokens=2500)
+    expected = data.prepare([source], tmp_path / "whole", 320, **how)
+    plain = data.write_sealed
+
+    def killed(path, content):
+        if path.name.startswith("val-"):                                            # all shards of train are whole
+            raise KeyboardInterrupt
+        plain(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "write_sealed", killed)
+        with pytest.raises(KeyboardInterrupt):
+            data.prepare([source], tmp_path / "out", 320, **how)
+    assert content(data.prepare([source], tmp_path / "out", 320, **how)) == content(expected)
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", documents(400))
+    script = tmp_path / "run.py"
+    script.write_text(prepare_slowly(source, tmp_path / "out").replace("data.prepare(", "data.POOL_BYTES = 0\n"
+                      "data.num_cores = lambda: 2\nif __name__ == '__main__':\n    data.prepare("))
+    with subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL) as process:
+        while not (shards := list(tmp_path.glob(".out.tmp/train-*.bin"))) and process.poll() is None:
+            time.sleep(0.02)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGKILL)
+    assert shards and len(children) >= 3                                        # and the pool's resource tracker
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+
+
+@pytest.mark.parametrize("limit", [2000, 10_000, 10**9])
+def test_tokens_are_limited(tmp_path, limit):
+    source = write_lines(tmp_path / "a.jsonl", documents(300))
+    whole = manifest(data.prepare([source], tmp_path / "whole", 320))["splits"]["train"]["tokens"]
+    m = manifest(data.prepare([source], tmp_path / "out", 320, max_tokens=limit))
+    assert min(limit, whole) <= m["splits"]["train"]["tokens"] <= min(whole, limit + limit // 8)
+    flags = ["--out", str(tmp_path / "out"), "--vocab-size", "320", "--tokens", f"{limit:g}"]
+    assert data.main([str(source), *flags]) == 0
+
+
+def test_the_tokenizers_sample_grows_with_its_vocabulary(plain, tmp_path, monkeypatch):
+    samples = []
+    monkeypatch.setattr(data, "write_tokens", lambda *args: samples.append(args[6]) or (_ for _ in ()).throw(
+        data.DataError("enough")))
+    for vocab_size, sample in ((320, 0), (2048, 0), (50304, 0), (50304, 5_000_000)):
+        with pytest.raises(data.DataError, match="enough"):
+            data.prepare([plain], tmp_path / "out", vocab_size, sample_bytes=sample)
+    assert samples == [8_000_000, 8_000_000, 196_500_000, 5_000_000]
+
+
+def test_the_sample_is_of_training_documents_and_no_larger_than_asked_for(plain):
+    read = data.functools.partial(data.read_all, [plain], "text", None)
+    side, found = data.survey(read, None, 0.3, 5000, math.inf, print)
+    sampled, sizes = side >= data.SAMPLE, np.array([len(text) for text in documents()])
+    assert found["sample"] == sizes[sampled].sum() and 5000 <= found["sample"] < 5000 + sizes.max()
+    assert (side[sampled] & data.TRAIN).all() and (side == data.VAL).sum() > 8
+
+
+def test_a_shard_that_comes_in_pieces_is_the_one_written_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 64)
+    ids = np.random.default_rng(0).integers(0, 2**16, 1001).astype(np.uint16)
+    data.write_shard(tmp_path / "a.bin", ids)
+    for sizes in ([1001], [1] * 1001, [32, 31, 33, 900, 5], [500, 0, 501]):
+        shard = data.ShardWriter(tmp_path / "b.bin", np.uint16)
+        for part in np.split(ids, np.cumsum(sizes)[:-1]):
+            shard.write(part)
+        entry = shard.close()
+        assert (tmp_path / "b.bin").read_bytes() == (tmp_path / "a.bin").read_bytes() and entry["tokens"] == 1001
+        raw = ids.tobytes()
+        assert entry["blocks"] == [data.zlib.crc32(raw[i:i + 64]) for i in range(0, len(raw), 64)]
+
+
+# ---- mixtures
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("mixture")
+    for seed, (name, n) in enumerate((("a", 300), ("b", 120), ("c", 60))):
+        write_lines(folder / f"{name}.jsonl", documents(n, seed))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts(sources):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(sources)
+        mixed = data.prepare_all("6*a.jsonl,.3*b.jsonl,0.25*c.jsonl", vocab_size=320)
+    return [(share, sources / folder) for share, folder in mixed]
+
+
+def mixed(parts, **kwargs):
+    return data.Mixture(parts, **{"micro_batch_size": 4, "seq_len": 16, "seed": 5} | kwargs)
+
+
+def source_of(mixture, position) -> int:
+    before, after = mixture.counts(position), mixture.counts(position + 1)
+    return next(s for s, (a, b) in enumerate(zip(before, after, strict=True)) if b > a)
+
+
+def test_shares_are_read_as_they_are_written():
+    assert data.mixture("0.7*hf:some/set:sub,0.2*code/,0.1*wiki.parquet") == [
+        (Fraction(7, 10), "hf:some/set:sub"), (Fraction(2, 10), "code/"), (Fraction(1, 10), "wiki.parquet")]
+    assert data.mixture("3*a/*.txt,.5*b,1.*c")[0] == (Fraction(6, 9), "a/*.txt")
+    assert data.mixture("a.txt,b.txt") == data.mixture("stdlib") == data.mixture("2*.txt") == []
+    for text, message in (("0.5*a,b", "every source of a mixture must have a share"),
+                          ("0*a,1*b", "must be at least 1/1000"), ("0.0009*a,1*b", "must be at least 1/1000")):
+        with pytest.raises(data.DataError, match=message):
+            data.mixture(text)
+
+
+@pytest.mark.parametrize("shares", [(6, 3, 1), (1, 1, 1), (997, 2, 1), (7, 11, 13)])
+def test_shares_hold_exactly(parts, shares):
+    mixture = mixed([(Fraction(share, sum(shares)), folder) for share, (_, folder) in zip(shares, parts, strict=True)])
+    for position in [*range(3000), *range(10**9, 10**9 + 50)]:
+        for n, share in zip(mixture.counts(position), shares, strict=True):
+            assert abs(n - position * share / sum(shares)) < 3, position
+    whole = sum(shares) * 1000                                         # after whole rounds that shares divide: exactly
+    assert mixture.counts(whole) == [share * 1000 for share in shares]
+    steps = [sum(b - a for a, b in zip(mixture.counts(p), mixture.counts(p + 1), strict=True)) for p in range(2500)]
+    assert set(steps) == {1}                                                                   # each window one source
+
+
+def test_each_source_comes_in_the_order_of_its_own_epochs(parts):
+    mixture = mixed([(Fraction(n, 10), folder) for n, (_, folder) in zip((1, 2, 7), parts, strict=True)])
+    seen = Counter()
+    alone = [loader(folder, seq_len=16) for _, folder in parts]
+    batch = mixture.batch(range(1500))
+    for position, tokens in enumerate(batch["tokens"]):
+        s = source_of(mixture, position)
+        assert torch.equal(tokens, alone[s].batch([seen[s]])["tokens"][0])
+        seen[s] += 1
+    epochs = mixture.epochs(1500)
+    assert list(epochs.values()) == [seen[s] / alone[s].num_windows for s in range(3)] and max(epochs.values()) > 1
+    assert [seen[s] for s in range(3)] == [150, 300, 1050]
+
+
+def test_a_mixtures_batches_depend_on_their_number_alone(parts):
+    reference = mixed(parts, micro_batch_size=8)
+    expected = [next(reference) for _ in range(150)]                                             # into the second round
+    for dp, micro in ((2, 2), (8, 1)):
+        ranks = [mixed(parts, micro_batch_size=micro, dp_rank=r, dp_size=dp) for r in range(dp)]
+        for batch in expected:
+            got = [next(r) for _ in range(8 // (micro * dp)) for r in ranks]
+            assert torch.equal(torch.cat([g["tokens"] for g in got]), batch["tokens"])
+    resumed = mixed(parts, micro_batch_size=8)
+    state = json.loads(json.dumps(reference.state_dict() | {"windows": 8 * 130}))
+    resumed.load_state_dict(state)
+    assert all(torch.equal(next(resumed)["targets"], batch["targets"]) for batch in expected[130:])
+    other = [(share, folder) for (share, _), (_, folder) in zip(parts[::-1], parts, strict=True)]
+    with pytest.raises(data.DataError, match="fingerprint must be"):
+        mixed(other).load_state_dict(state)
+
+
+def test_validation_is_mixed_by_share_and_repeats_nothing(parts):
+    val = mixed(parts, split="val")
+    counts, sizes = val.counts(val.num_windows), [loader.num_windows for loader in val.loaders]
+    assert all(n <= size for n, size in zip(counts, sizes, strict=True)) and val.num_windows > 5
+    assert any(n > size for n, size in zip(val.counts(val.num_windows + 1), sizes, strict=True))   # as long as can be
+    seen = [bytes(row) for row in val.batch(range(val.num_windows))["tokens"].numpy()]
+    assert len(set(seen)) == len(seen)
+    text = val.text(val.num_windows)
+    batch = val.batch(range(val.num_windows))["targets"]
+    assert len(text) == val.tokenizer.token_bytes[batch[batch >= 0]].sum()
+    # a source without held-out windows is left out
+    short = mixed(parts, split="val", seq_len=min(map(len, val.shards)) + 1)
+    assert len(short.loaders) < 3 and short.num_windows == short.loaders[0].num_windows
+
+
+def test_one_tokenizer_and_one_folder_for_a_source_in_every_mixture(parts, sources, tmp_path, monkeypatch):
+    assert len({manifest(folder)["tokenizer"]["sha256"] for _, folder in parts}) == 1
+    alone = data.prepare([sources / "a.jsonl"], tmp_path / "alone", 320)                   # of the largest share
+    assert manifest(alone)["tokenizer"] == manifest(parts[0][1])["tokenizer"]
+    monkeypatch.chdir(sources)
+    before = sorted(p.name for p in (sources / "data").iterdir())
+    again = data.prepare_all("0.5*a.jsonl,0.2*c.jsonl", vocab_size=320)
+    assert [sources / folder for _, folder in again] == [parts[0][1], parts[2][1]]
+    assert sorted(p.name for p in (sources / "data").iterdir()) == before
+    # a prepared folder brings its tokenizer, whatever its share
+    small = data.prepare([sources / "c.jsonl"], tmp_path / "small", 330)
+    mixed_folders = data.prepare_all(f"0.9*a.jsonl,0.1*{small}", vocab_size=320)
+    assert {manifest(folder)["tokenizer"]["sha256"] for _, folder in mixed_folders} == {
+        manifest(small)["tokenizer"]["sha256"]}
+    with pytest.raises(data.DataError, match="must have one tokenizer"):
+        mixed([(Fraction(1, 2), parts[0][1]), (Fraction(1, 2), small)])
+
+
+def test_a_run_trains_on_a_mixture(parts, tmp_path):
+    spec = ",".join(f"{float(share)}*{folder}" for share, folder in parts)
+    how = ["--steps", "4", "--vocab-size", "320", "--seq-len", "16"]
+    code, stdout, error = test_train.run(spec, tmp_path / "run", *how)
+    assert code == 0, error
+    assert re.search(r"data       .* training tokens, so 0\.\d+ epochs of \S+/a-.*, 0\.\d+ epochs of \S+/b-", stdout)
+    card = (tmp_path / "run" / "card.md").read_text()
+    reader, _ = data.newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert list(reader.meta["card"]["epochs"]) == [str(folder) for _, folder in parts] and "epochs: {" in card
+    code, _, error = test_train.run(spec.replace("0.", "0.0", 1), tmp_path / "run", *how)             # other shares
+    assert code == 2 and "data must be the text that the run" in error
+
+
+# ---- loading
+
+
+def test_prefetching_changes_no_batch(corpus, parts):
+    for make in (lambda **kwargs: loader(corpus, **kwargs), lambda **kwargs: mixed(parts, **kwargs)):
+        one, two = make(), make(prefetch=True)
+        for _ in range(5):
+            assert all(torch.equal(a, b) for a, b in zip(next(one).values(), next(two).values(), strict=True))
+        assert one.state_dict() == two.state_dict()
+        two.load_state_dict(one.state_dict() | {"windows": 40})                        # what was read ahead is not used
+        assert torch.equal(next(two)["tokens"], one.batch(range(40, 44))["tokens"])
+        assert two.ahead[0] == range(44, 48)
+
+
+def test_batches_do_not_add_up_in_memory(corpus, parts):
+    for read in (loader(corpus), mixed(parts), loader(corpus, prefetch=True)):
+        for _ in range(50):
+            next(read)
+        tracemalloc.start()
+        for _ in range(300):
+            next(read)
+        grown = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert grown < 100_000
+
+
+@pytest.mark.parametrize("name", ["small", "medium", "large", "7b"])
+def test_a_large_config_on_this_library_names_a_real_corpus(name, capsys):
+    c = train.parse_config(["--config", name])
+    lines = train.real_corpus(c, 8, 640).splitlines()
+    assert lines[0].startswith("data       640 epochs of stdlib are too many")
+    prepare, run = (line.split() for line in lines[1:])
+    assert prepare[:2] == ["python", "data.py"] and run[0] == "torchrun"
+    with pytest.raises(SystemExit):
+        data.main(["--help"])
+    shown = capsys.readouterr().out
+    assert {word for word in prepare if word.startswith("--")} <= set(re.findall(r"--[a-z-]+", shown))
+    assert float(prepare[prepare.index("--tokens") + 1]) == pytest.approx(c.steps * c.tokens_per_step, rel=0.05)
+    again = train.parse_config(run[run.index("train.py") + 1:])
+    assert again.data == prepare[prepare.index("--out") + 1] and again.vocab_size == c.vocab_size
+    assert int(prepare[prepare.index("--vocab-size") + 1]) == c.vocab_size
+
+
+def test_the_first_line_says_so(corpus, tmp_path, monkeypatch):
+    """small's announcement, on a tiny model."""
+    monkeypatch.setattr(data, "prepare_all", lambda *args, **kwargs: [(Fraction(1), corpus)])
+    argv = ["--config", "small", "--n-layer", "1", "--n-head", "1", "--n-embd", "16", "--vocab-size", "512",
+            "--seq-len", "32", "--global-batch-size", "8", "--steps", "90000", "--device", "cpu", "--out",
+            str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        said = []
+        patch.setattr(train.Run, "take_step", lambda self, asked: True)
+        patch.setattr(train.Run, "save", lambda self, stopping: None)
+        patch.setattr(train.parallel.World, "say", lambda self, line: said.append(line))
+        assert train.main(argv) == 0
+    assert re.match(r"data       \d+ epochs of stdlib are too many", said[0]), said
