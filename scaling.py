@@ -42,7 +42,7 @@ for AdamW's two moments. 7 billion take 126 GB, and an H100 has 80 GB. So a step
 GPU each. A `Layout` says how, a `Program` what is kept and sent:
 
     dp                    copies of the model, each with its own sequences; their gradients are summed
-    tp                    each layer's matrices are cut into tp parts, which sum their results after every layer
+    tp                    each layer's matrices are cut into tp parts, whose results are summed
     sequence parallelism  between tp's matrices, each rank keeps 1/tp of the tokens
     pp                    the layers are cut into pp stages, which pass micro-batches on: a pipeline. Stages wait at the
                           start and at the end of a step: the bubble
@@ -890,7 +890,7 @@ def bytes_sent(messages: dict, layout: Layout) -> dict:
     ring_sizes, sent = {"world": layout.ranks, "dp": layout.dp, "tp": layout.tp, "ends": 2}, {}
     for (axis, collective), (_, payload) in messages.items():
         R = ring_sizes.get(axis, 1)
-        # an all-reduce is a reduce-scatter and an all-gather, each (R-1)/R of the payload
+        # an all-reduce is a reduce-scatter and an all-gather, each (R-1)/R of the payload; R: ranks in the ring
         factor = {"all_reduce": 2 * (R - 1) / R, "send": 1, "recv": 0}.get(collective, (R - 1) / R)
         sent[axis] = sent.get(axis, 0) + factor * payload
     return sent
