@@ -423,8 +423,10 @@ def law_and_resamples(runs, times) -> tuple:
     # with ln N and ln D counted from their means, ln_A and ln_B are logs of the terms in the middle of the runs
     center = np.array((*logs[:, :2].mean(0), 0.0))
     logs, theta = logs - center, starting_points(runs[:, 2])
-    for count, iterations in ((len(theta), 60), (24, 2000)):                         # all a little, the best to the end
-        theta, f = minimise(theta[:count], np.broadcast_to(logs, (count, *logs.shape)), iterations)
+    # all starts a little, on some 500 runs; the best to the end
+    for count, iterations, every in ((len(theta), 60, max(1, len(runs) // 500)), (24, 2000, 1)):
+        some = logs[::every]
+        theta, f = minimise(theta[:count], np.broadcast_to(some, (count, *some.shape)), iterations)
         theta, f = theta[f.argsort()], np.sort(f)
     law = {name: float(x) for name, x in law_of(theta[0], center).items()}
     if not (min(law["alpha"], law["beta"]) > 0 and 1e-99 < law["k_N"] < 1e99):
@@ -617,11 +619,11 @@ def depth(n_layer: int, pp: int, chunks: int) -> list[int]:
 RankParams = namedtuple("RankParams", "count unsplit")
 
 
-def rank_params(shape: Shape, layout: Layout, stage: int) -> RankParams:
-    """Of one rank at place `stage` of its pipeline, before ZeRO: how many parameters, how many of them tp does not
+def rank_params(shape: Shape, layout: Layout, pp_rank: int) -> RankParams:
+    """Of one rank at place `pp_rank` of its pipeline, before ZeRO: how many parameters, how many of them tp does not
     split."""
-    layers = depth(shape.n_layer, layout.pp, layout.chunks)[stage]
-    is_first, is_last = stage == 0, stage == layout.pp - 1
+    layers = depth(shape.n_layer, layout.pp, layout.chunks)[pp_rank]
+    is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
     # the embedding on the first rank, the head on the last; tied on one rank, they are one
     tables = is_first + is_last - (shape.tie_embeddings and layout.pp == 1)
     learned = is_first and shape.position == "learned"
@@ -761,72 +763,73 @@ def end_bytes(shape: Shape, layout: Layout, program: Program) -> float:
     return norm + x + 4 * n * vocab_shard
 
 
-def stored(layout: Layout, stage: int) -> float:
+def stored(layout: Layout, pp_rank: int) -> float:
     """Micro-batches whose activations rank r of a pipeline holds at once: 1F1B p - r, GPipe m, interleaved on the first
     rank p (1 + (p-1)/(p v)), where a micro-batch in one of a rank's v stages counts 1 / v."""
     p, m, v = layout.pp, layout.micro_batches, layout.chunks
     # interleaved: 2 (p - r - 1) of warm-up, (v - 1) p for the chunks before the last, 1 in work; each is 1/v of a rank
     if v > 1:
-        return min(m * v, (p - 1 - stage) * 2 + (v - 1) * p + 1) / v
-    return m if layout.schedule == "gpipe" and p > 1 else min(m, p - stage)
+        return min(m * v, (p - 1 - pp_rank) * 2 + (v - 1) * p + 1) / v
+    return m if layout.schedule == "gpipe" and p > 1 else min(m, p - pp_rank)
 
 
-def waiting_bytes(shape: Shape, layout: Layout, program: Program, stage: int) -> float:
+def waiting_bytes(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> float:
     """Zero bubble computes weight gradients later. Until then each linear's input and the gradient of its result wait.
     If m > p, one more linear's two wait, since then a forward pass runs after a backward."""
     if layout.schedule != "zb" or layout.pp == 1:
         return 0
     n, h, t = layout.micro_batch_size * shape.seq_len, shape.n_embd, layout.tp
-    layers, m, p = depth(shape.n_layer, layout.pp, 1)[stage], layout.micro_batches, layout.pp
+    layers, m, p = depth(shape.n_layer, layout.pp, 1)[pp_rank], layout.micro_batches, layout.pp
     per_layer = n * program.item * (4 * h + (2 * shape.q + 2 * shape.kv + (shape.ups + 1) * shape.n_ff) / t)
-    return (min(m, p) - stored(layout, stage)) * layers * per_layer + (m > p) * n * program.item * (h + shape.n_ff / t)
+    one_more = (m > p) * n * program.item * (h + shape.n_ff / t)
+    return (min(m, p) - stored(layout, pp_rank)) * layers * per_layer + one_more
 
 
-def buffer_bytes(shape: Shape, layout: Layout, program: Program, stage: int) -> float:
+def buffer_bytes(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> float:
     """Gradients on their way, gathered layers, and the block that runs again. psi: parameters of the rank."""
-    psi, dp, zero = rank_params(shape, layout, stage).count, layout.dp, layout.zero
+    psi, dp, zero = rank_params(shape, layout, pp_rank).count, layout.dp, layout.zero
     recomputed = layer_bytes(shape, layout, program, "none") * (layout.recompute == "full")
     if not zero:                      # several micro-batches: the running sum, beside one micro-batch's gradients
         return recomputed + (dp > 1 and layout.micro_batches > 1) * psi * program.gradient
-    # stage 3 gathers one layer, or the embedding, at a time; stages 1 and 2 send one bucket at a time
+    # ZeRO 3 gathers one layer, or the embedding, at a time; ZeRO 1 and 2 send one bucket at a time
     layer = (shape.block + shape.split_biases) / layout.tp + shape.unsplit
-    table = shape.vocab_size / layout.tp * shape.n_embd * (stage in (0, layout.pp - 1))
+    table = shape.vocab_size / layout.tp * shape.n_embd * (pp_rank in (0, layout.pp - 1))
     bucket = max(layer, table) if zero == 3 else min(BUCKETS[zero] / program.gradient, psi)
-    # gradients: a bucket that is being summed, and the rank's share of it; from stage 2 on, also two buckets as
-    # backward left them. Stage 3: the gathered weights of this layer and of the next
+    # gradients: a bucket that is being summed, and the rank's share of it; from ZeRO 2 on, also two buckets as
+    # backward left them. ZeRO 3: the gathered weights of this layer and of the next
     gradients = bucket * (1 + 1 / dp) * program.gradient + (zero >= 2) * 2 * bucket * program.item
     return recomputed + (dp > 1) * gradients + (zero == 3) * 2 * bucket * program.item
 
 
-def memory(shape: Shape, layout: Layout, program: Program, stage: int) -> dict:
-    """Bytes of a rank at place `stage` of its pipeline: {"parameters", "gradients", "states", "activations",
+def memory(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict:
+    """Bytes of a rank at place `pp_rank` of its pipeline: {"parameters", "gradients", "states", "activations",
     "buffers"}. (Rajbhandari 2020, figure 1; Korthikanti 2022, section 4)"""
-    psi, zero, dp = rank_params(shape, layout, stage).count, layout.zero, layout.dp
+    psi, zero, dp = rank_params(shape, layout, pp_rank).count, layout.zero, layout.dp
     # parameters, gradients, states: those that ZeRO splits / dp
     weight, states = program.item, program.states
     if zero == 3 and program.train_py and program.master_weights:      # train.py's shards are the masters themselves
         weight, states = program.wide, 2 * program.wide
-    layers, alive = depth(shape.n_layer, layout.pp, layout.chunks)[stage], stored(layout, stage)
+    layers, alive = depth(shape.n_layer, layout.pp, layout.chunks)[pp_rank], stored(layout, pp_rank)
     # what the layers of a micro-batch share: train.py's cos and sin (of each chunk), or positions; a mask
     T, rope = shape.seq_len, shape.position == "rope"
-    shared = program.train_py * T * (layout.chunks * shape.head_dim * program.residual if rope else 8 * (stage == 0))
+    shared = program.train_py * T * (layout.chunks * shape.head_dim * program.residual if rope else 8 * (pp_rank == 0))
     shared += program.document_mask * layout.micro_batch_size * T * T * program.item
     kept = alive * (layers * layer_bytes(shape, layout, program, layout.recompute) + shared)
-    if stage == layout.pp - 1:                # the loss's backward follows its forward at once, but not with GPipe
+    if pp_rank == layout.pp - 1:                # the loss's backward follows its forward at once, but not with GPipe
         kept += end_bytes(shape, layout, program) * (alive if layout.schedule == "gpipe" else 1)
     return {"parameters": psi * weight / (dp if zero >= 3 else 1),
             "gradients": psi * program.gradient / (dp if zero >= 2 else 1),
             "states": psi * states / (dp if zero >= 1 else 1),
-            "activations": kept + waiting_bytes(shape, layout, program, stage),
-            "buffers": buffer_bytes(shape, layout, program, stage)}
+            "activations": kept + waiting_bytes(shape, layout, program, pp_rank),
+            "buffers": buffer_bytes(shape, layout, program, pp_rank)}
 
 
 def fullest(shape: Shape, layout: Layout, program: Program) -> dict:
     """memory() of the rank that needs most. Candidates: the first rank, the last, and for each number of layers the
     first rank between them that has so many, since an earlier rank stores more micro-batches."""
     layers = depth(shape.n_layer, layout.pp, layout.chunks)
-    stages = {0, layout.pp - 1, *(layers.index(x, min(1, layout.pp - 1)) for x in set(layers[1:]))}
-    return max((memory(shape, layout, program, r) for r in stages), key=lambda parts: sum(parts.values()))
+    ranks = {0, layout.pp - 1, *(layers.index(x, min(1, layout.pp - 1)) for x in set(layers[1:]))}
+    return max((memory(shape, layout, program, r) for r in ranks), key=lambda parts: sum(parts.values()))
 
 
 # ---- (4) messages ----------------------------------------------------------------------------------------------------
@@ -841,15 +844,15 @@ def layer_collectives(layout: Layout, program: Program) -> dict:
     return {"forward": (2, 2), "backward": (2 + 2 * sp, 2), "recomputed": recomputed}
 
 
-def messages(shape: Shape, layout: Layout, program: Program, stage: int) -> dict:
-    """What a rank at place `stage` of its pipeline sends and receives in a step: {(axis, collective): (calls, bytes)}.
+def messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict:
+    """What rank `pp_rank` of a pipeline sends and receives in a step: {(axis, collective): (calls, bytes)}.
 
     axis     dp, tp, pp; "world": all ranks; "ends": first and last stage, which share a tied weight
     calls    None where the number depends on the size of buckets or of the loss's chunks
     bytes    the payload, all ranks' parts together. With ZeRO ranks' shards differ in size: the mean, without padding
     """
-    rank, layers = rank_params(shape, layout, stage), depth(shape.n_layer, layout.pp, layout.chunks)[stage]
-    m, is_first, is_last, zero = layout.micro_batches, stage == 0, stage == layout.pp - 1, layout.zero
+    rank, layers = rank_params(shape, layout, pp_rank), depth(shape.n_layer, layout.pp, layout.chunks)[pp_rank]
+    m, is_first, is_last, zero = layout.micro_batches, pp_rank == 0, pp_rank == layout.pp - 1, layout.zero
     n, h, table = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size // layout.tp * shape.n_embd
     product, hidden = n * h * program.item, n * h * program.residual
     mean = program.gradient / (layout.dp if zero else 1)          # bytes per parameter of the gradient that ZeRO leaves
@@ -972,8 +975,8 @@ def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: f
     pp = (layout.pp > 1) * layout.chunks * (n * h * program.residual / parts / rate + delay)
     forward, backward, weight = (sum(x) for x in zip(compute, tp, (pp, pp, 0.0), strict=True))
 
-    # dp: gradients are summed during backward. Parameters are gathered after the update, at stage 3 before each pass.
-    # Messages: one per layer at stage 3; else one per bucket; in the papers' programs one
+    # dp: gradients are summed during backward. Parameters are gathered after the update, by ZeRO 3 before each pass.
+    # Messages: one per layer with ZeRO 3; else one per bucket; in the papers' programs one
     psi = rank_params(shape, layout, slowest).count
     message_count = layers if layout.zero == 3 else max(
         1, program.train_py * psi * program.gradient / BUCKETS[layout.zero])
@@ -1033,7 +1036,7 @@ def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: 
         law |= {"loss": None, "loss_gap": None}
     parts = {name: round(x) for name, x in fullest(shape, layout, program).items()}
     bubble_seconds, busy_seconds = bubble(layout, 1, 1, 1), 3 * layout.micro_batches
-    sent = [bytes_sent(messages(shape, layout, program, stage), layout) for stage in range(layout.pp)]
+    sent = [bytes_sent(messages(shape, layout, program, pp_rank), layout) for pp_rank in range(layout.pp)]
     answer = {"parameters": N, "embedding_parameters": shape.vocab_size * shape.n_embd, "tokens": tokens,
               "tokens_per_parameter": tokens / N, "tokens_per_step": layout.batch * shape.seq_len,
               "flops_per_token": shape.flops_per_token(), "flops": flops, "law": law,
@@ -1389,6 +1392,9 @@ def draw(file: Path, plot, *data):
 
 def command_fit(args):
     runs = read_runs(args.runs)
+    if len(runs) > 2000:
+        print(f"scaling.py: {args.runs}: fitting {len(runs):,} runs, and 200 resamples of them, takes minutes",
+              file=sys.stderr)
     results = fit_all(runs, args.runs) | ({"holdout": holdout(runs, args.holdout)} if args.holdout else {})
     warn_of_units(args.runs, runs)
     print(json.dumps(results)) if args.json else report(runs, results)
