@@ -466,7 +466,7 @@ def make_stage(c: Config, device, mesh=None, stage: int = 0, read=None, dtype=No
                                     reduce_dtype=low_dtype and torch.float32,
                                     init=lambda p: read(p.full_name, p.box).to(device, master_dtype)))
     if compiles(c, device):
-        for block in gpt.model.layers.values():         # recomputation and zero.py's gathering stay around it, as they are
+        for block in gpt.model.layers.values():     # recomputation and zero.py's gathering stay outside, uncompiled
             block.run = torch.compile(block.run)
         if gpt.lm_head is not None and c.tp == 1:
             gpt.lm_head.softmax = torch.compile(gpt.lm_head.softmax)
