@@ -53,6 +53,7 @@ run: python flash_attn.py
 
 import functools
 import math
+import numbers
 import os
 
 import torch
@@ -472,6 +473,8 @@ def flash_attention(q, k, v, *, causal=True, sm_scale=None, window=None, documen
     """
     device = q.device.type
     backend = resolve_backend(backend, q.device, return_lse)
+    if not isinstance(window, int) and isinstance(window, numbers.Integral):                     # NumPy's whole numbers
+        window = int(window)
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         low_dtype = torch.get_autocast_dtype(device)
         q, k, v = (x.to(low_dtype) if x.dtype in DTYPES[:3] else x for x in (q, k, v))

@@ -430,8 +430,9 @@ copyreg.pickle(Mixed, lambda cls: (mixed, cls.__bases__))      # pickle cannot f
 
 
 def mix_in(mixin: type, module: nn.Module):
-    """Put the methods of mixin before those of the module's own class, for this module alone."""
-    module.__class__ = mixed(mixin, type(module))
+    """Put the methods of mixin before those of the module's own class, for this module alone, and once."""
+    if not isinstance(module, mixin):
+        module.__class__ = mixed(mixin, type(module))
 
 
 class Governed:
@@ -610,6 +611,13 @@ class Quantized:
         codes = unpack(self.codes) if self.packed else self.codes
         return decode(codes, self.scale, self.zero)[:, :self.columns].to(self.dtype)
 
+    def _apply(self, change, recurse=True):
+        """.half(), .to(dtype): the dtype that weights are decoded to changes. The scales stay bfloat16."""
+        scale, self.dtype = self.scale, change(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(change, recurse)
+        self.scale = scale.to(self.codes.device)
+        return self
+
 
 @torch.no_grad()
 def quantize(module: nn.Module, fmt: str, *, calibration=None, group_size: int = 32) -> nn.Module:
@@ -628,7 +636,7 @@ def quantize(module: nn.Module, fmt: str, *, calibration=None, group_size: int =
         raise ValueError(f"group_size must be even and at least 2, got {group_size}")
     parts = matrices(module)
     if not parts:
-        raise ValueError(f"module must have linear layers, {type(module).__name__} has none")
+        raise ValueError(f"module must have linear layers, {type(module).__name__} has none that are not integers yet")
     for name, part in parts.items():
         if not part.weight.isfinite().all():
             raise ValueError(f"weights must be finite, those of {name or type(part).__name__} are not")

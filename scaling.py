@@ -1101,7 +1101,7 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
     none fits.
     """
     shape, gpu = shape_of(config), find_gpu(gpu)
-    precision, fixed = resolve_precision(precision, gpu), {name: x for name, x in fixed.items() if x is not None}
+    precision, fixed = precision_of_gpu(precision, gpu), {name: x for name, x in fixed.items() if x is not None}
     tokens = optimal_tokens(shape.num_params) if tokens is None else tokens
     if not tokens > 0:
         raise BadInput(f"tokens must be above 0, got {tokens}")
@@ -1190,7 +1190,7 @@ def find_gpu(name: str | GPU) -> GPU:
     return name if isinstance(name, GPU) else GPUS[name]
 
 
-def resolve_precision(name: str, gpu: str | GPU) -> str:
+def precision_of_gpu(name: str, gpu: str | GPU) -> str:
     """"auto" -> the GPU's 16 bits: bf16, before Ampere fp16. BadInput for a precision that the GPU lacks."""
     gpu = find_gpu(gpu)
     if name == "auto":

@@ -1561,7 +1561,7 @@ def resolve(c: Config, world: parallel.World) -> Config:
     with bad_input():
         pipeline_schedule(c, c.grad_accum_steps(dp))
         if c.gpu:                                            # a GPU that is not here
-            kind = scaling.resolve_precision(c.precision, c.gpu)
+            kind = scaling.precision_of_gpu(c.precision, c.gpu)
             return dataclasses.replace(c, precision=kind, attention=c.attention.replace("auto", "triton"))
         kind = precision.resolve_precision(c.precision, world.device)
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
@@ -1618,7 +1618,8 @@ def launch(c: Config, argv) -> int:
 
 def blame(c: Config, codes: dict, said: dict, asked: bool) -> tuple[int, str]:
     """Ranks' exit codes and stderr -> exit code and one line: of the rank that was not ended by the agent, nor lost the
-    others."""
+    others. Where ranks waited in vain until their --timeout, those that the agent ended and that had not said so hang:
+    they are named, and the step."""
     rank = min(codes, key=lambda r: (codes[r] in (0, -signal.SIGTERM), LOST in said.get(r, ""), r))
     code, words, step, kept = codes[rank], said.get(rank, ""), "", ""
     own_lines = [line for line in words.splitlines() if line.startswith("train.py: ")]
@@ -1635,6 +1636,11 @@ def blame(c: Config, codes: dict, said: dict, asked: bool) -> tuple[int, str]:
         kept = f": {words.splitlines()[-1]}"
     how = (f"train.py: rank {rank} was killed by signal {-code}{step}" if code < 0 else
            own_lines[-1] if own_lines else f"train.py: rank {rank} ended with exit code {code}{step}")
+    waited = [line for text in said.values() for line in text.splitlines() if LOST in line and "imed out" in line]
+    hung = [f"rank {r}" for r in sorted(codes) if codes[r] in (-signal.SIGTERM, -signal.SIGKILL)
+            and "train.py: " not in said.get(r, "")]
+    if waited and hung:
+        how = f"train.py: {', '.join(hung)} hung and had to be ended; {waited[0].removeprefix('train.py: ')}"
     return 1, how + kept
 
 
@@ -1718,6 +1724,8 @@ def run_command(argv) -> int:
             traceback.print_exc()
         line = (str(error).splitlines() or [""])[0][:200]
         print(f"train.py: rank {world.rank} {what} at step {world.step}: {line}", file=sys.stderr, flush=True)
+        if what == LOST and "imed out" in line:
+            time.sleep(5)                                 # the others wait in vain too, and say so: blame() counts them
         os._exit(1)                                       # a broken group cannot be closed in order
     finally:
         if dist.is_initialized():

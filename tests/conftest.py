@@ -8,11 +8,16 @@ does not answer in time fails the test, and nobody is left behind.
 
 import atexit
 import json
+import math
 import multiprocessing as mp
 import os
+import runpy
+import signal
+import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 import traceback
 from datetime import timedelta
 from multiprocessing import forkserver
@@ -32,8 +37,10 @@ if not torch.cuda.is_available():                  # read when a kernel is defin
 from halves import pytest_runtestloop  # noqa: E402, F401
 
 import data  # noqa: E402
+import train  # noqa: E402
 
-NOT_JOINED = "the ranks have not joined: "
+best_rate = train.best_rate
+train.best_rate = lambda work, flops, seconds: best_rate(work, flops, 0.0)             # one trial: no test needs more
 
 
 def rank_main(pipe):
@@ -48,16 +55,15 @@ def rank_main(pipe):
             return
         fn, rank, n, store, args = task
         try:
-            joined = False
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n,
                                     timeout=timedelta(seconds=60))
-            joined = True
             try:
+                dist.barrier()                     # a rank that is through and leaves breaks the connecting of others
                 answer = True, fn(rank, n, *args)
             finally:
                 dist.destroy_process_group()
         except BaseException:
-            answer = False, ("" if joined else NOT_JOINED) + traceback.format_exc()
+            answer = False, traceback.format_exc()
         pipe.send(answer)
 
 
@@ -66,11 +72,14 @@ class RankPool:
         self.context, self.ranks = mp.get_context("forkserver"), []
         atexit.register(self.close)
 
-    def process(self, fn, *args, daemon=True):
-        """fn(*args) in a new process: a fork of one that has imported what the tests import, and has done nothing."""
+    def start_forkserver(self):
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))                             # it finds what we find
             forkserver.ensure_running()
+
+    def process(self, fn, *args, daemon=True):
+        """fn(*args) in a new process: a fork of one that has imported what the tests import, and has done nothing."""
+        self.start_forkserver()
         process = self.context.Process(target=fn, args=args, daemon=daemon)
         process.start()
         return process
@@ -83,15 +92,6 @@ class RankPool:
         self.ranks = []
 
     def run(self, fn, n, *args, timeout=120):
-        """Ranks that gloo has not joined, before anything of the test ran, are started afresh, once."""
-        try:
-            return self.run_once(fn, n, *args, timeout=timeout)
-        except AssertionError as error:
-            if NOT_JOINED not in str(error):
-                raise
-            return self.run_once(fn, n, *args, timeout=timeout)
-
-    def run_once(self, fn, n, *args, timeout):
         while len(self.ranks) < n:
             ours, theirs = self.context.Pipe()
             self.ranks.append((self.process(rank_main, theirs), ours))
@@ -124,7 +124,70 @@ POOL = RankPool()
 def pytest_collection_finish(session):
     """A rank finds its test's module imported, and torch._dynamo, which the first AdamW of a process needs."""
     modules = {item.module.__name__ for item in session.items if {"run_ranks", "reference"} & {*item.fixturenames}}
-    POOL.context.set_forkserver_preload(["torch._dynamo", "torch.distributed", *sorted(modules)])
+    POOL.context.set_forkserver_preload(["torch._dynamo", "torch.distributed.run", *sorted(modules)])
+    if modules and not session.config.option.collectonly:
+        POOL.start_forkserver()                                  # it imports while the first tests run
+
+
+class ForkedRank:
+    """A rank of torch's agent, as its subprocess.Popen: a fork of the agent, which has imported all that a rank
+    imports, in the place of a new interpreter."""
+
+    def __init__(self, args, env, stdout, stderr, **_):
+        caught = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}            # by the agent, whose handlers a fork has too
+        signal.pthread_sigmask(signal.SIG_BLOCK, caught)
+        self.pid, self.returncode = os.fork(), None
+        if self.pid:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, caught)
+            return
+        os.setsid()
+        for file, number in ((stdout, 1), (stderr, 2)):
+            if file:
+                os.dup2(file.fileno(), number)
+        for number in caught:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        script, code = next(i for i, arg in enumerate(args) if arg.endswith(".py")), 1
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, caught)
+            run_script(args[script], args[script + 1:], env)
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def wait(self, timeout=math.inf):
+        end = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("a rank", timeout)
+            time.sleep(0.01)
+        return self.returncode
+
+    def poll(self):
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+
+def run_script(path, args, environment):
+    os.environ.update(environment)
+    sys.argv = [str(path), *args]
+    runpy.run_path(str(path), run_name="__main__")
+
+
+def as_program(path, args, folder, environment):
+    """python PATH ARGS, in a fork that has imported torch and train's siblings; what it says goes to FOLDER."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+    subprocess_handler.Popen = ForkedRank
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        os.dup2(os.open(folder / f"{name}{environment.get('RANK', '')}", os.O_WRONLY | os.O_CREAT), number)
+    run_script(path, args, environment)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ One file, one core, a GPU, --pdb and -x: everything runs in one process, in the 
 """
 
 import ast
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import tempfile
 import time
@@ -75,6 +75,9 @@ def second(session, queue, path):
         capture.start_global_capturing()
         capture.suspend_global_capture()
         session.config.pluginmanager.unregister(name="terminalreporter")
+        forkserver = multiprocessing.forkserver
+        if forkserver._forkserver._forkserver_pid:                                        # the first's serves both
+            forkserver.ensure_running = forkserver._forkserver.ensure_running = lambda: None
         with open(path, "w") as file:
             session.config.pluginmanager.register(Sender(session.config, file))
             run(session, lambda: queue.take(False))

@@ -15,6 +15,7 @@ from test_data import CORNERS
 
 import data
 import model as net
+import parallel
 from model import GPT, ModelConfig, build, fill
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -169,6 +170,27 @@ def test_their_folders_give_their_logits(tmp_path, name, shard, dtype):
     with torch.no_grad():
         ours = read_folder(tmp_path, config)(TOKENS)
         torch.testing.assert_close(ours, theirs(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
+def theirs_in_parts(rank, n):
+    """Their Llama, split with tensor_parallel's defaults -> loss, logits, this rank's parts of the gradients, box."""
+    theirs = theirs_of(SETTINGS["llama-tied"]).double()
+    if n > 1:
+        parallel.tensor_parallel(theirs, torch.distributed.group.WORLD)
+    out = theirs(input_ids=TOKENS, labels=TOKENS)
+    out.loss.backward()
+    return out.loss.item(), out.logits.detach(), {
+        name: (p.grad, getattr(p, "box", None)) for name, p in theirs.named_parameters()}
+
+
+def test_their_models_are_split_as_they_are(run_ranks):
+    loss, logits, grads = theirs_in_parts(0, 1)
+    for our_loss, our_logits, ours in run_ranks(theirs_in_parts, 2):
+        assert our_loss == pytest.approx(loss, rel=1e-12) and ours.keys() == grads.keys()
+        torch.testing.assert_close(our_logits, logits, rtol=0, atol=1e-12)
+        for name, (grad, box) in ours.items():
+            part = tuple(slice(a, b) for a, b, _ in box)
+            torch.testing.assert_close(grad, grads[name][0][part], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied"])

@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import POOL, ROOT
+from conftest import POOL, ROOT, as_program
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -41,9 +40,9 @@ from parallel import CommLedger, DataParallel, Op, size
 # ---- any layout is the same run --------------------------------------------------------------------------------------
 
 TINY = """--n-layer 4 --n-head 4 --n-embd 32 --n-ff 64 --seq-len 32 --vocab-size 512 --global-batch-size 8 --steps 12
---warmup-steps 2 --lr 0.02 --grad-clip 0.2 --adam-eps 1e-6 --micro-batch-size 1 --eval-windows 7 --max-new-tokens 8
+--warmup-steps 2 --lr 0.01 --grad-clip 0.2 --adam-eps 1e-6 --micro-batch-size 1 --eval-windows 7 --max-new-tokens 8
 --device cpu""".split()
-STEPS = 4
+STEPS = 3
 CALM = "--lr", "0.002"
 MODELS = {
     "llama": ["--n-kv-head", "2"],
@@ -108,9 +107,9 @@ def predicted_calls(c, model, mesh) -> dict:
 
 
 def in_ranks(corpus, model, flags: str, *more) -> list[str]:
-    """Arguments of a run of four micro-batches a rank; of eight on four stages."""
+    """Arguments of a run of four micro-batches a rank; of eight on four stages; of two where there is no pipeline."""
     c = train.parse_config([*TINY, *flags.split()])
-    micro = 1 if c.pp == 4 else max(1, 2 // max(1, c.dp))
+    micro = 1 if c.pp == 4 else max(1, (2 if c.pp > 1 else 4) // max(1, c.dp))
     return [*TINY, *MODELS[model], "--data", str(corpus), "--micro-batch-size", str(micro), *flags.split(), *more]
 
 
@@ -141,7 +140,7 @@ def trained(rank, n, argv, steps, dtype: torch.dtype | None = torch.float64):
 def one_process(corpus, model, dtype=torch.float64, *flags):
     argv = [*TINY, *MODELS[model], "--data", str(corpus), *flags]
     losses, pieces, evaluation, _ = trained(0, 1, argv, STEPS, dtype)
-    assert losses[0][1] > 0.3 and losses[-1][0] < losses[0][0] - 10 * train.parse_config(argv).lr  # clips, learns
+    assert losses[0][1] > 0.3 and losses[-1][0] < losses[0][0] - 5 * train.parse_config(argv).lr  # clips, learns
     return losses, {name: p for name, *_, p in pieces}, evaluation
 
 
@@ -467,9 +466,9 @@ def compiled(rank, n, layouts, backend):
 
 @pytest.mark.filterwarnings("default")               # torch.compile warns itself, inside, of what users do not see
 @pytest.mark.parametrize("backend, layouts", [
-    ("aot_eager", ["--tp 2", "--dp 2 --zero 3"]),
-    pytest.param("aot_eager", ["--tp 2 --no-sequence-parallel", "--tp 2 --recompute full", "--tp 2 --precision bf16",
-                               "--dp 2 --zero 3 --precision bf16"], marks=pytest.mark.slow),
+    ("eager", ["--tp 2", "--dp 2 --zero 3"]),
+    pytest.param("aot_eager", ["--tp 2", "--dp 2 --zero 3", "--tp 2 --no-sequence-parallel", "--tp 2 --recompute full",
+                               "--tp 2 --precision bf16", "--dp 2 --zero 3 --precision bf16"], marks=pytest.mark.slow),
     pytest.param("inductor", ["--tp 2"], marks=pytest.mark.slow),
     pytest.param("inductor", ["--dp 2 --zero 3"], marks=pytest.mark.slow)])
 def test_compiled_and_plain_agree_in_every_layout(run_ranks, backend, layouts):
@@ -802,6 +801,16 @@ def test_a_second_backward_without_synchronization_is_refused(run_ranks, second)
             DataParallel(nn.Linear(2, 2), None, **options)
 
 
+def sparse(rank, n):
+    model = DataParallel(nn.Embedding(4, 2, sparse=True), dist.group.WORLD)
+    model(torch.tensor([1])).sum().backward()
+
+
+def test_a_sparse_gradient_is_refused(run_ranks):
+    with pytest.raises(AssertionError, match="RuntimeError: a parameter must not have a sparse gradient, it has"):
+        run_ranks(sparse, 2)
+
+
 def given_up(rank, n):
     """A batch that is given up, which on rank 1 did not reach all layers -> gradients of the next one, and without."""
     answers, x = [], torch.ones(2, 16, dtype=torch.float64) * (rank + 1)
@@ -1051,6 +1060,7 @@ def vocabulary(rank, n, dtype=torch.float64):
     weights = torch.rand(3, 100, generator=generator, dtype=torch.float64)
     if n == 1:
         logits = module.head(module.embed(tokens))
+        own, = torch.autograd.grad(logits.square().sum(), module.head.weight, retain_graph=True)
         nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none").view(3, 100)
         loss = (nll * weights).sum()
     else:
@@ -1064,11 +1074,12 @@ def vocabulary(rank, n, dtype=torch.float64):
                 x.flatten(0, 1), module.head.weight, targets.flatten(), weights.flatten(), dist.group.WORLD, 70, True)
             nll = nll.view(3, 100)
         logits = module.head(module.embed(tokens))
+        own, = torch.autograd.grad(logits.square().sum(), module.head.weight)
         with pytest.raises(ValueError, match="targets must be below vocab_size 24, got 24"):
             module.head(module.embed(tokens), torch.full_like(targets, 24))
     assert logits.max() > 1000
     (loss * 3).backward()
-    return loss.detach(), nll.detach(), logits.detach(), module.embed.weight.grad
+    return loss.detach(), nll.detach(), logits.detach(), module.embed.weight.grad, own
 
 
 def test_vocabulary_parallel_embedding_and_loss(run_ranks):
@@ -1076,7 +1087,7 @@ def test_vocabulary_parallel_embedding_and_loss(run_ranks):
     expected = vocabulary(0, 1)
     for n in (2, 4):                                                          # with sequence parallelism, and without
         for rank, ours in enumerate(run_ranks(vocabulary, n)):
-            for a, b in zip(ours, (*expected[:3], expected[3].chunk(n)[rank]), strict=True):
+            for a, b in zip(ours, (*expected[:3], *(x.chunk(n)[rank] for x in expected[3:])), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-10)
 
 
@@ -1405,6 +1416,15 @@ def busy_wire(rank, n):
     return rows
 
 
+def test_a_ring_sends_what_the_others_lack():
+    for n in (1, 2, 3, 4):
+        calls = {name: parallel.Call("dp", "", name, 12, n, (3,), torch.float32, None).wire
+                 for name in ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send", "recv")}
+        part = 12 - 12 / n
+        assert calls == pytest.approx({"all_reduce": 2 * part, "all_gather": part, "reduce_scatter": part,
+                                       "all_to_all": part, "send": 12, "recv": 0})
+
+
 @pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="counts the bytes of the loopback device")
 def test_what_is_counted_is_what_is_sent(run_ranks):
@@ -1440,15 +1460,6 @@ def wait_for(condition, seconds=180, pause=0.02):
         time.sleep(pause)
 
 
-def as_program(path, args, folder, environment):
-    """python PATH ARGS, in a fork that has imported torch and train's siblings; what it says goes to FOLDER."""
-    os.environ.update(environment)
-    for number, name in enumerate(("stdout", "stderr"), 1):
-        os.dup2(os.open(folder / f"{name}{environment.get('RANK', '')}", os.O_WRONLY | os.O_CREAT), number)
-    sys.argv = [str(path), *args]
-    runpy.run_path(str(path), run_name="__main__")
-
-
 # train.py, but rank 1 raises in the eighth step of its first start, or as ENDS says; a DEAF rank 0 does not hear it
 FAULT = """import os, pathlib, signal, sys, time
 sys.path.insert(0, {root!r})
@@ -1463,6 +1474,8 @@ def step(model, optimizer, loader, step, c, world, *rest):
                 os.kill(os.getpid(), signal.SIGKILL)
             if os.environ.get("ENDS") == "early":
                 os._exit(0)
+            if os.environ.get("ENDS") == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
             raise ValueError("the fan fell off")
         if "DEAF" in os.environ:
             time.sleep(60)
@@ -1536,14 +1549,14 @@ def test_a_save_that_fails_after_ctrl_c_is_said(corpus, tmp_path):
     (out / "checkpoints").write_text("")
     launcher.send_signal(signal.SIGINT)
     said = launcher.communicate(timeout=60)[1]
-    assert launcher.returncode == 1 and said.startswith("train.py: rank 0 failed with NotADirectoryError at step ")
-    assert said.count("\n") == 1 and "Traceback" in (out / "rank-0.err").read_text()
+    assert launcher.returncode == 1 and said.count("\n") == 1 and "cannot be written, rank 0: Not a directory" in said
 
 
 def test_the_rank_that_is_blamed_is_the_one_that_failed_first(tmp_path):
     """Not one that lost the others, nor one that the agent ended."""
     c = train.parse_config(["--out", str(tmp_path)])
     lost = "train.py: rank 0 lost the other ranks at step 3: Connection closed"
+    waited = "train.py: rank 0 lost the other ranks at step 3: Timed out"
     own = "train.py: rank 1 failed with X at step 3: y"
     (tmp_path / "metrics.jsonl").write_text('{"step": 2}\n{"step": 3}\n')
     for codes, said, asked, answer in (
@@ -1554,7 +1567,13 @@ def test_the_rank_that_is_blamed_is_the_one_that_failed_first(tmp_path):
             ({0: 3, 1: 3}, {0: "", 1: ""}, False, (3, "")),
             ({0: 1, 1: 1}, {0: "train.py: interrupted", 1: "Traceback"}, True,
              (1, "train.py: stopped before the run had begun")),
-            ({0: 1, 1: 0}, {0: own}, True, (1, f"{own}; see {tmp_path}/rank-0.err"))):
+            ({0: 1, 1: 0}, {0: own}, True, (1, f"{own}; see {tmp_path}/rank-0.err")),
+            # rank 2 is stopped: SIGKILL ended it; rank 1 sleeps: SIGTERM ended it; none waited until its timeout
+            ({0: 1, 1: 1, 2: -9, 3: 1}, {0: waited, 1: waited, 2: "a warning", 3: waited}, False,
+             (1, f"train.py: rank 2 hung and had to be ended; {waited[10:]}; see {tmp_path}/rank-2.err")),
+            ({0: 1, 1: -15}, {0: waited, 1: ""}, False,
+             (1, f"train.py: rank 1 hung and had to be ended; {waited[10:]}; see {tmp_path}/rank-0.err")),
+            ({0: 1, 1: -15}, {0: lost, 1: ""}, False, (1, f"{lost}; see {tmp_path}/rank-0.err"))):
         assert train.blame(c, codes, said, asked) == answer
     assert (tmp_path / "rank-1.err").read_text() == f"Traceback\n{own}\n"
 
@@ -1581,6 +1600,17 @@ def test_a_rank_that_leaves_early_is_missed_by_the_others(program):
     assert time.time() - float((out / "fault").read_text()) < 15
     assert launcher.exitcode == 1 and said("stderr").startswith("train.py: rank 0 lost the other ranks at step 7: ")
     assert said("stderr").count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named(program):
+    """The others wait until their --timeout; the agent ends it by SIGKILL, half a minute after SIGTERM did not help."""
+    out, start, said = program
+    launcher = start("--nproc", "4", "--timeout", "8", fault=True, ENDS="stopped")
+    launcher.join(120)
+    assert time.time() - float((out / "fault").read_text()) < 70 and launcher.exitcode == 1
+    assert said("stderr").startswith("train.py: rank 1 hung and had to be ended; rank ")
+    assert " lost the other ranks at step 7: " in said("stderr") and said("stderr").count("\n") == 1
 
 
 @pytest.mark.slow

@@ -1311,3 +1311,32 @@ def test_a_bad_plan_is_one_line(capsys, line, message):
     code, out, err = call(capsys, "plan", *line.split())
     assert code == 2 and not out and err.count("\n") == 1
     assert re.match("scaling.py: " + message, err), err
+
+
+def test_many_runs_are_fitted_with_a_word(tmp_path, monkeypatch, capsys):
+    """Beyond 1,000 runs the many starts see some 500 of them, and beyond 2,000 a line says that it takes long."""
+    N, D = np.geomspace(1e6, 1e9, 2100), 2e10 * np.cos(np.arange(2100)) ** 2 + 1e8
+    loss = scaling.chinchilla_loss(N, D)
+    np.savetxt(tmp_path / "runs.csv", np.stack((N, D, loss), 1), delimiter=",", header="N,D,loss", comments="")
+    sizes = []
+
+    def minimise(theta, runs, iterations):
+        sizes.append(runs.shape)
+        return theta, np.zeros(len(theta))
+
+    monkeypatch.setattr(scaling, "minimise", minimise)
+    assert scaling.main(["fit", str(tmp_path / "runs.csv"), "--json"]) == 0
+    assert sizes == [(225, 525, 3), (24, 2100, 3), (200, 2100, 3)]
+    assert "fitting 2,100 runs, and 200 resamples of them, takes minutes\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [
+    "--params 5e5 --tokens 1e18 --n-gpus 1 --seq-len 1 --global-batch-size 1", "--params 5e5 --tokens 1e3 --n-gpus 1",
+    "--params 1e12 --tokens 1e18 --n-gpus 8192 --price 10000"])
+def test_columns_of_a_plan_do_not_run_together(flags, capsys):
+    """Tiny and huge values: a cell per column in every row, and each ends where its column's name ends."""
+    assert scaling.main(["plan", "--gpu", "h100", *flags.split()]) == 0
+    names, *rows = capsys.readouterr().out.split("\n\n")[2].replace("s per step", "s-per-step").splitlines()
+    for row in rows:
+        assert len(row.split()) == len(names.split()) == 13 and len(row) == len(names)
+        assert all(row[match.end() - 1] != " " for match in list(re.finditer(r"\S+", names))[1:])

@@ -223,9 +223,9 @@ DAILY = {"sft": LAYOUTS[1:6:2], "dpo": [LAYOUTS[i] for i in (1, 2, 4, 5)]}
 def test_any_layout_is_the_same_stage(files, base, run_ranks, objective, ranks, flags):
     micro = "4" if objective == "rl" else "2"
     argv = stage(files, base, objective, "--micro-batch-size", micro)
-    losses, weights, evaluation = staged(0, 1, argv, 4)
+    losses, weights, evaluation = staged(0, 1, argv, 3)
     weights = {name: p for name, *_, p in weights}
-    for ours, pieces, our_evaluation in run_ranks(staged, ranks, [*argv, *flags.split()], 4):
+    for ours, pieces, our_evaluation in run_ranks(staged, ranks, [*argv, *flags.split()], 3):
         assert torch.tensor(ours).sub(torch.tensor(losses)).abs().max() < 1e-10
         assert our_evaluation == pytest.approx(evaluation, rel=1e-9)
         for name, box, flat, p in pieces:

@@ -80,6 +80,14 @@ def test_a_sweep_that_cannot_train_says_why(capsys, tmp_path, monkeypatch):
     assert code == 2 and err.count("\n") == 1 and "ended with exit code 2: train.py: --data must be there" in err
 
 
+def test_a_sweep_that_is_too_small_to_fit_trains_nothing(capsys, tmp_path):
+    for flags, lacks in ((["--budgets", "1e9", "--sizes", "1x4,1x8"], "at least 6 pairs (N, D)"),
+                         (["--budgets", "1e9,1.1e9,1.2e9", "--sizes", "1x8,1x12"], "3 values of N")):
+        code, out, err = call(capsys, *flags, "--out", tmp_path / "sweep")
+        assert (code, out, err.count("\n")) == (2, "", 1) and lacks in err and not (tmp_path / "sweep").exists()
+        assert err.startswith("sweep.py: --budgets and --sizes must make runs that can be fitted: ")
+
+
 def test_wrong_flags(capsys):
     for flags, message in ((["--minutes", "-1"], "must be a number from 0.001 to 1e+06, got '-1'"),
                            (["--budgets", "x"], "must be a number from 1e+06 to 1e+30, got 'x'"),

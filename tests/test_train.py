@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import os
-import runpy
 import shutil
 import signal
 import socket
@@ -19,8 +18,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.run
 import torch.nn.functional as F
-from conftest import POOL, ROOT
+from conftest import POOL, ROOT, as_program
 
 import data
 import model as net
@@ -720,13 +720,13 @@ def test_a_gpu_that_the_table_does_not_have_gets_its_name_and_no_mfu(monkeypatch
 
 
 def test_torchrun_is_the_same_program(reference, corpus, tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(ROOT / "train.py"), *MINI,
-               "--data", str(corpus), "--out", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("bits/byte") == 3                       # one rank speaks
+    args = ["--standalone", "--nproc-per-node", "2", str(ROOT / "train.py"), *MINI, "--data", str(corpus), "--out",
+            str(tmp_path / "run")]
+    process = POOL.process(as_program, torch.distributed.run.__file__, args, tmp_path, {}, daemon=False)
+    process.join(120)
+    process.kill()
+    assert process.exitcode == 0, (tmp_path / "stderr").read_text()
+    assert (tmp_path / "stdout").read_text().count("bits/byte") == 3                                   # one rank speaks
     one, two = ([x["loss"] for x in metrics(out) if "loss" in x] for out in (reference, tmp_path / "run"))
     assert one == pytest.approx(two, rel=1e-5) and steps_saved(tmp_path / "run") == steps_saved(reference)
     # its checkpoint goes on under one process: the layout is forgotten
@@ -777,14 +777,6 @@ def test_compiled_blocks_train_and_sample_without_a_warning(corpus, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def as_script(path, out):
-    """python PATH, its stdout and stderr in the folder OUT."""
-    for number, name in enumerate(("stdout", "stderr"), 1):
-        os.dup2(os.open(out / name, os.O_WRONLY | os.O_CREAT), number)
-    sys.argv = [str(path)]
-    runpy.run_path(str(path), run_name="__main__")
-
-
 @pytest.mark.parametrize("name", [c for c in CONCEPTS if (ROOT / f"{c}.py").exists()])
 def test_demos_run_and_assert(name, tmp_path):
     """One in an interpreter of its own, where its operators have no namesakes, the others where torch is there."""
@@ -794,7 +786,7 @@ def test_demos_run_and_assert(name, tmp_path):
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
         code, stdout, stderr = done.returncode, done.stdout, done.stderr
     else:
-        process = POOL.process(as_script, path, tmp_path, daemon=False)                      # it starts ranks, perhaps
+        process = POOL.process(as_program, path, [], tmp_path, {}, daemon=False)             # it starts ranks, perhaps
         process.join(180)
         code, stdout, stderr = process.exitcode, *((tmp_path / x).read_text() for x in ("stdout", "stderr"))
         process.kill()

@@ -166,6 +166,11 @@ def run(argv):
     if not plans:
         raise BadInput(f"budgets must leave one of --sizes {RATIOS[0]} to {RATIOS[1]} tokens per parameter, got "
                        f"{', '.join(f'{c:g}' for c in args.budgets)}")
+    law = [(p["N"], p["D"], scaling.chinchilla_loss(p["N"], p["D"])) for p in plans]
+    try:
+        scaling.fit_parametric(law, times=0)                          # it raises for runs that no losses would suffice
+    except BadInput as error:
+        raise BadInput(f"budgets and --sizes must make runs that can be fitted: {error}") from None
     out = Path(args.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -178,12 +183,12 @@ def run(argv):
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([("N", "D", "loss", "budget"),
                                     *((p["N"], p["D"], losses[p["name"]], p["C"]) for p in done)])
-    print(f"\n{len(done)} runs in {path}; loss by budget and size N, the best of each *\n{'':>10}"
-          + "".join(f"{N:>10,}" for N in sizes))
+    rows = [("C", *(f"{N:,} " for N in sizes))]
     for C, row in itertools.groupby(done, lambda p: p["C"]):
         row = {p["N"]: losses[p["name"]] for p in row}
-        print(f"{C:>10.0e}" + "".join(f"{f'{row[N]:.4f}' + ' *'[row[N] == min(row.values())] if N in row else '-':>10}"
-                                      for N in sizes))
+        rows.append((f"{C:.0e}", *(f"{row[N]:.4f}" + " *"[row[N] == min(row.values())] if N in row else "- "
+                                   for N in sizes)))
+    print(f"\n{len(done)} runs in {path}; loss by budget and size N, the best of each *\n{scaling.columns(*rows)}")
     if len(done) < len(plans):
         print(f"{len(plans) - len(done)} runs are left; the same command goes on")
     runs = scaling.read_runs(path)
