@@ -1,25 +1,16 @@
 """Scaling: five questions to ask before a training run, and what answers them.
 
-(1) How good will it be? Train small models at several budgets of compute, and fit a law to their losses:
+(1) How good will it be? A law gives the loss L, nats per token, of a model of N parameters after D training tokens:
 
     L(N) = (N_c / N)^alpha_N,   L(D) = (D_c / D)^alpha_D            Kaplan 2020: straight lines in logs
     L(N, D) = E + A / N^alpha + B / D^beta                          Chinchilla (Hoffmann 2022)
 
-E is the entropy of text, which nobody can predict. A / N^alpha is what a finite model misses. B / D^beta is what finite
-data did not teach. Training costs C = 6 N D FLOPs: a weight is multiplied and added once forward (2), and twice
-backward, for the gradients of its input and of itself (4). tests/sweep_runs.csv holds 21 runs of this repository. Three
-approaches fit a law to such runs. They are numbered as in the paper; the plainest comes first:
+E is the entropy of text: no model gets below it. A / N^alpha is what a finite model misses. B / D^beta is what finite
+data did not teach.
 
-    2  fit_isoflop     runs of one budget C: a parabola through loss(ln N); its vertex is the best size N_opt(C)
-    1  fit_envelope    of all curves loss(C), one per size, the lower envelope: which size is on it at C?
-    3  fit_parametric  all five constants at once. With LSE = ln sum exp, the ln of the predicted loss is an LSE:
-                       min sum_i Huber_delta(LSE(ln_E, ln_A - alpha ln N_i, ln_B - beta ln D_i) - ln L_i)
-                       Huber is a square up to delta = 1e-3 and a straight line beyond it: outliers count little.
-
-`holdout` hides the largest budgets from a fit and then asks the fit for them.
-
-(2) How large, for a budget? Minimise L where 6 N D = C. At the best N and D, one percent more of either lowers L
-equally:
+(2) How large, for a budget? Training costs C = 6 N D FLOPs: a weight is multiplied and added once forward (2 FLOPs) and
+twice backward (4), for the gradients of its input and of itself. Minimise L where 6 N D = C. At the best N and D, one
+percent more of either lowers L equally:
 
     alpha A / N^alpha = beta B / D^beta          N_opt = G (C/6)^a,  D_opt = (C/6)^b / G
                                                  G = (alpha A / (beta B))^(1 / (alpha + beta))
@@ -29,28 +20,59 @@ With the constants of Besiroglu 2024 (the default here) that is 26 tokens per pa
 5.76e23, 16 at 1e26: "20 tokens per parameter". Hoffmann's constants for the same runs say 59 at Gopher's budget: their
 optimizer had stopped early. Kaplan 2020 found N_opt ~ C^0.73, from small models without their embeddings (Pearce 2024).
 
+The constants come from runs: small models, trained at several budgets C. tests/sweep_runs.csv holds 21 runs of this
+repository. Three approaches fit them. Hoffmann numbers them 1, 2, 3. This file begins with 2, which is the plainest,
+then 1, then 3:
+
+    2  fit_isoflop     runs of one budget C: a parabola through loss(ln N). Its vertex is the best size N_opt(C)
+    1  fit_envelope    one curve loss(C) per model size. At each C the lowest curve names the best size N_opt(C)
+    3  fit_parametric  all five constants at once. ln L is a log-sum-exp: LSE(x, y, z) = ln(e^x + e^y + e^z), so
+                       min sum_i Huber_delta(LSE(ln_E, ln_A - alpha ln N_i, ln_B - beta ln D_i) - ln L_i)
+                       Huber is a square up to delta = 1e-3 and a straight line beyond it: outliers count little.
+
+`holdout` hides the largest budgets from a fit and then asks the fit for them.
+
 (3) What did known models leave on the table? GPT-3 spent 3.15e23 FLOPs on 1.7 tokens per parameter. The law says that
 53 billion parameters and 990 billion tokens would have cost the same and been better, and that GPT-3's own loss can be
 had for 61 % of its compute. Llama 3.1 8B is a tenth of N_opt, on purpose: a model is used after its training, for 2 N
 FLOPs per token. The more it is used, the smaller is the model that reaches the same loss most cheaply (Sardana 2024).
 
-(4) What does a layout take? 7 billion parameters want 126 GB for weights, gradients and AdamW's states, and an H100 has
-80 GB: 18 bytes each, 2 of the weight, 4 of the gradient, 4 of the float32 copy, 8 of Adam's moments. So a step is
-split: dp copies of tp parts of pp stages. A `Layout` says how, a `Program` what is kept and sent. Each formula stands
-at its function: `memory` (weights, gradients, states, activations, buffers), `messages` (calls and bytes of every
-collective), `step_time` (products, messages that nothing hides, the pipeline's bubble).
+(4) What does a layout take? A parameter takes 18 bytes: 2 for the weight, 4 for its gradient, 4 for its float32 copy, 8
+for AdamW's two moments. 7 billion take 126 GB, and an H100 has 80 GB. So a step is split over dp x tp x pp ranks, one
+GPU each. A `Layout` says how, a `Program` what is kept and sent:
 
-(5) What does it cost? 7 billion parameters on 140 billion tokens are 6.5e21 FLOPs: 6 N D, and attention's products on
-top (Shape.flops_per_token). 64 H100s multiply at most 6.3e16 per second, so 28 hours are the least, and a good program
-needs nearly twice that. `bill` adds up one layout: time, energy, CO2, dollars. `plan` writes the bill of every layout
-and ranks them. train.py prints the same bill before it starts.
+    dp                    copies of the model, each with its own sequences; their gradients are summed
+    tp                    each layer's matrices are cut into tp parts, whose results are summed
+    sequence parallelism  between tp's matrices, each rank keeps 1/tp of the tokens
+    pp                    the layers are cut into pp stages, which pass micro-batches on: a pipeline. Stages wait at the
+                          start and at the end of a step: the bubble
+    schedule              order of a pipeline's work. gpipe: all forward passes first. 1f1b: a forward and a backward in
+                          turn. interleaved: a rank has several stages (chunks). zb (zero bubble): gradients of weights
+                          are computed later, in the gaps
+    zero 1, 2, 3          the dp copies share the optimizer states; also the gradients; also the weights
+    recompute             backward computes activations again instead of keeping them. selective: attention; full: all
 
-    N, D, C, L, law            parameters, training tokens, FLOPs, loss in nats per token, {"E", "A", "B", ...}
-    n, h, H, T                 tokens of a micro-batch on a dp rank, n_embd, n_head, seq_len
-    m, p, v, t; c              micro_batches, pp, chunks (stages per rank), tp; share of the peak that products reach
+Each formula stands at its function: `memory` (weights, gradients, states, activations, buffers), `messages` (calls and
+bytes of every collective), `step_time` (products, messages that nothing hides, the bubble).
 
-The file answers the questions in their order, then says that the lecture ends. Not here: context and expert
-parallelism, failures, reading data. Published rows, and the planner's answer to each, are in tests/published.py.
+(5) What does it cost? 7 billion parameters on 140 billion tokens are 6.5e21 FLOPs: 6 for each weight that is multiplied
+(the embedding is not), and attention's products on top (Shape.flops_per_token). 64 H100s multiply at most 6.3e16 per
+second, so 28 hours are the least, and a good program needs nearly twice that. The share that a program reaches is its
+MFU, model FLOPs utilisation: FLOPs that the model needs per second / the GPU's peak. `bill` adds up one layout: time,
+energy, CO2, dollars. `plan` estimates the time of every layout that fits, and bills the best. train.py prints the same
+bill before it starts.
+
+    N, D, C, L      parameters, training tokens, FLOPs, loss in nats per token
+    law             the constants: {"E", "A", "B", "alpha", "beta"}
+    n               tokens of a micro-batch on a dp rank: micro_batch_size x seq_len
+    h, H, T         n_embd, n_head, seq_len
+    m               micro_batches: how many a dp rank computes per step
+    p, v, t         pp, chunks (stages per rank), tp
+    c               share of the peak that matrix products reach
+
+The lecture ends at the heading "the lecture ends here". After it: names, printing, the command line. Not in this file:
+context and expert parallelism, failures, reading data. Published rows, and the planner's answer to each, are in
+tests/published.py.
 
 Sources: Hoffmann 2022 (arXiv:2203.15556), fitted again: Besiroglu 2024 (2404.10102); Kaplan 2020 (2001.08361); Pearce
 2024 (2406.12907); Sardana 2024 (2401.00448); Narayanan 2021 (2104.04473); Korthikanti 2022 (2205.05198); ZeRO
@@ -89,8 +111,8 @@ KAPLAN = {"alpha_N": 0.076, "N_c": 6.4e13, "alpha_D": 0.103, "D_c": 1.8e13}
 
 
 def kaplan_loss(N=math.inf, D=math.inf, law=KAPLAN):
-    """L = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D, nats per token (Kaplan 2020, 1.5). Without D the data are
-    endless, and L = (N_c / N)^alpha_N is a straight line in logs; without N the model is: L = (D_c / D)^alpha_D."""
+    """L = ((N_c / N)^(alpha_N / alpha_D) + D_c / D)^alpha_D, nats per token. (Kaplan 2020, 1.5) D = inf gives
+    (N_c / N)^alpha_N, a straight line in logs; N = inf gives (D_c / D)^alpha_D."""
     return ((law["N_c"] / N) ** (law["alpha_N"] / law["alpha_D"]) + law["D_c"] / D) ** law["alpha_D"]
 
 
@@ -106,277 +128,6 @@ FITTED_FROM = {"N": 44e6, "D": 1e9}
 def chinchilla_loss(N, D, law=BESIROGLU):
     """L = E + A / N^alpha + B / D^beta, nats per token; N, D numbers or arrays."""
     return law["E"] + law["A"] / N ** law["alpha"] + law["B"] / D ** law["beta"]
-
-
-def table(runs, labels=None) -> np.ndarray:
-    """Rows (N, D, loss) or (N, D, loss, C) -> (n, 4) float64. Without a stated budget, C is 6 N D. BadInput names the
-    first value that no run can have, and its row: by labels, or "row 1" is the first."""
-    x = np.array(runs, dtype=np.float64)
-    if x.ndim != 2 or x.shape[1] not in (3, 4):
-        raise BadInput(f"runs must be rows of (N, D, loss) or (N, D, loss, C), got shape {x.shape}")
-    if x.shape[1] == 3:
-        x = np.column_stack((x, 6 * x[:, 0] * x[:, 1]))
-    wrong = np.argwhere(~(np.isfinite(x) & (x > 0)))
-    if len(wrong):
-        row, column = wrong[0]
-        raise BadInput(f"{labels[row] if labels else f'row {row + 1}'}: {('N', 'D', 'loss', 'C')[column]} must be "
-                       f"finite and above 0, got {x[row, column]:g}")
-    return x
-
-
-def distinct(x) -> int:
-    """How many different values, to a millionth."""
-    return len(np.unique(np.round(np.log(x), 6)))
-
-
-def budgets(runs) -> list[np.ndarray]:
-    """The runs (n, 4) of each budget, in the order of C.
-
-    - If a value of C occurs three times on average, the values of C are the budgets.
-    - Else a budget ends where the next larger C is more than 1.3 times as large. But if any step inside a budget is
-      above 1.15, the runs are scattered: they have no budgets.
-    - A budget whose C differ by a factor of 1.5 or more is left out.
-    """
-    runs = table(runs)
-    runs = runs[np.argsort(runs[:, 3], kind="stable")]
-    steps, few_values = np.diff(np.log(runs[:, 3])), 3 * distinct(runs[:, 3]) <= len(runs)
-    ends = steps > (1e-6 if few_values else math.log(1.3))
-    if not few_values and (steps[~ends] > math.log(1.15)).any():
-        return []
-    groups = np.split(runs, np.flatnonzero(ends) + 1)
-    return [group for group in groups if np.ptp(np.log(group[:, 3])) < math.log(1.5)]
-
-
-Vertex = namedtuple("Vertex", "C N D loss curvature")
-
-
-def parabola(group) -> Vertex | None:
-    """The best N of one budget's runs, by a parabola through loss(ln N). None without three sizes, or where the best is
-    not among them."""
-    n, loss = np.log(group[:, 0]), group[:, 2]
-    if distinct(group[:, 0]) < 3:
-        return None
-    # L = c2 x^2 + c1 x + c0 of x = n - mean; the vertex is at x = -c1 / (2 c2)
-    c2, c1, c0 = np.polyfit(n - n.mean(), loss, 2)
-    x = -c1 / (2 * c2) if c2 > 0 else math.inf
-    if not n.min() <= n.mean() + x <= n.max():
-        return None
-    # D at the vertex, by a parabola too: 6 N D need not be the stated C
-    N, D = math.exp(n.mean() + x), math.exp(np.polyval(np.polyfit(n - n.mean(), np.log(group[:, 1]), 2), x))
-    return Vertex(math.exp(np.log(group[:, 3]).mean()), N, D, c0 - c1 * c1 / (4 * c2), c2)
-
-
-def power_law(C, N, D, loss) -> dict:
-    """What all three approaches are after: {"a", "b", "k_N", "k_D"} of N_opt = k_N C^a and D_opt = k_D C^b. Here by
-    straight lines in logs through points of the best N and D; "points": they."""
-    a, ln_k_N = np.polyfit(np.log(C), np.log(N), 1)
-    b, ln_k_D = np.polyfit(np.log(C), np.log(D), 1)
-    points = [{"C": C, "N": N, "D": D, "loss": L} for C, N, D, L in np.stack((C, N, D, loss), 1).tolist()]
-    return {"a": float(a), "b": float(b), "k_N": math.exp(ln_k_N), "k_D": math.exp(ln_k_D), "points": points}
-
-
-def intervals(fits: dict) -> dict:
-    """{name: values of many fits} -> {name: [2.5 %, 97.5 %]}, None where an end is infinite."""
-    with np.errstate(all="ignore"):
-        ends = {name: np.percentile(x, (2.5, 97.5)).tolist() for name, x in fits.items()}
-    return {name: x if np.isfinite(x).all() else None for name, x in ends.items()}
-
-
-def bootstrap(fit, groups, times, predict=lambda fit: {}) -> dict | None:
-    """Intervals of "a", "b" and of what `predict(fit)` adds, from `times` fits. Each fit is to a resample: every group
-    is drawn from itself, with replacement, at its own size. None if most draws support no fit."""
-    rng, fits = np.random.default_rng(0), []
-    for _ in range(times):
-        with contextlib.suppress(BadInput):
-            fits.append(fit([g[rng.integers(len(g), size=len(g))] for g in groups]))
-    if len(fits) < max(2, times / 2):
-        return None
-    rows = [{"a": x["a"], "b": x["b"]} | predict(x) for x in fits]
-    return intervals({name: [row[name] for row in rows] for name in rows[0]})
-
-
-def fit_isoflop(runs, *, times=200, predict=lambda fit: {}) -> dict:
-    """Approach 2, the plainest: {"a", "b", "k_N", "k_D": N_opt = k_N C^a, D_opt = k_D C^b, "points": the vertices of
-    the budgets' parabolas, "budgets": how many there are, "without_budget": runs that belong to none, "intervals"}.
-
-    It is biased even without noise: the true curve is steeper on one side of N_opt, a parabola is not. For sizes spread
-    evenly in ln N, from N_opt / w to N_opt w, ln N of the vertex is off by about (alpha - beta) ln(w)^2 / 10. That is
-    the same at every budget, so k_N and k_D are wrong and a is not. But where w or the middle of the sizes drifts with
-    C, a is wrong too.
-    """
-    def fit(groups):
-        found = [vertex[:4] for vertex in map(parabola, groups) if vertex]
-        if len(found) < 2:
-            raise BadInput("isoflop: needs at least 2 budgets of 3 or more sizes with the best inside, got "
-                           f"{len(found)} of {len(groups)} groups of equal budget")
-        return power_law(*np.array(found).T)
-
-    groups = [group for group in budgets(runs) if distinct(group[:, 0]) > 2]
-    return fit(groups) | {"budgets": len(groups), "without_budget": len(runs) - sum(map(len, groups)),
-                          "intervals": bootstrap(fit, groups, times, predict)}
-
-
-def fit_envelope(runs, *, times=200) -> dict:
-    """Approach 1: {"a", "b", "k_N", "k_D", "points": for each size its last one on the envelope, "intervals"}. Each
-    size N has a curve loss(C): a line in logs from run to run, or from point to point of one training curve. The
-    envelope is the lowest curve at each C of a grid. Left out is each C where the smallest or the largest size that was
-    tried there is the lowest: a better size may lie beyond it."""
-    runs = table(runs)
-    size, grid = np.round(np.log(runs[:, 0]), 6), np.linspace(*np.log([runs[:, 3].min(), runs[:, 3].max()]), 400)
-
-    def fit(groups):
-        sizes, losses, tokens = [], [], []                              # of each curve: N; on the grid: ln loss, ln D
-        for group in groups:
-            ln_C, place = np.unique(np.log(group[:, 3]), return_inverse=True)
-            if len(ln_C) > 1:
-                # runs of the same N and C count as one: their mean
-                ln_D, ln_loss = (np.bincount(place, np.log(y)) / np.bincount(place) for y in group.T[1:3])
-                sizes.append(group[0, 0])
-                losses.append(np.interp(grid, ln_C, ln_loss, left=np.inf, right=np.inf))
-                tokens.append(np.interp(grid, ln_C, ln_D))
-        if len(sizes) < 3:
-            raise BadInput(f"envelope: needs at least 3 values of N with runs of 2 or more budgets, got {len(sizes)}")
-        losses, sizes, tokens = np.array(losses), np.array(sizes), np.array(tokens)
-        lowest, tried = losses.argmin(0), np.isfinite(losses)
-        smallest, largest = tried.argmax(0), len(sizes) - 1 - tried[::-1].argmax(0)
-        inside = np.flatnonzero((smallest < lowest) & (lowest < largest))
-        best = lowest[inside]
-        if distinct(sizes[best]) < 2:
-            raise BadInput("envelope: needs at least 2 sizes that are best where smaller and larger ones were tried, "
-                           f"got {distinct(sizes[best])}")
-        return power_law(np.exp(grid[inside]), sizes[best], np.exp(tokens[best, inside]), np.exp(losses[best, inside]))
-
-    groups = [runs[size == s] for s in np.unique(size)]
-    found = fit(groups)
-    last = {point["N"]: point for point in found["points"]}
-    return found | {"points": list(last.values()), "intervals": bootstrap(fit, groups, times)}
-
-
-# Approach 3. Its objective is nearly an L1 norm: outliers hardly count. It is nearly flat along valleys (A with alpha,
-# B with beta), where first-order methods stop early. Hence centred logs, least-squares steps, many starts
-DELTA = 1e-3                                  # of Huber's loss, in ln L: deviations beyond 0.1 % count linearly
-
-
-def residuals(theta, runs):
-    """theta (S, 5) = ln_E, ln_A, ln_B, alpha, beta of S laws; runs (S, n, 3) = ln N, ln D, ln L -> r (S, n), how far
-    ln L_predicted is above ln L; J (S, n, 5) = dr / dtheta."""
-    ln_E, ln_A, ln_B, alpha, beta = theta.T[:, :, None]
-    ln_N, ln_D, ln_L = np.moveaxis(runs, -1, 0)
-    terms = np.stack(np.broadcast_arrays(ln_E, ln_A - alpha * ln_N, ln_B - beta * ln_D))
-    predicted = np.logaddexp.reduce(terms)
-    q_E, q_A, q_B = np.exp(terms - predicted)                           # the share of each term in the predicted loss
-    return predicted - ln_L, np.stack((q_E, q_A, q_B, -q_A * ln_N, -q_B * ln_D), -1)
-
-
-def huber(r):
-    """r (S, n) -> (S,), the sum of r^2 / 2 up to |r| = DELTA, and of the straight line that goes on from there."""
-    return np.where(abs(r) <= DELTA, r * r / 2, DELTA * (abs(r) - DELTA / 2)).sum(1)
-
-
-def minimise(theta, runs, iterations):
-    """S laws (S, 5) of runs (S, n, 3), each improved until no step helps, or as often as `iterations` -> theta, sum of
-    Huber(r).
-
-    Least squares with weights that are chosen anew in each step. With W = min(1, DELTA / |r|), W r^2 / 2 and a constant
-    touch Huber's loss at the present r, and are above it elsewhere: what lowers the weighted squares lowers Huber's.
-
-        (H + mu tr(H) I) step = J^T W r,  H = J^T W J,  theta <- theta - step              r, J: of residuals()
-
-    mu is the damping (Levenberg). It falls after a step that helped and rises after one that did not.
-    """
-    theta, (r, J) = theta.copy(), residuals(theta, runs)
-    f, mu, active = huber(r), np.full(len(theta), 1e-2), np.arange(len(theta))
-    for _ in range(iterations):
-        JtW = J[active].swapaxes(1, 2) * (DELTA / np.maximum(np.abs(r[active]), DELTA))[:, None]
-        H, g = JtW @ J[active], JtW @ r[active][..., None]
-        damping = mu[active] * H.trace(axis1=1, axis2=2)
-        theta_new = theta[active] - np.linalg.solve(H + damping[:, None, None] * np.eye(5), g)[..., 0]
-        r_new, J_new = residuals(theta_new, runs[active])
-        f_new = huber(r_new)
-        better = f_new < f[active]
-        for old, new in ((theta, theta_new), (r, r_new), (J, J_new), (f, f_new)):
-            old[active[better]] = new[better]
-        mu[active] = np.where(better, np.maximum(mu[active] / 5, 1e-12), 5 * mu[active])
-        active = active[mu[active] < 1e4]
-        if not len(active):
-            break
-    return theta, f
-
-
-def fit_parametric(runs, *, times=200, predict=lambda law: {}) -> dict:
-    """Approach 3: {"E", "A", "B", "alpha", "beta", "a", "b", "k_N", "k_D", "objective": sum of Huber(ln L_predicted -
-    ln L), "intervals"}: a law for chinchilla_loss and compute_optimal. Raises BadInput.
-
-    intervals   {"E": [2.5 %, 97.5 %] of `times` resamples, ..., and what predict({"E": array, ...}) adds}; None without
-                resamples
-    """
-    runs = table(runs)[:, :3]
-    logs = np.log(runs)
-    points, losses = len(np.unique(np.round(logs[:, :2], 6), axis=0)), distinct(runs[:, 2])
-    if points < 6 or distinct(runs[:, 0]) < 3 or distinct(runs[:, 1]) < 3 or losses < 2:
-        raise BadInput("a law of 5 constants needs at least 6 pairs (N, D), 3 values of N, 3 of D and 2 losses, got "
-                       f"{points}, {distinct(runs[:, 0])}, {distinct(runs[:, 1])} and {losses}")
-    if np.corrcoef(logs[:, 0], logs[:, 1])[0, 1] > 1 - 1e-9:
-        raise BadInput("D must not be a power of N, or A / N^alpha and B / D^beta are one: vary D at the same N")
-    # with ln N and ln D counted from their means, ln_A and ln_B are logs of the terms in the middle of the runs
-    center = np.array((*logs[:, :2].mean(0), 0.0))
-
-    def law_of(theta):
-        """theta (..., 5), of centred logs -> the law, in the units of N and D; N_opt = k_N C^a, D_opt = k_D C^b."""
-        ln_E, ln_A, ln_B, alpha, beta = np.moveaxis(theta, -1, 0)
-        E, A, B = np.exp(np.clip((ln_E, ln_A + alpha * center[0], ln_B + beta * center[1]), -700, 700))
-        law = {"E": E, "A": A, "B": B, "alpha": alpha, "beta": beta}
-        with np.errstate(all="ignore"):                                           # of resamples some laws are none
-            a, k_N = exponents(law)[0], compute_optimal(1.0, law).N
-            return law | {"a": a, "b": 1 - a, "k_N": k_N, "k_D": 1 / (6 * k_N)}
-
-    # starts: E, a share of the lowest loss; how the two terms share what is left of the median loss; exponents
-    lowest, middle, rates = runs[:, 2].min(), np.median(runs[:, 2]), (0.05, 0.2, 0.5, 1.0, 2.0)
-    starts = np.array([(math.log(E), math.log(s * (middle - E)), math.log((1 - s) * (middle - E)), alpha, beta)
-                       for E in (0.01 * lowest, 0.5 * lowest, 0.95 * lowest)
-                       for s in (0.1, 0.5, 0.9) for alpha in rates for beta in rates])
-    # all starts a little, on some 500 runs; the best to the end
-    for count, iterations, every in ((len(starts), 60, max(1, len(runs) // 500)), (24, 2000, 1)):
-        some = (logs - center)[::every]
-        starts, f = minimise(starts[:count], np.broadcast_to(some, (count, *some.shape)), iterations)
-        starts, f = starts[f.argsort()], np.sort(f)
-    best, ends = law_of(starts[0]), None
-    if times:
-        drawn = np.random.default_rng(0).integers(len(runs), size=(times, len(runs)))
-        laws = law_of(minimise(np.tile(starts[0], (times, 1)), (logs - center)[drawn], 300)[0])
-        with np.errstate(all="ignore"):
-            ends = intervals(laws | predict(laws))
-    if not (min(best["alpha"], best["beta"]) > 0 and 1e-99 < best["k_N"] < 1e99):
-        raise BadInput("loss must fall with N and with D, or no N and D are best; the fitted law is "
-                       + ", ".join(f"{name} {x:.3g}" for name, x in best.items()))
-    return {name: float(x) for name, x in best.items()} | {"objective": float(f[0]), "intervals": ends}
-
-
-def holdout(runs, k: int, *, times=200) -> dict:
-    """Fit without the k largest budgets, then predict the vertex of each one's parabola: {"fitted_to": C of the largest
-    budget that was fitted, "rows": [{"what": "loss" (by approach 3) or "N_opt" (by approach 2), "C", "ahead":
-    C / fitted_to, "predicted", "low" and "high": 95 % of resamples, "measured"}]}."""
-    groups = budgets(runs)
-    if not 1 <= k <= len(groups) - 2:
-        raise BadInput(f"holdout must leave 2 budgets or more to fit, got {k} of {len(groups)}")
-    known, hidden = np.concatenate(groups[:-k]), list(filter(None, map(parabola, groups[-k:])))
-    fitted_to, rows = groups[-k - 1][:, 3].mean(), []
-
-    def losses(law):
-        return {v.C: chinchilla_loss(*compute_optimal(6 * v.N * v.D, law), law) for v in hidden}
-
-    def sizes(fit):
-        return {v.C: fit["k_N"] * v.C ** fit["a"] for v in hidden}
-
-    law, isoflop = fit_parametric(known, times=times, predict=losses), fit_isoflop(known, times=times, predict=sizes)
-    for v in hidden:
-        for what, measured, fit, predict in (("loss", v.loss, law, losses), ("N_opt", v.N, isoflop, sizes)):
-            interval = (fit["intervals"] or {}).get(v.C) or (None, None)
-            rows.append({"what": what, "C": v.C, "ahead": v.C / fitted_to, "predicted": predict(fit)[v.C],
-                         "low": interval[0], "high": interval[1], "measured": measured})
-    if not rows:
-        raise BadInput("holdout must be of budgets with 3 or more sizes and the best inside, got none")
-    return {"fitted_to": fitted_to, "rows": rows}
 
 
 # ---- (2) how large, for a budget? ------------------------------------------------------------------------------------
@@ -403,6 +154,335 @@ def optimal_tokens(N, law=BESIROGLU) -> float:
     return (N / G) ** (1 / a) / N
 
 
+# ---- (1) (2) the constants from runs: approach 2 ---------------------------------------------------------------------
+
+def isoflop_plain(groups) -> tuple:
+    """Approach 2 as on the board -> (a, k) of N_opt = k C^a. groups: for each budget its runs, rows (N, D, loss, C)."""
+    ln_N_opt = []
+    for group in groups:
+        N, _, loss, _ = np.transpose(group)
+        c2, c1, _ = np.polyfit(np.log(N), loss, 2)                     # loss = c2 x^2 + c1 x + c0,  x = ln N
+        ln_N_opt.append(-c1 / (2 * c2))                                # the vertex
+    a, ln_k = np.polyfit([np.log(group[0][3]) for group in groups], ln_N_opt, 1)
+    return a, math.exp(ln_k)
+
+
+# The rest of approach 2 is for runs as people have them: budgets that no column states, budgets without a best size
+# inside, intervals.
+
+def as_runs(runs, labels=None) -> np.ndarray:
+    """Rows (N, D, loss) or (N, D, loss, C) -> (n, 4) float64. Without a stated budget, C is 6 N D. BadInput names the
+    first value that is not finite and positive, and its row. labels: a name per row; default "row 1", ..."""
+    x = np.array(runs, dtype=np.float64)
+    if x.ndim != 2 or x.shape[1] not in (3, 4):
+        raise BadInput(f"runs must be rows of (N, D, loss) or (N, D, loss, C), got shape {x.shape}")
+    if x.shape[1] == 3:
+        x = np.column_stack((x, 6 * x[:, 0] * x[:, 1]))
+    wrong = np.argwhere(~(np.isfinite(x) & (x > 0)))
+    if len(wrong):
+        row, column = wrong[0]
+        raise BadInput(f"{labels[row] if labels else f'row {row + 1}'}: {('N', 'D', 'loss', 'C')[column]} must be "
+                       f"finite and above 0, got {x[row, column]:g}")
+    return x
+
+
+def distinct(x) -> int:
+    """How many different values, to a millionth."""
+    return len(np.unique(np.round(np.log(x), 6)))
+
+
+def budgets(runs) -> list[np.ndarray]:
+    """The runs (n, 4) of each budget, in the order of C.
+
+    - If a value of C occurs three times on average, the values of C are the budgets.
+    - Else a budget ends where the next larger C is more than 1.3 times as large. But if any step inside a budget is
+      above 1.15, the runs are scattered: they have no budgets.
+    - A budget whose C differ by a factor of 1.5 or more is left out.
+    """
+    runs = as_runs(runs)
+    runs = runs[np.argsort(runs[:, 3], kind="stable")]
+    steps, few_values = np.diff(np.log(runs[:, 3])), 3 * distinct(runs[:, 3]) <= len(runs)
+    is_end = steps > (1e-6 if few_values else math.log(1.3))
+    if not few_values and (steps[~is_end] > math.log(1.15)).any():
+        return []
+    groups = np.split(runs, np.flatnonzero(is_end) + 1)
+    return [group for group in groups if np.ptp(np.log(group[:, 3])) < math.log(1.5)]
+
+
+Vertex = namedtuple("Vertex", "C N D loss curvature")
+
+
+def parabola(group) -> Vertex | None:
+    """The best N of one budget's runs, by a parabola through loss(ln N). None without three sizes, or where the best is
+    not among them."""
+    ln_N, loss = np.log(group[:, 0]), group[:, 2]
+    if distinct(group[:, 0]) < 3:
+        return None
+    # L = c2 x^2 + c1 x + c0 of x = ln N - mean; the vertex is at x = -c1 / (2 c2)
+    c2, c1, c0 = np.polyfit(ln_N - ln_N.mean(), loss, 2)
+    x = -c1 / (2 * c2) if c2 > 0 else math.inf
+    if not ln_N.min() <= ln_N.mean() + x <= ln_N.max():
+        return None
+    # D at the vertex, by a parabola too: 6 N D need not be the stated C
+    ln_D = np.polyval(np.polyfit(ln_N - ln_N.mean(), np.log(group[:, 1]), 2), x)
+    return Vertex(math.exp(np.log(group[:, 3]).mean()), math.exp(ln_N.mean() + x), math.exp(ln_D),
+                  c0 - c1 * c1 / (4 * c2), c2)
+
+
+def power_law(C, N, D, loss) -> dict:
+    """What all three approaches are after: {"a", "b", "k_N", "k_D"} of N_opt = k_N C^a and D_opt = k_D C^b. Here by
+    straight lines, ln N = ln k_N + a ln C and ln D = ln k_D + b ln C, through points (C, N, D). "points": these."""
+    a, ln_k_N = np.polyfit(np.log(C), np.log(N), 1)
+    b, ln_k_D = np.polyfit(np.log(C), np.log(D), 1)
+    points = [{"C": C, "N": N, "D": D, "loss": L} for C, N, D, L in np.stack((C, N, D, loss), 1).tolist()]
+    return {"a": float(a), "b": float(b), "k_N": math.exp(ln_k_N), "k_D": math.exp(ln_k_D), "points": points}
+
+
+def intervals(draws: dict | None, names=()) -> dict | None:
+    """{name: values of many fits} -> {name: [2.5 %, 97.5 %]}, of all names or of `names`; None where an end is
+    infinite; None without draws."""
+    if draws is None:
+        return None
+    with np.errstate(all="ignore"):
+        found = {name: np.percentile(draws[name], (2.5, 97.5)).tolist() for name in names or draws}
+    return {name: pair if np.isfinite(pair).all() else None for name, pair in found.items()}
+
+
+def bootstrap(fit_groups, groups, times) -> dict | None:
+    """{"a", "b", "k_N", "k_D": arrays} of `times` fits. Each fit is to a resample: every group is drawn from itself,
+    with replacement, at its own size. None if most draws support no fit."""
+    rng, fits = np.random.default_rng(0), []
+    for _ in range(times):
+        with contextlib.suppress(BadInput):
+            fits.append(fit_groups([group[rng.integers(len(group), size=len(group))] for group in groups]))
+    if len(fits) < max(2, times / 2):
+        return None
+    return {name: np.array([fit[name] for fit in fits]) for name in ("a", "b", "k_N", "k_D")}
+
+
+def isoflop(groups) -> dict:
+    """power_law() through the vertices of the budgets' parabolas."""
+    vertices = [vertex[:4] for vertex in map(parabola, groups) if vertex]
+    if len(vertices) < 2:
+        raise BadInput("isoflop: needs at least 2 budgets of 3 or more sizes with the best inside, got "
+                       f"{len(vertices)} of {len(groups)} groups of equal budget")
+    return power_law(*np.array(vertices).T)
+
+
+def fit_isoflop(runs, *, times=200) -> dict:
+    """Approach 2, the plainest: {"a", "b", "k_N", "k_D": N_opt = k_N C^a, D_opt = k_D C^b, "points": the vertices of
+    the budgets' parabolas, "budgets": how many have three or more sizes, "without_budget": runs in none of those,
+    "intervals"}.
+
+    Even without noise the vertex is off, because loss(ln N) is not symmetric: it is steeper on one side of N_opt, a
+    parabola is not. For sizes spread evenly in ln N, from N_opt / w to N_opt w, ln N of the vertex is off by about
+    (alpha - beta) ln(w)^2 / 10. That is the same at every budget, so k_N and k_D are wrong and a is not. If w, or the
+    middle of the sizes, changes with C, a is wrong too.
+    """
+    groups = [group for group in budgets(runs) if distinct(group[:, 0]) > 2]
+    return isoflop(groups) | {"budgets": len(groups), "without_budget": len(runs) - sum(map(len, groups)),
+                              "intervals": intervals(bootstrap(isoflop, groups, times), ("a", "b"))}
+
+
+# ---- (1) (2) approach 1 ----------------------------------------------------------------------------------------------
+
+def fit_envelope(runs, *, times=200) -> dict:
+    """Approach 1: {"a", "b", "k_N", "k_D", "points", "intervals"}. Each size N has a curve loss(C): a line in logs from
+    run to run, or from point to point of one training curve. The envelope is the lowest curve at each C of a grid.
+
+    - Where the smallest or the largest size that was tried at that C is the lowest, C is dropped: a better size may lie
+      beyond.
+    - The line is fitted to every kept C of the grid. "points" shows one per size, the one of the largest C.
+    """
+    runs = as_runs(runs)
+    size, grid = np.round(np.log(runs[:, 0]), 6), np.linspace(*np.log([runs[:, 3].min(), runs[:, 3].max()]), 400)
+
+    def fit_groups(groups):
+        sizes, losses, tokens = [], [], []                              # of each curve: N; on the grid: ln loss, ln D
+        for group in groups:
+            ln_C, run_to_C = np.unique(np.log(group[:, 3]), return_inverse=True)
+            if len(ln_C) > 1:
+                # runs of the same N and C count as one: their mean
+                ln_D, ln_loss = (np.bincount(run_to_C, np.log(y)) / np.bincount(run_to_C) for y in group.T[1:3])
+                sizes.append(group[0, 0])
+                losses.append(np.interp(grid, ln_C, ln_loss, left=np.inf, right=np.inf))
+                tokens.append(np.interp(grid, ln_C, ln_D))
+        if len(sizes) < 3:
+            raise BadInput(f"envelope: needs at least 3 values of N with runs of 2 or more budgets, got {len(sizes)}")
+        losses, sizes, tokens = np.array(losses), np.array(sizes), np.array(tokens)
+        lowest, has_loss = losses.argmin(0), np.isfinite(losses)
+        # at each C of the grid, the index of the smallest and of the largest size that has a loss there
+        smallest, largest = has_loss.argmax(0), len(sizes) - 1 - has_loss[::-1].argmax(0)
+        inside = np.flatnonzero((smallest < lowest) & (lowest < largest))
+        best = lowest[inside]
+        if distinct(sizes[best]) < 2:
+            raise BadInput("envelope: needs at least 2 sizes that are best where smaller and larger ones were tried, "
+                           f"got {distinct(sizes[best])}")
+        return power_law(np.exp(grid[inside]), sizes[best], np.exp(tokens[best, inside]), np.exp(losses[best, inside]))
+
+    groups = [runs[size == s] for s in np.unique(size)]
+    result = fit_groups(groups)
+    last_point_by_size = {point["N"]: point for point in result["points"]}
+    return result | {"points": list(last_point_by_size.values()),
+                     "intervals": intervals(bootstrap(fit_groups, groups, times), ("a", "b"))}
+
+
+# ---- (1) (2) approach 3 ----------------------------------------------------------------------------------------------
+#
+# The objective hardly feels outliers. It is nearly flat along two valleys (raise A and alpha together; B and beta).
+# There L-BFGS, Hoffmann's optimizer, stops early. So here: logs centred on their means, damped least squares, many
+# starts.
+
+DELTA = 1e-3                                  # of Huber's loss, in ln L: deviations beyond 0.1 % count linearly
+
+
+def residuals(theta, runs):
+    """theta (S, 5) = ln_E, ln_A, ln_B, alpha, beta of S laws; runs (S, n, 3) = ln N, ln D, ln L -> r (S, n), how far
+    ln L_predicted is above ln L; J (S, n, 5) = dr / dtheta."""
+    ln_E, ln_A, ln_B, alpha, beta = theta.T[:, :, None]
+    ln_N, ln_D, ln_L = np.moveaxis(runs, -1, 0)
+    terms = np.stack(np.broadcast_arrays(ln_E, ln_A - alpha * ln_N, ln_B - beta * ln_D))
+    predicted = np.logaddexp.reduce(terms)
+    q_E, q_A, q_B = np.exp(terms - predicted)                           # the share of each term in the predicted loss
+    return predicted - ln_L, np.stack((q_E, q_A, q_B, -q_A * ln_N, -q_B * ln_D), -1)
+
+
+def huber(r):
+    """r (S, n) -> (S,), the sum of r^2 / 2 up to |r| = DELTA, and of the straight line that goes on from there."""
+    return np.where(abs(r) <= DELTA, r * r / 2, DELTA * (abs(r) - DELTA / 2)).sum(1)
+
+
+def minimise(theta, runs, iterations):
+    """Improve each of S laws (S, 5) of runs (S, n, 3), until its damping exceeds 1e4 or `iterations` steps are done ->
+    theta, sum of Huber(r).
+
+    Least squares with weights that are chosen anew in each step. With W = min(1, DELTA / |r|), the quadratic
+    W r^2 / 2 + constant equals Huber's loss at the present r and is never below it. So a step that lowers the quadratic
+    lowers Huber's loss.
+
+        (hessian + mu tr(hessian) I) step = J^T W r,  hessian = J^T W J,  theta <- theta - step     r, J: of residuals()
+
+    mu is the damping (Levenberg). It falls after a step that helped and rises after one that did not.
+    """
+    theta, (r, J) = theta.copy(), residuals(theta, runs)
+    f, mu, active = huber(r), np.full(len(theta), 1e-2), np.arange(len(theta))
+    for _ in range(iterations):
+        JtW = J[active].swapaxes(1, 2) * (DELTA / np.maximum(np.abs(r[active]), DELTA))[:, None]
+        hessian, gradient = JtW @ J[active], JtW @ r[active][..., None]
+        damping = mu[active] * hessian.trace(axis1=1, axis2=2)
+        step = np.linalg.solve(hessian + damping[:, None, None] * np.eye(5), gradient)[..., 0]
+        theta_new = theta[active] - step
+        r_new, J_new = residuals(theta_new, runs[active])
+        f_new = huber(r_new)
+        better = f_new < f[active]
+        for old, new in ((theta, theta_new), (r, r_new), (J, J_new), (f, f_new)):
+            old[active[better]] = new[better]
+        mu[active] = np.where(better, np.maximum(mu[active] / 5, 1e-12), 5 * mu[active])
+        active = active[mu[active] < 1e4]
+        if not len(active):
+            break
+    return theta, f
+
+
+def check_five_constants(runs):
+    """Raises BadInput for runs (n, 4) that cannot tell five constants from each other."""
+    (N, D, loss), pairs = runs.T[:3], len(np.unique(np.round(np.log(runs[:, :2]), 6), axis=0))
+    if pairs < 6 or distinct(N) < 3 or distinct(D) < 3 or distinct(loss) < 2:
+        raise BadInput("a law of 5 constants needs at least 6 pairs (N, D), 3 values of N, 3 of D and 2 losses, got "
+                       f"{pairs}, {distinct(N)}, {distinct(D)} and {distinct(loss)}")
+    if np.corrcoef(np.log(N), np.log(D))[0, 1] > 1 - 1e-9:
+        raise BadInput("D must not be a positive power of N, or A / N^alpha and B / D^beta are one: vary D at the same "
+                       "N")
+
+
+def starting_points(loss) -> np.ndarray:
+    """A grid of theta (S, 5), in centred logs: E, shares of the lowest loss; s and 1 - s, how the two terms split what
+    is left of the median loss; the exponents."""
+    lowest, median, rates = loss.min(), np.median(loss), (0.05, 0.2, 0.5, 1.0, 2.0)
+    return np.array([(math.log(E), math.log(s * (median - E)), math.log((1 - s) * (median - E)), alpha, beta)
+                     for E in (0.01 * lowest, 0.5 * lowest, 0.95 * lowest)
+                     for s in (0.1, 0.5, 0.9) for alpha in rates for beta in rates])
+
+
+def law_of(theta, center) -> dict:
+    """theta (..., 5), in logs centred on `center` -> the law in units of N and D, and its N_opt = k_N C^a,
+    D_opt = k_D C^b."""
+    ln_E, ln_A, ln_B, alpha, beta = np.moveaxis(theta, -1, 0)
+    E, A, B = np.exp(np.clip((ln_E, ln_A + alpha * center[0], ln_B + beta * center[1]), -700, 700))
+    law = {"E": E, "A": A, "B": B, "alpha": alpha, "beta": beta}
+    with np.errstate(all="ignore"):                  # a resample may give a law without an optimum (alpha <= 0)
+        a, k_N = exponents(law)[0], compute_optimal(1.0, law).N
+        return law | {"a": a, "b": 1 - a, "k_N": k_N, "k_D": 1 / (6 * k_N)}
+
+
+def law_and_resamples(runs, times) -> tuple:
+    """The law of all runs, {"E": float, ..., "objective"}; the laws of `times` resamples, {"E": array, ...} or None."""
+    runs = as_runs(runs)
+    check_five_constants(runs)
+    logs = np.log(runs[:, :3])
+    # with ln N and ln D counted from their means, ln_A and ln_B are logs of the terms in the middle of the runs
+    center = np.array((*logs[:, :2].mean(0), 0.0))
+    logs, theta = logs - center, starting_points(runs[:, 2])
+    # all starts a little, on some 500 runs; the best to the end
+    for count, iterations, every in ((len(theta), 60, max(1, len(runs) // 500)), (24, 2000, 1)):
+        some = logs[::every]
+        theta, f = minimise(theta[:count], np.broadcast_to(some, (count, *some.shape)), iterations)
+        theta, f = theta[f.argsort()], np.sort(f)
+    law = {name: float(x) for name, x in law_of(theta[0], center).items()}
+    if not (min(law["alpha"], law["beta"]) > 0 and 1e-99 < law["k_N"] < 1e99):
+        raise BadInput("loss must fall with N and with D, or no N and D are best; the fitted law is "
+                       + ", ".join(f"{name} {x:.3g}" for name, x in law.items()))
+    draws = None
+    if times:
+        drawn = np.random.default_rng(0).integers(len(runs), size=(times, len(runs)))
+        draws = law_of(minimise(np.tile(theta[0], (times, 1)), logs[drawn], 300)[0], center)
+    return law | {"objective": float(f[0])}, draws
+
+
+def fit_parametric(runs, *, times=200) -> dict:
+    """Approach 3: {"E", "A", "B", "alpha", "beta", "a", "b", "k_N", "k_D", "objective": sum of Huber(ln L_predicted -
+    ln L), "intervals"}: a law for chinchilla_loss and compute_optimal. Raises BadInput.
+
+    intervals   {"E": [2.5 %, 97.5 %] of `times` resamples, ...}; None without resamples
+    """
+    law, draws = law_and_resamples(runs, times)
+    return law | {"intervals": intervals(draws)}
+
+
+# ---- (1) (2) is a fit right where it has not seen? -------------------------------------------------------------------
+
+def holdout(runs, k: int, *, times=200) -> dict:
+    """Fit without the k largest budgets, then compare with each one's parabola: its loss by approach 3, its N by
+    approach 2 -> {"fitted_to": C of the largest budget that was fitted, "rows": [{"what": "loss" or "N_opt", "C",
+    "times_larger": C / fitted_to, "predicted", "low" and "high": 95 % of resamples, "measured"}]}. A hidden budget
+    whose best size is not inside has no row. Raises BadInput."""
+    groups = budgets(runs)
+    if not 1 <= k <= len(groups) - 2:
+        raise BadInput(f"holdout must leave 2 budgets or more to fit, got {k} of {len(groups)}")
+    known, hidden = np.concatenate(groups[:-k]), list(filter(None, map(parabola, groups[-k:])))
+    if not hidden:
+        raise BadInput("holdout must be of budgets with 3 or more sizes and the best inside, got none")
+    known_groups = [group for group in groups[:-k] if distinct(group[:, 0]) > 2]
+    fitted_to, rows = groups[-k - 1][:, 3].mean(), []
+    law, laws = law_and_resamples(known, times)
+    line, lines = isoflop(known_groups), bootstrap(isoflop, known_groups, times)
+
+    def loss(law, vertex):
+        return chinchilla_loss(*compute_optimal(6 * vertex.N * vertex.D, law), law)
+
+    def size(line, vertex):
+        return line["k_N"] * vertex.C ** line["a"]
+
+    for vertex in hidden:
+        for what, measured, predict, fit, draws in (("loss", vertex.loss, loss, law, laws),
+                                                    ("N_opt", vertex.N, size, line, lines)):
+            with np.errstate(all="ignore"):                                # of resamples without an optimum
+                low, high = (intervals(draws and {what: predict(draws, vertex)}) or {}).get(what) or (None, None)
+            rows.append({"what": what, "C": vertex.C, "times_larger": vertex.C / fitted_to,
+                         "predicted": predict(fit, vertex), "low": low, "high": high, "measured": measured})
+    return {"fitted_to": fitted_to, "rows": rows}
+
+
 # ---- (3) what did known models leave on the table? -------------------------------------------------------------------
 
 # parameters, training tokens: Brown 2020 (arXiv:2005.14165); Rae 2021 (2112.11446); Hoffmann 2022; Touvron 2023
@@ -415,7 +495,7 @@ MODELS = {"GPT-3 175B": (175e9, 300e9), "Gopher 280B": (280e9, 300e9), "Chinchil
 def compute_for_loss(loss, law=BESIROGLU):
     """FLOPs that reach a loss if N and D are chosen best. Infinite at E and below.
 
-        L_opt(C) = E + (A G^-alpha + B G^beta) (C/6)^(-alpha a)
+        L_opt(C) = E + K (C/6)^(-alpha a),  K = A G^-alpha + B G^beta     (both terms fall alike: alpha a = beta b)
     """
     a, G = exponents(law)
     K = law["A"] * G ** -law["alpha"] + law["B"] * G ** law["beta"]
@@ -423,20 +503,21 @@ def compute_for_loss(loss, law=BESIROGLU):
 
 
 def assess(N, D, law=BESIROGLU) -> dict:
-    """How far a run is from the best of its budget, by a law: tokens per parameter, N / N_opt, loss, loss left on the
-    table, and the share of its compute that would have been enough for its loss."""
+    """How far a run is from the best of its budget, by a law: tokens per parameter, N / N_opt, loss; "loss_gap": loss
+    left on the table; "enough_compute": the share of its compute that would have been enough for its loss."""
     C, loss = 6 * N * D, chinchilla_loss(N, D, law)
     best = compute_optimal(C, law)
     return {"C": C, "N_opt": best.N, "D_opt": best.D, "D/N": D / N, "best D/N": best.D / best.N,
-            "N/N_opt": N / best.N, "loss": loss, "left": max(0.0, loss - chinchilla_loss(*best, law)),
-            "enough": compute_for_loss(loss, law) / C}
+            "N/N_opt": N / best.N, "loss": loss, "loss_gap": max(0.0, loss - chinchilla_loss(*best, law)),
+            "enough_compute": compute_for_loss(loss, law) / C}
 
 
 # ---- (4) what a layout takes: shapes ---------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Shape:
-    """The fields of model.ModelConfig that cost something, and how many parameters and FLOPs they are."""
+    """The fields of model.ModelConfig that cost something, and how many parameters and FLOPs they are. q, kv: width of
+    all query heads, of all key heads. ups: how many matrices n_embd -> n_ff. The others are numbers of parameters."""
 
     vocab_size: int
     seq_len: int
@@ -455,13 +536,13 @@ class Shape:
 
     q = cached_property(lambda self: self.n_head * self.head_dim)
     kv = cached_property(lambda self: self.n_kv_head * self.head_dim)
-    ups = cached_property(lambda self: 2 if self.mlp == "swiglu" else 1)                # n_embd -> n_ff: gate, up
-    # a layer's matrices: q, k, v, o; the MLP's ups and its down
+    ups = cached_property(lambda self: 2 if self.mlp == "swiglu" else 1)                # gate, up
+    # all matrices of a layer: q, k, v, o; the MLP's ups and its down
     block = cached_property(lambda self: self.n_embd * (2 * self.q + 2 * self.kv + (self.ups + 1) * self.n_ff))
     norm_vectors = cached_property(lambda self: 2 if self.norm == "layernorm" and self.bias else 1)
-    # a layer's parameters that every tp rank has whole: norms, biases of o and down. tp splits the other biases
-    whole = cached_property(lambda self: 2 * ((self.norm_vectors + self.bias) * self.n_embd
-                                              + self.qk_norm * self.head_dim))
+    # a layer's parameters that tp does not split: norms, biases of o and down. tp splits the other biases
+    unsplit = cached_property(lambda self: 2 * ((self.norm_vectors + self.bias) * self.n_embd
+                                                + self.qk_norm * self.head_dim))
     split_biases = cached_property(lambda self: self.bias * (self.q + 2 * self.kv + self.ups * self.n_ff))
     num_params = cached_property(lambda self: rank_params(self, Layout(), 0).count)
 
@@ -469,9 +550,9 @@ class Shape:
         """Forward, backward, and what runs again. The full square of attention counts, as in PaLM's MFU
         (arXiv:2204.02311, appendix B)."""
         # q k^T and p v: 2 products of 2 T FLOPs per element of q, twice more in backward
-        core = 4 * self.q * self.seq_len
-        again = {"none": 0, "selective": core, "full": 2 * self.block + core}[recompute]
-        return self.n_layer * (6 * self.block + 3 * core + again) + 6 * self.vocab_size * self.n_embd
+        attention = 4 * self.q * self.seq_len
+        recomputed = {"none": 0, "selective": attention, "full": 2 * self.block + attention}[recompute]
+        return self.n_layer * (6 * self.block + 3 * attention + recomputed) + 6 * self.vocab_size * self.n_embd
 
     def muon_flops(self) -> list[int]:
         """Of each of a layer's matrices, m x n, in a step of Muon: 5 (4 m^2 n + 2 m^3), m <= n (zero.py)."""
@@ -482,8 +563,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is split over ranks, by train.py's flags. schedule and chunks: --pp-schedule, --pp-chunks, the stages
-    per rank, which are above 1 if interleaved."""
+    """How a step is split over ranks. Fields are train.py's flags. schedule is --pp-schedule; chunks is --pp-chunks,
+    stages per rank: 1 unless interleaved."""
 
     dp: int = 1
     tp: int = 1
@@ -496,16 +577,17 @@ class Layout:
     recompute: str = "none"
     sequence_parallel: bool = True
 
-    split = property(lambda self: self.tp if self.sequence_parallel else 1)             # of norms and residuals
+    norm_split = property(lambda self: self.tp if self.sequence_parallel else 1)        # parts of norms and residuals
     ranks = property(lambda self: self.dp * self.tp * self.pp)
     batch = property(lambda self: self.dp * self.micro_batch_size * self.micro_batches)
 
 
 @dataclass(frozen=True)
 class Program:
-    """In what training programs differ. The defaults are train.py's on a GPU. Nothing here is fitted."""
+    """In what training programs differ. The defaults are train.py's on a GPU. Nothing here is fitted: only GPU.matmul
+    is."""
 
-    item: int = 2                   # bytes of a number in matrix products and of a weight
+    item: int = 2                   # bytes of a weight, and of a linear layer's input and result, as they are stored
     residual: int = 4               # ... in the residual stream and norms
     gradient: int = 4               # ... of a gradient
     master_weights: bool = True     # weights below 4 bytes have a float32 copy, which the optimizer updates
@@ -515,13 +597,13 @@ class Program:
     fused_norm: bool = True         # False: RMSNorm keeps x / rms as well as x
     muon: bool = False              # the layers' matrices are updated by Muon, all else by Adam
     chunked_loss: bool = True       # the loss keeps the gradients of its input and weight; False: the logits
-    # True: some of backward's tp messages travel while the gradients of weights are computed. An all-reduce counts as
-    # two messages. Backward has four per layer, six with sequence parallelism; two of them stay visible
+    # True: backward's tp messages hide behind the gradients of weights, except two per layer (of four; of six with
+    # sequence parallelism). An all-reduce counts as two messages
     overlap_tp: bool = False
     overlap_dp: bool = True         # gradients travel during backward
     train_py: bool = True           # also count what train.py keeps or sends and the papers' programs do not
 
-    wide = property(lambda self: max(4, self.item))            # bytes of a number that is summed up, as Adam's moments
+    wide = property(lambda self: max(4, self.item))          # bytes of a number in a sum: Adam's moments, log-sum-exps
     # Adam's two moments, and the master
     states = property(lambda self: 2 * self.wide + 4 * (self.master_weights and self.item < 4))
 
@@ -534,12 +616,14 @@ LLAMA_3 = Program(residual=2, chunked_loss=False, train_py=False, overlap_tp=Tru
 
 @cache
 def depth(n_layer: int, pp: int, chunks: int) -> list[int]:
-    """Layers of each pipeline rank: stage s of S begins with layer s L // S."""
-    S = pp * chunks
-    return [sum((s + 1) * n_layer // S - s * n_layer // S for s in range(r, S, pp)) for r in range(pp)]
+    """How many layers each pipeline rank has. Stage s of n_stages begins with layer s * n_layer // n_stages; rank r has
+    the stages r, r + pp, ..."""
+    n_stages = pp * chunks
+    first = [s * n_layer // n_stages for s in range(n_stages + 1)]
+    return [sum(first[s + 1] - first[s] for s in range(r, n_stages, pp)) for r in range(pp)]
 
 
-RankParams = namedtuple("RankParams", "count whole")
+RankParams = namedtuple("RankParams", "count unsplit")
 
 
 def rank_params(shape: Shape, layout: Layout, pp_rank: int) -> RankParams:
@@ -547,11 +631,12 @@ def rank_params(shape: Shape, layout: Layout, pp_rank: int) -> RankParams:
     split."""
     layers = depth(shape.n_layer, layout.pp, layout.chunks)[pp_rank]
     is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
+    # the embedding on the first rank, the head on the last; tied on one rank, they are one
     tables = is_first + is_last - (shape.tie_embeddings and layout.pp == 1)
     learned = is_first and shape.position == "learned"
-    whole = layers * shape.whole + (learned * shape.seq_len + is_last * shape.norm_vectors) * shape.n_embd
+    unsplit = layers * shape.unsplit + (learned * shape.seq_len + is_last * shape.norm_vectors) * shape.n_embd
     split = layers * (shape.block + shape.split_biases) + tables * shape.vocab_size * shape.n_embd
-    return RankParams(split // layout.tp + whole, whole)
+    return RankParams(split // layout.tp + unsplit, unsplit)
 
 
 # ---- (4) machines ----------------------------------------------------------------------------------------------------
@@ -569,7 +654,7 @@ class GPU:
     network: float                 # per GPU between nodes
     watts: float
     matmul: float                  # c
-    slower: float                  # how many times slower products in float32 are than the peak
+    slower: float                  # peak / FLOP/s of products in float32
     price: float | None
     source: str                    # of the price
     node: int = 8                  # GPUs per node
@@ -581,13 +666,14 @@ class GPU:
         return {"fp32": self.peak / self.slower, "tf32": self.peak / 2, "fp8": self.fp8}.get(precision) or self.peak
 
 
-# Links: measured 235 of NVLink 3's 300 GB/s and 368 of NVLink 4's 450; of others 0.8 of the line rate (PCIe 4: 31,
-# PCIe 5: 63). Network: 200 Gb/s per GPU for A100 (Narayanan 2021, section 5), 400 for H100 (Llama 3, section 3.3.1) and
-# later. c is the share of the peak that large products reach in a long run: hot, at the power limit, between other
-# kernels. Two rows of it are fitted: a100 on six rows of Megatron's table 1, h100 on one row of Llama 3's table 4. A
-# benchmark of nothing but products reaches a larger share: a100's c is 0.88 of it and h100's 0.79, on average 0.83. So
-# the other rows have c = 0.83 x the benchmark's share, or 0.83 x 0.78 where nobody measured; h200 has h100's. Peaks and
-# 1/fp32 by the makers' data sheets
+# - Peaks and 1/fp32 (how many times slower float32 is): the makers' data sheets.
+# - Links: measured 235 of NVLink 3's 300 GB/s and 368 of NVLink 4's 450; of others 0.8 of the line rate (PCIe 4: 31,
+#   PCIe 5: 63).
+# - Network: 200 Gb/s per GPU for A100 (Narayanan 2021, section 5), 400 for H100 (Llama 3, section 3.3.1) and later.
+# - c: the share of the peak that large products reach in a long run: hot, at the power limit, between other kernels.
+#   Two rows are fitted: a100 on six rows of Megatron's table 1, h100 on one row of Llama 3's table 4. A benchmark of
+#   nothing but products reaches a larger share: a100's c is 0.88 of it and h100's 0.79, on average 0.83. So the other
+#   rows have c = 0.83 x the benchmark's share, or 0.83 x 0.78 where nobody measured; h200 has h100's.
 GPU_TABLE = """
 name             TFLOP/s     fp8  GB   GB/s  link network watts    c  1/fp32    $  source of the price
 v100                 125       0  32    900   120    12.5   300 0.65       8 0.79  Lambda, 16 GB, skypilot-catalog v8
@@ -618,12 +704,12 @@ def table_row(line: str) -> GPU:
 
 
 GPUS = {gpu.name: gpu for gpu in map(table_row, GPU_TABLE.strip().splitlines()[1:])}
-LINE = 0.8                                    # share of a network's line rate that messages reach, as in the links
+LINE_RATE_SHARE = 0.8                         # share of a network's line rate that messages reach, as in the links
 NVLINK_HOP, NETWORK_HOP = 3.4e-6, 14e-6       # seconds, of rings: NCCL's own tables, src/graph/tuning.cc
-FLASH = 0.6                                   # FlashAttention-2, figure 4: 187 of A100's 312 TFLOP/s at T 2048, D 128
-USABLE = 0.95                                 # of memory: the rest holds CUDA's and NCCL's own, and stays in gaps
-PUE, GRID = 1.1, 0.385                        # building / GPUs; kg CO2 per kWh (LLaMA, arXiv:2302.13971, section 6)
-PRECISIONS = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 2}                     # bytes of what is multiplied
+FLASH_SHARE = 0.6                             # FlashAttention-2, figure 4: 187 of A100's 312 TFLOP/s at T 2048, D 128
+USABLE_MEMORY = 0.95                          # share of it: the rest holds CUDA's and NCCL's own, and stays in gaps
+PUE, KG_CO2_PER_KWH = 1.1, 0.385              # building / GPUs; kg CO2 per kWh (LLaMA, arXiv:2302.13971, section 6)
+PRECISIONS = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 2}                     # bytes of a stored weight
 
 
 # ---- (4) memory ------------------------------------------------------------------------------------------------------
@@ -635,7 +721,8 @@ def layer_bytes(shape: Shape, layout: Layout, program: Program, recompute: str) 
     """What a layer keeps from forward to backward, of one micro-batch on one rank. Of Megatron's GPT, in bytes
     (Korthikanti 2022, equations 1 to 6), with n tokens, width h, H heads:
 
-        recompute none         n h (10 + 24/t + 5 H T/(h t))       flash attention: 4 H/(h t) in the last place
+        recompute none         n h (10 + 24/t + 5 H T/(h t))       with flash attention 5 H T/(h t) becomes 4 H/(h t):
+                                                                   one log-sum-exp per row and head
         recompute selective    n h (10 + 24/t)                     sequence parallelism divides the 10 by t
         recompute full         2 n h                               sequence parallelism divides it by t
 
@@ -643,24 +730,24 @@ def layer_bytes(shape: Shape, layout: Layout, program: Program, recompute: str) 
     """
     h, n = shape.n_embd, layout.micro_batch_size * shape.seq_len
     if recompute == "full":                                                             # its input
-        return n * h * program.residual / layout.split
-    # whole: two norms, their outputs, which the linears behind them read, and two masks of dropout
-    whole = 2 * (norm_bytes(shape.norm, h, program) + h * (program.item + program.dropout))
+        return n * h * program.residual / layout.norm_split
+    # not split by tp: two norms; their outputs, which linear layers read; two masks of dropout
+    unsplit = 2 * (norm_bytes(shape.norm, h, program) + h * (program.item + program.dropout))
     # split by tp: q, k, v, o; the MLP's ups and what its activation makes of them (SwiGLU: silu(gate), and the product)
     split = (2 * shape.q + 2 * shape.kv + 2 * shape.ups * shape.n_ff) * program.item
     if shape.qk_norm:
         split += (shape.n_head + shape.n_kv_head) * norm_bytes("rmsnorm", shape.head_dim, program)
     if recompute == "none":
-        # flash attention: a row's log sum exp. Else, for each of T keys: softmax, dropout's mask, softmax x mask
+        # flash attention: a row's log-sum-exp. Else, for each of T keys: softmax, dropout's mask, softmax x mask
         row = program.wide if program.flash else (2 * program.item + program.dropout) * shape.seq_len
         split += shape.n_head * row
     if program.train_py and program.item < program.residual:
-        # each linear behind a norm casts the norm's output to `item` bytes for itself, and keeps its copy (with tp they
-        # share one); "selective" keeps q and k after the rotation and before their cast
-        whole += (layout.tp == 1) * (1 + shape.ups) * h * program.item
+        # each linear after a norm keeps its own copy of the norm's output, in `item` bytes; with tp they share one.
+        # "selective" also keeps q and k after the rotation, before their cast
+        unsplit += (layout.tp == 1) * (1 + shape.ups) * h * program.item
         rotated = recompute == "selective" and shape.position == "rope"
         split += rotated * (shape.q + shape.kv) * (program.residual - program.item)
-    return n * (whole / layout.split + split / layout.tp)
+    return n * (unsplit / layout.norm_split + split / layout.tp)
 
 
 def norm_bytes(norm: str, width: int, program: Program) -> int:
@@ -673,19 +760,21 @@ def norm_bytes(norm: str, width: int, program: Program) -> int:
 
 def end_bytes(shape: Shape, layout: Layout, program: Program) -> float:
     """What the last norm and the loss keep of a micro-batch: their inputs, and the logits in float32. A chunked loss
-    computes its gradients in forward, a chunk of logits at a time: it keeps those of its input and of the head's weight
-    instead of the logits. Its input it keeps only with sequence parallelism, as the shard that is gathered again."""
-    n, h, V = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size / layout.tp
-    norm, x = n * norm_bytes(shape.norm, h, program) / layout.split, n * h * program.item / layout.split
+    computes its gradients in forward, a chunk of logits at a time. It keeps two gradients (of its input, of the head's
+    weight) instead of the logits. With sequence parallelism it also keeps its shard of the input, which backward
+    gathers again."""
+    n, h, vocab_shard = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size / layout.tp
+    norm, x = n * norm_bytes(shape.norm, h, program) / layout.norm_split, n * h * program.item / layout.norm_split
     if program.chunked_loss:
-        return norm + x * (layout.split > 1) + program.wide * (n * h + V * h)
-    return norm + x + 4 * n * V
+        return norm + x * (layout.norm_split > 1) + program.wide * (n * h + vocab_shard * h)
+    return norm + x + 4 * n * vocab_shard
 
 
 def stored(layout: Layout, pp_rank: int) -> float:
     """Micro-batches whose activations rank r of a pipeline holds at once: 1F1B p - r, GPipe m, interleaved on the first
     rank p (1 + (p-1)/(p v)), where a micro-batch in one of a rank's v stages counts 1 / v."""
     p, m, v = layout.pp, layout.micro_batches, layout.chunks
+    # interleaved: 2 (p - r - 1) of warm-up, (v - 1) p for the chunks before the last, 1 in work; each is 1/v of a rank
     if v > 1:
         return min(m * v, (p - 1 - pp_rank) * 2 + (v - 1) * p + 1) / v
     return m if layout.schedule == "gpipe" and p > 1 else min(m, p - pp_rank)
@@ -693,30 +782,30 @@ def stored(layout: Layout, pp_rank: int) -> float:
 
 def waiting_bytes(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> float:
     """Zero bubble computes weight gradients later. Until then each linear's input and the gradient of its result wait.
-    One linear more is waiting while a forward pass runs after a backward, which is so only if m > p."""
+    If m > p, one more linear's two wait, since then a forward pass runs after a backward."""
     if layout.schedule != "zb" or layout.pp == 1:
         return 0
     n, h, t = layout.micro_batch_size * shape.seq_len, shape.n_embd, layout.tp
     layers, m, p = depth(shape.n_layer, layout.pp, 1)[pp_rank], layout.micro_batches, layout.pp
     per_layer = n * program.item * (4 * h + (2 * shape.q + 2 * shape.kv + (shape.ups + 1) * shape.n_ff) / t)
-    recomputed = (m > p) * n * program.item * (h + shape.n_ff / t)
-    return (min(m, p) - stored(layout, pp_rank)) * layers * per_layer + recomputed
+    one_more = (m > p) * n * program.item * (h + shape.n_ff / t)
+    return (min(m, p) - stored(layout, pp_rank)) * layers * per_layer + one_more
 
 
 def buffer_bytes(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> float:
     """Gradients on their way, gathered layers, and the block that runs again. psi: parameters of the rank."""
     psi, dp, zero = rank_params(shape, layout, pp_rank).count, layout.dp, layout.zero
-    again = layer_bytes(shape, layout, program, "none") * (layout.recompute == "full")
-    if not zero:                                                    # the sums, and one micro-batch's gradients
-        return again + (dp > 1 and layout.micro_batches > 1) * psi * program.gradient
-    # stage 3: a layer, or a table, at a time; before: a bucket
-    layer = (shape.block + shape.split_biases) / layout.tp + shape.whole
+    recomputed = layer_bytes(shape, layout, program, "none") * (layout.recompute == "full")
+    if not zero:                      # several micro-batches: the running sum, beside one micro-batch's gradients
+        return recomputed + (dp > 1 and layout.micro_batches > 1) * psi * program.gradient
+    # ZeRO 3 gathers one layer, or the embedding, at a time; ZeRO 1 and 2 send one bucket at a time
+    layer = (shape.block + shape.split_biases) / layout.tp + shape.unsplit
     table = shape.vocab_size / layout.tp * shape.n_embd * (pp_rank in (0, layout.pp - 1))
     bucket = max(layer, table) if zero == 3 else min(BUCKETS[zero] / program.gradient, psi)
-    # gradients: a bucket that is being summed, and the rank's share of it; from stage 2 on, also two buckets as
-    # backward left them. Stage 3: the gathered weights of this layer and of the next
+    # gradients: a bucket that is being summed, and the rank's share of it; from ZeRO 2 on, also two buckets as
+    # backward left them. ZeRO 3: the gathered weights of this layer and of the next
     gradients = bucket * (1 + 1 / dp) * program.gradient + (zero >= 2) * 2 * bucket * program.item
-    return again + (dp > 1) * gradients + (zero == 3) * 2 * bucket * program.item
+    return recomputed + (dp > 1) * gradients + (zero == 3) * 2 * bucket * program.item
 
 
 def memory(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict:
@@ -754,17 +843,17 @@ def fullest(shape: Shape, layout: Layout, program: Program) -> dict:
 # ---- (4) messages ----------------------------------------------------------------------------------------------------
 
 def layer_collectives(layout: Layout, program: Program) -> dict:
-    """{pass: (all-gathers, reduce-scatters)} over tp of one layer; without sequence parallelism each two are an
-    all-reduce. Forward: attention and MLP gather their input and sum their result. Backward: the adjoints, and the
-    inputs are gathered again. (Korthikanti 2022, section 4.2)"""
-    # a block that runs again in backward ends with a sum. Nobody needs it: Megatron-LM repeats it, train.py does not
+    """{pass: (all-gathers, reduce-scatters)} of one layer over tp. Forward: attention and MLP gather their input, sum
+    their result. Backward: the adjoints. Without sequence parallelism an all-gather and a reduce-scatter together are
+    one all-reduce. With it, backward also gathers the two inputs again. (Korthikanti 2022, section 4.2)"""
+    # a block that runs again in backward ends with a sum that is not needed: Megatron-LM repeats it, train.py does not
     sp, sums = layout.sequence_parallel, 1 if program.train_py else 2
-    again = (2 if sp else sums, sums) if layout.recompute == "full" else (0, 0)
-    return {"forward": (2, 2), "backward": (2 + 2 * sp, 2), "again": again}
+    recomputed = (2 if sp else sums, sums) if layout.recompute == "full" else (0, 0)
+    return {"forward": (2, 2), "backward": (2 + 2 * sp, 2), "recomputed": recomputed}
 
 
 def messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict:
-    """What a rank at place `pp_rank` of its pipeline sends in a step: {(axis, collective): (calls, bytes)}.
+    """What rank `pp_rank` of a pipeline sends and receives in a step: {(axis, collective): (calls, bytes)}.
 
     axis     dp, tp, pp; "world": all ranks; "ends": first and last stage, which share a tied weight
     calls    None where the number depends on the size of buckets or of the loss's chunks
@@ -776,7 +865,7 @@ def messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> di
     m, is_first, is_last, zero = layout.micro_batches, pp_rank == 0, pp_rank == layout.pp - 1, layout.zero
     n, h, table = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size // layout.tp * shape.n_embd
     product, hidden = n * h * program.item, n * h * program.residual
-    mean = program.gradient / (layout.dp if zero else 1)                  # of a gradient after ZeRO has sharded it
+    mean = program.gradient / (layout.dp if zero else 1)          # bytes per parameter of the gradient that ZeRO leaves
     sent = {("world", "all_reduce"): (1, 3 * 8)}            # loss, squared norm, whether a rank was asked to stop
     if layout.dp > 1:
         if zero:
@@ -786,7 +875,7 @@ def messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> di
             sent["dp", "all_gather"] = None, (rank.count + twice) * gathers * program.item
         sent["dp", "all_reduce"] = None, 8 + rank.count * program.gradient * (not zero)    # 8: the number of targets
     if layout.tp > 1:
-        # (calls, bytes) of a step. The head adds a call like a layer's, the embedding one that carries the residuals
+        # (calls, bytes) of a step. The head gathers and sums once, in `item` bytes; the embedding once, in `residual`
         def over_tp(per_layer):
             inside = layers * per_layer + is_last
             return m * (inside + is_first), m * (inside * product + is_first * hidden)
@@ -795,7 +884,7 @@ def messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> di
         gathers, sums = over_tp(sum(g for g, _ in passes)), over_tp(sum(r for _, r in passes))
         # the loss needs three numbers per token: max, sum of exponentials, the target's logit. `partial`: parameters
         # that tp does not split, but whose gradients it computes in parts
-        partial = rank.whole if layout.sequence_parallel else layers * 2 * shape.qk_norm * shape.head_dim
+        partial = rank.unsplit if layout.sequence_parallel else layers * 2 * shape.qk_norm * shape.head_dim
         reduced = m * is_last * 3 * n * program.wide + partial * mean
         if layout.sequence_parallel:
             sent["tp", "all_gather"], sent["tp", "reduce_scatter"] = gathers, sums
@@ -808,32 +897,33 @@ def messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> di
     if layout.pp > 1:
         calls = m * (2 * layout.chunks - is_first - is_last)
         # Megatron sends 1/t of a hidden state even where each tp rank has all of it (Narayanan 2021, section 4.1)
-        parts = layout.split if program.train_py else layout.tp
+        parts = layout.norm_split if program.train_py else layout.tp
         sent["pp", "send"] = sent["pp", "recv"] = calls, calls * hidden // parts
         sent["ends", "all_reduce"] = 1, table * mean * (shape.tie_embeddings and (is_first or is_last))
     return {key: (calls, size) for key, (calls, size) in sent.items() if size and layout.ranks > 1}
 
 
 def bytes_sent(messages: dict, layout: Layout) -> dict:
-    """{axis: bytes that the rank sends in a step}, each collective as a ring of R ranks."""
-    size, sent = {"world": layout.ranks, "dp": layout.dp, "tp": layout.tp, "ends": 2}, {}
+    """{axis: bytes that the rank sends in a step}, each collective as a ring."""
+    ring_sizes, sent = {"world": layout.ranks, "dp": layout.dp, "tp": layout.tp, "ends": 2}, {}
     for (axis, collective), (_, payload) in messages.items():
-        R = size.get(axis, 1)
-        # an all-reduce is a reduce-scatter and an all-gather, each (R-1)/R
+        R = ring_sizes.get(axis, 1)
+        # an all-reduce is a reduce-scatter and an all-gather, each (R-1)/R of the payload; R: ranks in the ring
         factor = {"all_reduce": 2 * (R - 1) / R, "send": 1, "recv": 0}.get(collective, (R - 1) / R)
         sent[axis] = sent.get(axis, 0) + factor * payload
     return sent
 
 
-def ring_seconds(gpu: GPU, ranks: int, bytes: float, stride: int = 1, messages: float = 1) -> float:
-    """Of an all-gather or a reduce-scatter of `bytes`, all parts together, in so many messages, over `ranks` ranks
-    whose numbers are `stride` apart: a ring. Between nodes it has the network bandwidth of all its GPUs in one node."""
+def ring_seconds(gpu: GPU, ranks: int, size: float, stride: int = 1, message_count: float = 1) -> float:
+    """Seconds of an all-gather or a reduce-scatter of `size` bytes (all parts together) in `message_count` messages.
+    Ranks are `stride` apart, which decides how many share a node. Between nodes the rate is the network of all the
+    ring's GPUs in a node."""
     inside = max(1, min(ranks, gpu.node // stride))
     nodes = math.ceil(ranks / inside)
-    rate = gpu.link if nodes == 1 else min(gpu.link, inside * LINE * gpu.network)
+    rate = gpu.link if nodes == 1 else min(gpu.link, inside * LINE_RATE_SHARE * gpu.network)
     # (R-1)/R bytes / bandwidth + hops x latency
     hops = (ranks - nodes) * NVLINK_HOP + (nodes - 1) * NETWORK_HOP
-    return (ranks - 1) / ranks * bytes / rate + messages * hops
+    return (ranks - 1) / ranks * size / rate + message_count * hops
 
 
 # ---- (4) seconds -----------------------------------------------------------------------------------------------------
@@ -850,55 +940,63 @@ def bubble(layout: Layout, forward: float, backward: float, weight: float) -> fl
 def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: float = 1.0) -> dict:
     """Seconds of a step: {"compute", "tp", "pp", "dp", "bubble", "update"}; of messages, what nothing hides.
 
-        step       (m + (p-1)/v) x a micro-batch in the slowest stage + the update + messages that nothing hides
+        step       (m + (p-1)/v) x a micro-batch on the slowest rank + the update + messages that nothing hides
+                   (zb: see bubble)
         product    2 x rows x columns x inner / (c peak) + bytes of all three matrices / HBM's bandwidth
         the rest   5 x what a layer keeps / HBM: forward writes and reads it; backward reads it, reads a gradient and
                    writes one
 
     speed: of the linear layers' products, relative to bf16's."""
     b, T, h, n_ff, t = layout.micro_batch_size, shape.seq_len, shape.n_embd, shape.n_ff, layout.tp
-    n, m, V, core_speed = b * T, layout.micro_batches, shape.vocab_size / t, min(speed, 1)
+    n, m, vocab_shard = b * T, layout.micro_batches, shape.vocab_size / t
+    attention_speed = min(speed, 1)                                 # fp8 speeds up linear layers, not attention
 
-    def product(rows, columns, inner, speed=speed):
+    def product_seconds(rows, columns, inner, speed=speed):
         size = program.item * (rows * columns + columns * inner + rows * inner)
         return 2 * rows * columns * inner / (gpu.matmul * gpu.peak * speed) + size / gpu.bandwidth
 
-    linear = (product(n, (shape.q + 2 * shape.kv) / t, h) + product(n, h, shape.q / t)
-              + product(n, shape.ups * n_ff / t, h) + product(n, h, n_ff / t))
+    linear = (product_seconds(n, (shape.q + 2 * shape.kv) / t, h) + product_seconds(n, h, shape.q / t)
+              + product_seconds(n, shape.ups * n_ff / t, h) + product_seconds(n, h, n_ff / t))
     if program.flash:
         # forward's two products are 4 n T q FLOPs, of which causality hides half; backward has five: q k^T runs again
-        core, core_backward, scores = 2 * n * T * shape.q / t / (FLASH * gpu.peak * core_speed), 2.5, 0.0
+        attention = 2 * n * T * shape.q / t / (FLASH_SHARE * gpu.peak * attention_speed)
+        backward_ratio, scores = 2.5, 0.0
     else:
-        heads, core_backward = b * shape.n_head / t, 2
-        core = heads * (product(T, T, shape.head_dim, core_speed) + product(T, shape.head_dim, T, core_speed))
+        heads, backward_ratio = b * shape.n_head / t, 2
+        attention = heads * (product_seconds(T, T, shape.head_dim, attention_speed)
+                             + product_seconds(T, shape.head_dim, T, attention_speed))
         scores = heads * (2 * program.item + program.dropout) * T * T / gpu.bandwidth
-    kept = layer_bytes(shape, layout, program, "none") / gpu.bandwidth
-    again = {"none": 0, "selective": core + 2 * scores, "full": linear + core + 2 * kept}[layout.recompute]
-    head = product(n, V, h) + 6 * n * V / gpu.bandwidth
+    kept = layer_bytes(shape, layout, program, "none") / gpu.bandwidth       # seconds to read or write it once
+    recomputed = {"none": 0, "selective": attention + 2 * scores, "full": linear + attention + 2 * kept}[
+        layout.recompute]
+    # the head's product; softmax reads 4 bytes and writes 2 of each logit
+    head = product_seconds(n, vocab_shard, h) + 6 * n * vocab_shard / gpu.bandwidth
     # tp's messages of a layer, by pass
     ring = ring_seconds(gpu, t, n * h * program.item)
-    tp_forward, tp_backward, tp_again = (sum(x) * ring for x in layer_collectives(layout, program).values())
+    tp_forward, tp_backward, tp_recomputed = (sum(x) * ring for x in layer_collectives(layout, program).values())
     if program.overlap_tp:
         tp_backward = 2 * ring                                                     # two are left, the rest is hidden
 
-    # a layer's forward, its backward (gradients of inputs, and what runs again), and its gradients of weights
-    layer = linear + core + 2 * kept, linear + core_backward * core + 3 * kept + again, linear
-    # the same of a micro-batch in the slowest stage: computing, tp's messages, messages to other stages
+    # triples are (forward, backward: gradients of inputs and what runs again, gradients of weights)
+    layer = linear + attention + 2 * kept, linear + backward_ratio * attention + 3 * kept + recomputed, linear
+    # of a micro-batch on the slowest rank: computing, tp's messages, messages to other stages
     of_rank = depth(shape.n_layer, layout.pp, layout.chunks)
     slowest = max(range(layout.pp), key=lambda r: of_rank[r] * sum(layer) + 3 * head * (r == layout.pp - 1))
     layers, is_last = of_rank[slowest], slowest == layout.pp - 1
     compute = [layers * seconds + head * is_last for seconds in layer]
-    tp = layers * tp_forward, layers * (tp_backward + tp_again), 0.0
-    rate, delay = (LINE * gpu.network, NETWORK_HOP) if layout.ranks > gpu.node else (gpu.link, NVLINK_HOP)
-    parts = layout.split if program.train_py else t
+    tp = layers * tp_forward, layers * (tp_backward + tp_recomputed), 0.0
+    rate, delay = (LINE_RATE_SHARE * gpu.network, NETWORK_HOP) if layout.ranks > gpu.node else (gpu.link, NVLINK_HOP)
+    parts = layout.norm_split if program.train_py else t
     pp = (layout.pp > 1) * layout.chunks * (n * h * program.residual / parts / rate + delay)
     forward, backward, weight = (sum(x) for x in zip(compute, tp, (pp, pp, 0.0), strict=True))
 
-    # dp: gradients are summed during backward. Parameters are gathered after the update, at stage 3 before each pass.
-    # `number` of messages: one per layer at stage 3; else one per bucket, or a single one in the papers' programs
+    # dp: gradients are summed during backward. Parameters are gathered after the update, by ZeRO 3 before each pass.
+    # Messages: one per layer with ZeRO 3; else one per bucket; in the papers' programs one
     psi = rank_params(shape, layout, slowest).count
-    number = layers if layout.zero == 3 else max(1, program.train_py * psi * program.gradient / BUCKETS[layout.zero])
-    scatter, gather = (ring_seconds(gpu, layout.dp, psi * size, t, number) for size in (program.gradient, program.item))
+    message_count = layers if layout.zero == 3 else max(
+        1, program.train_py * psi * program.gradient / BUCKETS[layout.zero])
+    scatter, gather = (ring_seconds(gpu, layout.dp, psi * size, t, message_count)
+                       for size in (program.gradient, program.item))
 
     def exposed(message, compute):
         return max(0.0, message - program.overlap_dp * compute)
@@ -936,7 +1034,8 @@ def cost(gpu: GPU, n_gpus: int, seconds: float) -> dict:
     """{"gpu_hours", "energy_mwh", "tco2", "dollars"}; at full power, as LLaMA's bill: hours x watts x PUE."""
     hours = n_gpus * seconds / 3600
     energy = hours * gpu.watts * PUE / 1e6
-    return {"gpu_hours": hours, "energy_mwh": energy, "tco2": energy * GRID, "dollars": gpu.price and hours * gpu.price}
+    return {"gpu_hours": hours, "energy_mwh": energy, "tco2": energy * KG_CO2_PER_KWH,
+            "dollars": gpu.price and hours * gpu.price}
 
 
 def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: str | GPU | None = None,
@@ -944,7 +1043,7 @@ def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: 
     """What a run of `tokens` tokens takes: a dict, ready for JSON. Most names explain themselves. The others:
 
     law             what assess() says; "best_tokens" for this size; "extrapolated": N or D are smaller than what the
-                    law was fitted to, and "loss" and "left" None
+                    law was fitted to, and "loss" and "loss_gap" None
     bubble          its share of a step, if forward and both parts of backward take equally long
     memory_bytes    of the fullest rank; bytes_sent: {axis: bytes per step of the rank that sends most}
     With a GPU, also seconds, energy and cost. With rank_flops, the FLOP/s that a rank was measured to reach, seconds
@@ -954,25 +1053,25 @@ def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: 
     law = assess(N, tokens) | {"best_tokens": optimal_tokens(N),
                                "extrapolated": N < FITTED_FROM["N"] or tokens < FITTED_FROM["D"]}
     if law["extrapolated"]:
-        law |= {"loss": None, "left": None}
+        law |= {"loss": None, "loss_gap": None}
     parts = {name: round(x) for name, x in fullest(shape, layout, program).items()}
-    waits = bubble(layout, 1, 1, 1)
+    bubble_seconds, busy_seconds = bubble(layout, 1, 1, 1), 3 * layout.micro_batches
     sent = [bytes_sent(messages(shape, layout, program, pp_rank), layout) for pp_rank in range(layout.pp)]
     answer = {"parameters": N, "embedding_parameters": shape.vocab_size * shape.n_embd, "tokens": tokens,
               "tokens_per_parameter": tokens / N, "tokens_per_step": layout.batch * shape.seq_len,
               "flops_per_token": shape.flops_per_token(), "flops": flops, "law": law,
-              "layout": dataclasses.asdict(layout), "bubble": waits / (3 * layout.micro_batches + waits),
+              "layout": dataclasses.asdict(layout), "bubble": bubble_seconds / (busy_seconds + bubble_seconds),
               "layers_per_rank": depth(shape.n_layer, layout.pp, layout.chunks),
               "memory_bytes": parts | {"total": sum(parts.values())},
               "bytes_sent": {axis: round(max(x.get(axis, 0) for x in sent)) for axis in sorted(set().union(*sent))}}
     if gpu is not None:
         gpu = find_gpu(gpu)
-        e = estimate(shape, gpu, layout, program, gpu.peak_flops(precision) / gpu.peak)
-        seconds = tokens / e["tokens_per_s"]
-        answer |= {"gpu": gpu.name, "seconds_per_step": e["seconds"], "seconds": seconds, "days": seconds / 86400,
-                   **{name: e[name] for name in ("tokens_per_s", "mfu", "tflops", "hardware_tflops")},
-                   **cost(gpu, layout.ranks, seconds), "dollars_per_gpu_hour": gpu.price,
-                   "price_source": gpu.source}
+        estimated = estimate(shape, gpu, layout, program, gpu.peak_flops(precision) / gpu.peak)
+        seconds = tokens / estimated["tokens_per_s"]
+        answer |= {"gpu": gpu.name, "seconds_per_step": estimated["seconds"], "seconds": seconds,
+                   "days": seconds / 86400,
+                   **{name: estimated[name] for name in ("tokens_per_s", "mfu", "tflops", "hardware_tflops")},
+                   **cost(gpu, layout.ranks, seconds), "dollars_per_gpu_hour": gpu.price, "price_source": gpu.source}
     elif rank_flops:
         seconds = flops / rank_flops / layout.ranks / (1 - answer["bubble"])
         answer |= {"rank_flops": rank_flops, "seconds": seconds, "days": seconds / 86400}
@@ -982,8 +1081,8 @@ def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: 
 # ---- (5) all layouts, ranked -----------------------------------------------------------------------------------------
 
 def layouts(shape: Shape, gpu: GPU, n_gpus: int, batch: int, **fixed):
-    """Layouts of n_gpus ranks that train.py takes: tp inside a node, up to 8 chunks and 32 windows a micro-batch, no
-    GPipe (1F1B equals it in time and beats it in memory); `fixed` fields as they are given."""
+    """Layouts of n_gpus ranks to compare. Of those that train.py accepts: tp inside a node, 1 to 8 chunks, 1 to 32
+    sequences per micro-batch. GPipe only if `fixed` asks for it: 1F1B takes equal time and less memory."""
     divisors = [n for n in range(1, n_gpus + 1) if n_gpus % n == 0]
     choices = {"tp": [n for n in divisors if n <= gpu.node], "pp": divisors, "micro_batch_size": (1, 2, 4, 8, 16, 32),
                "schedule": ("1f1b", "zb", "interleaved"), "chunks": range(1, 9), "zero": range(4),
@@ -991,20 +1090,20 @@ def layouts(shape: Shape, gpu: GPU, n_gpus: int, batch: int, **fixed):
     if unknown := fixed.keys() - {"dp", *choices}:
         raise BadInput(f"fixed must name {', '.join(['dp', *choices])}, got {', '.join(sorted(unknown))}")
     choices |= {name: (x,) for name, x in fixed.items() if name != "dp"}
-    for tp, pp, b, schedule, v, zero, recompute, sp in itertools.product(*choices.values()):
+    for tp, pp, micro_batch, schedule, chunks, zero, recompute, sp in itertools.product(*choices.values()):
         dp, left_over = divmod(n_gpus, tp * pp)
-        if left_over or dp != fixed.get("dp", dp) or batch % (dp * b):
+        if left_over or dp != fixed.get("dp", dp) or batch % (dp * micro_batch):
             continue
-        m = batch // (dp * b)
+        m = batch // (dp * micro_batch)
         widths = (shape.n_head, shape.n_kv_head, shape.n_ff, shape.vocab_size, shape.seq_len if sp else tp)
         if (all(x % tp == 0 for x in widths)                               # what tp splits, it splits evenly
-                and pp * v <= shape.n_layer                                # a stage has a layer
+                and pp * chunks <= shape.n_layer                           # a stage has a layer
                 and (pp > 1 or schedule == "1f1b")                         # one stage needs no other schedule
-                and (v > 1) == (schedule == "interleaved")
-                and not (v > 1 and m % pp)                                 # interleaving: pp micro-batches at a time
+                and (chunks > 1) == (schedule == "interleaved")
+                and not (chunks > 1 and m % pp)                            # interleaving: pp micro-batches at a time
                 and not (schedule == "zb" and recompute != "none")         # zb keeps the inputs of weight gradients
                 and (dp > 1 or zero == 0 or "zero" in fixed)):             # ZeRO over one rank is no ZeRO
-            yield Layout(dp, tp, pp, schedule, v, b, m, zero, recompute, sp)
+            yield Layout(dp, tp, pp, schedule, chunks, micro_batch, m, zero, recompute, sp)
 
 
 def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None = None, precision: str = "bf16",
@@ -1012,13 +1111,14 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
     """The layouts of a training step that fit, fastest first, the best of each (tp, pp, zero): bills, each with
     "command", which train.py takes.
 
-    config             a Shape, a mapping or an object with ModelConfig's fields
+    config             a Shape, a dict or an object with ModelConfig's fields
     gpu                a name in GPUS, or a GPU
     global_batch_size  sequences per step; default: of 4 M or half a million tokens
     precision          train.py's flag; program: another one than train.py
     tokens             of the run; default: the best number by the law
     fixed              fields of Layout that are given: tp=8, recompute="full", ...
-    Raises BadInput for other names in `fixed`, if no layout is possible, and if none fits.
+    Raises BadInput for wrong gpu, precision and tokens, for other names in `fixed`, if no layout is possible, and if
+    none fits.
     """
     shape, gpu = shape_of(config), find_gpu(gpu)
     precision, fixed = precision_of_gpu(precision, gpu), {name: x for name, x in fixed.items() if x is not None}
@@ -1034,15 +1134,16 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
         raise BadInput(f"global_batch_size {batch} on {n_gpus} GPUs must be split evenly by some dp x tp x pp that "
                        f"train.py takes for {shape.n_head} heads ({shape.n_kv_head} of keys), {shape.n_layer} layers "
                        f"and {fixed}; none does")
-    needs, usable = [fullest(shape, layout, program) for layout in possible], USABLE * gpu.memory
+    needs, usable = [fullest(shape, layout, program) for layout in possible], USABLE_MEMORY * gpu.memory
     fitting = [layout for layout, parts in zip(possible, needs, strict=True) if sum(parts.values()) <= usable]
     if not fitting:
         parts = min(needs, key=lambda parts: sum(parts.values()))
         raise BadInput(f"a layout must fit into {usable / 1e9:.1f} GB of {gpu.name}, the smallest on {n_gpus} GPUs "
                        f"needs {amounts(parts)} per GPU")
     steps, speed = math.ceil(tokens / batch / shape.seq_len), gpu.peak_flops(precision) / gpu.peak
-    for e in sorted((estimate(shape, gpu, layout, program, speed) for layout in fitting), key=lambda e: e["step"]):
-        best.setdefault((e["layout"].tp, e["layout"].pp, e["layout"].zero), e["layout"])
+    estimates = [estimate(shape, gpu, layout, program, speed) for layout in fitting]
+    for layout in (estimated["layout"] for estimated in sorted(estimates, key=lambda estimated: estimated["step"])):
+        best.setdefault((layout.tp, layout.pp, layout.zero), layout)
     return [bill(shape, layout, program, tokens=tokens, gpu=gpu, precision=precision)
             | {"command": command(shape, layout, precision, gpu, steps)} for layout in list(best.values())[:top]]
 
@@ -1053,7 +1154,7 @@ def flag_of(field: str) -> str:
 
 
 def command(shape: Shape, layout: Layout, precision: str, gpu: GPU, steps: int) -> str:
-    """The torchrun line: it holds the whole shape, so the config that it changes hardly matters."""
+    """The torchrun line. Its flags state every field of the shape; --config only fills the rest."""
     nodes = math.ceil(layout.ranks / gpu.node)
     launch = f"torchrun --nproc-per-node {min(layout.ranks, gpu.node)}"
     launch += f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500" if nodes > 1 else ""
@@ -1065,10 +1166,14 @@ def command(shape: Shape, layout: Layout, precision: str, gpu: GPU, steps: int) 
     return f"{launch} train.py {' '.join(words)} --data data/mycorpus"                    # your prepared text
 
 
-# ---- the lecture ends here. Names of shapes, GPUs, precisions --------------------------------------------------------
+# ---- the lecture ends here -------------------------------------------------------------------------------------------
+#
+# What follows: names of shapes, GPUs and precisions; text; the command line; the demo, which asserts the lecture.
+
+# ---- names -----------------------------------------------------------------------------------------------------------
 
 def shape_of(config) -> Shape:
-    """The Shape of a mapping or an object with ModelConfig's fields."""
+    """The Shape of a dict or an object with ModelConfig's fields."""
     known = config if isinstance(config, dict) else {name: getattr(config, name) for name in dir(config)}
     return Shape(**{f.name: known[f.name] for f in dataclasses.fields(Shape) if f.name in known})
 
@@ -1077,12 +1182,13 @@ def shape_of(config) -> Shape:
 def shape_for(params: float, seq_len: int = 4096) -> Shape:
     """A Llama of about so many parameters: heads of 128 (below 8 heads: of 64), about width / 128 layers, an MLP of
     about 8/3 of the width, wider or narrower to meet the number of parameters."""
-    V, shapes = 32000 if params >= 3e8 else 8192 if params >= 2e7 else 2048, {}
+    vocab_size, shapes = 32000 if params >= 3e8 else 8192 if params >= 2e7 else 2048, {}
     for heads in (*range(1, 8), *range(8, 32, 4), *range(32, 513, 8)):
         h = heads * (128 if heads >= 8 else 64)
-        layers = max(2, 2 * round((params - 2 * V * h) / (12 * h * h) / 2))
-        n_ff = max(1, round(((params - 2 * V * h) / layers - 4 * h * h) / (3 * h) / 128)) * 128
-        shape = Shape(V, seq_len, layers, heads, heads, h // heads, h, n_ff)
+        in_layers = params - 2 * vocab_size * h
+        layers = max(2, 2 * round(in_layers / (12 * h * h) / 2))
+        n_ff = max(1, round((in_layers / layers - 4 * h * h) / (3 * h) / 128)) * 128
+        shape = Shape(vocab_size, seq_len, layers, heads, heads, h // heads, h, n_ff)
         shapes[shape] = sum(weight * abs(math.log(x)) for weight, x in (
             (1, shape.num_params / params), (0.1, h / layers / 128), (0.5, n_ff / h * 3 / 8)))
     return min(shapes, key=shapes.get)
@@ -1147,37 +1253,40 @@ def amounts(parts: dict) -> str:
 def describe_bill(bill: dict) -> str:
     """A bill as aligned lines: a label, padded to 11 characters, and a sentence. "law" may be None: the laws speak of
     pre-training."""
-    law, layout, b = bill["law"], Layout(**bill["layout"]), bill
-    lines = [("run", f"{b['parameters']:,} parameters ({b['embedding_parameters']:,} in the embedding), "
-                     f"{short(b['tokens'])} tokens, {b['flops']:.3g} FLOPs"),
-             ("", f"{short(b['tokens_per_step'])} tokens per step")]
+    law, layout = bill["law"], Layout(**bill["layout"])
+    lines = [("run", f"{bill['parameters']:,} parameters ({bill['embedding_parameters']:,} in the embedding), "
+                     f"{short(bill['tokens'])} tokens, {bill['flops']:.3g} FLOPs"),
+             ("", f"{short(bill['tokens_per_step'])} tokens per step")]
     if law:
-        lines.append(("law", f"{b['tokens_per_parameter']:.3g} tokens per parameter; best for this size: "
-                             f"{law['best_tokens'] / b['parameters']:.3g}, that is {short(law['best_tokens'])} tokens"))
+        best = law["best_tokens"]
+        lines.append(("law", f"{bill['tokens_per_parameter']:.3g} tokens per parameter; best for this size: "
+                             f"{best / bill['parameters']:.3g}, that is {short(best)} tokens"))
         lines.append(("", f"a guess for so small a model or so few tokens: the law was fitted to "
                           f"{short(FITTED_FROM['N'])} parameters, {short(FITTED_FROM['D'])} tokens and more"
                       if law["extrapolated"] else
-                      f"loss {law['loss']:.3f} predicted, {law['left']:.3f} nats above the best of these 6 N D FLOPs: "
-                      f"{short(law['N_opt'])} parameters, {short(law['D_opt'])} tokens"))
-    lines.append(("memory", f"{amounts(b['memory_bytes'])} per rank, predicted"))
+                      f"loss {law['loss']:.3f} predicted, {law['loss_gap']:.3f} nats above the best of these 6 N D "
+                      f"FLOPs: {short(law['N_opt'])} parameters, {short(law['D_opt'])} tokens"))
+    lines.append(("memory", f"{amounts(bill['memory_bytes'])} per rank, predicted"))
     if layout.ranks > 1:
         lines.append(("mesh", f"pp {layout.pp} x dp {layout.dp} x tp {layout.tp}"))
         if layout.pp > 1:
-            layers = ", ".join(map(str, b["layers_per_rank"]))
+            layers = ", ".join(map(str, bill["layers_per_rank"]))
             lines.append(("pipeline", f"{layout.schedule}, {layout.micro_batches} micro-batches, bubble "
-                                      f"{b['bubble']:.1%}; layers per rank {layers}"))
-        lines.append(("messages", f"{amounts(b['bytes_sent'])} per step, sent by a rank"))
-    if "gpu" in b:
-        step = sum(b["seconds_per_step"].values())
-        price = f", ${b['dollars']:,.0f} at ${b['dollars_per_gpu_hour']:.2f} per GPU-hour" if b["dollars"] else ""
-        lines += [("time", f"about {clock(b['seconds'])} on {layout.ranks:,} x {b['gpu']}, {step:.4g} s per "
-                           f"step, {short(b['tokens_per_s'])} tokens/s, MFU {b['mfu']:.1%}"),
-                  ("", ", ".join(f"{name} {x / step:.1%}" for name, x in b["seconds_per_step"].items() if x)),
-                  ("cost", f"{b['gpu_hours']:,.4g} GPU-hours, {b['energy_mwh']:,.3g} MWh, "
-                           f"{b['tco2']:,.3g} t CO2{price} ({b['price_source']})")]
-    elif "seconds" in b:
-        lines.append(("time", f"about {clock(b['seconds'])} on {layout.ranks:,} rank{'s' * (layout.ranks > 1)} at "
-                              f"{b['rank_flops'] / 1e9:,.0f} GFLOP/s each; messages are not counted"))
+                                      f"{bill['bubble']:.1%}; layers per rank {layers}"))
+        lines.append(("messages", f"{amounts(bill['bytes_sent'])} per step, sent by a rank"))
+    if "gpu" in bill:
+        step = sum(bill["seconds_per_step"].values())
+        price = ""
+        if bill["dollars"]:
+            price = f", ${bill['dollars']:,.0f} at ${bill['dollars_per_gpu_hour']:.2f} per GPU-hour"
+        lines += [("time", f"about {clock(bill['seconds'])} on {layout.ranks:,} x {bill['gpu']}, {step:.4g} s per "
+                           f"step, {short(bill['tokens_per_s'])} tokens/s, MFU {bill['mfu']:.1%}"),
+                  ("", ", ".join(f"{name} {x / step:.1%}" for name, x in bill["seconds_per_step"].items() if x)),
+                  ("cost", f"{bill['gpu_hours']:,.4g} GPU-hours, {bill['energy_mwh']:,.3g} MWh, "
+                           f"{bill['tco2']:,.3g} t CO2{price} ({bill['price_source']})")]
+    elif "seconds" in bill:
+        lines.append(("time", f"about {clock(bill['seconds'])} on {layout.ranks:,} rank{'s' * (layout.ranks > 1)} at "
+                              f"{bill['rank_flops'] / 1e9:,.0f} GFLOP/s each; messages are not counted"))
     return "\n".join(f"{label:<11}{text}" for label, text in lines)
 
 
@@ -1190,17 +1299,17 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(re.sub("^argument (.+?): ", r"\1 ", message))
 
 
-def number(lowest: float, highest: float, whole: bool = False):
+def number(lowest: float, highest: float, integer: bool = False):
     """An argparse type: a number from lowest to highest, like 7e9."""
     def read(text: str):
         try:
             x = float(text)
         except ValueError:
             x = math.nan
-        if not lowest <= x <= highest or whole and x != int(x):
-            raise argparse.ArgumentTypeError(f"must be a {'whole ' * whole}number from {lowest:g} to {highest:g}, "
+        if not lowest <= x <= highest or integer and x != int(x):
+            raise argparse.ArgumentTypeError(f"must be a {'whole ' * integer}number from {lowest:g} to {highest:g}, "
                                              f"got {text!r}")
-        return int(x) if whole else x
+        return int(x) if integer else x
     return read
 
 
@@ -1209,27 +1318,26 @@ COLUMNS = {"n": "N", "params": "N", "parameters": "N", "parameter_count": "N", "
 
 
 def read_runs(path) -> np.ndarray:
-    """A CSV file of runs -> table()'s (n, 4). Its first line names the columns, as in COLUMNS: N, D, loss and, if it is
-    known, C. Other columns, empty lines and those that begin with # are passed over. BadInput counts lines as an editor
-    does."""
-    place, runs = {}, {}
+    """A CSV file of runs -> (n, 4): N, D, loss, C. Its first line names the columns, as in COLUMNS; C may be missing.
+    Other columns, empty lines and those that begin with # are passed over. BadInput counts lines as an editor does."""
+    column_of, runs = {}, {}
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
         for row in reader:
             line = f"{path}: line {reader.line_num}"
             if not row or row[0].startswith("#"):
                 continue
-            if not place:
+            if not column_of:
                 names = [name.strip().lower() for name in row]
-                place = {COLUMNS[name]: i for i, name in enumerate(names) if name in COLUMNS}
-                if not {"N", "D", "loss"} <= place.keys():
+                column_of = {COLUMNS[name]: i for i, name in enumerate(names) if name in COLUMNS}
+                if not {"N", "D", "loss"} <= column_of.keys():
                     raise BadInput(f"{line} must name N, D and loss, got {','.join(row)}")
                 continue
             try:
-                runs[line] = [float(row[place[name]]) for name in ("N", "D", "loss", "C") if name in place]
+                runs[line] = [float(row[column_of[name]]) for name in ("N", "D", "loss", "C") if name in column_of]
             except (ValueError, IndexError):
-                raise BadInput(f"{line} must have a number for {', '.join(place)}, got {','.join(row)}") from None
-    return table(list(runs.values()), list(runs))
+                raise BadInput(f"{line} must have a number for {', '.join(column_of)}, got {','.join(row)}") from None
+    return as_runs(list(runs.values()), list(runs))
 
 
 def warn_of_units(path, runs):
@@ -1241,8 +1349,8 @@ def warn_of_units(path, runs):
 
 
 def fit_all(runs, name) -> dict:
-    """All three approaches -> {"parametric", "isoflop", "envelope"}. Without approach 3, BadInput. One of the others
-    that the runs cannot support is None, and stderr says why. name: of the runs."""
+    """All three approaches -> {"parametric", "isoflop", "envelope"}. Raises BadInput if approach 3 is impossible. One
+    of the others that the runs cannot support is None, and stderr says why. name: of the runs."""
     results = {"parametric": fit_parametric(runs), "isoflop": None, "envelope": None}
     for key, fit in (("isoflop", fit_isoflop), ("envelope", fit_envelope)):
         try:
@@ -1257,20 +1365,21 @@ def report(runs, results):
     N, D, loss, C = runs.T
     print(f"{len(runs)} runs, C {C.min():.3g} to {C.max():.3g} FLOPs; 6 N D is {(6 * N * D / C).min():.3g} to "
           f"{(6 * N * D / C).max():.3g} of C")
-    for name, fit in results.items():
-        if fit is None:
+    for name, result in results.items():
+        if result is None:
             continue
-        ends = fit.get("intervals") or {}
-        numbers = [(key, x, *(ends.get(key) or (None, None))) for key, x in fit.items() if isinstance(x, (int, float))]
-        print("\n" + columns(*(row if ends else row[:2] for row in [(name, "", "95 % from", "to"), *numbers])))
-        for rows in (x for x in fit.values() if isinstance(x, list)):
+        known = result.get("intervals") or {}
+        numbers = [(key, x, *(known.get(key) or (None, None)))
+                   for key, x in result.items() if isinstance(x, (int, float))]
+        print("\n" + columns(*(row if known else row[:2] for row in [(name, "", "95 % from", "to"), *numbers])))
+        for rows in (x for x in result.values() if isinstance(x, list)):
             print(columns(rows[0], *(row.values() for row in rows)))
-    if (fit := results["isoflop"]) and len(fit["points"]) < 4:
-        print(f"isoflop: an exponent from fewer than 4 vertices is hardly known, here are {len(fit['points'])}")
-    fits = {name: fit for name, fit in results.items() if fit and "a" in fit}
+    if results["isoflop"] and (count := len(results["isoflop"]["points"])) < 4:
+        print(f"isoflop: an exponent from fewer than 4 vertices is hardly known, here are {count}")
+    fits = {name: result for name, result in results.items() if result and "a" in result}
     for one, other in itertools.combinations([name for name, fit in fits.items() if fit["intervals"]], 2):
-        (start, end), (other_start, other_end) = (fits[name]["intervals"]["a"] for name in (one, other))
-        if end < other_start or other_end < start:
+        (low, high), (other_low, other_high) = (fits[name]["intervals"]["a"] for name in (one, other))
+        if high < other_low or other_high < low:
             print(f"{one} and {other} disagree: their intervals of a do not overlap")
     best = {name: (fit["k_N"] * C.max() ** fit["a"], fit["k_D"] * C.max() ** fit["b"]) for name, fit in fits.items()}
     print("\n" + columns((f"C = {C.max():.3g} FLOPs", "N_opt", "D_opt", "D/N"),
@@ -1301,26 +1410,26 @@ def draw(file: Path, plot, *data):
     print(f"drawn      {file}", file=sys.stderr)
 
 
-def command_fit(asked):
-    runs = read_runs(asked.runs)
+def command_fit(args):
+    runs = read_runs(args.runs)
     if len(runs) > 2000:
-        print(f"scaling.py: {asked.runs}: fitting {len(runs):,} runs, and 200 resamples of them, takes minutes",
+        print(f"scaling.py: {args.runs}: fitting {len(runs):,} runs, and 200 resamples of them, takes minutes",
               file=sys.stderr)
-    results = fit_all(runs, asked.runs) | ({"holdout": holdout(runs, asked.holdout)} if asked.holdout else {})
-    warn_of_units(asked.runs, runs)
-    print(json.dumps(results)) if asked.json else report(runs, results)
-    if asked.plot:
-        draw(Path(asked.plot) / "isoflop.png", plot_isoflop, runs, results)
+    results = fit_all(runs, args.runs) | ({"holdout": holdout(runs, args.holdout)} if args.holdout else {})
+    warn_of_units(args.runs, runs)
+    print(json.dumps(results)) if args.json else report(runs, results)
+    if args.plot:
+        draw(Path(args.plot) / "isoflop.png", plot_isoflop, runs, results)
 
 
-def command_plan(asked):
-    gpu, shape = GPUS[asked.gpu], shape_for(asked.params, asked.seq_len)
-    if asked.price:
-        gpu = replace(gpu, price=asked.price, source="as given")
-    options = {name: x for name, x in vars(asked).items() if name in Layout.__dataclass_fields__}
-    rows = plan(shape, gpu, asked.n_gpus, top=5, tokens=asked.tokens, precision=asked.precision,
-                global_batch_size=asked.global_batch_size, **options)
-    if asked.json:
+def command_plan(args):
+    gpu, shape = GPUS[args.gpu], shape_for(args.params, args.seq_len)
+    if args.price:
+        gpu = replace(gpu, price=args.price, source="as given")
+    options = {name: x for name, x in vars(args).items() if name in Layout.__dataclass_fields__}
+    rows = plan(shape, gpu, args.n_gpus, top=5, tokens=args.tokens, precision=args.precision,
+                global_batch_size=args.global_batch_size, **options)
+    if args.json:
         print(json.dumps({"shape": dataclasses.asdict(shape), "layouts": rows}))
         return
     names = "dp", "tp", "pp", "zero", "recompute", "micro_batch_size", "schedule", "chunks"
@@ -1334,34 +1443,34 @@ def command_plan(asked):
 def parse(argv):
     parser = Parser("scaling.py", description="without a command: the demo")
     commands = parser.add_subparsers(dest="command")
-    fit = commands.add_parser("fit", help="fit the three approaches to a file of runs")
-    fit.add_argument("runs", metavar="RUNS.csv", help="columns N, D, loss and, if known, the budget C")
-    fit.add_argument("--holdout", type=number(1, 1e6, True), metavar="K", help="predict the K largest budgets")
-    fit.add_argument("--plot", metavar="DIR", help="write isoflop.png")
-    plan = commands.add_parser("plan", help="the best layouts of a training run, their time and cost")
-    plan.add_argument("--params", type=number(5e5, 1e14), required=True, help="parameters of a Llama: 7e9")
-    plan.add_argument("--gpu", choices=GPUS, required=True)
-    plan.add_argument("--n-gpus", type=number(1, 1e6, True), required=True)
-    plan.add_argument("--tokens", type=number(1e3, 1e18), help="to train on [the best number by the law]")
-    plan.add_argument("--seq-len", type=number(1, 1e7, True), default=4096, help="tokens per sequence")
-    plan.add_argument("--global-batch-size", type=number(1, 1e7, True), help="sequences per step")
-    plan.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
-    plan.add_argument("--price", type=number(1e-3, 1e4), help="dollars per GPU-hour")
+    fit_parser = commands.add_parser("fit", help="fit the three approaches to a file of runs")
+    fit_parser.add_argument("runs", metavar="RUNS.csv", help="columns N, D, loss and, if known, the budget C")
+    fit_parser.add_argument("--holdout", type=number(1, 1e6, True), metavar="K", help="predict the K largest budgets")
+    fit_parser.add_argument("--plot", metavar="DIR", help="write isoflop.png")
+    plan_parser = commands.add_parser("plan", help="the best layouts of a training run, their time and cost")
+    plan_parser.add_argument("--params", type=number(5e5, 1e14), required=True, help="parameters of a Llama: 7e9")
+    plan_parser.add_argument("--gpu", choices=GPUS, required=True)
+    plan_parser.add_argument("--n-gpus", type=number(1, 1e6, True), required=True)
+    plan_parser.add_argument("--tokens", type=number(1e3, 1e18), help="to train on [the best number by the law]")
+    plan_parser.add_argument("--seq-len", type=number(1, 1e7, True), default=4096, help="tokens per sequence")
+    plan_parser.add_argument("--global-batch-size", type=number(1, 1e7, True), help="sequences per step")
+    plan_parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto")
+    plan_parser.add_argument("--price", type=number(1e-3, 1e4), help="dollars per GPU-hour")
     for name in ("dp", "tp", "pp", "chunks", "micro_batch_size"):
-        plan.add_argument(flag_of(name), dest=name, type=number(1, 1e6, True))
-    plan.add_argument("--zero", type=number(0, 3, True))
-    plan.add_argument("--pp-schedule", dest="schedule", choices=("gpipe", "1f1b", "interleaved", "zb"))
-    plan.add_argument("--recompute", choices=("none", "selective", "full"))
-    plan.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction)
-    for command in (fit, plan):
-        command.add_argument("--json", action="store_true", help="print one JSON object")
+        plan_parser.add_argument(flag_of(name), dest=name, type=number(1, 1e6, True))
+    plan_parser.add_argument("--zero", type=number(0, 3, True))
+    plan_parser.add_argument("--pp-schedule", dest="schedule", choices=("gpipe", "1f1b", "interleaved", "zb"))
+    plan_parser.add_argument("--recompute", choices=("none", "selective", "full"))
+    plan_parser.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction)
+    for command_parser in (fit_parser, plan_parser):
+        command_parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args(argv)
 
 
 def main(argv=None) -> int:
     try:
-        asked = parse(argv)
-        {None: lambda asked: demo(), "fit": command_fit, "plan": command_plan}[asked.command](asked)
+        args = parse(argv)
+        {None: lambda args: demo(), "fit": command_fit, "plan": command_plan}[args.command](args)
         return 0
     except (BadInput, OSError, ImportError, UnicodeDecodeError, csv.Error) as error:
         print(f"scaling.py: {error}", file=sys.stderr)
@@ -1392,7 +1501,7 @@ def demo():
     print("\n(3) what did known models leave on the table?")
     known = {name: assess(N, D) for name, (N, D) in MODELS.items()}
     print(columns(("", *known["GPT-3 175B"]), *((name, *r.values()) for name, r in known.items())))
-    assert all(r["left"] > 0 for r in known.values())
+    assert all(r["loss_gap"] > 0 for r in known.values())
 
     # (4) Korthikanti 2022, equation 4, table 5; ZeRO, table 1; Megatron, table 1; Llama 3, table 4. (5) LLaMA, table 15
     a100, h100, llama = GPUS["a100"], GPUS["h100"], Shape(128256, 8192, 126, 128, 8, 128, 16384, 53248)

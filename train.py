@@ -1,6 +1,6 @@
 """Training: the file that imports its siblings and wires them into a run.
 
-    python train.py                                       `tiny`, on this Python's own library: minutes on two CPU cores
+    python train.py                                       train `tiny` on Python's standard library: minutes on 2 cores
     python train.py --data "my/*.txt" --out out/mine      your text
     python train.py --out out/tiny --sample "def main("   continue a text
     python train.py --config 7b --gpu h100 --dp 8 --tp 4 --dry-run       memory, time and cost on 32 GPUs, from anywhere
@@ -13,11 +13,11 @@ many ranks, with runs that survive being killed. Training goes on in stages, eac
 
     pretrain   predict the next token of text           a base model: it continues
     sft        ... of answers, after their prompts      it answers, in the form that it was shown
-    dpo        prefer the chosen answer of a pair       it answers as people, or a judge, like it better
+    dpo        prefer the chosen answer of a pair       it gives the answers that people, or a judge, preferred
     rl         sample answers, reward the good ones     it gets what the reward pays for
 
 All four follow the gradient of sum_t w_t nll_t / N, and only the tokens' weights w_t differ (model.py, "the same loss,
-other weights").
+other weights"). nll_t: minus the log-probability of target t. N: how many targets there are (dpo: pairs; rl: answers).
 
 train_step() does one step, and its comments are numbered: 1. count targets, 2. forward and backward, 3. sum gradients,
 4. one all-reduce of norm and loss, 5. skip the update if they are not finite, 6. else clip and update with AdamW:
@@ -26,17 +26,18 @@ train_step() does one step, and its comments are numbered: 1. count targets, 2. 
       p -= lr (m' / (sqrt(v') + eps) + wd p)                       p: a parameter; wd: weight decay, on matrices alone
 
 or, with --optimizer muon, the matrices inside the blocks with Muon (zero.py) and the rest with AdamW.
-A step depends on the config, the data, the seed and its number alone. So a checkpoint continues bit for bit on a CPU,
-and on a GPU as far as its kernels are deterministic. The same command again goes on where the run stopped: after Ctrl-C
-and SIGTERM, which save first, and after kill -9, from the last checkpoint.
+Given the weights and the optimizer's states, a step depends on the config, the data, the seed and its number alone. So
+a checkpoint continues bit for bit on a CPU, and on a GPU as far as its kernels are deterministic. The same command
+again goes on where the run stopped: after Ctrl-C and SIGTERM, which save first, and after kill -9, from the last
+checkpoint.
 
     out/RUN/   config.json   metrics.jsonl   card.md   tokenizer.model   checkpoints/step-00000400/...
 
 Exit codes: 0 done, or stopped and saved; 2 bad input; 3 diverged; 1 anything else.
 Source: AdamW (Loshchilov 2019, arXiv:1711.05101); SFT and RLHF (Ouyang 2022, 2203.02155); DPO (Rafailov 2023,
 2305.18290); RLAIF (Bai 2022, 2212.08073).
-Map: textbook loop - configs - objectives - step - evaluate - build - the run: here a first reading ends. Then what
-asks for a run and what uses it: the bill - chat, pairs, probe, export - command line - ranks, main.
+First reading: textbook loop - configs - a step - evaluate - build - the run. Later: the objectives after pre-training -
+the bill - chat, pairs, probe, export - command line - ranks, main.
 """
 
 import argparse
@@ -133,18 +134,20 @@ def lr_at(step: int, c: "Config") -> float:
 # ---- configs ---------------------------------------------------------------------------------------------------------
 
 def option(default, help, choices=None, *, affects_training=True, **bounds):
-    """A field of Config. affects_training: it decides what is learned, so that a run cannot go on with another value.
+    """A field of Config. affects_training: it decides what is learned, so a run cannot go on with another value.
     bounds: at_least, at_most, above, below; numbers are at least 0 anyway."""
     return field(default=default, metadata={"help": help, "choices": choices, "affects_training": affects_training,
                                             "bounds": {"at_least": 0} | bounds})
 
 
-runtime = functools.partial(option, affects_training=False)      # how it is learned; and data, compared by its content
+# it changes cost or output, not what is learned. `data` is here since its content is compared instead
+runtime = functools.partial(option, affects_training=False)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every field is a flag (--seq-len for seq_len). Defaults are the `tiny` config's."""
+    """Every field is a flag (--seq-len for seq_len). Defaults are the `tiny` config's, but for log_interval. Inside the
+    class body the names data, precision, zero and json mean fields, not modules, from their lines on."""
 
     config: str = runtime("tiny", "named set of defaults")
     # the model, as in model.ModelConfig; 0 derives
@@ -172,7 +175,7 @@ class Config:
                                    "FILE.py:FUNCTION")
     group_size: int = option(8, "rl: answers per prompt, whose mean reward is the baseline", at_least=2)
     answer_tokens: int = option(64, "rl: longest answer", at_least=1)
-    kl_coef: float = option(0.0, "rl: price of a nat that an answer's token is away from the starting model")
+    kl_coef: float = option(0.0, "rl: penalty per nat of difference from the starting model, per answer token")
     # the data
     data: str = runtime("stdlib", "prepared folder, or files, folders, globs, hf:DATASET[:SUBSET][:SPLIT] (comma-"
                                   "separated), or stdlib; with shares of tokens, 0.7*A,0.3*B, a mixture; after pre-"
@@ -203,8 +206,8 @@ class Config:
     master_weights: bool = option(True, "in a low precision: float32 copies that the optimizer updates")
     loss_scale: float = option(2.0**16, "fp16: what losses are multiplied by at first (0: no scaling)", below=1e38)
     # how it runs: same result, other cost
-    micro_batch_size: int = runtime(0, "windows per forward pass and rank (0: the largest divisor up to 8, rl: 64; "
-                                       "with pp, one that leaves 2 x pp micro-batches per step, if there are)")
+    micro_batch_size: int = runtime(0, "windows per forward pass and rank (0: the largest divisor up to 8, rl: 64, "
+                                       "that, with pp, leaves at least 2 x pp micro-batches per step, if one does)")
     recompute: str = runtime("none", "activations computed again in backward", ("none", "selective", "full"))
     attention: str = runtime("auto", "kernel; auto: triton on a GPU, sdpa elsewhere", ("auto", *flash_attn.BACKENDS))
     dp: int = runtime(0, "data-parallel ranks (0: what tp and pp leave of the world)")
@@ -257,7 +260,7 @@ class Config:
 
     @property
     def stages(self) -> int:
-        """Of the whole pipeline: each of its ranks has one, or pp_chunks of them."""
+        """Stages of the whole pipeline: pp, or pp x pp_chunks if interleaved."""
         return self.pp * (self.pp_chunks if self.pp_schedule == "interleaved" and self.pp > 1 else 1)
 
     @property
@@ -285,80 +288,27 @@ CONFIGS = {
 }
 
 
-# What a later stage of training changes of a config. lr: the share of the config's learning rate.
+# What a later stage of training changes of a config. lr_share: of the config's learning rate.
 OBJECTIVE_DEFAULTS = {
-    "sft": dict(lr=0.3, steps=400, warmup_steps=20, global_batch_size=16, eval_interval=200, log_interval=20,
+    "sft": dict(lr_share=0.3, steps=400, warmup_steps=20, global_batch_size=16, eval_interval=200, log_interval=20,
                 micro_batch_size=0),
-    "dpo": dict(lr=0.03, steps=80, warmup_steps=10, global_batch_size=32, eval_interval=50, log_interval=10,
+    "dpo": dict(lr_share=0.03, steps=80, warmup_steps=10, global_batch_size=32, eval_interval=50, log_interval=10,
                 weight_decay=0.0, micro_batch_size=0),
-    "rl": dict(lr=0.1, steps=60, warmup_steps=5, global_batch_size=64, eval_interval=20, log_interval=5,
+    "rl": dict(lr_share=0.1, steps=60, warmup_steps=5, global_batch_size=64, eval_interval=20, log_interval=5,
                weight_decay=0.0, micro_batch_size=0, reward="parses"),
 }
 
 
-class BadInput(ValueError):
-    """One line that names the flag, the rule and the value: exit code 2."""
+BadInput = scaling.BadInput                        # one line that names the flag, the rule and the value: exit code 2
 
 
 @contextlib.contextmanager
 def bad_input():
-    """While a run is built: what other files refuse with a ValueError is bad input too."""
+    """While a run is built: a ValueError of another file is bad input too."""
     try:
         yield
     except ValueError as error:
         raise BadInput(str(error)) from error
-
-
-# ---- the objectives --------------------------------------------------------------------------------------------------
-#
-# model.py has their weights of tokens ("the same loss, other weights"). rl samples, so each of its ranks has the whole
-# model. Its baseline is the mean reward of a group of G answers to one prompt. The answer itself is among them, so the
-# expected gradient is smaller by the factor 1 - 1/G.
-
-# objective -> the function of (batch, nll, config) that weighs tokens, and the names of its statistics
-OBJECTIVES = {
-    "dpo": (lambda batch, nll, c: net.preference(batch, nll, c.beta), ("accuracy", "margin")),
-    "rl": (lambda batch, nll, c: net.policy_gradient(batch, nll, c.kl_coef), ("reward", "kl"))}
-
-
-def windows_together(c: Config) -> int:
-    """Windows that no micro-batch may part: a pair of answers, a group of answers."""
-    return {"dpo": 2, "rl": c.group_size}.get(c.objective, 1)
-
-
-def whole_on_each_rank(c: Config, world: parallel.World) -> bool:
-    return c.tp == c.pp == 1 and (c.zero < 3 or world.mesh.dp == 1)
-
-
-class Rollouts:
-    """The loader of reinforcement learning: answers that the model samples as it is now, and what they are worth.
-
-    A batch is dict(tokens, targets, advantage, reward, count, reference). An answer depends on (seed, its number, the
-    weights) alone. prompts: data.Examples. start: the starting model.
-    """
-
-    def __init__(self, prompts, gpt, start, c: Config):
-        self.prompts, self.gpt, self.start, self.reward = prompts, gpt, start, data.find_reward(c.reward)
-        self.c = dataclasses.replace(c, temperature=1.0, top_k=0, top_p=1.0)                        # the model itself
-
-    def __next__(self) -> dict:
-        c, tokenizer = self.c, self.prompts.tokenizer
-        # the number of this rank's first answer, before next() moves the position
-        first = (self.prompts.position + self.prompts.dp_rank * self.prompts.micro_batch_size) * c.group_size
-        questions = [question for question in next(self.prompts) for _ in range(c.group_size)]
-        prompts = [ids for ids, _ in questions]
-        answers = sample_answers(self.gpt, tokenizer, prompts, c, range(first, first + len(prompts)), c.answer_tokens)
-        rewards = [data.call_reward(self.reward, row, tokenizer.decode(ids))
-                   for (_, row), ids in zip(questions, answers, strict=True)]
-        if math.isnan(sum(rewards)):
-            raise data.DataError(f"reward must say something of every prompt, {c.reward} does not")
-        # advantage = (reward - mean of its group) / spread of its group; in float64: equal rewards give 0
-        rewards = torch.tensor(rewards, dtype=torch.float64).view(-1, c.group_size)
-        advantage = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
-        batch = data.rows_of(prompts, answers) | {"reward": rewards.flatten(), "advantage": advantage.flatten(),
-                                                  "count": torch.tensor(rewards.numel())}
-        batch["reference"] = net.nll_of(self.start, batch)
-        return batch
 
 
 # ---- a step ----------------------------------------------------------------------------------------------------------
@@ -369,20 +319,20 @@ def to_device(batch, c: Config, device):
             if c.document_mask or name != "documents"}
 
 
-def train_step(model: "Model", optimizer, loader, step: int, c: Config, world: parallel.World, asked=(),
+def train_step(model: "Model", optimizer, loader, step: int, c: Config, world: parallel.World, stop_signals=(),
                on_phase=lambda step, phase: None, scaler: precision.LossScaler | None = None):
-    """One update -> (loss per target, pair or answer, gradient norm before clipping, whether any rank was `asked` to
-    stop, the objective's statistics).
+    """One update -> (loss per target, pair or answer, gradient norm before clipping, whether any rank was asked to
+    stop, the objective's statistics). stop_signals: the signals that this rank has received.
     If the loss or the norm is not finite, no weight changes, and the scaler's scale becomes smaller. Raises
     FloatingPointError if the scale cannot become smaller, DataError for a batch without any target."""
     on_phase(step, "data")
     batches = [to_device(next(loader), c, world.device) for _ in range(c.grad_accum_steps(world.mesh.dp))]
     # 1. N: how many targets the global batch has (dpo: pairs; rl: answers). In dpo and rl the tokens' weights w_t
-    # depend on the model, so a pass without gradient comes first
+    # depend on the model (OBJECTIVES, below the run), so a pass without gradient comes first
     N = parallel.all_reduce(sum(b["count"] if "count" in b else (b["targets"] >= 0).sum() for b in batches),
                             world.mesh.dp_group)
     on_phase(step, "forward_backward")
-    weigh, names = OBJECTIVES.get(c.objective, (None, ()))
+    weigh, statistic_names = OBJECTIVES.get(c.objective, (None, ()))
     if weigh:
         loss_and_statistics = []
         with torch.no_grad():
@@ -407,21 +357,21 @@ def train_step(model: "Model", optimizer, loader, step: int, c: Config, world: p
     parallel.reduce_partial_gradients(parameters_of(optimizer))
     # 4. one all-reduce of: squared gradient norm (each piece counted once), ranks that were asked to stop, loss, the
     # objective's statistics
-    total = torch.zeros(3 + len(names), dtype=torch.float64, device=world.device)
+    total = torch.zeros(3 + len(statistic_names), dtype=torch.float64, device=world.device)
     total[0] = parallel.squared_norm(p.grad for p in optimizer.owned)
-    total[1] = bool(asked)
+    total[1] = bool(stop_signals)
     if model.counts_loss:
         total[2:] = sum(loss_and_statistics if weigh else [nll.double().sum() for nll in nlls]) / N
     sumsq, stop, loss, *statistics = world.sum(total).tolist()
-    norm = math.sqrt(sumsq) / scale if math.isfinite(sumsq) else math.nan
+    grad_norm = math.sqrt(sumsq) / scale if math.isfinite(sumsq) else math.nan
     if math.isnan(loss) and not N.item():
         raise data.DataError(f"data must have a target in every batch, that of step {step + 1} has none; "
                              f"--seq-len is {c.seq_len}")
-    found_inf = not (math.isfinite(loss) and math.isfinite(norm))
+    found_inf = not (math.isfinite(loss) and math.isfinite(grad_norm))
     # 5. skip the update if they are not finite; 6. else clip, unscale, update
     if not found_inf:
         on_phase(step, "update")
-        factor = (c.grad_clip / norm if c.grad_clip and norm > c.grad_clip else 1.0) / scale
+        factor = (c.grad_clip / grad_norm if c.grad_clip and grad_norm > c.grad_clip else 1.0) / scale
         if factor != 1.0:
             torch._foreach_mul_([p.grad for p in parameters_of(optimizer)], factor)
         for group in optimizer.param_groups:
@@ -430,36 +380,41 @@ def train_step(model: "Model", optimizer, loader, step: int, c: Config, world: p
     optimizer.zero_grad()
     if scaler:
         scaler.update(found_inf)
-    return loss, norm, stop > 0, dict(zip(names, statistics, strict=True))
+    return loss, grad_norm, stop > 0, dict(zip(statistic_names, statistics, strict=True))
 
 
 # ---- evaluate --------------------------------------------------------------------------------------------------------
 
+def windows_per_unit(c: Config) -> int:
+    """Windows that no micro-batch may part: a pair of answers, a group of answers."""
+    return {"dpo": 2, "rl": c.group_size}.get(c.objective, 1)
+
+
 def windows_evaluated(loader, c: Config) -> int:
-    together = windows_together(c)
-    return min(loader.num_windows, math.ceil((c.eval_windows or loader.num_windows) / together) * together)
+    """eval_windows, or all, rounded up to whole pairs or groups."""
+    unit = windows_per_unit(c)
+    return min(loader.num_windows, math.ceil((c.eval_windows or loader.num_windows) / unit) * unit)
 
 
-def any_asked(asked, world: parallel.World) -> bool:
-    """Whether a signal has asked any rank to stop; asked: the signals that this rank has received."""
-    return any(parallel.gather_objects(bool(asked), world.host))
+def any_rank_stops(stop_signals, world: parallel.World) -> bool:
+    """Whether a signal has asked any rank to stop; stop_signals: those that this rank has received."""
+    return any(parallel.gather_objects(bool(stop_signals), world.host))
 
 
 @torch.no_grad()
-def forward_passes(model: "Model", loader, windows: int, c: Config, world: parallel.World, asked=()):
-    """The first `windows` windows of a split, in micro-batches, each rank its share -> (batch, nll), where the loss is
-    counted. It ends early when a rank was `asked` to stop."""
+def forward_passes(model: "Model", loader, windows: int, c: Config, world: parallel.World, stop_signals=()):
+    """Run the first `windows` windows of a split, in micro-batches, each rank its share. Yields (batch, nll) on ranks
+    that count the loss. Stops early if any rank was asked to stop."""
     num_batches = math.ceil(windows / (world.mesh.dp * c.micro_batch_size))                     # equal on all ranks
-    firsts = [(i * world.mesh.dp + world.mesh.dp_rank) * c.micro_batch_size for i in range(num_batches)]
+    window_starts = [(i * world.mesh.dp + world.mesh.dp_rank) * c.micro_batch_size for i in range(num_batches)]
     for i in range(0, num_batches, 2 * c.pp):            # several at a time, so that all stages of a pipeline have work
-        if any_asked(asked, world):
+        if any_rank_stops(stop_signals, world):
             return
         batches = []
-        for first in firsts[i:i + 2 * c.pp]:
-            start = first % windows
-            batch = loader.batch(range(start, min(start + c.micro_batch_size, windows)))
+        for start in window_starts[i:i + 2 * c.pp]:
+            batch = loader.batch(range(start % windows, min(start % windows + c.micro_batch_size, windows)))
             # all ranks must run equally often: a rank with no windows left reads old ones, without their targets
-            if first >= windows:
+            if start >= windows:
                 batch["targets"].fill_(data.NO_TARGET)
                 batch["count"] = torch.tensor(0)
             batches.append(to_device(batch, c, world.device))
@@ -468,13 +423,14 @@ def forward_passes(model: "Model", loader, windows: int, c: Config, world: paral
             yield from zip(batches, nlls, strict=True)
 
 
-def evaluate(model: "Model", loader, c: Config, world: parallel.World, asked=()) -> dict | None:
+def evaluate(model: "Model", loader, c: Config, world: parallel.World, stop_signals=()) -> dict | None:
     """Validation loss in nats per target, and bits per byte of text, over the whole split or eval_windows of it. dpo:
     the loss per pair, the share of pairs that the model ranks right, the mean margin. None if a rank was asked to stop.
     """
     token_bytes = torch.from_numpy(loader.tokenizer.token_bytes).to(world.device)
+    # sums of: targets, loss, bytes of their text, 0 (dpo: pairs, loss, pairs that are ranked right, margins)
     total = torch.zeros(4, dtype=torch.float64, device=world.device)
-    for batch, nll in forward_passes(model, loader, windows_evaluated(loader, c), c, world, asked):
+    for batch, nll in forward_passes(model, loader, windows_evaluated(loader, c), c, world, stop_signals):
         if c.objective == "dpo":
             total += torch.cat([batch["count"][None], net.preference(batch, nll, c.beta)[1]])
         else:
@@ -482,40 +438,12 @@ def evaluate(model: "Model", loader, c: Config, world: parallel.World, asked=())
             text = token_bytes[batch["targets"].clamp(min=0)] * is_target
             total[:3] += torch.stack([is_target.sum(), nll.double().sum(), text.sum()])
     count, loss, *rest = world.sum(total).tolist()
-    if any_asked(asked, world):
+    if any_rank_stops(stop_signals, world):
         return None
     if c.objective == "dpo":
         return {"val_loss": loss / count, "val_accuracy": rest[0] / count, "val_margin": rest[1] / count}
     # bpb = nats / ln 2 / bytes
     return {"val_loss": loss / count, "val_bpb": loss / math.log(2) / rest[0], "val_targets": int(count)}
-
-
-def reward_of_answers(model: "Model", prompts, c: Config, world: parallel.World) -> float:
-    """Mean reward of an answer to each of 64 held-out prompts, those for which the reward says something; nan if there
-    are none. Every rank must have the whole model."""
-    reward, total = data.find_reward(c.reward), torch.zeros(2, dtype=torch.float64, device=world.device)
-    places = range(world.rank, min(64, prompts.num_windows), world.size)
-    if places:
-        questions = prompts.batch(places)
-        answers = sample_answers(model.chunks[0], prompts.tokenizer, [ids for ids, _ in questions], c, places,
-                                 c.answer_tokens if c.objective == "rl" else c.max_new_tokens)
-        for (_, row), ids in zip(questions, answers, strict=True):
-            value = data.call_reward(reward, row, prompts.tokenizer.decode(ids))
-            if not math.isnan(value):
-                total += torch.tensor([value, 1.0], device=world.device)
-    value, count = world.sum(total).tolist()
-    return value / count if count else math.nan
-
-
-@torch.no_grad()
-def answers_nll(model: "Model", loader, c: Config, world: parallel.World) -> torch.Tensor:
-    """nll of every answer under the model as it is, (windows, documents), on every rank: DPO's reference."""
-    table = torch.zeros(loader.num_windows, loader.num_documents + 1, dtype=torch.float64, device=world.device)
-    for batch, nll in forward_passes(model, loader, loader.num_windows, c, world):
-        nll = nll.double() * (batch["targets"] >= 0)
-        # += since windows that a rank reads again, unscored, add 0
-        table[batch["window"]] += torch.zeros_like(table[batch["window"]]).scatter_add(1, batch["documents"], nll)
-    return world.sum(table).cpu()
 
 
 # ---- build -----------------------------------------------------------------------------------------------------------
@@ -526,13 +454,13 @@ def pipeline_schedule(c: Config, micro_batches: int) -> list:
     return parallel.SCHEDULES[kind](c.pp, micro_batches, *[c.pp_chunks] * (kind == "interleaved"))
 
 
-def compiling_is_blocked(c: Config) -> str:
-    """The flag with which blocks cannot be compiled, if there is one."""
+def flag_that_blocks_compiling(c: Config) -> str:
+    """The flag with which blocks cannot be compiled; "" if there is none."""
     return "--pp-schedule zb" if c.pp > 1 and c.pp_schedule == "zb" else ""
 
 
 def compiles(c: Config, device) -> bool:
-    return c.compile == "on" or c.compile == "auto" and device.type != "cpu" and not compiling_is_blocked(c)
+    return c.compile == "on" or c.compile == "auto" and device.type != "cpu" and not flag_that_blocks_compiling(c)
 
 
 def make_stage(c: Config, device, mesh=None, stage: int = 0, read=None, dtype=None, sync=None) -> net.GPT:
@@ -555,14 +483,14 @@ def make_stage(c: Config, device, mesh=None, stage: int = 0, read=None, dtype=No
             precision.fp8_products(gpt, group=mesh and mesh.tp_group)
         compute_policy(c, device, low_dtype).applied(gpt)
         for p in gpt.parameters():
-            p.grad_dtype = torch.float32
+            p.grad_dtype = torch.float32                                            # gradients accumulate in float32
     if sharded:
         master_dtype = torch.float32 if low_dtype and c.master_weights else dtype           # the shards are the masters
         sync.append(zero.FullyShard(gpt, mesh.dp_group, blocks=gpt.model.layers.values(), compute_dtype=low_dtype,
                                     reduce_dtype=low_dtype and torch.float32,
                                     init=lambda p: read(p.full_name, p.box).to(device, master_dtype)))
     if compiles(c, device):
-        for block in gpt.model.layers.values():             # inside what recomputation runs again, and zero.py gathers
+        for block in gpt.model.layers.values():     # recomputation and zero.py's gathering stay outside, uncompiled
             block.run = torch.compile(block.run)
         if gpt.lm_head is not None and c.tp == 1:
             gpt.lm_head.softmax = torch.compile(gpt.lm_head.softmax)
@@ -587,20 +515,21 @@ def meta_stage(c: Config, device, mesh, stage: int, low_dtype=None) -> net.GPT:
     if mesh is not None and mesh.tp > 1:
         parallel.tensor_parallel(gpt, mesh.tp_group, sequence_parallel=c.sequence_parallel)
     if mesh is not None and mesh.pp > 1:
-        first, last = stage == 0, stage == c.stages - 1
-        own = parallel.stage_layers(c.n_layer, stage, c.stages)
-        gpt.model.layers = torch.nn.ModuleDict({n: block for n, block in gpt.model.layers.items() if int(n) in own})
-        if c.tie_embeddings and (first or last):           # one weight in two stages: its gradient is the sum of two
+        is_first, is_last = stage == 0, stage == c.stages - 1
+        own_layers = parallel.stage_layers(c.n_layer, stage, c.stages)
+        gpt.model.layers = torch.nn.ModuleDict({n: block for n, block in gpt.model.layers.items()
+                                                if int(n) in own_layers})
+        if c.tie_embeddings and (is_first or is_last):     # one weight in two stages: its gradient is the sum of two
             gpt.lm_head.weight.sum_over = (*getattr(gpt.lm_head.weight, "sum_over", ()), mesh.ends_group)
-        if not first:
+        if not is_first:
             gpt.model.embed_tokens = gpt.model.embed_positions = None
-        if not last:
+        if not is_last:
             gpt.model.norm = gpt.lm_head = None
     return gpt
 
 
 def compute_policy(c: Config, device, low_dtype) -> precision.ComputePolicy:
-    # tp and zb put their own function in the place of F.linear, which the emulation must not hide
+    # on a CPU, low precision is emulated by replacing F.linear; tp and zb replace it too, so not with them
     return precision.ComputePolicy(low_dtype, emulate=device.type == "cpu" and c.tp == 1 and c.pp_schedule != "zb")
 
 
@@ -611,8 +540,10 @@ class Model(torch.nn.Module):
         super().__init__()
         self.c, self.mesh, self.world, dtype = c, world.mesh, world, dtype or c.dtype
         self.hidden_dtype = torch.promote_types(dtype, torch.float32)
-        # who sums gradients over dp: zero 0: DataParallel (below); 1, 2: the optimizer (make_optimizer calls sum_with);
-        # 3: each pipeline stage's FullyShard, which make_stage appends here
+        # what sums gradients over dp:
+        # - zero 0: DataParallel, below
+        # - zero 1, 2: the optimizer; make_optimizer calls sum_with
+        # - zero 3: each pipeline stage's FullyShard, which make_stage appends to `sync`
         self.sync, self.no_sync = [], contextlib.nullcontext
         self.chunks = torch.nn.ModuleList(make_stage(c, world.device, self.mesh, chunk * c.pp + self.mesh.pp_rank, read,
                                                      dtype, self.sync) for chunk in range(c.stages // c.pp))
@@ -631,11 +562,11 @@ class Model(torch.nn.Module):
 
     def run(self, batches, loss_grad=None) -> list:
         """Micro-batches through this rank's pipeline stages. loss_grad None: forward only. Else backward too, from
-        loss_grad, the derivative of the objective by each micro-batch's loss. Returns a list: nll (B, T) of each
+        loss_grad = d objective / d loss, the same for every micro-batch. Returns a list: nll (B, T) of each
         micro-batch on the last stage, None on the others."""
         c, m = self.c, len(batches)
-        names = {"tokens", "targets", "weights", "documents"}
-        batches = [{name: x for name, x in batch.items() if name in names} for batch in batches]
+        used_keys = {"tokens", "targets", "weights", "documents"}
+        batches = [{key: x for key, x in batch.items() if key in used_keys} for batch in batches]
         order = parallel.forward_only(c.pp, m, len(self.chunks)) if loss_grad is None else pipeline_schedule(c, m)
 
         def hidden_like(batch):
@@ -671,7 +602,7 @@ def parameters_of(optimizer) -> list:
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 def lock_folder(c: Config, stack: contextlib.ExitStack):
-    """out/RUN is of one process at a time. A run that is refused leaves no empty folder."""
+    """Only one process may use out/RUN. A run that is refused leaves no empty folder."""
     def remove_if_empty():
         with contextlib.suppress(OSError):
             Path(c.out, "checkpoints").rmdir()
@@ -702,7 +633,7 @@ def saved_config(saved: dict) -> Config:
 
 
 def existing_parent(init_from: str, out: str | None) -> str:
-    """A run that has begun has its own copy of what a parent decides, so it goes on when the parent is gone."""
+    """The parent folder, or the run's own folder once the parent is gone: it has a copy of what the parent decides."""
     return init_from if Path(init_from).exists() or not out else out
 
 
@@ -807,7 +738,7 @@ def open_data(c: Config, world: parallel.World):
     return loader, val
 
 
-def stop_signals(stack: contextlib.ExitStack) -> list:
+def catch_stop_signals(stack: contextlib.ExitStack) -> list:
     """A list that Ctrl-C, SIGTERM and SIGHUP fill: the step in progress ends, is saved, and the run with it. A second
     Ctrl-C interrupts at once. (Ranks of --nproc get SIGINT for both; SIGTERM is how their agent ends them.)"""
     received = []
@@ -831,13 +762,13 @@ def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -
             if world.host is not None:
                 parallel.set_timeout(world.host, c.timeout)           # from here on no rank works for hours alone
             world.first(lambda: lock_folder(c, stack))
-            asked = stop_signals(stack)
+            stop_signals = catch_stop_signals(stack)
             run = Run(c, world, loader, val, on_phase, stack)
         world.say(announcement(run, time.perf_counter() - started))
         try:
             while True:
                 if run.is_due(c.eval_interval) or run.step == 0 and c.objective != "pretrain":
-                    stopping |= run.evaluate(asked)
+                    stopping |= run.evaluate(stop_signals)
                 if run.is_due(c.checkpoint_interval) or run.is_last_before_decay() or stopping:
                     run.save(stopping)
                 if stopping:
@@ -845,7 +776,7 @@ def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -
                     return 0
                 if run.step == c.steps:
                     break
-                stopping = run.take_step(asked)
+                stopping = run.take_step(stop_signals)
         except FloatingPointError as error:
             world.say(f"step {run.step}: diverged, {error}; {run.newest_saved()}; try a lower --lr than {c.lr}")
             return 3
@@ -914,7 +845,7 @@ class Run:
         """What a stage after pre-training needs besides: held-out prompts to answer, the text of pre-training, whose
         loss shows what is forgotten, dpo's reference, rl's answers."""
         c, tokenizer = self.c, self.loader.tokenizer
-        if whole_on_each_rank(c, self.world):
+        if every_rank_has_all_weights(c, self.world):
             self.prompts = data.Examples(c.data, tokenizer, objective="rl", micro_batch_size=1, seq_len=c.seq_len,
                                          split="val")
         text = self.parent_card.get("text")
@@ -952,14 +883,14 @@ class Run:
     def place(self) -> str:
         return f"step {self.step:>{len(str(self.c.steps))}}/{self.c.steps}"
 
-    def evaluate(self, asked: list) -> bool:
+    def evaluate(self, stop_signals: list) -> bool:
         """Evaluate, unless the checkpoint that was read holds this step's evaluation -> whether it was left because a
         rank was asked to stop. It is then made after the run has gone on."""
         c, world = self.c, self.world
         if not self.val.num_windows or self.evaluation and self.evaluation["step"] == self.step:
             return False
         self.on_phase(self.step, "evaluate")
-        found = evaluate(self.model, self.val, c, world, asked) if c.objective != "rl" else {}
+        found = evaluate(self.model, self.val, c, world, stop_signals) if c.objective != "rl" else {}
         if found is None:
             return True
         if self.prompts:
@@ -1021,14 +952,14 @@ class Run:
         data.write_atomic(self.folder / "config.json", json.dumps(dataclasses.asdict(self.c), indent=1))
         self.loader.tokenizer.save(self.folder)
 
-    def take_step(self, asked: list) -> bool:
+    def take_step(self, stop_signals: list) -> bool:
         """One update, logged -> whether any rank was asked to stop."""
         c, events, start, scale = self.c, [], time.perf_counter(), self.scaler and self.scaler.scale
         profiled = c.profile and self.step == self.first_step + 2
         self.model.on_op = (lambda op, received_from, *clocks: events.append((op, *clocks))) if profiled else None
         self.step += 1
         loss, norm, stopping, statistics = train_step(self.model, self.optimizer, self.batches, self.step - 1, c,
-                                                      self.world, asked, self.on_phase, self.scaler)
+                                                      self.world, stop_signals, self.on_phase, self.scaler)
         self.world.step, seconds = self.step, time.perf_counter() - start
         if profiled:
             timeline = parallel.executed_timeline(parallel.gather_objects(events, self.world.host))
@@ -1118,7 +1049,7 @@ def finish(run: Run):
     c, val, evaluation = run.c, run.val, run.evaluation
     facts = run.card | {name: x for name, x in (evaluation or {}).items() if name != "step"}
     data.write_atomic(run.folder / "card.md", f"# {c.out}\n\n" + "".join(f"- {k}: {v}\n" for k, v in facts.items()))
-    gpt, whole, prompts, between = run.model.chunks[0], whole_on_each_rank(c, run.world), [], "|"
+    gpt, whole, prompts, between = run.model.chunks[0], every_rank_has_all_weights(c, run.world), [], "|"
     sample = '--sample "def main("'
     if evaluation and c.objective == "pretrain":
         windows = min(windows_evaluated(val, c), 2**22 // c.seq_len)                  # xz takes seconds for each 10 MB
@@ -1141,6 +1072,85 @@ def finish(run: Run):
     print(f"\nwall time  {scaling.clock(facts['wall_seconds'])} of training\ncard       {run.folder / 'card.md'}\n"
           f"checkpoint {run.checkpoints.folder / f'step-{c.steps:08d}'}\n"
           f"try it     python train.py --out {c.out} {sample}")
+
+
+# ---- after pre-training: the objectives ------------------------------------------------------------------------------
+#
+# model.py has their weights of tokens ("the same loss, other weights"). rl samples, so each of its ranks has the whole
+# model. Its baseline is the mean reward of a group of G answers to one prompt. The answer itself is among them, so the
+# expected gradient is smaller by the factor 1 - 1/G (before the advantage is divided by the group's spread).
+
+# objective -> the function of (batch, nll, config) that weighs tokens, and the names of its statistics
+OBJECTIVES = {
+    "dpo": (lambda batch, nll, c: net.preference(batch, nll, c.beta), ("accuracy", "margin")),
+    "rl": (lambda batch, nll, c: net.policy_gradient(batch, nll, c.kl_coef), ("reward", "kl"))}
+
+
+def every_rank_has_all_weights(c: Config, world: parallel.World) -> bool:
+    """As sampling needs."""
+    return c.tp == c.pp == 1 and (c.zero < 3 or world.mesh.dp == 1)
+
+
+class Rollouts:
+    """The loader of reinforcement learning: answers that the model samples as it is now, and what they are worth.
+
+    A batch is dict(tokens, targets, advantage, reward, count, reference). An answer depends on its prompt, the seed,
+    its number, the weights and answer_tokens alone. prompts: data.Examples. start: the starting model.
+    """
+
+    def __init__(self, prompts, gpt, start, c: Config):
+        self.prompts, self.gpt, self.start, self.reward = prompts, gpt, start, data.find_reward(c.reward)
+        self.c = dataclasses.replace(c, temperature=1.0, top_k=0, top_p=1.0)                        # the model itself
+
+    def __next__(self) -> dict:
+        c, tokenizer = self.c, self.prompts.tokenizer
+        # the number of this rank's first answer: read before next(), which advances the position
+        first = (self.prompts.position + self.prompts.dp_rank * self.prompts.micro_batch_size) * c.group_size
+        questions = [question for question in next(self.prompts) for _ in range(c.group_size)]
+        prompts = [ids for ids, _ in questions]
+        answers = sample_answers(self.gpt, tokenizer, prompts, c, range(first, first + len(prompts)), c.answer_tokens)
+        rewards = [data.call_reward(self.reward, row, tokenizer.decode(ids))
+                   for (_, row), ids in zip(questions, answers, strict=True)]
+        if math.isnan(sum(rewards)):
+            raise data.DataError(f"reward must say something of every prompt, {c.reward} does not")
+        # advantage = (reward - mean of its group) / spread of its group; in float64: equal rewards give 0
+        rewards = torch.tensor(rewards, dtype=torch.float64).view(-1, c.group_size)
+        advantage = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
+        batch = data.rows_of(prompts, answers) | {"reward": rewards.flatten(), "advantage": advantage.flatten(),
+                                                  "count": torch.tensor(rewards.numel())}
+        batch["reference"] = net.nll_of(self.start, batch)
+        return batch
+
+
+def reward_of_answers(model: "Model", prompts, c: Config, world: parallel.World) -> float:
+    """Mean reward of an answer to each of up to 64 held-out prompts, those for which the reward says something; nan if
+    there are none. Every rank must have the whole model."""
+    reward, total = data.find_reward(c.reward), torch.zeros(2, dtype=torch.float64, device=world.device)
+    prompt_numbers = range(world.rank, min(64, prompts.num_windows), world.size)
+    if prompt_numbers:
+        questions = prompts.batch(prompt_numbers)
+        answers = sample_answers(model.chunks[0], prompts.tokenizer, [ids for ids, _ in questions], c, prompt_numbers,
+                                 c.answer_tokens if c.objective == "rl" else c.max_new_tokens)
+        for (_, row), ids in zip(questions, answers, strict=True):
+            value = data.call_reward(reward, row, prompts.tokenizer.decode(ids))
+            if not math.isnan(value):
+                total += torch.tensor([value, 1.0], device=world.device)
+    value, count = world.sum(total).tolist()
+    return value / count if count else math.nan
+
+
+@torch.no_grad()
+def answers_nll(model: "Model", loader, c: Config, world: parallel.World) -> torch.Tensor:
+    """(windows, documents): for each window and document number, the sum of the answer's nll under the model as it is;
+    equal on every rank. DPO's reference."""
+    shape = loader.num_windows, loader.num_documents + 1
+    nll_by_document = torch.zeros(shape, dtype=torch.float64, device=world.device)
+    for batch, nll in forward_passes(model, loader, loader.num_windows, c, world):
+        nll = nll.double() * (batch["targets"] >= 0)
+        # += since windows that a rank reads again, unscored, add 0
+        window = batch["window"]
+        nll_by_document[window] += torch.zeros_like(nll_by_document[window]).scatter_add(1, batch["documents"], nll)
+    return world.sum(nll_by_document).cpu()
 
 
 # ---- the bill --------------------------------------------------------------------------------------------------------
@@ -1480,8 +1490,8 @@ def parse_config(argv) -> Config:
     if name not in CONFIGS:
         raise BadInput(f"--config must be one of {', '.join(CONFIGS)}, got {name!r}{nearest(name, CONFIGS)}")
     defaults = dataclasses.replace(CONFIGS[name], **parent)
-    stage = OBJECTIVE_DEFAULTS.get(named.objective, {"lr": 1.0})
-    defaults = dataclasses.replace(defaults, **stage | {"lr": stage["lr"] * defaults.lr})
+    stage = dict(OBJECTIVE_DEFAULTS.get(named.objective, {"lr_share": 1.0}))
+    defaults = dataclasses.replace(defaults, lr=stage.pop("lr_share") * defaults.lr, **stage)
     parser = Parser(prog="train.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                     description="\n\n".join(__doc__.split("\n\n")[:2]))
     for f in fields(Config):
@@ -1521,7 +1531,7 @@ def derive(c: Config) -> Config:
                     raise BadInput(f"{f.name} must be {rule.replace('_', ' ')} {bound}, got {value}")
     with bad_input():
         started = parallel.ranks_of_environment()[1] if "RANK" in os.environ else 0
-    blocked = compiling_is_blocked(c)
+    blocked = flag_that_blocks_compiling(c)
     for wrong, line in (
             (c.nproc and started not in (0, c.nproc),
              f"nproc must be left out where torchrun started {started} ranks, got {c.nproc}"),
@@ -1569,7 +1579,7 @@ def join(c: Config) -> parallel.World:
 def resolve(c: Config, world: parallel.World) -> Config:
     """Fill in what depends on the ranks and the device: micro_batch_size 0, precision auto, attention auto. Raises
     BadInput for a batch that does not divide, and for a precision or an attention that the device lacks."""
-    dp, batch, unit = world.mesh.dp, c.global_batch_size, windows_together(c)
+    dp, batch, unit = world.mesh.dp, c.global_batch_size, windows_per_unit(c)
     if batch % dp:
         raise BadInput(f"global_batch_size must be a multiple of the {dp} data-parallel ranks, got {batch}")
     # the largest micro-batch that holds whole pairs and groups (unit), divides this rank's share, gives whole rounds of
@@ -1707,7 +1717,7 @@ def main(argv=None) -> int:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)                       # PR_SET_PDEATHSIG
         if os.getppid() != launcher:
             return 1
-    if argv is None and not launcher:                  # until stop_signals() is called, SIGTERM acts as Ctrl-C does
+    if argv is None and not launcher:                  # until catch_stop_signals(), SIGTERM acts as Ctrl-C does
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     with contextlib.redirect_stdout(Terminal(sys.stdout)):
         code = run_command(sys.argv[1:] if argv is None else argv)
