@@ -165,7 +165,8 @@ def new_folder(out: Path, key: str = ""):
         shutil.rmtree(progress)
         os.rename(temporary, out)
     except BaseException as error:
-        if not key or isinstance(error, DataError) and not any(progress.glob("*.gz")):
+        whole = [*progress.glob("*.gz"), *progress.glob("*-*.json")]                      # parts of a stream, shards
+        if not key or not whole or isinstance(error, DataError) and not any(progress.glob("*.gz")):
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_folder(out.parent)
@@ -913,12 +914,14 @@ def write_tokens(folder, files, field, tokenizer, vocab_size, val_fraction, samp
 
     number, started, said = 0, time.monotonic(), time.monotonic()
     bytes_before = sum(count["bytes"] for count in counts.values())
-    with contextlib.closing(encode_all(tokenizer, folder, chunks, found["bytes"])) as encoded:
+    with contextlib.ExitStack() as stack:
+        encoded = stack.enter_context(contextlib.closing(encode_all(tokenizer, folder, chunks, found["bytes"])))
         for number, sides in enumerate(encoded, 1):
             for bit, (ids, count) in sides.items():
                 if bit not in writers:
                     path = folder / f"{names[bit]}-{len(shards[bit]):05d}.bin"
                     writers[bit] = ShardWriter(path, ids.dtype), Counter()
+                    stack.callback(writers[bit][0].file.close)
                 writers[bit][0].write(ids)
                 for counter in (writers[bit][1], counts[bit]):
                     counter.update(count, tokens=len(ids))
@@ -932,8 +935,8 @@ def write_tokens(folder, files, field, tokenizer, vocab_size, val_fraction, samp
                 rate = (size - bytes_before) / (said - started)
                 log(f"{size / 1e6:,.0f} MB of text are tokens, {part:.1%}, {rate / 1e6:.1f} MB/s, eta "
                     f"{datetime.timedelta(seconds=int((size / part - size) / max(1, rate)))}")
-    for bit in sorted(writers):
-        close(bit, number)
+        for bit in sorted(writers):
+            close(bit, number)
     splits = {}
     for bit, name in names.items():
         entries = [shard["entry"] for shard in shards[bit]]

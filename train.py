@@ -105,17 +105,17 @@ def update_rule(c: "Config", group=None, fused: bool = False):
 def decay_groups(model, c: "Config") -> list[dict]:
     """Weight decay acts on matrices, not on biases and norms. p.box (model.py) has the dimensions of the whole
     parameter, also where p is a flat shard of it. lr_ratio: a group's learning rate / lr_at."""
-    kinds = {"decay": dict(weight_decay=c.weight_decay), "vector": dict(weight_decay=0.0)}
+    adamw = {"lr_ratio": c.adamw_lr_ratio if c.optimizer == "muon" else 1.0}
+    kinds = {"decay": adamw | {"weight_decay": c.weight_decay}, "vector": adamw | {"weight_decay": 0.0}}
     if c.optimizer == "muon":
-        kinds["muon"] = dict(weight_decay=c.weight_decay, muon=True, momentum=c.momentum, lr_ratio=c.muon_lr_ratio)
+        kinds["muon"] = dict(weight_decay=c.weight_decay, muon=True, momentum=c.momentum, lr_ratio=1.0)
 
     def kind(p):
         if "muon" in kinds and len(p.box) == 2 and ".layers." in p.full_name:
             return "muon"
         return "decay" if len(p.box) >= 2 else "vector"
 
-    return [{"lr_ratio": 1.0, "params": [p for p in model.parameters() if kind(p) == k]} | options
-            for k, options in kinds.items()]
+    return [{"params": [p for p in model.parameters() if kind(p) == k]} | options for k, options in kinds.items()]
 
 
 def lr_at(step: int, c: "Config") -> float:
@@ -193,7 +193,7 @@ class Config:
     decay_fraction: float = option(0.2, "wsd: share of the steps in the final decay", at_most=1)
     optimizer: str = option("adamw", "update rule; muon: for the blocks' matrices, AdamW for the rest",
                             ("adamw", "muon"))
-    muon_lr_ratio: float = option(7.0, "muon: learning rate of the blocks' matrices / lr")
+    adamw_lr_ratio: float = option(4.0, "muon: AdamW's learning rate, of all but the blocks' matrices, / lr", above=0)
     momentum: float = option(0.95, "muon: share of the momentum that a step keeps", below=1)
     weight_decay: float = option(0.1, "on matrices")
     beta1: float = option(0.9, "AdamW's first-moment decay", below=1)
@@ -275,10 +275,13 @@ class Config:
 GPT2 = dict(norm="layernorm", position="learned", mlp="gelu", bias=True, tie_embeddings=True, vocab_size=50304,
             seq_len=1024)
 LONG = dict(warmup_steps=700, global_batch_size=512, eval_windows=1024, checkpoint_interval=1000)
+# found by search, tests/bench/RESULTS.md: the best after five minutes on two CPU cores
+TINY = dict(vocab_size=4096, optimizer="muon", lr=7.5e-3, schedule="wsd", decay_fraction=0.7, min_lr_ratio=0.0,
+            weight_decay=0.01, steps=1200)
 # from `small` on about 20 tokens per parameter (Chinchilla, arXiv:2203.15556, Table 3), and the learning rates of
 # GPT-3's Small, Medium, XL (1.3 B) and 6.7 B (arXiv:2005.14165, Table 2.1)
 CONFIGS = {
-    "tiny": Config(log_interval=20),
+    "tiny": Config(log_interval=20, **TINY),
     "small": Config(config="small", **GPT2, **LONG, n_layer=12, n_head=12, n_embd=768, lr=6e-4, steps=4800),
     "medium": Config(config="medium", **GPT2, **LONG, n_layer=24, n_head=16, n_embd=1024, lr=3e-4, steps=13500),
     "large": Config(config="large", **LONG, vocab_size=32000, seq_len=2048, n_layer=24, n_head=16, n_embd=2048,
@@ -290,12 +293,12 @@ CONFIGS = {
 
 # What a later stage of training changes of a config. lr_share: of the config's learning rate.
 OBJECTIVE_DEFAULTS = {
-    "sft": dict(lr_share=0.3, steps=400, warmup_steps=20, global_batch_size=16, eval_interval=200, log_interval=20,
-                micro_batch_size=0),
-    "dpo": dict(lr_share=0.03, steps=80, warmup_steps=10, global_batch_size=32, eval_interval=50, log_interval=10,
-                weight_decay=0.0, micro_batch_size=0),
-    "rl": dict(lr_share=0.1, steps=60, warmup_steps=5, global_batch_size=64, eval_interval=20, log_interval=5,
-               weight_decay=0.0, micro_batch_size=0, reward="parses"),
+    "sft": dict(optimizer="adamw", lr_share=0.2, steps=400, warmup_steps=20, global_batch_size=16, eval_interval=200,
+                log_interval=20, micro_batch_size=0),
+    "dpo": dict(optimizer="adamw", lr_share=0.02, steps=80, warmup_steps=10, global_batch_size=32, eval_interval=50,
+                log_interval=10, weight_decay=0.0, micro_batch_size=0),
+    "rl": dict(optimizer="adamw", lr_share=0.06, steps=60, warmup_steps=5, global_batch_size=64, eval_interval=20,
+               log_interval=5, weight_decay=0.0, micro_batch_size=0, reward="parses"),
 }
 
 

@@ -389,10 +389,12 @@ def test_a_killed_preparation_goes_on_with_its_finished_shards(tmp_path, monkeyp
 def test_what_was_begun_from_another_source_is_begun_again(tmp_path, monkeypatch):
     source, other = write_lines(tmp_path / "a.jsonl", documents()), write_lines(tmp_path / "b.jsonl", documents(50, 9))
     expected = data.prepare([other], tmp_path / "whole", 320)
+    chunks, encode = itertools.count(), data.encode_chunk
     with monkeypatch.context() as patch:
-        patch.setattr(data, "encode_chunk", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(data, "encode_chunk", lambda *args: encode(*args) if next(chunks) < 4 else signal.raise_signal(
+            signal.SIGINT))
         with pytest.raises(KeyboardInterrupt):
-            data.prepare([source], tmp_path / "out", 320)
+            data.prepare([source], tmp_path / "out", 320, shard_tokens=2000)
     assert (tmp_path / ".out.tmp" / "tokenizer.model").exists()
     assert content(data.prepare([other], tmp_path / "out", 320)) == content(expected)
 

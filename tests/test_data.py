@@ -437,7 +437,7 @@ def test_targets_are_the_next_tokens_and_never_cross_a_document(corpus):
 
 
 def test_documents_are_counted_window_by_window(short_documents):
-    batch = next(loader(short_documents, micro_batch_size=6))
+    batch = next(loader(short_documents, micro_batch_size=64))
     for tokens, documents in zip(batch["tokens"].tolist(), batch["documents"].tolist(), strict=True):
         assert documents == list(itertools.accumulate(int(token == 1) for token in tokens))            # <s> is 1
     assert batch["documents"].max() > 3

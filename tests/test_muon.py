@@ -15,7 +15,7 @@ import train
 import zero
 from zero import Muon, Piece, cut, orthogonalize, plan_exchange
 
-MUON = "--optimizer", "muon", "--muon-lr-ratio", "2"
+MUON = "--optimizer", "muon", "--lr", "0.02", "--adamw-lr-ratio", "0.5"
 ADAMW = functools.partial(torch.optim.AdamW, lr=0.01)
 
 # ---- one process -----------------------------------------------------------------------------------------------------

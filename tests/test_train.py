@@ -29,7 +29,7 @@ import train
 
 MINI = """--n-layer 2 --n-head 2 --n-kv-head 1 --n-embd 16 --seq-len 32 --vocab-size 512 --global-batch-size 8
 --micro-batch-size 4 --steps 12 --warmup-steps 2 --lr 0.01 --eval-interval 6 --eval-windows 8 --checkpoint-interval 4
---max-new-tokens 8 --log-interval 5 --device cpu""".split()
+--max-new-tokens 8 --log-interval 5 --optimizer adamw --min-lr-ratio 0.1 --device cpu""".split()
 
 
 def run(corpus, out, *flags) -> tuple[int, str, str]:
