@@ -156,11 +156,11 @@ def new_folder(out: Path, key: str = ""):
     a key, which says what is made, work on the same goes on where it was killed, or where a stream broke."""
     temporary = out.with_name(f".{out.name}.tmp")
     progress = temporary / "progress"                                         # what only the work itself needs
-    if not key or not (progress / "key").exists() or (progress / "key").read_text() != key:
-        shutil.rmtree(temporary, ignore_errors=True)
-        progress.mkdir(parents=True)
-        write_atomic(progress / "key", key)
     try:
+        if not key or not (progress / "key").exists() or (progress / "key").read_text() != key:
+            shutil.rmtree(temporary, ignore_errors=True)
+            progress.mkdir(parents=True)
+            write_atomic(progress / "key", key)
         yield temporary
         shutil.rmtree(progress)
         os.rename(temporary, out)

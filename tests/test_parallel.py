@@ -41,7 +41,7 @@ from parallel import CommLedger, DataParallel, Op, size
 
 TINY = """--n-layer 4 --n-head 4 --n-embd 32 --n-ff 64 --seq-len 32 --vocab-size 512 --global-batch-size 8 --steps 12
 --warmup-steps 2 --lr 0.01 --grad-clip 0.2 --adam-eps 1e-6 --micro-batch-size 1 --eval-windows 7 --max-new-tokens 8
---optimizer adamw --min-lr-ratio 0.1 --device cpu""".split()
+--optimizer adamw --schedule cosine --min-lr-ratio 0.1 --weight-decay 0.1 --device cpu""".split()
 STEPS = 3
 CALM = "--lr", "0.002"
 MODELS = {

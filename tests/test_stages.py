@@ -20,7 +20,7 @@ import train
 
 SHAPE = "--n-layer 4 --n-head 4 --n-kv-head 2 --n-embd 32 --n-ff 64 --seq-len 64 --vocab-size 512".split()
 QUICK = """--global-batch-size 8 --steps 8 --warmup-steps 2 --eval-interval 4 --checkpoint-interval 4 --eval-windows 8
---max-new-tokens 8 --log-interval 4 --device cpu""".split()
+--max-new-tokens 8 --log-interval 4 --optimizer adamw --schedule cosine --min-lr-ratio 0.1 --device cpu""".split()
 
 
 def run(*argv) -> tuple[int, str, str]:

@@ -29,7 +29,8 @@ import train
 
 MINI = """--n-layer 2 --n-head 2 --n-kv-head 1 --n-embd 16 --seq-len 32 --vocab-size 512 --global-batch-size 8
 --micro-batch-size 4 --steps 12 --warmup-steps 2 --lr 0.01 --eval-interval 6 --eval-windows 8 --checkpoint-interval 4
---max-new-tokens 8 --log-interval 5 --optimizer adamw --min-lr-ratio 0.1 --device cpu""".split()
+--max-new-tokens 8 --log-interval 5 --optimizer adamw --schedule cosine --min-lr-ratio 0.1 --weight-decay 0.1
+--device cpu""".split()
 
 
 def run(corpus, out, *flags) -> tuple[int, str, str]:
@@ -513,7 +514,8 @@ def test_layers_share_one_mask_in_low_precision_too(corpus, monkeypatch):
 
 
 def test_learning_rate_schedules():
-    c = train.parse_config(["--steps", "100", "--warmup-steps", "10", "--lr", "1.0", "--min-lr-ratio", "0.1"])
+    c = train.parse_config(["--steps", "100", "--warmup-steps", "10", "--lr", "1.0", "--min-lr-ratio", "0.1",
+                            "--schedule", "cosine"])
     assert [train.lr_at(s, c) for s in (0, 4, 9)] == [0.1, 0.5, 1.0] and train.lr_at(10, c) == 1.0
     assert train.lr_at(55, c) == pytest.approx(0.55) and train.lr_at(100, c) == pytest.approx(0.1)
     w = dataclasses.replace(c, schedule="wsd", decay_fraction=0.2)
