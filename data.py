@@ -53,6 +53,9 @@ there.
     T             seq_len             positions a window
     global batch  step n takes windows n G ... n G + G - 1 of the epochs' permutations; micro-batch and ranks divide it
 
+Map, first reading: sources - tokenizer - shards - prepare - loader and mixture - checkpoints. After pre-training:
+chat - instructions - examples - rewards - what a model cannot know. Then Hugging Face folders, demo, command line.
+
 Sources: BPE (Sennrich 2016, arXiv:1508.07909), SentencePiece (Kudo 2018, arXiv:1808.06226); Feistel with cycle walking
 (Black and Rogaway 2002); packing without cross-document targets as in Llama 3 (arXiv:2407.21783).
 Not here: filtering by quality, near-duplicates at scale, preparing on many machines: datatrove, NeMo Curator and dolma
