@@ -769,10 +769,10 @@ def estimate(files, streams, tokenizer, vocab_size: int, field: str, max_tokens:
                 break
     if len(first) < 2**10:                                                                   # token files alone, say
         return math.inf
-    reading, half = time.monotonic() - start, len(first) // 2
-    tokenizer = tokenizer or Tokenizer.train([first[:half]], vocab_size)
+    reading, middle = time.monotonic() - start, len(first) // 2
+    tokenizer = tokenizer or Tokenizer.train([first[:middle]], vocab_size)
     start = time.monotonic()
-    per_token = len(first[half:].encode()) / len(tokenizer.encode(first[half:]))
+    per_token = len(first[middle:].encode()) / len(tokenizer.encode(first[middle:]))
     encoding = 2 * (time.monotonic() - start)
     size = min([size] * (not streams) + [max_tokens * per_token] * (max_tokens > 0))
     seconds = size / len(first) * (2 * reading + encoding / num_cores())

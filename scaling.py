@@ -477,9 +477,9 @@ def holdout(runs, k: int, *, times=200) -> dict:
         for what, measured, predict, fit, draws in (("loss", vertex.loss, loss, law, laws),
                                                     ("N_opt", vertex.N, size, line, lines)):
             with np.errstate(all="ignore"):                                # of resamples without an optimum
-                low, high = (intervals(draws and {what: predict(draws, vertex)}) or {}).get(what) or (None, None)
+                lower, upper = (intervals(draws and {what: predict(draws, vertex)}) or {}).get(what) or (None, None)
             rows.append({"what": what, "C": vertex.C, "times_larger": vertex.C / fitted_to,
-                         "predicted": predict(fit, vertex), "low": low, "high": high, "measured": measured})
+                         "predicted": predict(fit, vertex), "low": lower, "high": upper, "measured": measured})
     return {"fitted_to": fitted_to, "rows": rows}
 
 
@@ -1378,8 +1378,8 @@ def report(runs, results):
         print(f"isoflop: an exponent from fewer than 4 vertices is hardly known, here are {count}")
     fits = {name: result for name, result in results.items() if result and "a" in result}
     for one, other in itertools.combinations([name for name, fit in fits.items() if fit["intervals"]], 2):
-        (low, high), (other_low, other_high) = (fits[name]["intervals"]["a"] for name in (one, other))
-        if high < other_low or other_high < low:
+        (lower, upper), (other_lower, other_upper) = (fits[name]["intervals"]["a"] for name in (one, other))
+        if upper < other_lower or other_upper < lower:
             print(f"{one} and {other} disagree: their intervals of a do not overlap")
     best = {name: (fit["k_N"] * C.max() ** fit["a"], fit["k_D"] * C.max() ** fit["b"]) for name, fit in fits.items()}
     print("\n" + columns((f"C = {C.max():.3g} FLOPs", "N_opt", "D_opt", "D/N"),
