@@ -517,7 +517,8 @@ def assess(N, D, law=BESIROGLU) -> dict:
 @dataclass(frozen=True)
 class Shape:
     """The fields of model.ModelConfig that cost something, and how many parameters and FLOPs they are. q, kv: width of
-    all query heads, of all key heads. ups: how many matrices n_embd -> n_ff. The others are numbers of parameters."""
+    all query heads, of all key heads. num_up: how many matrices n_embd -> n_ff, the MLP's ups (with SwiGLU gate and
+    up). The others are numbers of parameters."""
 
     vocab_size: int
     seq_len: int
@@ -536,14 +537,15 @@ class Shape:
 
     q = cached_property(lambda self: self.n_head * self.head_dim)
     kv = cached_property(lambda self: self.n_kv_head * self.head_dim)
-    ups = cached_property(lambda self: 2 if self.mlp == "swiglu" else 1)                # gate, up
+    num_up = cached_property(lambda self: 2 if self.mlp == "swiglu" else 1)
     # all matrices of a layer: q, k, v, o; the MLP's ups and its down
-    block = cached_property(lambda self: self.n_embd * (2 * self.q + 2 * self.kv + (self.ups + 1) * self.n_ff))
+    matrix_params = cached_property(lambda self: self.n_embd * (2 * self.q + 2 * self.kv
+                                                                + (self.num_up + 1) * self.n_ff))
     norm_vectors = cached_property(lambda self: 2 if self.norm == "layernorm" and self.bias else 1)
     # a layer's parameters that tp does not split: norms, biases of o and down. tp splits the other biases
     unsplit = cached_property(lambda self: 2 * ((self.norm_vectors + self.bias) * self.n_embd
                                                 + self.qk_norm * self.head_dim))
-    split_biases = cached_property(lambda self: self.bias * (self.q + 2 * self.kv + self.ups * self.n_ff))
+    split_biases = cached_property(lambda self: self.bias * (self.q + 2 * self.kv + self.num_up * self.n_ff))
     num_params = cached_property(lambda self: rank_params(self, Layout(), 0).count)
 
     def flops_per_token(self, recompute: str = "none") -> int:
@@ -551,12 +553,12 @@ class Shape:
         (arXiv:2204.02311, appendix B)."""
         # q k^T and p v: 2 products of 2 T FLOPs per element of q, twice more in backward
         attention = 4 * self.q * self.seq_len
-        recomputed = {"none": 0, "selective": attention, "full": 2 * self.block + attention}[recompute]
-        return self.n_layer * (6 * self.block + 3 * attention + recomputed) + 6 * self.vocab_size * self.n_embd
+        recomputed = {"none": 0, "selective": attention, "full": 2 * self.matrix_params + attention}[recompute]
+        return self.n_layer * (6 * self.matrix_params + 3 * attention + recomputed) + 6 * self.vocab_size * self.n_embd
 
     def muon_flops(self) -> list[int]:
         """Of each of a layer's matrices, m x n, in a step of Muon: 5 (4 m^2 n + 2 m^3), m <= n (zero.py)."""
-        widths = [self.q, self.q, self.kv, self.kv] + [self.n_ff] * (self.ups + 1)              # the other side: n_embd
+        widths = [self.q, self.q, self.kv, self.kv] + [self.n_ff] * (self.num_up + 1)           # the other side: n_embd
         sides = [sorted((width, self.n_embd)) for width in widths]
         return [5 * (4 * m * m * n + 2 * m**3) for m, n in sides]
 
@@ -603,9 +605,10 @@ class Program:
     overlap_dp: bool = True         # gradients travel during backward
     train_py: bool = True           # also count what train.py keeps or sends and the papers' programs do not
 
-    wide = property(lambda self: max(4, self.item))          # bytes of a number in a sum: Adam's moments, log-sum-exps
+    # bytes of a number in a sum: Adam's moments, log-sum-exps
+    sum_bytes = property(lambda self: max(4, self.item))
     # Adam's two moments, and the master
-    states = property(lambda self: 2 * self.wide + 4 * (self.master_weights and self.item < 4))
+    states = property(lambda self: 2 * self.sum_bytes + 4 * (self.master_weights and self.item < 4))
 
 
 MEGATRON_2021 = Program(residual=2, gradient=2, flash=False, dropout=True, chunked_loss=False, train_py=False,
@@ -635,7 +638,7 @@ def rank_params(shape: Shape, layout: Layout, pp_rank: int) -> RankParams:
     tables = is_first + is_last - (shape.tie_embeddings and layout.pp == 1)
     learned = is_first and shape.position == "learned"
     unsplit = layers * shape.unsplit + (learned * shape.seq_len + is_last * shape.norm_vectors) * shape.n_embd
-    split = layers * (shape.block + shape.split_biases) + tables * shape.vocab_size * shape.n_embd
+    split = layers * (shape.matrix_params + shape.split_biases) + tables * shape.vocab_size * shape.n_embd
     return RankParams(split // layout.tp + unsplit, unsplit)
 
 
@@ -654,7 +657,7 @@ class GPU:
     network: float                 # per GPU between nodes
     watts: float
     matmul: float                  # c
-    slower: float                  # peak / FLOP/s of products in float32
+    fp32_slowdown: float           # peak / FLOP/s of products in float32
     price: float | None
     source: str                    # of the price
     node: int = 8                  # GPUs per node
@@ -663,7 +666,8 @@ class GPU:
 
     def peak_flops(self, precision: str) -> float:
         """FLOP/s that MFU is a share of: the precision's own."""
-        return {"fp32": self.peak / self.slower, "tf32": self.peak / 2, "fp8": self.fp8}.get(precision) or self.peak
+        fp32 = self.peak / self.fp32_slowdown
+        return {"fp32": fp32, "tf32": self.peak / 2, "fp8": self.fp8}.get(precision) or self.peak
 
 
 # - Peaks and 1/fp32 (how many times slower float32 is): the makers' data sheets.
@@ -734,17 +738,17 @@ def layer_bytes(shape: Shape, layout: Layout, program: Program, recompute: str) 
     # not split by tp: two norms; their outputs, which linear layers read; two masks of dropout
     unsplit = 2 * (norm_bytes(shape.norm, h, program) + h * (program.item + program.dropout))
     # split by tp: q, k, v, o; the MLP's ups and what its activation makes of them (SwiGLU: silu(gate), and the product)
-    split = (2 * shape.q + 2 * shape.kv + 2 * shape.ups * shape.n_ff) * program.item
+    split = (2 * shape.q + 2 * shape.kv + 2 * shape.num_up * shape.n_ff) * program.item
     if shape.qk_norm:
         split += (shape.n_head + shape.n_kv_head) * norm_bytes("rmsnorm", shape.head_dim, program)
     if recompute == "none":
         # flash attention: a row's log-sum-exp. Else, for each of T keys: softmax, dropout's mask, softmax x mask
-        row = program.wide if program.flash else (2 * program.item + program.dropout) * shape.seq_len
+        row = program.sum_bytes if program.flash else (2 * program.item + program.dropout) * shape.seq_len
         split += shape.n_head * row
     if program.train_py and program.item < program.residual:
         # each linear after a norm keeps its own copy of the norm's output, in `item` bytes; with tp they share one.
         # "selective" also keeps q and k after the rotation, before their cast
-        unsplit += (layout.tp == 1) * (1 + shape.ups) * h * program.item
+        unsplit += (layout.tp == 1) * (1 + shape.num_up) * h * program.item
         rotated = recompute == "selective" and shape.position == "rope"
         split += rotated * (shape.q + shape.kv) * (program.residual - program.item)
     return n * (unsplit / layout.norm_split + split / layout.tp)
@@ -766,7 +770,7 @@ def end_bytes(shape: Shape, layout: Layout, program: Program) -> float:
     n, h, vocab_shard = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size / layout.tp
     norm, x = n * norm_bytes(shape.norm, h, program) / layout.norm_split, n * h * program.item / layout.norm_split
     if program.chunked_loss:
-        return norm + x * (layout.norm_split > 1) + program.wide * (n * h + vocab_shard * h)
+        return norm + x * (layout.norm_split > 1) + program.sum_bytes * (n * h + vocab_shard * h)
     return norm + x + 4 * n * vocab_shard
 
 
@@ -787,7 +791,7 @@ def waiting_bytes(shape: Shape, layout: Layout, program: Program, pp_rank: int) 
         return 0
     n, h, t = layout.micro_batch_size * shape.seq_len, shape.n_embd, layout.tp
     layers, m, p = depth(shape.n_layer, layout.pp, 1)[pp_rank], layout.micro_batches, layout.pp
-    per_layer = n * program.item * (4 * h + (2 * shape.q + 2 * shape.kv + (shape.ups + 1) * shape.n_ff) / t)
+    per_layer = n * program.item * (4 * h + (2 * shape.q + 2 * shape.kv + (shape.num_up + 1) * shape.n_ff) / t)
     one_more = (m > p) * n * program.item * (h + shape.n_ff / t)
     return (min(m, p) - stored(layout, pp_rank)) * layers * per_layer + one_more
 
@@ -799,7 +803,7 @@ def buffer_bytes(shape: Shape, layout: Layout, program: Program, pp_rank: int) -
     if not zero:                      # several micro-batches: the running sum, beside one micro-batch's gradients
         return recomputed + (dp > 1 and layout.micro_batches > 1) * psi * program.gradient
     # ZeRO 3 gathers one layer, or the embedding, at a time; ZeRO 1 and 2 send one bucket at a time
-    layer = (shape.block + shape.split_biases) / layout.tp + shape.unsplit
+    layer = (shape.matrix_params + shape.split_biases) / layout.tp + shape.unsplit
     table = shape.vocab_size / layout.tp * shape.n_embd * (pp_rank in (0, layout.pp - 1))
     bucket = max(layer, table) if zero == 3 else min(BUCKETS[zero] / program.gradient, psi)
     # gradients: a bucket that is being summed, and the rank's share of it; from ZeRO 2 on, also two buckets as
@@ -815,20 +819,20 @@ def memory(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict
     # parameters, gradients, states: those that ZeRO splits / dp
     weight, states = program.item, program.states
     if zero == 3 and program.train_py and program.master_weights:      # train.py's shards are the masters themselves
-        weight, states = program.wide, 2 * program.wide
+        weight, states = program.sum_bytes, 2 * program.sum_bytes
     layers, alive = depth(shape.n_layer, layout.pp, layout.chunks)[pp_rank], stored(layout, pp_rank)
-    one_moment = program.muon * layers * shape.block / layout.tp * program.wide      # Muon's, where Adam has two
+    one_moment = program.muon * layers * shape.matrix_params / layout.tp * program.sum_bytes   # Adam has two, Muon one
     # what the layers of a micro-batch share: train.py's cos and sin (of each chunk), or positions; a mask
     T, rope = shape.seq_len, shape.position == "rope"
     shared = program.train_py * T * (layout.chunks * shape.head_dim * program.residual if rope else 8 * (pp_rank == 0))
     shared += program.document_mask * layout.micro_batch_size * T * T * program.item
-    kept = alive * (layers * layer_bytes(shape, layout, program, layout.recompute) + shared)
+    activations = alive * (layers * layer_bytes(shape, layout, program, layout.recompute) + shared)
     if pp_rank == layout.pp - 1:                # the loss's backward follows its forward at once, but not with GPipe
-        kept += end_bytes(shape, layout, program) * (alive if layout.schedule == "gpipe" else 1)
+        activations += end_bytes(shape, layout, program) * (alive if layout.schedule == "gpipe" else 1)
     return {"parameters": psi * weight / (dp if zero >= 3 else 1),
             "gradients": psi * program.gradient / (dp if zero >= 2 else 1),
             "states": (psi * states - one_moment) / (dp if zero >= 1 else 1),
-            "activations": kept + waiting_bytes(shape, layout, program, pp_rank),
+            "activations": activations + waiting_bytes(shape, layout, program, pp_rank),
             "buffers": buffer_bytes(shape, layout, program, pp_rank)}
 
 
@@ -858,49 +862,88 @@ def messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> di
     axis     dp, tp, pp; "world": all ranks; "ends": first and last stage, which share a tied weight
     calls    None where the number depends on the size of buckets or of the loss's chunks
     bytes    the payload, all ranks' parts together. With ZeRO ranks' shards differ in size: the mean, without padding
-    Muon's exchange (zero.py) goes over "world": the mean of a stage's ranks. With ZeRO it is at most that: a matrix
-    that lies in few shards has less to send.
     """
-    rank, layers = rank_params(shape, layout, pp_rank), depth(shape.n_layer, layout.pp, layout.chunks)[pp_rank]
-    m, is_first, is_last, zero = layout.micro_batches, pp_rank == 0, pp_rank == layout.pp - 1, layout.zero
-    n, h, table = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size // layout.tp * shape.n_embd
-    product, hidden = n * h * program.item, n * h * program.residual
-    mean = program.gradient / (layout.dp if zero else 1)          # bytes per parameter of the gradient that ZeRO leaves
     sent = {("world", "all_reduce"): (1, 3 * 8)}            # loss, squared norm, whether a rank was asked to stop
-    if layout.dp > 1:
-        if zero:
-            scatters, gathers = {1: (1, 1), 2: (m, 1), 3: (m, 2 * m)}[zero]
-            twice = table * (zero == 3 and shape.tie_embeddings and layout.pp == 1)  # embedding and head each gather it
-            sent["dp", "reduce_scatter"] = None, rank.count * scatters * program.gradient
-            sent["dp", "all_gather"] = None, (rank.count + twice) * gathers * program.item
-        sent["dp", "all_reduce"] = None, 8 + rank.count * program.gradient * (not zero)    # 8: the number of targets
-    if layout.tp > 1:
-        # (calls, bytes) of a step. The head gathers and sums once, in `item` bytes; the embedding once, in `residual`
-        def over_tp(per_layer):
-            inside = layers * per_layer + is_last
-            return m * (inside + is_first), m * (inside * product + is_first * hidden)
-
-        passes = layer_collectives(layout, program).values()
-        gathers, sums = over_tp(sum(g for g, _ in passes)), over_tp(sum(r for _, r in passes))
-        # the loss needs three numbers per token: max, sum of exponentials, the target's logit. `partial`: parameters
-        # that tp does not split, but whose gradients it computes in parts
-        partial = rank.unsplit if layout.sequence_parallel else layers * 2 * shape.qk_norm * shape.head_dim
-        reduced = m * is_last * 3 * n * program.wide + partial * mean
-        if layout.sequence_parallel:
-            sent["tp", "all_gather"], sent["tp", "reduce_scatter"] = gathers, sums
-        sent["tp", "all_reduce"] = None, reduced + (0 if layout.sequence_parallel else sums[1])
-    if program.muon and layout.dp * layout.tp > 1:
-        # each matrix goes to its owner, one of R ranks, and from there to all that hold a part, or a copy
-        R, copies, matrices = layout.dp * layout.tp, 1 if zero else layout.dp, layers * shape.block
-        elements = matrices * (1 - copies / R) + matrices * copies / R * (R - 1)
-        sent["world", "send"] = sent["world", "recv"] = None, elements / R * program.wide
-    if layout.pp > 1:
-        calls = m * (2 * layout.chunks - is_first - is_last)
-        # Megatron sends 1/t of a hidden state even where each tp rank has all of it (Narayanan 2021, section 4.1)
-        parts = layout.norm_split if program.train_py else layout.tp
-        sent["pp", "send"] = sent["pp", "recv"] = calls, calls * hidden // parts
-        sent["ends", "all_reduce"] = 1, table * mean * (shape.tie_embeddings and (is_first or is_last))
+    for axis_messages in (dp_messages, tp_messages, muon_messages, pp_messages):
+        sent |= axis_messages(shape, layout, program, pp_rank)
     return {key: (calls, size) for key, (calls, size) in sent.items() if size and layout.ranks > 1}
+
+
+def table_params(shape: Shape, layout: Layout) -> int:
+    """Parameters of a rank's part of the embedding, or of the head."""
+    return shape.vocab_size // layout.tp * shape.n_embd
+
+
+def dp_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict:
+    """Gradients are summed: without ZeRO by an all-reduce, with ZeRO by a reduce-scatter, after which weights are
+    gathered. ZeRO 1: once per step. 2: gradients of each micro-batch. 3: also weights, before each pass of each."""
+    if layout.dp == 1:
+        return {}
+    psi, m = rank_params(shape, layout, pp_rank).count, layout.micro_batches
+    targets = 8                                                               # how many there are: an all-reduce
+    if layout.zero == 0:
+        return {("dp", "all_reduce"): (None, targets + psi * program.gradient)}
+    scatters, gathers = {1: (1, 1), 2: (m, 1), 3: (m, 2 * m)}[layout.zero]
+    # ZeRO 3: a weight that embedding and head share is gathered by each
+    gathered = psi + table_params(shape, layout) * (layout.zero == 3 and shape.tie_embeddings and layout.pp == 1)
+    return {("dp", "all_reduce"): (None, targets),
+            ("dp", "reduce_scatter"): (None, scatters * psi * program.gradient),
+            ("dp", "all_gather"): (None, gathers * gathered * program.item)}
+
+
+def tp_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict:
+    """Layers gather and sum hidden states (`layer_collectives`), the head too, once, in `item` bytes per number; the
+    embedding once, in `residual` bytes."""
+    if layout.tp == 1:
+        return {}
+    layers, m = depth(shape.n_layer, layout.pp, layout.chunks)[pp_rank], layout.micro_batches
+    is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
+    n = layout.micro_batch_size * shape.seq_len
+
+    def of_step(per_layer):
+        calls = layers * per_layer + is_last
+        size = n * shape.n_embd * (calls * program.item + is_first * program.residual)
+        return m * (calls + is_first), m * size
+
+    passes = layer_collectives(layout, program).values()
+    gathers, sums = of_step(sum(gather for gather, _ in passes)), of_step(sum(scatter for _, scatter in passes))
+    # the loss needs three numbers per token: max, sum of exponentials, the target's logit
+    reduced = m * is_last * 3 * n * program.sum_bytes
+    # gradients of parameters that tp does not split, but whose gradients it computes in parts. ZeRO: those of its shard
+    unsplit = rank_params(shape, layout, pp_rank).unsplit
+    partial = unsplit if layout.sequence_parallel else layers * 2 * shape.qk_norm * shape.head_dim
+    reduced += partial * program.gradient / (layout.dp if layout.zero else 1)
+    if layout.sequence_parallel:
+        return {("tp", "all_gather"): gathers, ("tp", "reduce_scatter"): sums, ("tp", "all_reduce"): (None, reduced)}
+    return {("tp", "all_reduce"): (None, reduced + sums[1])}
+
+
+def muon_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict:
+    """Each matrix of a layer goes to its owner, one of R ranks of the stage, and from there to all that hold a part, or
+    a copy (zero.py). The mean of the stage's ranks. With ZeRO it is at most that: a matrix that lies in few shards has
+    less to send."""
+    R, copies = layout.dp * layout.tp, 1 if layout.zero else layout.dp
+    if not program.muon or R == 1:
+        return {}
+    matrices = depth(shape.n_layer, layout.pp, layout.chunks)[pp_rank] * shape.matrix_params
+    to_owners, from_owners = matrices * (1 - copies / R), matrices * copies / R * (R - 1)
+    size = (to_owners + from_owners) / R * program.sum_bytes
+    return {("world", "send"): (None, size), ("world", "recv"): (None, size)}
+
+
+def pp_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict:
+    """Hidden states to the next stage, their gradients to the one before; the gradient of a weight that the first and
+    the last stage share."""
+    if layout.pp == 1:
+        return {}
+    is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
+    calls = layout.micro_batches * (2 * layout.chunks - is_first - is_last)
+    # Megatron sends 1/t of a hidden state even where each tp rank has all of it (Narayanan 2021, section 4.1)
+    parts = layout.norm_split if program.train_py else layout.tp
+    size = calls * layout.micro_batch_size * shape.seq_len * shape.n_embd * program.residual // parts
+    shared = table_params(shape, layout) * (shape.tie_embeddings and (is_first or is_last))
+    return {("pp", "send"): (calls, size), ("pp", "recv"): (calls, size),
+            ("ends", "all_reduce"): (1, shared * program.gradient / (layout.dp if layout.zero else 1))}
 
 
 def bytes_sent(messages: dict, layout: Layout) -> dict:
@@ -956,7 +999,7 @@ def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: f
         return 2 * rows * columns * inner / (gpu.matmul * gpu.peak * speed) + size / gpu.bandwidth
 
     linear = (product_seconds(n, (shape.q + 2 * shape.kv) / t, h) + product_seconds(n, h, shape.q / t)
-              + product_seconds(n, shape.ups * n_ff / t, h) + product_seconds(n, h, n_ff / t))
+              + product_seconds(n, shape.num_up * n_ff / t, h) + product_seconds(n, h, n_ff / t))
     if program.flash:
         # forward's two products are 4 n T q FLOPs, of which causality hides half; backward has five: q k^T runs again
         attention = 2 * n * T * shape.q / t / (FLASH_SHARE * gpu.peak * attention_speed)
@@ -966,8 +1009,9 @@ def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: f
         attention = heads * (product_seconds(T, T, shape.head_dim, attention_speed)
                              + product_seconds(T, shape.head_dim, T, attention_speed))
         scores = heads * (2 * program.item + program.dropout) * T * T / gpu.bandwidth
-    kept = layer_bytes(shape, layout, program, "none") / gpu.bandwidth       # seconds to read or write it once
-    recomputed = {"none": 0, "selective": attention + 2 * scores, "full": linear + attention + 2 * kept}[
+    # seconds to read, or to write, once what a layer keeps
+    touch = layer_bytes(shape, layout, program, "none") / gpu.bandwidth
+    recomputed = {"none": 0, "selective": attention + 2 * scores, "full": linear + attention + 2 * touch}[
         layout.recompute]
     # the head's product; softmax reads 4 bytes and writes 2 of each logit
     head = product_seconds(n, vocab_shard, h) + 6 * n * vocab_shard / gpu.bandwidth
@@ -978,7 +1022,7 @@ def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: f
         tp_backward = 2 * ring                                                     # two are left, the rest is hidden
 
     # triples are (forward, backward: gradients of inputs and what runs again, gradients of weights)
-    layer = linear + attention + 2 * kept, linear + backward_ratio * attention + 3 * kept + recomputed, linear
+    layer = linear + attention + 2 * touch, linear + backward_ratio * attention + 3 * touch + recomputed, linear
     # of a micro-batch on the slowest rank: computing, tp's messages, messages to other stages
     of_rank = depth(shape.n_layer, layout.pp, layout.chunks)
     slowest = max(range(layout.pp), key=lambda r: of_rank[r] * sum(layer) + 3 * head * (r == layout.pp - 1))
@@ -1013,7 +1057,7 @@ def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: f
         flops = shape.muon_flops()
         most = max(layers * sum(flops) / (layout.dp * t), max(flops))
         _, sent = messages(shape, layout, program, slowest).get(("world", "send"), (0, 0))
-        update += most / (gpu.matmul * gpu.peak / gpu.slower) + sent / rate
+        update += most / (gpu.matmul * gpu.peak / gpu.fp32_slowdown) + sent / rate
     return {"compute": m * sum(compute), "tp": m * sum(tp), "pp": m * 2 * pp, "dp": dp,
             "bubble": bubble(layout, forward, backward, weight), "update": update}
 

@@ -281,7 +281,7 @@ def test_the_bill_counts_one_moment_the_products_and_the_exchange():
 def test_sharing_pays_from_matrices_of_some_hundred_rows_on():
     """zero.Muon's docstring: m where 20 m / (FLOP/s) = 4 bytes / (bytes/s)."""
     h100 = scaling.GPUS["h100"]
-    assert round(h100.peak / h100.slower / 1e12) == 62 and h100.network == 50e9
-    assert round(4 / h100.network * h100.peak / h100.slower / 20, -1) == 250
+    assert round(h100.peak / h100.fp32_slowdown / 1e12) == 62 and h100.network == 50e9
+    assert round(4 / h100.network * h100.peak / h100.fp32_slowdown / 20, -1) == 250
     m, n = 300, 10**6                                                             # n far above m: the fewest FLOPs
     assert zero.orthogonalize_flops(m, n) / (m * n) == pytest.approx(20 * m, rel=1e-3)
