@@ -54,7 +54,7 @@ there.
     global batch  step n takes windows n G ... n G + G - 1 of the epochs' permutations; micro-batch and ranks divide it
 
 Map, first reading: sources - tokenizer - shards - prepare - loader and mixture - checkpoints. After pre-training:
-chat - instructions - examples - rewards - what a model cannot know. Then Hugging Face folders, demo, command line.
+chat - instructions - examples - rewards. Then Hugging Face folders, demo, command line.
 
 Sources: BPE (Sennrich 2016, arXiv:1508.07909), SentencePiece (Kudo 2018, arXiv:1808.06226); Feistel with cycle walking
 (Black and Rogaway 2002); packing without cross-document targets as in Llama 3 (arXiv:2407.21783).
@@ -1622,48 +1622,6 @@ def call_reward(reward, row: dict, answer: str) -> float:
     if not isinstance(value, numbers.Real) or not (math.isfinite(value) or reward is follows_format):
         raise DataError(f"reward {name} must give a finite number, got {value!r:.80}")
     return float(value)
-
-
-# ---- what a model cannot know ----------------------------------------------------------------------------------------
-
-# functions and classes of newer Pythons: 3.12, 3.13, 3.14 ("What's New" of each, docs.python.org)
-NEWER_NAMES = """itertools.batched calendar.Month calendar.Day math.sumprod inspect.markcoroutinefunction
-    threading.setprofile_all_threads random.binomialvariate statistics.kde pathlib.UnsupportedOperation copy.replace
-    queue.ShutDown warnings.deprecated os.process_cpu_count base64.z85encode glob.translate mimetypes.guess_file_type
-    types.CapsuleType typing.ReadOnly typing.TypeIs statistics.kde_random heapq.heappush_max functools.Placeholder
-    operator.is_none io.Reader os.reload_environ uuid.uuid7 asyncio.capture_call_graph pdb.set_default_backend
-    inspect.ispackage""".split()
-
-
-def names_before_and_after() -> dict:
-    """{"known": [(module, name), ...], "new": ...}: functions and classes of this Python's library, and of a later one.
-    A model that read this library has met the first; it cannot have met the second."""
-    found = {"known": [], "new": []}
-    for place, name in (each.split(".") for each in NEWER_NAMES):
-        module = importlib.import_module(place)
-        if not hasattr(module, name):
-            found["new"].append((place, name))
-            names = getattr(module, "__all__", dir(module))
-            names = [n for n in names if n[0] != "_" and len(n) > 3 and callable(getattr(module, n))]
-            found["known"] += [(place, n) for n in names[::max(1, len(names) // 3)][:3]]        # three of the module's
-    return {kind: sorted(set(names)) for kind, names in found.items()}
-
-
-def imported_module(text: str) -> str | None:
-    """The top-level module that an import statement names, whose keyword stands before `text`."""
-    match = re.match(r" ([A-Za-z_]\w*)", text)
-    return match and match[1]
-
-
-def longest_copy(text: bytes, corpus: bytes) -> bytes:
-    """The longest part of `text` that occurs in `corpus`."""
-    best, start = b"", 0
-    while start + len(best) < len(text):
-        if text[start:start + len(best) + 1] in corpus:                       # one more byte, or else one place later
-            best = text[start:start + len(best) + 1]
-        else:
-            start += 1
-    return best
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------

@@ -18,14 +18,12 @@ many ranks, with runs that survive being killed. Training goes on in stages, eac
 
 All four follow the gradient of sum_t w_t nll_t / N, and only the tokens' weights w_t differ (model.py, "the same loss,
 other weights"). nll_t: minus the log-probability of target t. N: how many targets there are (dpo: pairs; rl: answers).
-
-train_step() does one step, and its comments are numbered: 1. count targets, 2. forward and backward, 3. sum gradients,
-4. one all-reduce of norm and loss, 5. skip the update if they are not finite, 6. else clip and update with AdamW:
+train_step() does one step. AdamW updates a parameter p from its gradient g in step t (wd: weight decay, on matrices
+alone); with --optimizer muon, the matrices inside the blocks are updated by Muon instead (zero.py):
 
       m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2           m' = m / (1 - b1^t)      v' = v / (1 - b2^t)
-      p -= lr (m' / (sqrt(v') + eps) + wd p)                       p: a parameter; wd: weight decay, on matrices alone
+      p -= lr (m' / (sqrt(v') + eps) + wd p)
 
-or, with --optimizer muon, the matrices inside the blocks with Muon (zero.py) and the rest with AdamW.
 Given the weights and the optimizer's states, a step depends on the config, the data, the seed and its number alone. So
 a checkpoint continues bit for bit on a CPU, and on a GPU as far as its kernels are deterministic. The same command
 again goes on where the run stopped: after Ctrl-C and SIGTERM, which save first, and after kill -9, from the last
@@ -37,7 +35,7 @@ Exit codes: 0 done, or stopped and saved; 2 bad input; 3 diverged; 1 anything el
 Source: AdamW (Loshchilov 2019, arXiv:1711.05101); SFT and RLHF (Ouyang 2022, 2203.02155); DPO (Rafailov 2023,
 2305.18290); RLAIF (Bai 2022, 2212.08073).
 First reading: textbook loop - configs - a step - evaluate - build - the run. Later: the objectives after pre-training -
-the bill - chat, pairs, probe, export - command line - ranks, main.
+the bill - what a trained model is used for - command line - ranks, main.
 """
 
 import argparse
@@ -46,6 +44,7 @@ import ctypes
 import dataclasses
 import difflib
 import functools
+import io
 import json
 import logging
 import math
@@ -55,6 +54,7 @@ import signal
 import sys
 import tempfile
 import time
+import timeit
 import traceback
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -127,8 +127,8 @@ def lr_at(step: int, c: "Config") -> float:
     if c.schedule == "cosine":
         done = (step - c.warmup_steps) / max(1, c.steps - c.warmup_steps)
         return lowest + (c.lr - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    left = (c.steps - step) / max(1.0, c.steps * c.decay_fraction)
-    return lowest + (c.lr - lowest) * min(1.0, left)
+    to_come = (c.steps - step) / max(1.0, c.steps * c.decay_fraction)                # share of the fall
+    return lowest + (c.lr - lowest) * min(1.0, to_come)
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------
@@ -146,8 +146,9 @@ runtime = functools.partial(option, affects_training=False)
 
 @dataclass(frozen=True)
 class Config:
-    """Every field is a flag (--seq-len for seq_len). Defaults are the `tiny` config's, but for log_interval. Inside the
-    class body the names data, precision, zero and json mean fields, not modules, from their lines on."""
+    """Every field is a flag (--seq-len for seq_len). CONFIGS, below, are named sets of values; `tiny` is the one that
+    --help shows. In the class body, the names data, precision, zero and json mean fields from their lines on, not
+    modules."""
 
     config: str = runtime("tiny", "named set of defaults")
     # the model, as in model.ModelConfig; 0 derives
@@ -240,7 +241,6 @@ class Config:
     pairs: str | None = runtime(None, "write preference pairs to this .jsonl: the model in --out answers its prompts")
     max_pairs: int = runtime(1200, "with --pairs: prompts of each split that are answered", at_least=1)
     judge: str | None = runtime(None, "with --pairs: rank two answers by their probability under the model of this run")
-    probe: bool = runtime(False, "measure what the model in --out invents, cannot know, and copies, then exit")
     export: str | None = runtime(None, "write the model in --out as this Hugging Face folder, then exit")
     quantize: str | None = runtime(None, "evaluate or sample the model in --out with weights as integers, then exit",
                                    ("int8", "int4"))
@@ -262,6 +262,11 @@ class Config:
     def stages(self) -> int:
         """Stages of the whole pipeline: pp, or pp x pp_chunks if interleaved."""
         return self.pp * (self.pp_chunks if self.pp_schedule == "interleaved" and self.pp > 1 else 1)
+
+    @property
+    def is_zero_bubble(self) -> bool:
+        """The schedule that takes backward apart: neither compiled blocks nor recomputation go with it."""
+        return self.pp > 1 and self.pp_schedule == "zb"
 
     @property
     def tokens_per_step(self) -> int:
@@ -330,20 +335,13 @@ def train_step(model: "Model", optimizer, loader, step: int, c: Config, world: p
     FloatingPointError if the scale cannot become smaller, DataError for a batch without any target."""
     on_phase(step, "data")
     batches = [to_device(next(loader), c, world.device) for _ in range(c.grad_accum_steps(world.mesh.dp))]
-    # 1. N: how many targets the global batch has (dpo: pairs; rl: answers). In dpo and rl the tokens' weights w_t
-    # depend on the model (OBJECTIVES, below the run), so a pass without gradient comes first
+    # 1. N: how many targets the global batch has (dpo: pairs; rl: answers)
     N = parallel.all_reduce(sum(b["count"] if "count" in b else (b["targets"] >= 0).sum() for b in batches),
                             world.mesh.dp_group)
     on_phase(step, "forward_backward")
+    # in dpo and rl the tokens' weights w_t depend on the model: a pass without gradient sets them (below the run)
     weigh, statistic_names = OBJECTIVES.get(c.objective, (None, ()))
-    if weigh:
-        loss_and_statistics = []
-        with torch.no_grad():
-            nlls = model.run(batches)
-        for batch, nll in zip(batches, nlls, strict=True):
-            if nll is not None:                                                              # on the last stage
-                batch["weights"], sums = weigh(batch, nll, c)
-                loss_and_statistics.append(sums)
+    sums = weigh_tokens(weigh, model, batches, c) if weigh else []
     # 2. the gradient of scale sum_t w_t nll_t / N by the parameters; micro-batches add up
     scale = scaler.scale if scaler else 1.0
     loss_grad = scale / N.double()
@@ -364,7 +362,7 @@ def train_step(model: "Model", optimizer, loader, step: int, c: Config, world: p
     total[0] = parallel.squared_norm(p.grad for p in optimizer.owned)
     total[1] = bool(stop_signals)
     if model.counts_loss:
-        total[2:] = sum(loss_and_statistics if weigh else [nll.double().sum() for nll in nlls]) / N
+        total[2:] = sum(sums or [nll.double().sum() for nll in nlls]) / N
     sumsq, stop, loss, *statistics = world.sum(total).tolist()
     grad_norm = math.sqrt(sumsq) / scale if math.isfinite(sumsq) else math.nan
     if math.isnan(loss) and not N.item():
@@ -388,6 +386,10 @@ def train_step(model: "Model", optimizer, loader, step: int, c: Config, world: p
 
 # ---- evaluate --------------------------------------------------------------------------------------------------------
 
+class StopAsked(Exception):
+    """A rank was asked to stop while the model was evaluated."""
+
+
 def windows_per_unit(c: Config) -> int:
     """Windows that no micro-batch may part: a pair of answers, a group of answers."""
     return {"dpo": 2, "rl": c.group_size}.get(c.objective, 1)
@@ -399,20 +401,15 @@ def windows_evaluated(loader, c: Config) -> int:
     return min(loader.num_windows, math.ceil((c.eval_windows or loader.num_windows) / unit) * unit)
 
 
-def any_rank_stops(stop_signals, world: parallel.World) -> bool:
-    """Whether a signal has asked any rank to stop; stop_signals: those that this rank has received."""
-    return any(parallel.gather_objects(bool(stop_signals), world.host))
-
-
 @torch.no_grad()
 def forward_passes(model: "Model", loader, windows: int, c: Config, world: parallel.World, stop_signals=()):
     """Run the first `windows` windows of a split, in micro-batches, each rank its share. Yields (batch, nll) on ranks
-    that count the loss. Stops early if any rank was asked to stop."""
+    that count the loss. Raises StopAsked on all ranks if one has received a signal."""
     num_batches = math.ceil(windows / (world.mesh.dp * c.micro_batch_size))                     # equal on all ranks
     window_starts = [(i * world.mesh.dp + world.mesh.dp_rank) * c.micro_batch_size for i in range(num_batches)]
     for i in range(0, num_batches, 2 * c.pp):            # several at a time, so that all stages of a pipeline have work
-        if any_rank_stops(stop_signals, world):
-            return
+        if any(parallel.gather_objects(bool(stop_signals), world.host)):
+            raise StopAsked
         batches = []
         for start in window_starts[i:i + 2 * c.pp]:
             batch = loader.batch(range(start % windows, min(start % windows + c.micro_batch_size, windows)))
@@ -426,10 +423,9 @@ def forward_passes(model: "Model", loader, windows: int, c: Config, world: paral
             yield from zip(batches, nlls, strict=True)
 
 
-def evaluate(model: "Model", loader, c: Config, world: parallel.World, stop_signals=()) -> dict | None:
+def evaluate(model: "Model", loader, c: Config, world: parallel.World, stop_signals=()) -> dict:
     """Validation loss in nats per target, and bits per byte of text, over the whole split or eval_windows of it. dpo:
-    the loss per pair, the share of pairs that the model ranks right, the mean margin. None if a rank was asked to stop.
-    """
+    the loss per pair, the share of pairs that the model ranks right, the mean margin. Raises StopAsked."""
     token_bytes = torch.from_numpy(loader.tokenizer.token_bytes).to(world.device)
     # sums of: targets, loss, bytes of their text, 0 (dpo: pairs, loss, pairs that are ranked right, margins)
     total = torch.zeros(4, dtype=torch.float64, device=world.device)
@@ -441,8 +437,6 @@ def evaluate(model: "Model", loader, c: Config, world: parallel.World, stop_sign
             text = token_bytes[batch["targets"].clamp(min=0)] * is_target
             total[:3] += torch.stack([is_target.sum(), nll.double().sum(), text.sum()])
     count, loss, *rest = world.sum(total).tolist()
-    if any_rank_stops(stop_signals, world):
-        return None
     if c.objective == "dpo":
         return {"val_loss": loss / count, "val_accuracy": rest[0] / count, "val_margin": rest[1] / count}
     # bpb = nats / ln 2 / bytes
@@ -457,13 +451,8 @@ def pipeline_schedule(c: Config, micro_batches: int) -> list:
     return parallel.SCHEDULES[kind](c.pp, micro_batches, *[c.pp_chunks] * (kind == "interleaved"))
 
 
-def flag_that_blocks_compiling(c: Config) -> str:
-    """The flag with which blocks cannot be compiled; "" if there is none."""
-    return "--pp-schedule zb" if c.pp > 1 and c.pp_schedule == "zb" else ""
-
-
 def compiles(c: Config, device) -> bool:
-    return c.compile == "on" or c.compile == "auto" and device.type != "cpu" and not flag_that_blocks_compiling(c)
+    return c.compile == "on" or c.compile == "auto" and device.type != "cpu" and not c.is_zero_bubble
 
 
 def make_stage(c: Config, device, mesh=None, stage: int = 0, read=None, dtype=None, sync=None) -> net.GPT:
@@ -605,25 +594,26 @@ def parameters_of(optimizer) -> list:
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 def lock_folder(c: Config, stack: contextlib.ExitStack):
-    """Only one process may use out/RUN. A run that is refused leaves no empty folder."""
-    def remove_if_empty():
-        with contextlib.suppress(OSError):
-            Path(c.out, "checkpoints").rmdir()
-            Path(c.out, ".lock").unlink()
-            Path(c.out).rmdir()
-
+    """Only one process may use out/RUN, until `stack` is closed. A run that was refused leaves no empty folder."""
+    checkpoints, lock = Path(c.out, "checkpoints"), Path(c.out, ".lock")
     try:
-        Path(c.out, "checkpoints").mkdir(parents=True, exist_ok=True)
-        stack.callback(remove_if_empty)
-        stack.enter_context(data.locked(Path(c.out, ".lock"), wait=False))
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(data.locked(lock, wait=False))
     except BlockingIOError:
         raise BadInput(f"out must not be in use by another run, {c.out} is") from None
     except OSError as error:
         raise BadInput(f"out must be a folder that can be written, {c.out}: {error.strerror}") from None
 
+    @stack.callback
+    def remove_folder_without_checkpoints():
+        with contextlib.suppress(OSError):                                # it has some
+            checkpoints.rmdir()
+            lock.unlink()
+            Path(c.out).rmdir()
+
 
 @functools.cache
-def say_once(line: str):
+def print_once(line: str):
     print(line, file=sys.stderr)
 
 
@@ -631,15 +621,16 @@ def saved_config(saved: dict) -> Config:
     """A checkpoint's config. A field that Config has no longer is named and left out; a new one takes its default."""
     known = {f.name for f in fields(Config)}
     for name in saved.keys() - known:
-        say_once(f"train.py: the checkpoint's {name} {saved[name]!r} is no field of Config now and is ignored")
+        print_once(f"train.py: the checkpoint's {name} {saved[name]!r} is no field of Config now and is ignored")
     return Config(**{name: value for name, value in saved.items() if name in known})
 
 
-def existing_parent(init_from: str, out: str | None) -> str:
-    """The parent folder, or the run's own folder once the parent is gone: it has a copy of what the parent decides."""
+def parent_folder(init_from: str, out: str | None) -> str:
+    """The parent's folder; once that is gone, the run's own, which has a copy of what the parent decides."""
     return init_from if Path(init_from).exists() or not out else out
 
 
+@bad_input()
 def parent_fields(folder: str) -> dict:
     """The fields of Config that --init-from decides: the model's, and the name of the config."""
     try:
@@ -647,15 +638,14 @@ def parent_fields(folder: str) -> dict:
     except (OSError, ValueError) as error:
         raise BadInput(f"init_from must be the folder of a run or of a Hugging Face model, {folder} has no config.json "
                        f"to read ({type(error).__name__})") from None
-    if "model_type" in saved:                                                                         # Hugging Face's
-        with bad_input():
-            parent = net.config_from_hf(saved)
-        size = math.log(net.num_params(parent))
-        nearest = min(CONFIGS, key=lambda name: abs(size - math.log(net.num_params(derive(CONFIGS[name]).model))))
-        return dataclasses.asdict(parent) | {"config": nearest, "seq_len": min(parent.seq_len, 2048)
-                                             if parent.position == "rope" else parent.seq_len}
-    run = saved_config(saved)
-    return {f.name: getattr(run, f.name) for f in fields(net.ModelConfig)} | {"config": run.config}
+    if "model_type" not in saved:                                                                     # one of our runs
+        run = saved_config(saved)
+        return dataclasses.asdict(run.model) | {"config": run.config}
+    parent = net.config_from_hf(saved)
+    seq_len = min(parent.seq_len, 2048) if parent.position == "rope" else parent.seq_len
+    size = math.log(net.num_params(parent))                               # the named config of about its size
+    nearest = min(CONFIGS, key=lambda name: abs(size - math.log(net.num_params(derive(CONFIGS[name]).model))))
+    return dataclasses.asdict(parent) | {"config": nearest, "seq_len": seq_len}
 
 
 def open_parent(c: Config, world: parallel.World) -> tuple:
@@ -681,28 +671,21 @@ def newest_reader(folder: str, flag: str, first=lambda work: work()) -> data.Rea
     return data.Reader(first(find))
 
 
-# A wsd run may be made longer: it goes on from its last checkpoint before the decay, which Run.save keeps. Checkpoints
-# that refusal() has something against, as those in the decay, are passed over if an older one will do.
-
-def same_rates(c: Config, before: Config, step: int) -> bool:
-    """Whether updates 0 .. step - 1 have the same learning rates in both: the last one tells, wsd being constant."""
-    return step == 0 or lr_at(step - 1, c) == lr_at(step - 1, before)
-
-
 def refusal(c: Config, meta: dict, loader) -> str:
     """Why c cannot go on with a checkpoint; "" if it can. Each field that affects training must be as it was (or, if
-    new since, at its default), and the text the same. meta: the checkpoint's."""
+    new since, at its default), and the text the same. But a wsd run may become longer: the updates that a checkpoint
+    holds are then the same, unless it was made in the decay. meta: the checkpoint's."""
     if c.resume == "never":
         return f"resume must be auto to go on with the run in {c.out}, got never; name another --out"
-    before = saved_config(meta["config"])
+    before, newest_update = saved_config(meta["config"]), max(0, meta["step"] - 1)
+    longer = (c.schedule == "wsd" and c.steps > before.steps
+              and lr_at(newest_update, c) == lr_at(newest_update, before))
     for f in fields(Config):
-        if f.metadata["affects_training"] and getattr(c, f.name) != getattr(before, f.name):
-            longer = f.name == "steps" and c.schedule == "wsd" and c.steps > before.steps
-            if longer and same_rates(c, before, meta["step"]):
-                continue
+        ours, theirs = getattr(c, f.name), getattr(before, f.name)
+        if f.metadata["affects_training"] and ours != theirs and not (f.name == "steps" and longer):
             hint = ", or make a --schedule wsd longer before its decay" if f.name == "steps" else ""
-            return (f"{f.name} must be {getattr(before, f.name)} to go on with the run in {c.out}, got "
-                    f"{getattr(c, f.name)}; name another --out for a new run{hint}")
+            return (f"{f.name} must be {theirs} to go on with the run in {c.out}, got {ours}; name another --out for a "
+                    f"new run{hint}")
     if loader.state_dict()["fingerprint"] != meta["loader"]["fingerprint"]:
         return (f"data must be the text that the run in {c.out} began with, {c.data} is another or has changed; "
                 "name another --out")
@@ -712,7 +695,7 @@ def refusal(c: Config, meta: dict, loader) -> str:
 def open_data(c: Config, world: parallel.World):
     """Loaders of both splits: of a prepared folder, of text that rank 0 prepares first, or, after pre-training, of
     conversations, pairs or prompts. A model that comes from elsewhere brings its tokenizer along."""
-    tokenizer = (data.load_tokenizer(existing_parent(c.init_from, c.out)) if c.init_from else
+    tokenizer = (data.load_tokenizer(parent_folder(c.init_from, c.out)) if c.init_from else
                  data.find_tokenizer(c.tokenizer) if c.tokenizer else None)
 
     def prepare():
@@ -765,13 +748,15 @@ def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -
             if world.host is not None:
                 parallel.set_timeout(world.host, c.timeout)           # from here on no rank works for hours alone
             world.first(lambda: lock_folder(c, stack))
-            stop_signals = catch_stop_signals(stack)
-            run = Run(c, world, loader, val, on_phase, stack)
+            run = Run(c, world, loader, val, catch_stop_signals(stack), on_phase, stack)
         world.say(announcement(run, time.perf_counter() - started))
         try:
             while True:
                 if run.is_due(c.eval_interval) or run.step == 0 and c.objective != "pretrain":
-                    stopping |= run.evaluate(stop_signals)
+                    try:
+                        run.evaluate()
+                    except StopAsked:                                 # it is made after the run has gone on
+                        stopping = True
                 if run.is_due(c.checkpoint_interval) or run.is_last_before_decay() or stopping:
                     run.save(stopping)
                 if stopping:
@@ -779,7 +764,7 @@ def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -
                     return 0
                 if run.step == c.steps:
                     break
-                stopping = run.take_step(stop_signals)
+                stopping = run.take_step()
         except FloatingPointError as error:
             world.say(f"step {run.step}: diverged, {error}; {run.newest_saved()}; try a lower --lr than {c.lr}")
             return 3
@@ -792,31 +777,28 @@ class Run:
     """A run in progress: its parts, the step it is at, and what happens there. It begins with the newest checkpoint in
     its folder, or with --init-from, or with the seed. `stack` closes its files."""
 
-    def __init__(self, c: Config, world: parallel.World, loader, val, on_phase, stack: contextlib.ExitStack):
-        self.c, self.world, self.loader, self.val, self.on_phase = c, world, loader, val, on_phase
-        self.folder = Path(c.out)
-        self.step, self.saved, self.skipped, self.evaluation, self.card = 0, None, 0, None, {"wall_seconds": 0.0}
+    def __init__(self, c: Config, world: parallel.World, loader, val, stop_signals: list, on_phase,
+                 stack: contextlib.ExitStack):
+        self.c, self.world, self.loader, self.val = c, world, loader, val
+        self.stop_signals, self.on_phase, self.folder = stop_signals, on_phase, Path(c.out)
+        self.step = 0                         # updates so far
+        self.skipped = 0                      # those of them whose gradients were not finite: no weight changed
+        self.saved = None                     # the step of the newest checkpoint
+        self.evaluation = None                # the newest: {"step": ..., "val_loss": ..., ...}
+        self.card, self.parent_card = {"wall_seconds": 0.0}, {}
         self.checkpoints = data.Checkpoints(self.folder / "checkpoints", c.keep_checkpoints, group=world.host,
                                             first=world.first)
-        path = self.folder / "config.json"
-        # a wsd run may go back to an older checkpoint to become longer, but not to become shorter than it was
-        not_shorter = True
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):       # absent or edited: nothing to compare
-            not_shorter = c.steps >= json.loads(path.read_text())["steps"]
-        reader = self.checkpoints.newest(lambda meta: not_shorter and not refusal(c, meta, loader))
-        read_start, self.parent_card = None, reader.meta.get("parent_card", {}) if reader else {}
-        if c.init_from and (reader is None or c.objective == "rl"):
-            read_start, card = open_parent(c, world)
-            if reader is not None and card != self.parent_card:
-                raise BadInput(f"init_from must be as it was when the run in {c.out} began, {c.init_from} has changed")
-            self.parent_card = card
+        reader, read, read_parent = self.find_checkpoint(), None, None
         if reader is not None:
-            if line := refusal(c, reader.meta, loader):
-                raise BadInput(line)
             loader.load_state_dict(reader.meta["loader"])
             self.step, self.card, self.evaluation = (reader.meta[name] for name in ("step", "card", "evaluation"))
-            self.saved = self.step
-        self.model = Model(c, world, reader.read if reader else read_start)
+            self.saved, self.parent_card, read = self.step, reader.meta.get("parent_card", {}), reader.read
+        if c.init_from and (reader is None or c.objective == "rl"):
+            read_parent, parent_card = open_parent(c, world)
+            if reader is not None and parent_card != self.parent_card:
+                raise BadInput(f"init_from must be as it was when the run in {c.out} began, {c.init_from} has changed")
+            self.parent_card = parent_card
+        self.model = Model(c, world, read or read_parent)
         self.optimizer = make_optimizer(self.model, c)
         self.scaler = precision.LossScaler(c.loss_scale) if c.precision == "fp16" and c.loss_scale else None
         if reader is not None:
@@ -826,25 +808,32 @@ class Run:
                 self.skipped = reader.meta["loss_scaler"]["skipped"]
         self.batches, self.prompts, self.pretraining_val = loader, None, None
         if c.objective != "pretrain":
-            self.open_objective(read_start)
+            self.open_objective(read_parent)
         self.metrics = None
         if world.rank == 0:
             self.write_identity()
-            evaluated = self.evaluation and self.evaluation["step"] == self.step
-
-            def keep(line):
-                """Lines up to the checkpoint's step. Its evaluation only if the checkpoint holds it: else the run makes
-                it again."""
-                return line["step"] < self.step or line["step"] == self.step and (evaluated or "val_loss" not in line)
-
-            self.metrics = stack.enter_context(data.open_metrics(self.folder / "metrics.jsonl",
-                                                                 lambda line: reader and keep(line)))
+            is_evaluated = self.evaluation and self.evaluation["step"] == self.step
+            # lines up to the checkpoint's step; its evaluation only if the checkpoint holds it: else it is made again
+            self.metrics = stack.enter_context(data.open_metrics(
+                self.folder / "metrics.jsonl", lambda line: reader and (line["step"] < self.step or (
+                    line["step"] == self.step and (is_evaluated or "val_loss" not in line)))))
         self.bill, (self.peak, self.peak_source) = make_bill(c, world), peak_flops(c, world.device)
         self.first_step = world.step = self.step
         self.began = time.perf_counter() - self.card["wall_seconds"]
-        self.seconds_since_print = self.steps_since_print = 0
+        self.seconds = []                     # of each step since a line was printed
 
-    def open_objective(self, read_start):
+    def find_checkpoint(self) -> data.Reader | None:
+        """The newest checkpoint that this run can go on with; None if there is none at all. Raises BadInput."""
+        c, longest = self.c, 0
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):                          # absent, or edited
+            longest = int(json.loads((self.folder / "config.json").read_text())["steps"])
+        # a wsd run may go back to an older checkpoint to become longer, but not to become shorter than it was
+        reader = self.checkpoints.newest(lambda meta: c.steps >= longest and not refusal(c, meta, self.loader))
+        if reader is not None and (line := refusal(c, reader.meta, self.loader)):
+            raise BadInput(line)
+        return reader
+
+    def open_objective(self, read_parent):
         """What a stage after pre-training needs besides: held-out prompts to answer, the text of pre-training, whose
         loss shows what is forgotten, dpo's reference, rl's answers."""
         c, tokenizer = self.c, self.loader.tokenizer
@@ -857,21 +846,21 @@ class Run:
             if val.num_windows and val.tokenizer.sha256 == tokenizer.sha256:
                 self.pretraining_val = val
         if c.objective == "rl":
-            start = make_stage(c, self.world.device, read=read_start)
+            start = make_stage(c, self.world.device, read=read_parent)
             self.batches = Rollouts(self.loader, self.model.chunks[0], start, c)
         if c.objective == "dpo":
-            folder = self.folder / "reference"
+            folder, loaders = self.folder / "reference", (self.loader, self.val)
             if self.saved is None:                             # the weights are those of the start: the run begins here
-                tables = {loader.split: answers_nll(self.model, loader, c, self.world)
-                          for loader in (self.loader, self.val)}
+                tables = {loader.split: answers_nll(self.model, loader, c, self.world) for loader in loaders}
                 self.world.first(lambda: data.write_tables(folder, tables))
             reader = data.Reader(folder)
-            for loader in (self.loader, self.val):
+            for loader in loaders:
                 loader.reference = reader.read(loader.split)
 
     def log(self, **entry):
-        """A line of metrics.jsonl, which has one per step and one per evaluation."""
+        """A line of metrics.jsonl, which has one per step and one per evaluation. What is not finite becomes null."""
         if self.metrics:
+            entry = {name: x if math.isfinite(x) else None for name, x in entry.items()}
             self.metrics.write(json.dumps(entry) + "\n")
             self.metrics.flush()
 
@@ -879,23 +868,23 @@ class Run:
         return self.step == self.c.steps or bool(self.step and interval and self.step % interval == 0)
 
     def is_last_before_decay(self) -> bool:
-        left = self.c.steps - self.step
-        return (self.c.schedule == "wsd" and self.step > self.c.warmup_steps
-                and left < max(1.0, self.c.steps * self.c.decay_fraction) <= left + 1)
+        c, to_go = self.c, self.c.steps - self.step
+        return (c.schedule == "wsd" and self.step > c.warmup_steps
+                and to_go < max(1.0, c.steps * c.decay_fraction) <= to_go + 1)
 
-    def place(self) -> str:
-        return f"step {self.step:>{len(str(self.c.steps))}}/{self.c.steps}"
+    def say(self, line: str):
+        self.world.say(f"step {self.step:>{len(str(self.c.steps))}}/{self.c.steps}  {line}")
 
-    def evaluate(self, stop_signals: list) -> bool:
-        """Evaluate, unless the checkpoint that was read holds this step's evaluation -> whether it was left because a
-        rank was asked to stop. It is then made after the run has gone on."""
+    def newest_saved(self) -> str:
+        return f"the checkpoint of step {self.saved} is intact" if self.saved else "there was no checkpoint yet"
+
+    def evaluate(self):
+        """Evaluate, unless the checkpoint that was read holds this step's evaluation. Raises StopAsked."""
         c, world = self.c, self.world
         if not self.val.num_windows or self.evaluation and self.evaluation["step"] == self.step:
-            return False
+            return
         self.on_phase(self.step, "evaluate")
-        found = evaluate(self.model, self.val, c, world, stop_signals) if c.objective != "rl" else {}
-        if found is None:
-            return True
+        found = evaluate(self.model, self.val, c, world, self.stop_signals) if c.objective != "rl" else {}
         if self.prompts:
             reward = reward_of_answers(self.model, self.prompts, c, world)
             if c.objective == "rl":                                  # Checkpoints keeps that of the smallest val_loss
@@ -911,12 +900,12 @@ class Run:
         if not math.isfinite(found["val_loss"]):
             raise FloatingPointError(f"validation loss {found['val_loss']}")
         self.log(**self.evaluation)
-        words = {"val_loss": "{:.4f} nats/token" if c.objective == "pretrain" else "loss {:.4f}",
-                 "val_bpb": "{:.4f} bits/byte", "val_margin": "margin {:.3f}", "val_accuracy": "{:.1%} of pairs right",
-                 "reward": "reward {:.3f}", "text_loss": "pre-training text {:.4f}"}
-        shown = [name for name in words if name in found and (name, c.objective) != ("val_loss", "rl")]
-        world.say(f"{self.place()}  validation " + ", ".join(words[name].format(found[name]) for name in shown))
-        return False
+        formats = {"val_loss": "{:.4f} nats/token" if c.objective == "pretrain" else "loss {:.4f}",
+                   "val_bpb": "{:.4f} bits/byte", "val_margin": "margin {:.3f}",
+                   "val_accuracy": "{:.1%} of pairs right", "reward": "reward {:.3f}",
+                   "text_loss": "pre-training text {:.4f}"}
+        shown = [name for name in formats if name in found and (name, c.objective) != ("val_loss", "rl")]
+        self.say("validation " + ", ".join(formats[name].format(found[name]) for name in shown))
 
     def save(self, stopping: bool):
         """Unless this step is saved already. Weights that are not finite are not saved (the last update of a run has no
@@ -941,55 +930,49 @@ class Run:
         except data.SaveError as error:
             if self.step == self.c.steps or stopping:
                 raise
-            self.world.say(f"{self.place()}  {error}; {self.newest_saved()}; the run goes on and tries again")
+            self.say(f"{error}; {self.newest_saved()}; the run goes on and tries again")
             return
         self.saved = self.step
         if self.world.rank == 0 and not (self.folder / "config.json").exists():             # somebody moved it away
             self.write_identity()
-
-    def newest_saved(self) -> str:
-        return f"the checkpoint of step {self.saved} is intact" if self.saved else "there was no checkpoint yet"
 
     def write_identity(self):
         """What a checkpoint needs beside it: the config, and the tokenizer."""
         data.write_atomic(self.folder / "config.json", json.dumps(dataclasses.asdict(self.c), indent=1))
         self.loader.tokenizer.save(self.folder)
 
-    def take_step(self, stop_signals: list) -> bool:
+    def take_step(self) -> bool:
         """One update, logged -> whether any rank was asked to stop."""
-        c, events, start, scale = self.c, [], time.perf_counter(), self.scaler and self.scaler.scale
-        profiled = c.profile and self.step == self.first_step + 2
-        self.model.on_op = (lambda op, received_from, *clocks: events.append((op, *clocks))) if profiled else None
+        c, world, scaler, start = self.c, self.world, self.scaler, time.perf_counter()
+        scale, lr, events = {"loss_scale": scaler.scale} if scaler else {}, lr_at(self.step, c), []
+        is_profiled = c.profile and self.step == self.first_step + 2
+        self.model.on_op = (lambda op, received_from, *clocks: events.append((op, *clocks))) if is_profiled else None
         self.step += 1
         loss, norm, stopping, statistics = train_step(self.model, self.optimizer, self.batches, self.step - 1, c,
-                                                      self.world, stop_signals, self.on_phase, self.scaler)
-        self.world.step, seconds = self.step, time.perf_counter() - start
-        if profiled:
-            timeline = parallel.executed_timeline(parallel.gather_objects(events, self.world.host))
-            if self.world.rank == 0:
+                                                      world, self.stop_signals, self.on_phase, scaler)
+        world.step = self.step
+        self.seconds.append(time.perf_counter() - start)
+        if is_profiled:
+            timeline = parallel.executed_timeline(parallel.gather_objects(events, world.host))
+            if world.rank == 0:
                 data.write_atomic(self.folder / "trace.json", json.dumps(parallel.chrome_trace(timeline)))
-        finite, lr = math.isfinite(loss) and math.isfinite(norm), lr_at(self.step - 1, c)
-        if not finite and not self.scaler:
-            raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
-        self.skipped += not finite
-        self.log(step=self.step, loss=loss if math.isfinite(loss) else None,
-                 grad_norm=norm if math.isfinite(norm) else None, lr=lr,
-                 tokens_per_s=round(c.tokens_per_step / seconds, 1), **({"loss_scale": scale} if self.scaler else {}),
-                 **statistics)
-        self.seconds_since_print += seconds
-        self.steps_since_print += 1
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            if not scaler:
+                raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
+            self.skipped += 1
+        self.log(step=self.step, loss=loss, grad_norm=norm, lr=lr,
+                 tokens_per_s=round(c.tokens_per_step / self.seconds[-1], 1), **scale, **statistics)
         if self.step % c.log_interval == 0 or self.step == c.steps:
-            rate = c.tokens_per_step * self.steps_since_print / self.seconds_since_print
-            mfu = f"{rate * self.bill['flops_per_token'] / self.peak / self.world.size:5.1%}" if self.peak else "    -"
+            rate = c.tokens_per_step * len(self.seconds) / sum(self.seconds)
+            mfu = f"{rate * self.bill['flops_per_token'] / self.peak / world.size:5.1%}" if self.peak else "    -"
             speed = f"{rate:9,.0f} tok/s  mfu {mfu}"
             if c.objective == "rl":                                             # how long answers are, varies
                 speed = f"{rate / c.seq_len:7,.1f} answers/s"
-            self.world.say(f"{self.place()}  loss {loss:7.4f}  lr {lr:.2e}  norm {norm:7.3f}  {speed}  "
-                           f"{self.world.peak_memory() / 1e9:5.2f} GB  "
-                           f"eta {scaling.clock((c.steps - self.step) * c.tokens_per_step / rate)}"
-                           + (f"  scale {scale:g}, {self.skipped} skipped" if self.scaler else "")
-                           + "".join(f"  {name} {value:.3f}" for name, value in statistics.items()))
-            self.seconds_since_print = self.steps_since_print = 0
+            self.say(f"loss {loss:7.4f}  lr {lr:.2e}  norm {norm:7.3f}  {speed}  {world.peak_memory() / 1e9:5.2f} GB  "
+                     f"eta {scaling.clock((c.steps - self.step) * c.tokens_per_step / rate)}"
+                     + (f"  scale {scale['loss_scale']:g}, {self.skipped} skipped" if scaler else "")
+                     + "".join(f"  {name} {value:.3f}" for name, value in statistics.items()))
+            self.seconds.clear()
         return stopping
 
 
@@ -1013,11 +996,11 @@ def announcement(run: Run, seconds: float) -> str:
     """The run in numbers, before its first step."""
     c, manifest, trained_on = run.c, run.loader.manifest, run.loader.manifest["splits"]["train"]["tokens"]
     epochs = run.loader.epochs(c.steps * c.global_batch_size // (c.group_size if c.objective == "rl" else 1))
-    so = ", ".join(f"{n:.2f} epochs" + f" of {path}" * (len(epochs) > 1) for path, n in epochs.items())
+    in_epochs = ", ".join(f"{n:.2f} epochs" + f" of {path}" * (len(epochs) > 1) for path, n in epochs.items())
     peak = f"peak {run.peak / 1e9:,.0f} GFLOP/s ({run.peak_source})" if run.peak else run.peak_source
     lines = [describe(c, run.bill),
              f"data       {run.loader.path if len(epochs) == 1 else c.data}: {trained_on:,} training tokens, so "
-             f"{so}; knowledge cutoff {make_card(run)['knowledge_cutoff']}",
+             f"{in_epochs}; knowledge cutoff {make_card(run)['knowledge_cutoff']}",
              f"machine    {run.world.size} x {run.world.device.type}, {torch.get_num_threads()} threads, "
              f"{c.precision}; {peak}"]
     if c.warmup_steps >= c.steps:
@@ -1049,32 +1032,31 @@ def real_corpus(c: Config, ranks: int, epochs: float) -> str:
 
 def finish(run: Run):
     """A run's end: its card, the loss next to general compressors, continuations, and where everything is."""
-    c, val, evaluation = run.c, run.val, run.evaluation
+    c, val, evaluation, prompts, separator, flag = run.c, run.val, run.evaluation, [], "|", '--sample "def main("'
     facts = run.card | {name: x for name, x in (evaluation or {}).items() if name != "step"}
     data.write_atomic(run.folder / "card.md", f"# {c.out}\n\n" + "".join(f"- {k}: {v}\n" for k, v in facts.items()))
-    gpt, whole, prompts, between = run.model.chunks[0], every_rank_has_all_weights(c, run.world), [], "|"
-    sample = '--sample "def main("'
-    if evaluation and c.objective == "pretrain":
-        windows = min(windows_evaluated(val, c), 2**22 // c.seq_len)                  # xz takes seconds for each 10 MB
-        yardsticks = data.compressed_bpb(val.text(windows))
+    if not evaluation:
+        print("\nno validation: its documents do not fill one window of seq_len + 1 tokens")
+    elif c.objective == "pretrain":
+        windows = windows_evaluated(val, c)
+        some = min(windows, 2**22 // c.seq_len)                                       # xz takes seconds for each 10 MB
+        yardsticks = data.compressed_bpb(val.text(some))
         print(f"\nvalidation {evaluation['val_loss']:.4f} nats/token = {evaluation['val_bpb']:.4f} bits/byte   ("
               f"{', '.join(f'{name} {bpb:.3f}' for name, bpb in yardsticks.items())} on "
-              f"{'the same text' if windows == windows_evaluated(val, c) else f'{windows:,} of its windows'})")
-        # continue the first lines of three held-out documents, where this rank has the whole model
-        ids = val.shards[0][:4_000_000]
-        starts = (ids == data.first_id(val.tokenizer)).nonzero()[0][:3 * whole]
-        prompts = [ids[first:first + 16].tolist() for first in starts]
-    elif not evaluation:
-        print("\nno validation: its documents do not fill one window of seq_len + 1 tokens")
+              f"{'the same text' if some == windows else f'{some:,} of its windows'})")
+        if every_rank_has_all_weights(c, run.world):                  # continue the first lines of held-out documents
+            ids = val.shards[0][:4_000_000]
+            starts = (ids == data.first_id(val.tokenizer)).nonzero()[0][:3]
+            prompts = [ids[start:start + 16].tolist() for start in starts]
     if run.prompts:
-        between, sample = "\n--- answer ---\n", "--chat"
+        separator, flag = "\n--- answer ---\n", "--chat"
         prompts = [ids for ids, _ in run.prompts.batch(range(min(3, run.prompts.num_windows)))]
     for n, prompt in enumerate(prompts):
-        print(f"\n--- sample {n + 1} ---\n{val.tokenizer.decode(prompt)}{between}"
-              f"{continuation(gpt, val.tokenizer, prompt, c, n)}")
+        print(f"\n--- sample {n + 1} ---\n{val.tokenizer.decode(prompt)}{separator}"
+              f"{continuation(run.model.chunks[0], val.tokenizer, prompt, c, n)}")
     print(f"\nwall time  {scaling.clock(facts['wall_seconds'])} of training\ncard       {run.folder / 'card.md'}\n"
           f"checkpoint {run.checkpoints.folder / f'step-{c.steps:08d}'}\n"
-          f"try it     python train.py --out {c.out} {sample}")
+          f"try it     python train.py --out {c.out} {flag}")
 
 
 # ---- after pre-training: the objectives ------------------------------------------------------------------------------
@@ -1089,9 +1071,31 @@ OBJECTIVES = {
     "rl": (lambda batch, nll, c: net.policy_gradient(batch, nll, c.kl_coef), ("reward", "kl"))}
 
 
+@torch.no_grad()
+def weigh_tokens(weigh, model: "Model", batches, c: Config) -> list:
+    """Give each micro-batch its tokens' weights, from a pass without gradient -> its sums of the loss and the two
+    statistics; on the last pipeline stage, elsewhere []. weigh: of OBJECTIVES."""
+    sums = []
+    for batch, nll in zip(batches, model.run(batches), strict=True):
+        if nll is not None:
+            batch["weights"], sums_of_batch = weigh(batch, nll, c)
+            sums.append(sums_of_batch)
+    return sums
+
+
 def every_rank_has_all_weights(c: Config, world: parallel.World) -> bool:
     """As sampling needs."""
     return c.tp == c.pp == 1 and (c.zero < 3 or world.mesh.dp == 1)
+
+
+def rewarded_answers(gpt, tokenizer, questions, c: Config, numbers, max_tokens: int) -> tuple:
+    """Sample an answer to each question, (ids of its prompt, its row) -> prompts, answers, lists of ids; rewards
+    (n,), float64: nan where the reward says nothing of the prompt."""
+    prompts, rows = zip(*questions, strict=True)
+    answers = sample_answers(gpt, tokenizer, prompts, c, numbers, max_tokens)
+    reward = data.find_reward(c.reward)
+    rewards = [data.call_reward(reward, row, tokenizer.decode(ids)) for row, ids in zip(rows, answers, strict=True)]
+    return prompts, answers, torch.tensor(rewards, dtype=torch.float64)
 
 
 class Rollouts:
@@ -1102,25 +1106,23 @@ class Rollouts:
     """
 
     def __init__(self, prompts, gpt, start, c: Config):
-        self.prompts, self.gpt, self.start, self.reward = prompts, gpt, start, data.find_reward(c.reward)
+        self.prompts, self.gpt, self.start = prompts, gpt, start
         self.c = dataclasses.replace(c, temperature=1.0, top_k=0, top_p=1.0)                        # the model itself
 
     def __next__(self) -> dict:
-        c, tokenizer = self.c, self.prompts.tokenizer
+        c, loader = self.c, self.prompts
         # the number of this rank's first answer: read before next(), which advances the position
-        first = (self.prompts.position + self.prompts.dp_rank * self.prompts.micro_batch_size) * c.group_size
-        questions = [question for question in next(self.prompts) for _ in range(c.group_size)]
-        prompts = [ids for ids, _ in questions]
-        answers = sample_answers(self.gpt, tokenizer, prompts, c, range(first, first + len(prompts)), c.answer_tokens)
-        rewards = [data.call_reward(self.reward, row, tokenizer.decode(ids))
-                   for (_, row), ids in zip(questions, answers, strict=True)]
-        if math.isnan(sum(rewards)):
+        first = (loader.position + loader.dp_rank * loader.micro_batch_size) * c.group_size
+        questions = [question for question in next(loader) for _ in range(c.group_size)]
+        prompts, answers, rewards = rewarded_answers(self.gpt, loader.tokenizer, questions, c,
+                                                     range(first, first + len(questions)), c.answer_tokens)
+        if rewards.isnan().any():
             raise data.DataError(f"reward must say something of every prompt, {c.reward} does not")
         # advantage = (reward - mean of its group) / spread of its group; in float64: equal rewards give 0
-        rewards = torch.tensor(rewards, dtype=torch.float64).view(-1, c.group_size)
-        advantage = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-6)
-        batch = data.rows_of(prompts, answers) | {"reward": rewards.flatten(), "advantage": advantage.flatten(),
-                                                  "count": torch.tensor(rewards.numel())}
+        groups = rewards.view(-1, c.group_size)
+        advantage = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)
+        batch = data.rows_of(prompts, answers) | {"reward": rewards, "advantage": advantage.flatten(),
+                                                  "count": torch.tensor(len(rewards))}
         batch["reference"] = net.nll_of(self.start, batch)
         return batch
 
@@ -1128,16 +1130,12 @@ class Rollouts:
 def reward_of_answers(model: "Model", prompts, c: Config, world: parallel.World) -> float:
     """Mean reward of an answer to each of up to 64 held-out prompts, those for which the reward says something; nan if
     there are none. Every rank must have the whole model."""
-    reward, total = data.find_reward(c.reward), torch.zeros(2, dtype=torch.float64, device=world.device)
-    prompt_numbers = range(world.rank, min(64, prompts.num_windows), world.size)
-    if prompt_numbers:
-        questions = prompts.batch(prompt_numbers)
-        answers = sample_answers(model.chunks[0], prompts.tokenizer, [ids for ids, _ in questions], c, prompt_numbers,
-                                 c.answer_tokens if c.objective == "rl" else c.max_new_tokens)
-        for (_, row), ids in zip(questions, answers, strict=True):
-            value = data.call_reward(reward, row, prompts.tokenizer.decode(ids))
-            if not math.isnan(value):
-                total += torch.tensor([value, 1.0], device=world.device)
+    total = torch.zeros(2, dtype=torch.float64, device=world.device)
+    numbers = range(world.rank, min(64, prompts.num_windows), world.size)
+    if numbers:
+        rewards = rewarded_answers(model.chunks[0], prompts.tokenizer, prompts.batch(numbers), c, numbers,
+                                   c.answer_tokens if c.objective == "rl" else c.max_new_tokens)[2]
+        total += torch.stack([rewards.nansum(), (~rewards.isnan()).sum()]).to(world.device)
     value, count = world.sum(total).tolist()
     return value / count if count else math.nan
 
@@ -1171,12 +1169,11 @@ def layout_of(c: Config, dp: int) -> scaling.Layout:
 def make_bill(c: Config, world: parallel.World, rank_flops: float | None = None) -> dict:
     """What scaling.py says of this very run: memory, messages, time, cost, and what the law makes of its size. After
     resolve(). rank_flops: FLOP/s that a rank was measured to reach, where the GPU is not known."""
-    layout, on_gpu = layout_of(c, world.mesh.dp), c.gpu is not None or world.device.type != "cpu"
-    program = scaling.Program(item=c.dtype.itemsize, fused_norm=on_gpu, flash=c.attention != "reference",
-                              document_mask=c.document_mask and c.attention == "sdpa", master_weights=c.master_weights,
-                              muon=c.optimizer == "muon")
-    bill = scaling.bill(scaling.shape_of(c.model), layout, program, tokens=c.steps * c.tokens_per_step,
-                        gpu=gpu_of(c, world.device), precision=c.precision, rank_flops=rank_flops)
+    program = scaling.Program(item=c.dtype.itemsize, fused_norm=c.gpu is not None or world.device.type != "cpu",
+                              flash=c.attention != "reference", master_weights=c.master_weights,
+                              document_mask=c.document_mask and c.attention == "sdpa", muon=c.optimizer == "muon")
+    bill = scaling.bill(scaling.shape_of(c.model), layout_of(c, world.mesh.dp), program, gpu=gpu_of(c, world.device),
+                        tokens=c.steps * c.tokens_per_step, precision=c.precision, rank_flops=rank_flops)
     return bill if c.objective == "pretrain" else bill | {"law": None}
 
 
@@ -1186,25 +1183,22 @@ def describe(c: Config, bill: dict) -> str:
     return f"model      {c.config}, {c.steps:,} steps{more.get(c.objective, '')}\n{scaling.describe_bill(bill)}"
 
 
+@bad_input()
 def dry_run(c: Config, world: parallel.World):
     """--dry-run: the bill, printed. The shapes of all stages are built first: what tensor_parallel and the pipeline
     refuse is refused here too."""
-    with bad_input():
-        for stage in range(c.stages):
-            meta_stage(c, torch.device("meta"), world.mesh, stage)
+    for stage in range(c.stages):
+        meta_stage(c, torch.device("meta"), world.mesh, stage)
     bill = make_bill(c, world, None if gpu_of(c, world.device) else time_tokens(c, world.device))
-    if world.rank == 0:
-        print(json.dumps({"config": dataclasses.asdict(c)} | bill) if c.json else describe(c, bill))
+    world.say(json.dumps({"config": dataclasses.asdict(c)} | bill) if c.json else describe(c, bill))
 
 
 def best_rate(work, flops: float, seconds: float) -> float:
     """FLOP/s of the fastest of some calls of work(), which take about so many seconds."""
-    fastest, end = math.inf, time.perf_counter() + seconds
-    while fastest == math.inf or time.perf_counter() < end:
-        start = time.perf_counter()
-        work()
-        fastest = min(fastest, time.perf_counter() - start)
-    return flops / fastest
+    times, end = [], time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        times.append(timeit.timeit(work, number=1))
+    return flops / min(times)
 
 
 def time_tokens(c: Config, device) -> float:
@@ -1238,23 +1232,19 @@ def peak_flops(c: Config, device) -> tuple[float | None, str]:
 
 # ---- what a trained model is used for --------------------------------------------------------------------------------
 
-def sample_answers(gpt, tokenizer, prompts, c: Config, numbers, most: int) -> list:
-    """Continue prompts, lists of ids, all at once -> the new ids of each, at most `most`, the mark of an answer's end
-    among them if it came. An answer's random numbers depend on c.seed and its number."""
+def sample_answers(gpt, tokenizer, prompts, c: Config, numbers, max_tokens: int) -> list:
+    """Continue prompts, lists of ids, all at once -> the new ids of each, at most max_tokens, the mark of an answer's
+    end among them if it came. An answer's random numbers depend on c.seed and its number."""
     device, lengths = next(gpt.parameters()).device, [len(prompt) for prompt in prompts]
-    tokens = torch.tensor([prompt + [0] * (max(lengths) - len(prompt)) for prompt in prompts], device=device)
-    stop = data.end_of_turn(tokenizer) if c.objective != "pretrain" else tokenizer.eos_id
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
+    stop = tokenizer.eos_id if c.objective == "pretrain" else data.end_of_turn(tokenizer)
+    seeds = [data.text_hash(f"{c.seed}/{number}") % 2**63 for number in numbers]
     # a length that grows by one would be compiled again and again
-    eager = torch.compiler.set_stance("force_eager") if compiles(c, device) else contextlib.nullcontext()
-    with eager:
-        seeds = [data.text_hash(f"{c.seed}/{number}") % 2**63 for number in numbers]
-        rows = gpt.generate(tokens, most, c.temperature, c.top_k or None, c.top_p, seed=seeds, stop=stop,
+    with torch.compiler.set_stance("force_eager") if compiles(c, device) else contextlib.nullcontext():
+        rows = gpt.generate(tokens, max_tokens, c.temperature, c.top_k or None, c.top_p, seed=seeds, stop=stop,
                             vocab_size=tokenizer.vocab_size, lengths=lengths).tolist()
-    answers = []
-    for row, length in zip(rows, lengths, strict=True):
-        answer = row[length:length + most]
-        answers.append(answer[:answer.index(stop) + 1] if stop in answer else answer)
-    return answers
+    answers = [row[length:length + max_tokens] for row, length in zip(rows, lengths, strict=True)]
+    return [ids[:ids.index(stop) + 1] if stop in ids else ids for ids in answers]
 
 
 def continuation(gpt, tokenizer, prompt, c: Config, number: int = 0) -> str:
@@ -1268,39 +1258,27 @@ def open_run(folder: str, c: Config, flag: str = "out") -> tuple:
     reader, tokenizer = newest_reader(folder, flag), data.load_tokenizer(folder)
     if tokenizer.sha256 != reader.meta["tokenizer_sha256"]:
         raise data.DataError(f"{folder}: its tokenizer is not the one the model was trained with")
-    asked = ("attention", "eval_windows", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "json")
+    asked = ("attention", "eval_windows", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
     saved = dataclasses.replace(saved_config(reader.meta["config"]), compile="off", dp=1, tp=1, pp=1, zero=0,
                                 precision="fp32", out=folder, **{name: getattr(c, name) for name in asked})
     return reader, tokenizer, saved
 
 
+USES = ("sample", "chat", "pairs", "export", "quantize")                  # flags of what the model in --out is used for
+
+
 def use(c: Config, world: parallel.World) -> int:
-    """--sample, --chat, --pairs, --probe, --export, --quantize: with the newest checkpoint in --out, which says what
-    model it is."""
+    """Do what is asked of the newest checkpoint in --out, whose config says what model it is."""
     if c.quantize is not None and world.size > 1:
         raise BadInput(f"quantize must be left to one process, there are {world.size}")
     if world.rank != 0:
         return 0
     reader, tokenizer, saved = open_run(c.out, c)
     if c.export is not None:
-        try:
-            ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
-            template = data.chat_template(tokenizer) if saved.objective != "pretrain" else None
-            data.export_folder(c.export, net.config_to_hf(saved.model, **ids),
-                               net.hf_tensors(saved.model, reader.read), tokenizer, chat_template=template)
-        except (OSError, ValueError) as error:
-            raise BadInput(f"export must be a model and a new folder that can be written, {c.out} to {c.export}: "
-                           f"{error}") from None
-        print(f"{c.out}, step {reader.meta['step']}, written as a Hugging Face model: {c.export}")
+        export(reader, tokenizer, saved, c.export)
         return 0
     if c.quantize is not None:
-        if c.data not in (Config.data, saved.data):
-            raise BadInput(f"data must be left out with --quantize, which reads the run's own text, got {c.data}")
-        if saved.objective == "rl":
-            raise BadInput(f"quantize must be given a run with answers to calibrate on, {c.out} has prompts alone")
-        model = Model(saved, world, reader.read)
-        quantize(model, c.quantize, saved, world, reader.meta["loader"]["fingerprint"])
-        gpt = model.chunks[0]
+        gpt = quantized(reader, saved, c, world)
     else:
         gpt = make_stage(saved, world.device, read=reader.read)
     if c.sample is not None or c.chat:
@@ -1314,14 +1292,25 @@ def use(c: Config, world: parallel.World) -> int:
         chat(gpt, tokenizer, saved)
     if c.pairs is not None:
         write_pairs(gpt, tokenizer, saved, c, world)
-    if c.probe:
-        probe(reader, tokenizer, saved, world)
     return 0
 
 
+def export(reader: data.Reader, tokenizer, c: Config, folder: str):
+    """--export: a checkpoint as a folder that transformers loads."""
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    template = data.chat_template(tokenizer) if c.objective != "pretrain" else None
+    try:
+        data.export_folder(folder, net.config_to_hf(c.model, **ids), net.hf_tensors(c.model, reader.read), tokenizer,
+                           chat_template=template)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"export must be a model and a new folder that can be written, {c.out} to {folder}: "
+                       f"{error}") from None
+    print(f"{c.out}, step {reader.meta['step']}, written as a Hugging Face model: {folder}")
+
+
 def chat(gpt, tokenizer, c: Config):
-    """A conversation on the terminal: each line is a message. When it is too long, its oldest messages are
-    forgotten, but for the last one."""
+    """--chat: a conversation on the terminal, each line a message. When it is too long, its oldest messages are
+    forgotten, but for the newest."""
     messages = []
     while True:
         try:
@@ -1343,128 +1332,81 @@ def nll_per_token(gpt, prompts, answers) -> torch.Tensor:
     return nll.sum(1) / (batch["targets"] >= 0).sum(1).clamp(min=1)
 
 
-def preference_rows(prompts: data.Examples, sample, judge=None, most: int = 1200, batch_size: int = 64):
-    """Yields a row of dpo for each prompt, or None where its two answers are equal or one is empty. Without a judge the
-    row's own answer is chosen over a sampled one. With one (RLAIF: feedback from another model), two answers are
-    sampled, and chosen is the one that the judge, a model of the same tokenizer, finds more probable per token.
-
-    sample(prompts, numbers) -> answers, lists of ids. most: prompts that are answered. Raises data.DataError.
-    """
-    decode, split = prompts.tokenizer.decode, prompts.split
-    for first in range(0, min(prompts.num_windows, most), batch_size):
-        places = range(first, min(first + batch_size, prompts.num_windows, most))
-        ids, rows = zip(*prompts.batch(places), strict=True)
-        if judge is None:
-            real = [data.conversation(row, "sft")[1][0] for row in rows]                    # DataError if it has none
-            pairs = zip(real, map(decode, sample(ids, [f"{split}/{place}/0" for place in places])), strict=True)
-        else:
-            a, b = (sample(ids, [f"{split}/{place}/{side}" for place in places]) for side in (0, 1))
-            a_is_better = nll_per_token(judge, ids, a) < nll_per_token(judge, ids, b)
-            pairs = ((decode(x), decode(y)) if better else (decode(y), decode(x))
-                     for x, y, better in zip(a, b, a_is_better, strict=True))
-        for row, (chosen, rejected) in zip(rows, pairs, strict=True):
-            differ = chosen != rejected and chosen.strip() and rejected.strip()
-            yield {"prompt": data.conversation(row, "rl")[0], "chosen": chosen, "rejected": rejected,
-                   "split": split} if differ else None
-
-
 def write_pairs(gpt, tokenizer, saved: Config, c: Config, world: parallel.World):
-    """--pairs: a preference pair for each prompt of the run's data, with --judge ranked by another model."""
-    path, judge = Path(c.pairs), None
-    if path.exists():
-        raise BadInput(f"pairs must be a new file, {path} exists")
+    """--pairs: a row of dpo for each prompt of the run's data, but where its two answers are equal or one is empty. The
+    row's own answer is chosen over a sampled one. With --judge (RLAIF: feedback from another model) two answers are
+    sampled, and chosen is the one that the judge, a model of the same tokenizer, finds more probable per token."""
     if saved.objective == "pretrain":
         raise BadInput(f"pairs must be asked of a run whose data has prompts, {saved.out} is pre-training")
+    path, judge = Path(c.pairs), None
     if c.judge is not None:
         reader, judge_tokenizer, judge_c = open_run(c.judge, c, "judge")
         if judge_tokenizer.sha256 != tokenizer.sha256:
             raise BadInput(f"judge must have the tokenizer of {saved.out}, {c.judge} has another")
         judge = make_stage(judge_c, world.device, read=reader.read)
-    try:
+    try:                                                                  # said now, not after the work
         path.parent.mkdir(parents=True, exist_ok=True)
-        data.write_atomic(path, "")                                                       # said now, not after the work
+        path.touch(exist_ok=False)
+        path.unlink()
     except OSError as error:
-        raise BadInput(f"pairs must be a file that can be written, {path}: {error.strerror}") from None
-    path.unlink()
-    sample = lambda prompts, numbers: sample_answers(gpt, tokenizer, prompts, saved, numbers, saved.max_new_tokens)
-    lines, answered = [], 0
+        raise BadInput(f"pairs must be a new file that can be written, {path}: {error.strerror}") from None
+
+    def pairs_of(ids, rows, numbers):
+        """Texts (chosen, rejected) for each prompt."""
+        sampled = [sample_answers(gpt, tokenizer, ids, saved, [f"{number}/{answer}" for number in numbers],
+                                  saved.max_new_tokens) for answer in range(1 if judge is None else 2)]
+        texts = [[tokenizer.decode(answer) for answer in answers] for answers in sampled]
+        if judge is None:
+            return zip([data.conversation(row, "sft")[1][0] for row in rows], *texts, strict=True)
+        nll = [nll_per_token(judge, ids, answers) for answers in sampled]
+        return [(a, b) if first_is_better else (b, a)
+                for a, b, first_is_better in zip(*texts, nll[0] < nll[1], strict=True)]
+
+    lines, num_answered = [], 0
     for split in ("train", "val"):
         prompts = data.Examples(saved.data, tokenizer, objective="rl", micro_batch_size=1, seq_len=saved.seq_len,
-                           split=split)
-        for row in preference_rows(prompts, sample, judge, c.max_pairs):
-            lines += [json.dumps(row) + "\n"] if row else []
-            answered += 1
-            if answered % 640 == 0:
-                print(f"{split}: {answered:,} prompts answered", flush=True)
+                                split=split)
+        num_prompts = min(prompts.num_windows, c.max_pairs)
+        for first in range(0, num_prompts, 64):
+            batch = range(first, min(first + 64, num_prompts))
+            if first % 640 == 0:
+                print(f"{split}: {first:,} of {num_prompts:,} prompts answered", flush=True)
+            ids, rows = zip(*prompts.batch(batch), strict=True)
+            for row, (chosen, rejected) in zip(rows, pairs_of(ids, rows, [f"{split}/{n}" for n in batch]), strict=True):
+                if chosen != rejected and chosen.strip() and rejected.strip():
+                    lines.append(json.dumps({"prompt": data.conversation(row, "rl")[0], "chosen": chosen,
+                                             "rejected": rejected, "split": split}) + "\n")
+            num_answered += len(rows)
     data.write_atomic(path, "".join(lines))
-    print(f"{path}: {len(lines):,} pairs; {answered - len(lines):,} left out whose answers were equal or empty")
+    print(f"{path}: {len(lines):,} pairs; {num_answered - len(lines):,} left out whose answers were equal or empty")
 
 
-def probe(newest: data.Reader, tokenizer, c: Config, world: parallel.World):
-    """--probe: how a language model is wrong, printed. It names modules that do not exist; of what is newer than its
-    text it knows nothing; and some of its text it repeats word for word."""
-    begin, card = data.first_id(tokenizer), newest.meta["card"]
-
-    def ask(gpt, text, n, most, temperature):
-        as_is = dataclasses.replace(c, objective="pretrain", temperature=temperature, top_k=0, top_p=1.0)
-        answers = sample_answers(gpt, tokenizer, [[begin] + tokenizer.encode(text)] * n, as_is, range(n), most)
-        return [tokenizer.decode(answer) for answer in answers]
-
-    temperatures, openings = (0.3, 0.6, 1.0, 1.5), ('"""A module."""\n\nimport', '"""A module."""\n\nfrom')
-    print("share of imported modules that do not exist (128 samples)\n  temperature  "
-          + "".join(f"{t:>8}" for t in temperatures))
-    for folder in data.step_folders(newest.folder.parent):
-        reader = data.Reader(folder)
-        gpt = make_stage(c, world.device, read=reader.read)
-        shares = []
-        for temperature in temperatures:
-            texts = [text for opening in openings for text in ask(gpt, opening, 64, 8, temperature)]
-            names = [name for text in texts if (name := data.imported_module(text))]
-            shares.append(sum(name not in sys.stdlib_module_names for name in names) / max(1, len(names)))
-        print(f"  step {reader.meta['step']:>8}" + "".join(f"{share:8.1%}" for share in shares))
-
-    print(f"\nknowledge cutoff {card['knowledge_cutoff']}: names after `import MODULE`, nats per byte")
-    for kind, names in data.names_before_and_after().items():
-        if names:                                                          # a Python that has all of them knows of none
-            prompts = [[begin] + tokenizer.encode(f"import {module}\n\n{module}.") for module, _ in names]
-            answers = [tokenizer.encode(name) for _, name in names]
-            nll = nll_per_token(gpt, prompts, answers) * torch.tensor([len(ids) for ids in answers])
-            loss = (nll / torch.tensor([len(name) for _, name in names])).mean()
-            whose = "the library that it read" if kind == "known" else "newer Pythons"
-            print(f"  functions of {whose:<24} {loss:6.3f}")
-
-    if card.get("text") and Path(card["text"], "manifest.json").exists():
-        loaders = [data.Loader(card["text"], micro_batch_size=1, seq_len=c.seq_len, split=split)
-                   for split in ("train", "val")]
-        corpus = b"".join(tokenizer.bytes[i] for ids in loaders[0].shards for i in ids.tolist())
-        unseen = [loaders[1].text(i + 1)[-400:] for i in range(min(8, loaders[1].num_windows))]
-        samples = [sample.encode("utf-8", "replace")[:400] for sample in ask(gpt, "", 8, 160, 1.0)]
-        print("\nlongest part that stands word for word in the training text, median and most, bytes of 400")
-        for name, parts in (("samples", samples), ("held-out text", unseen)):
-            copies = sorted((data.longest_copy(part, corpus) for part in parts), key=len)
-            print(f"  {name:<14} {len(copies[len(copies) // 2]):>4} {len(copies[-1]):>4}   "
-                  f"{copies[-1].decode('utf-8', 'replace')!r}")
-
-
-def quantize(model: Model, fmt: str, c: Config, world: parallel.World, fingerprint: str):
-    """The weights become integers, by GPTQ on 64 windows of the training text; print what that saves and costs."""
-    loader, val = open_data(c, world)
-    if loader.manifest["fingerprint"] != fingerprint:
+def quantized(reader: data.Reader, saved: Config, c: Config, world: parallel.World):
+    """--quantize: a checkpoint's model -> its weights as integers, by GPTQ on 64 windows of the training text. Prints
+    what that saves and costs."""
+    if c.data not in (Config.data, saved.data):
+        raise BadInput(f"data must be left out with --quantize, which reads the run's own text, got {c.data}")
+    if saved.objective == "rl":
+        raise BadInput(f"quantize must be given a run with answers to calibrate on, {c.out} has prompts alone")
+    model = Model(saved, world, reader.read)
+    loader, val = open_data(saved, world)
+    if loader.manifest["fingerprint"] != reader.meta["loader"]["fingerprint"]:
         raise BadInput(f"quantize must measure on the text that {c.out} was trained on, {loader.path} is another")
-    batches = [to_device(next(loader), c, world.device) for _ in range(math.ceil(64 / c.micro_batch_size))]
+    batches = [to_device(next(loader), saved, world.device) for _ in range(math.ceil(64 / saved.micro_batch_size))]
     calibration = [{name: batch[name] for name in ("tokens", "documents") if name in batch} for batch in batches]
 
     def measured():
         with torch.no_grad():
-            return (precision.weight_bytes(model.chunks[0]), evaluate(model, val, c, world)["val_loss"],
+            return (precision.weight_bytes(model.chunks[0]), evaluate(model, val, saved, world)["val_loss"],
                     model.chunks[0](**calibration[0]).double())
 
     size, loss, logits = measured()
-    precision.quantize(model.chunks[0], fmt, calibration=calibration)
+    precision.quantize(model.chunks[0], c.quantize, calibration=calibration)
     new_size, new_loss, new_logits = measured()
-    print(f"{fmt:<10} weights of linear layers and head {size:,} -> {new_size:,} bytes, {size / new_size:.2f} x fewer\n"
-          f"validation {loss:.4f} -> {new_loss:.4f} nats/token, {new_loss / loss - 1:+.2%}\n"
+    print(f"{c.quantize:<10} weights of linear layers and head {size:,} -> {new_size:,} bytes, {size / new_size:.2f} x "
+          f"fewer\nvalidation {loss:.4f} -> {new_loss:.4f} nats/token, {new_loss / loss - 1:+.2%}\n"
           f"logits     off by {(new_logits - logits).norm() / logits.norm():.2%} of their norm")
+    return model.chunks[0]
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------
@@ -1479,48 +1421,43 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_config(argv) -> Config:
-    """Command line -> Config, checked, with the model's derived fields filled in. Raises BadInput."""
-    def nearest(word, words):
-        close = difflib.get_close_matches(word, words, 1)
-        return f"; the nearest is {close[0]}" if close else ""
-
-    first = Parser(add_help=False, allow_abbrev=False)
-    for flag in ("--config", "--objective", "--init-from", "--out"):
-        first.add_argument(flag)
-    named = first.parse_known_args(argv)[0]
-    parent = parent_fields(existing_parent(named.init_from, named.out)) if named.init_from else {}
-    name = named.config or parent.get("config", "tiny")
-    if name not in CONFIGS:
-        raise BadInput(f"--config must be one of {', '.join(CONFIGS)}, got {name!r}{nearest(name, CONFIGS)}")
-    defaults = dataclasses.replace(CONFIGS[name], **parent)
-    stage = dict(OBJECTIVE_DEFAULTS.get(named.objective, {"lr_share": 1.0}))
-    defaults = dataclasses.replace(defaults, lr=stage.pop("lr_share") * defaults.lr, **stage)
+    """Command line -> Config, checked, with the model's derived fields filled in. What no flag gives is the model's
+    that --init-from names, else the stage's (OBJECTIVE_DEFAULTS), else the named config's. Raises BadInput."""
     parser = Parser(prog="train.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    description="\n\n".join(__doc__.split("\n\n")[:2]))
+                    description="\n\n".join(__doc__.split("\n\n")[:2]), argument_default=argparse.SUPPRESS)
     for f in fields(Config):
-        default, choices = getattr(defaults, f.name), f.metadata["choices"]
-        how = {"default": default, "help": f"{f.metadata['help']} [{default}]".replace("%", "%%")}
+        choices = f.metadata["choices"]
+        how = {"help": f"{f.metadata['help']} [{getattr(CONFIGS['tiny'], f.name)}]".replace("%", "%%")}
         if f.type is bool:
             how["action"] = argparse.BooleanOptionalAction
         else:
             how["type"] = f.type if isinstance(f.type, type) else str
             how |= {"choices": choices, "metavar": None if choices else how["type"].__name__.upper()}
         parser.add_argument(flag_of(f.name), **how)
-    args, unknown = parser.parse_known_args(argv)
+    namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
-        raise BadInput(f"unknown argument {flag}{nearest(flag, [flag_of(f.name) for f in fields(Config)])}")
-    c = Config(**vars(args))
-    for field_name, value in parent.items():
-        asked = getattr(c, field_name)
-        if asked != value and field_name != "config" and (field_name, c.position) != ("seq_len", "rope"):
-            raise BadInput(f"{field_name} must be {value}, as in {c.init_from}, got {asked}")
-    return derive(c)
+        nearest = difflib.get_close_matches(flag, [flag_of(f.name) for f in fields(Config)], 1)
+        raise BadInput(f"unknown argument {flag}" + (f"; the nearest is {nearest[0]}" if nearest else ""))
+    given, parent = vars(namespace), {}
+    if given.get("init_from"):
+        parent = parent_fields(parent_folder(given["init_from"], given.get("out")))
+    for name, value in parent.items():
+        may_differ = name == "config" or name == "seq_len" and parent["position"] == "rope"
+        if given.get(name, value) != value and not may_differ:
+            raise BadInput(f"{name} must be {value}, as in {given['init_from']}, got {given[name]}")
+    config = given.get("config", parent.get("config", "tiny"))
+    if config not in CONFIGS:
+        raise BadInput(f"config must be one of {', '.join(CONFIGS)}, got {config!r}")
+    stage = dict(OBJECTIVE_DEFAULTS.get(given.get("objective"), {"lr_share": 1.0}))
+    stage["lr"] = stage.pop("lr_share") * CONFIGS[config].lr
+    return derive(dataclasses.replace(CONFIGS[config], **parent | stage | given))
 
 
 RULES = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
 
 
+@bad_input()
 def derive(c: Config) -> Config:
     """Check every field by itself and with its fellows, and fill in the model's. What a layout may be, its owners say
     when the run is built: parallel.py's Mesh, tensor_parallel and schedules."""
@@ -1532,12 +1469,7 @@ def derive(c: Config) -> Config:
             for rule, bound in f.metadata["bounds"].items():
                 if not RULES[rule](value, bound):
                     raise BadInput(f"{f.name} must be {rule.replace('_', ' ')} {bound}, got {value}")
-    with bad_input():
-        started = parallel.ranks_of_environment()[1] if "RANK" in os.environ else 0
-    blocked = flag_that_blocks_compiling(c)
     for wrong, line in (
-            (c.nproc and started not in (0, c.nproc),
-             f"nproc must be left out where torchrun started {started} ranks, got {c.nproc}"),
             (c.max_restarts and not c.nproc, f"max_restarts goes with --nproc, got {c.max_restarts} without it"),
             (c.json and not c.dry_run, "json goes with --dry-run, got it without"),
             (c.gpu and not c.dry_run, f"gpu goes with --dry-run, got {c.gpu} without it"),
@@ -1558,52 +1490,58 @@ def derive(c: Config) -> Config:
              f"n_embd must be a multiple of n_head, got {c.n_embd} and {c.n_head}"),
             (c.sequence_parallel and c.seq_len % c.tp,
              f"seq_len must be a multiple of tp with --sequence-parallel, got {c.seq_len} and {c.tp}"),
-            (c.pp_schedule == "zb" and c.pp > 1 and c.recompute != "none",
+            (c.is_zero_bubble and c.recompute != "none",
              f"recompute must be none with --pp-schedule zb, config {c.config} or a flag says {c.recompute}"),
-            (c.compile == "on" and blocked, f"compile must be off with {blocked}, got on")):
+            (c.compile == "on" and c.is_zero_bubble, "compile must be off with --pp-schedule zb, got on")):
         if wrong:
             raise BadInput(line)
     wide = 64 * math.ceil(8 * c.n_embd / 3 / 64) if c.mlp == "swiglu" else 4 * c.n_embd
     folder = c.config if c.objective == "pretrain" else c.objective
     c = dataclasses.replace(c, out=c.out or f"out/{folder}", n_kv_head=c.n_kv_head or c.n_head,
                             head_dim=c.head_dim or c.n_embd // c.n_head, n_ff=c.n_ff or wide)
-    with bad_input():
-        _ = c.model                                          # building it checks ModelConfig's own rules
+    _ = c.model                                              # building it checks ModelConfig's own rules
     return c
 
 
+@bad_input()
 def join(c: Config) -> parallel.World:
     """This process's world; for --dry-run, of ranks that need not be there."""
     dp = c.dp or (c.nproc // (c.tp * c.pp) if c.dry_run else 0)
-    with bad_input():
-        return parallel.World(dp, c.tp, c.pp, device=c.device, timeout=c.timeout, fake=c.dry_run)
+    world = parallel.World(dp, c.tp, c.pp, device=c.device, timeout=c.timeout, fake=c.dry_run)
+    if "RANK" in os.environ and c.nproc not in (0, world.size):
+        raise BadInput(f"nproc must be left out where torchrun started {world.size} ranks, got {c.nproc}")
+    return world
 
 
+def largest_micro_batch(c: Config, dp: int) -> int:
+    """For --micro-batch-size 0: the largest, up to 8 windows (rl: 64), that divides a rank's share of the global batch
+    and holds whole pairs or groups. With pp it leaves 2 x pp micro-batches per step, if one does, and whole rounds of
+    pp where stages are interleaved."""
+    unit, share = windows_per_unit(c), c.global_batch_size // dp
+    most = min(64 if c.objective == "rl" else 8, share // (1 if c.pp == 1 else 2 * c.pp))
+    multiple = c.pp if c.stages > c.pp else 1
+    return max((n for n in range(unit, most + 1, unit) if share % (n * multiple) == 0), default=unit)
+
+
+@bad_input()
 def resolve(c: Config, world: parallel.World) -> Config:
     """Fill in what depends on the ranks and the device: micro_batch_size 0, precision auto, attention auto. Raises
     BadInput for a batch that does not divide, and for a precision or an attention that the device lacks."""
     dp, batch, unit = world.mesh.dp, c.global_batch_size, windows_per_unit(c)
     if batch % dp:
         raise BadInput(f"global_batch_size must be a multiple of the {dp} data-parallel ranks, got {batch}")
-    # the largest micro-batch that holds whole pairs and groups (unit), divides this rank's share, gives whole rounds of
-    # pp micro-batches where they are interleaved, and keeps a pipeline full: 2 x pp micro-batches per step, if there
-    # are
-    multiple = c.pp if c.stages > c.pp else 1
-    most = min(64 if c.objective == "rl" else 8, batch // dp // (1 if c.pp == 1 else 2 * c.pp))
-    fitting = [n for n in range(unit, most + 1, unit) if batch // dp % (n * multiple) == 0]
-    micro = c.micro_batch_size or max(fitting, default=unit)
+    micro = c.micro_batch_size or largest_micro_batch(c, dp)
     if micro % unit:
         raise BadInput(f"micro_batch_size must be a multiple of {unit} with --objective {c.objective}, got {micro}")
     if batch % (micro * dp):
         raise BadInput(f"global_batch_size must be a multiple of micro_batch_size x dp = {micro} x {dp} = {micro * dp}"
                        f", got {batch}")
     c = dataclasses.replace(c, micro_batch_size=micro)
-    with bad_input():
-        pipeline_schedule(c, c.grad_accum_steps(dp))
-        if c.gpu:                                            # a GPU that is not here
-            kind = scaling.precision_of_gpu(c.precision, c.gpu)
-            return dataclasses.replace(c, precision=kind, attention=c.attention.replace("auto", "triton"))
-        kind = precision.resolve_precision(c.precision, world.device)
+    pipeline_schedule(c, c.grad_accum_steps(dp))                           # raises if it cannot be
+    if c.gpu:                                                              # a GPU that is not here
+        kind = scaling.precision_of_gpu(c.precision, c.gpu)
+        return dataclasses.replace(c, precision=kind, attention=c.attention.replace("auto", "triton"))
+    kind = precision.resolve_precision(c.precision, world.device)
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
     try:
         attention = flash_attn.resolve_backend(c.attention, world.device)
@@ -1623,65 +1561,74 @@ def launch(c: Config, argv) -> int:
     """--nproc: torch's agent starts this machine's ranks, each this program again, and ends all when one fails. One
     line says which, how and at which step; --max-restarts starts all of them again from the checkpoint. Ctrl-C and
     SIGTERM reach the ranks as SIGINT: they save and end. What a failed rank wrote to stderr stays in OUT/rank-R.err."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    stop_signals = []
+
+    def pass_on(number, frame):
+        stop_signals.append(number)
+        ranks = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        for pid in ranks:
+            with contextlib.suppress(ProcessLookupError):                 # it has ended since
+                os.kill(int(pid), signal.SIGINT)
+        if not ranks:
+            raise KeyboardInterrupt
+
     logging.disable(logging.ERROR)                                        # the agent's own lines
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // c.nproc)))
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
     for start in range(1, c.max_restarts + 2):
+        codes = dict.fromkeys(range(c.nproc), 0)
         with tempfile.TemporaryDirectory() as folder:
             config = LaunchConfig(
                 min_nodes=1, max_nodes=1, nproc_per_node=c.nproc, run_id=f"train.py-{os.getpid()}", rdzv_backend="c10d",
                 rdzv_endpoint="127.0.0.1:0", local_addr="127.0.0.1", max_restarts=0, monitor_interval=0.1,
-                signals_to_handle="SIGINT", shutdown_timeout=c.timeout,
-                logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=Std.ERR))
-            codes, asked = dict.fromkeys(range(c.nproc), 0), False
+                signals_to_handle="", logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=Std.ERR))
             try:
                 elastic_launch(config, sys.executable)(__file__, *argv, *["--resume", "auto"] * (start > 1))
+                return 0
             except ChildFailedError as error:
                 codes |= {rank: failure.exitcode for rank, failure in error.failures.items()}
-            except SignalException:                                       # after which the agent knows no exit codes
-                written = {int(path.parent.name): int(path.read_text()) for path in Path(folder).glob("*/*/*/code")}
-                asked, codes = True, dict.fromkeys(codes, 1) | written
-            said = {int(path.parent.name): path.read_text().strip() for path in Path(folder).glob("*/*/*/stderr.log")}
-        if not any(codes.values()):
-            return 0
-        code, line = blame(c, codes, said, asked)
+            stderr = {int(path.parent.name): path.read_text().strip() for path in Path(folder).glob("*/*/*/stderr.log")}
+        code, line = blame(c, codes, stderr, bool(stop_signals))
         if line:
             print(line, file=sys.stderr, flush=True)
-        if code != 1 or asked or start > c.max_restarts:
+        if code != 1 or stop_signals or start > c.max_restarts:
             return code
         print(f"train.py: start {start + 1} of {c.max_restarts + 1}", file=sys.stderr, flush=True)
 
 
-def blame(c: Config, codes: dict, said: dict, asked: bool) -> tuple[int, str]:
-    """Ranks' exit codes and stderr -> exit code and one line: of the rank that was not ended by the agent, nor lost the
-    others. Where ranks waited in vain until their --timeout, those that the agent ended and that had not said so hang:
-    they are named, and the step."""
-    rank = min(codes, key=lambda r: (codes[r] in (0, -signal.SIGTERM), LOST in said.get(r, ""), r))
-    code, words, step, kept = codes[rank], said.get(rank, ""), "", ""
-    own_lines = [line for line in words.splitlines() if line.startswith("train.py: ")]
+def blame(c: Config, codes: dict, stderr: dict, asked_to_stop: bool) -> tuple[int, str]:
+    """Exit codes and stderr by rank -> exit code and one line: of the rank that was not ended by the agent, nor lost
+    the others. Where ranks waited in vain until their --timeout, those that the agent ended and that had not said so
+    hang: they are named, and the step."""
+    rank = min(codes, key=lambda r: (codes[r] in (0, -signal.SIGTERM), LOST in stderr.get(r, ""), r))
+    code, text, step, where = codes[rank], stderr.get(rank, ""), "", ""
+    own_lines = [line for line in text.splitlines() if line.startswith("train.py: ")]
     if code in (2, 3):
         return code, "\n".join(own_lines)
-    if asked and own_lines in ([], ["train.py: interrupted"]):
+    if asked_to_stop and own_lines in ([], ["train.py: interrupted"]):
         return 1, "train.py: stopped before the run had begun"
     with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
         step = f", at step {json.loads(Path(c.out, 'metrics.jsonl').read_text().splitlines()[-1])['step']}"
-    if words and Path(c.out).is_dir():
-        Path(c.out, f"rank-{rank}.err").write_text(words + "\n")
-        kept = f"; see {c.out}/rank-{rank}.err"
-    elif words and not own_lines:
-        kept = f": {words.splitlines()[-1]}"
-    how = (f"train.py: rank {rank} was killed by signal {-code}{step}" if code < 0 else
-           own_lines[-1] if own_lines else f"train.py: rank {rank} ended with exit code {code}{step}")
-    waited = [line for text in said.values() for line in text.splitlines() if LOST in line and "imed out" in line]
+    if text and Path(c.out).is_dir():
+        Path(c.out, f"rank-{rank}.err").write_text(text + "\n")
+        where = f"; see {c.out}/rank-{rank}.err"
+    elif text and not own_lines:
+        where = f": {text.splitlines()[-1]}"
+    waited = [line for text in stderr.values() for line in text.splitlines() if LOST in line and "imed out" in line]
     hung = [f"rank {r}" for r in sorted(codes) if codes[r] in (-signal.SIGTERM, -signal.SIGKILL)
-            and "train.py: " not in said.get(r, "")]
+            and "train.py: " not in stderr.get(r, "")]
     if waited and hung:
-        how = f"train.py: {', '.join(hung)} hung and had to be ended; {waited[0].removeprefix('train.py: ')}"
-    return 1, how + kept
+        how = f"{', '.join(hung)} hung and had to be ended; {waited[0].removeprefix('train.py: ')}"
+    elif code >= 0 and own_lines:
+        how = own_lines[-1].removeprefix("train.py: ")
+    else:
+        how = f"rank {rank} " + (f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}") + step
+    return 1, f"train.py: {how}{where}"
 
 
 def launcher_pid() -> int | None:
@@ -1690,28 +1637,14 @@ def launcher_pid() -> int | None:
     return int(pid) if name == "train.py" else None
 
 
-class Terminal:
-    """stdout that may lack a character, or go away (a closed terminal, `| head`): the run goes on without it."""
+class Terminal(io.FileIO):
+    """Standard output that may go away (a closed terminal, `| head`): the run goes on without it."""
 
-    def __init__(self, stream):
-        self.stream = stream
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-    def call(self, method, *text):
+    def write(self, text) -> int:
         try:
-            return method(*text)
+            return super().write(text)
         except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-
-    def write(self, text):
-        return self.call(self.stream.write, text)
-
-    def flush(self):
-        return self.call(self.stream.flush)
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
+            return len(text)
 
 
 def main(argv=None) -> int:
@@ -1720,21 +1653,20 @@ def main(argv=None) -> int:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)                       # PR_SET_PDEATHSIG
         if os.getppid() != launcher:
             return 1
-    if argv is None and not launcher:                  # until catch_stop_signals(), SIGTERM acts as Ctrl-C does
+    if argv is not None:
+        return run_command(argv)
+    if not launcher:                                   # until catch_stop_signals(), SIGTERM acts as Ctrl-C does
         signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    with contextlib.redirect_stdout(Terminal(sys.stdout)):
-        code = run_command(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
-    if launcher:
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).with_name("code").write_text(str(code))
-    return code
+    sys.stdout = io.TextIOWrapper(io.BufferedWriter(Terminal(1, "w", closefd=False)), sys.stdout.encoding,
+                                  "backslashreplace", line_buffering=True)
+    return run_command(sys.argv[1:])
 
 
 def run_command(argv) -> int:
     world = None
     try:
         c = parse_config(argv)
-        uses = c.chat or c.probe or any(x is not None for x in (c.sample, c.quantize, c.pairs, c.export))
+        uses = any(getattr(c, name) not in (None, False) for name in USES)
         if c.nproc and not uses and not c.dry_run and "RANK" not in os.environ and not dist.is_initialized():
             return launch(c, argv)
         world = join(c)

@@ -654,7 +654,7 @@ def test_the_first_line_says_so(corpus, tmp_path, monkeypatch):
             str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         said = []
-        patch.setattr(train.Run, "take_step", lambda self, asked: True)
+        patch.setattr(train.Run, "take_step", lambda self: True)
         patch.setattr(train.Run, "save", lambda self, stopping: None)
         patch.setattr(train.parallel.World, "say", lambda self, line: said.append(line))
         assert train.main(argv) == 0

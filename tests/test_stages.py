@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from bench import bench_probe
 
 import data
 import model as net
@@ -166,9 +167,9 @@ def test_weighted_cross_entropy_has_the_gradients_of_the_losses_on_the_board():
 
 @pytest.mark.parametrize("objective, loss_of", [("sft", sft_loss), ("dpo", dpo_loss), ("rl", rl_loss)])
 def test_a_stage_is_its_textbook_formula(files, base, objective, loss_of):
-    """Four steps of AdamW on the loss as the papers write it, by autograd, in float64."""
+    """Three steps of AdamW on the loss as the papers write it, by autograd, in float64."""
     argv = stage(files, base, objective, "--micro-batch-size", "8")
-    ours, pieces, _ = staged(0, 1, argv, 4)
+    ours, pieces, _ = staged(0, 1, argv, 3)
     c = train.parse_config(argv)
     world = train.join(c)
     c = train.resolve(c, world)
@@ -176,7 +177,7 @@ def test_a_stage_is_its_textbook_formula(files, base, objective, loss_of):
     gpt, start = (train.make_stage(c, world.device, read=read, dtype=torch.float64) for _ in range(2))
     batches = train.Rollouts(loader, gpt, start, c) if objective == "rl" else loader
     optimizer = torch.optim.AdamW(train.decay_groups(gpt, c), betas=(c.beta1, c.beta2), eps=c.adam_eps)
-    for step in range(4):
+    for step in range(3):
         loss, statistics = loss_of(gpt, start, next(batches), c)
         loss.backward()
         norm = torch.stack([p.grad.norm() for p in gpt.parameters()]).norm().item()
@@ -192,18 +193,18 @@ def test_a_stage_is_its_textbook_formula(files, base, objective, loss_of):
             assert ours[step] == pytest.approx([loss.item(), norm, *statistics], rel=1e-9, abs=1e-10)
     for (name, _, _, mine), theirs in zip(pieces, gpt.parameters(), strict=True):
         assert (mine - theirs).abs().max() < 1e-10, name
-    assert objective != "dpo" or ours[0][0] == math.log(2) and ours[0][3] == 0 and ours[3][3] > 0.001
+    assert objective != "dpo" or ours[0][0] == math.log(2) and ours[0][3] == 0 and ours[2][3] > 0.001
 
 
 @pytest.mark.parametrize("objective", ["sft", "dpo", "rl"])
 def test_low_precision_weighs_tokens_as_float32_does(files, base, objective):
     """Losses within the format's rounding; with the loss scale in the weights (fp16) as without (bf16)."""
     argv = stage(files, base, objective, "--micro-batch-size", "8", "--kl-coef", "0")
-    plain = staged(0, 1, argv, 3, None)[0]
+    steps = 1 if objective == "rl" else 2                                  # later, other answers are sampled
+    plain = staged(0, 1, argv, steps, None)[0]
     for kind, eps in (("bf16", 2**-7), ("fp16", 2**-10)):
-        losses = staged(0, 1, [*argv, "--precision", kind], 3, None)[0]
-        steps = range(1 if objective == "rl" else 3)                       # later, other answers are sampled
-        for step in steps:
+        losses = staged(0, 1, [*argv, "--precision", kind], steps, None)[0]
+        for step in range(steps):
             assert losses[step][1] == pytest.approx(plain[step][1], rel=30 * eps)                     # gradient norms
             assert objective == "rl" or losses[step][0] == pytest.approx(plain[step][0], rel=2 * eps)
 
@@ -264,7 +265,7 @@ def test_a_stage_trains_and_goes_on_bit_for_bit(files, base, tmp_path, objective
 
 def test_a_stage_goes_on_when_its_parent_is_gone(files, base, tmp_path):
     """But for rl, whose KL is measured from the parent: that must be there, and be the same."""
-    for objective, code in (("sft", 0), ("dpo", 0), ("rl", 2)):
+    for objective, code in (("dpo", 0), ("rl", 2)):
         parent, out = Path(shutil.copytree(base, tmp_path / "parent")), tmp_path / objective
         argv = stage(files, parent, objective, "--out", str(out))
         assert run(*argv)[0] == 0
@@ -277,7 +278,7 @@ def test_a_stage_goes_on_when_its_parent_is_gone(files, base, tmp_path):
         assert again == code and error.count("\n") == (code == 2)
 
 
-def test_rollouts_are_a_function_of_seed_and_weights(files, base):
+def test_rollouts_are_a_function_of_seed_and_weights(files, base, monkeypatch):
     c = train.parse_config(stage(files, base, "rl", "--micro-batch-size", "8"))
     world = train.join(c)
     c, gpt = train.resolve(c, world), train.make_stage(c, world.device, read=train.open_parent(c, world)[0])
@@ -292,12 +293,11 @@ def test_rollouts_are_a_function_of_seed_and_weights(files, base):
     greedy = train.dataclasses.replace(c, temperature=0.0, top_k=1, top_p=0.1)              # of its use, not training
     assert torch.equal(next(train.Rollouts(train.open_data(c, world)[0], gpt, gpt, greedy))["targets"],
                        first["targets"])
-    equal = train.Rollouts(train.open_data(c, world)[0], gpt, gpt, c)
-    equal.reward = lambda row, answer: 1000.1
-    assert not next(equal)["advantage"].any()
     for row, value in zip(first["targets"], first["reward"], strict=True):
         answer = data.load_tokenizer(base).decode([i for i in row.tolist() if i >= 0])
         assert value == answer.count(" ") - 1
+    monkeypatch.setattr(data, "call_reward", lambda *_: 1000.1)
+    assert not next(train.Rollouts(train.open_data(c, world)[0], gpt, gpt, c))["advantage"].any()
 
 
 # ---- longer, further, in and out -------------------------------------------------------------------------------------
@@ -375,11 +375,11 @@ def tuned(files, base, tmp_path_factory) -> Path:
 
 
 def test_chat_and_sample_use_the_template(tuned, monkeypatch):
-    few = ("--out", tuned, "--device", "cpu", "--max-new-tokens", "12", "--temperature", "0")
-    code, sampled, error = run(*few, "--sample", "print 6")
+    flags = ("--out", tuned, "--device", "cpu", "--max-new-tokens", "12", "--temperature", "0")
+    code, sampled, error = run(*flags, "--sample", "print 6")
     assert code == 0 and "knowledge cutoff" in error
     monkeypatch.setattr("sys.stdin", io.StringIO("print 6\n"))
-    code, chatted, _ = run(*few, "--chat")
+    code, chatted, _ = run(*flags, "--chat")
     assert code == 0 and chatted == sampled and len(sampled) > 1
     tokenizer = data.load_tokenizer(tuned)
     c = train.parse_config(["--init-from", str(tuned), "--device", "cpu"])
@@ -414,30 +414,31 @@ def test_pairs_are_real_and_sampled_answers_or_two_that_a_judge_ranks(files, bas
     assert run(*argv)[0] == 0
 
 
-def test_probe_says_what_is_invented_unknown_and_copied(base, monkeypatch):
-    """With answers that are known: every other module is invented, and a sample repeats ten bytes of the text."""
+def test_the_probe_says_what_is_invented_unknown_and_copied(base, monkeypatch, capsys):
+    """With answers that are known: one module of four is invented, and a sample repeats ten bytes of the text."""
     real = next(data.Loader(json.loads((base / "config.json").read_text())["data"], micro_batch_size=1, seq_len=64))
     t = data.load_tokenizer(base)
     copied = t.decode(real["tokens"][0, :6].tolist())
-    texts = itertools.cycle([" os.path\n", " nosuchmodule\n"])
+    texts = itertools.cycle([" os.path\n", " re\n", " nosuchmodule\n", " ast\n"])
 
-    def sample(gpt, tokenizer, prompts, c, numbers, most):
-        return [t.encode(next(texts) if most == 8 else "@\u00e9@" + copied + "@\u00e9@") for _ in prompts]
+    def sample(gpt, tokenizer, prompts, c, numbers, tokens):
+        return [t.encode(next(texts) if tokens == 8 else "@\u00e9@" + copied + "@\u00e9@") for _ in prompts]
 
     monkeypatch.setattr(train, "sample_answers", sample)
     monkeypatch.setattr(train, "nll_per_token", lambda gpt, prompts, answers: torch.tensor(
         [0.5 * len(t.decode(answer)) / len(answer) for answer in answers]))
-    code, printed, error = run("--out", base, "--probe", "--device", "cpu")
-    assert code == 0, error
+    assert bench_probe.main([str(base), "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
     steps = [line for line in printed.splitlines() if line.startswith("  step")]
-    assert len(steps) == 2 and all(line.split()[2:] == ["50.0%"] * 4 for line in steps)
+    assert len(steps) == 2 and all(line.split()[2:] == ["25.0%"] * 4 for line in steps)
     assert "functions of the library that it read  0.500" in printed
     assert f"samples        {len(copied.encode()):>4}" in printed and "held-out text" in printed
 
 
 def test_longest_copy():
-    assert data.longest_copy(b"xxhello worldyy", b"say hello world") == b"hello world"
-    assert data.longest_copy(b"abc", b"xyz") == b"" and data.longest_copy(b"abcabd", b"zabd abc") == b"abc"
+    longest_copy = bench_probe.longest_copy
+    assert longest_copy(b"xxhello worldyy", b"say hello world") == b"hello world"
+    assert longest_copy(b"abc", b"xyz") == b"" and longest_copy(b"abcabd", b"zabd abc") == b"abc"
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -457,17 +458,17 @@ OF_RL, OF_DPO = (["--objective", name, "--init-from", "BASE", "--data", "RL"] fo
     ([*OF_DPO, "--no-document-mask"], "--document-mask must be on"),
     ([*OF_RL, "--answer-tokens", "65"], "--answer-tokens must be at most seq_len / 4, got 65 of 64"),
     ([*OF_RL, "--reward", "format"], "--reward must say something of the prompts in"),
-    (["--pairs", "BROKEN", "--out", "BASE"], "broken.jsonl exists"),
+    (["--pairs", "BROKEN", "--out", "SFT"], "broken.jsonl: File exists"),
     (["--pairs", "new.jsonl", "--out", "BASE"], "--pairs must be asked of a run whose data has prompts"),
     (["--judge", "x"], "--judge goes with --pairs"),
     (["--export", "x", "--out", "/nowhere"], "--out must be the folder of a run with an intact checkpoint"),
     ([*OF_RL, "--reward", "RAISES"], "reward wrong must give"),
     (["--objective", "sft", "--init-from", "BASE", "--data", "BROKEN"], "broken.jsonl:2: a row must be JSON"),
 ])
-def test_bad_input_is_one_line(files, base, tmp_path, flags, message):
+def test_bad_input_is_one_line(files, base, tuned, tmp_path, flags, message):
     (tmp_path / "raises.py").write_text("def wrong(row, answer):\n    return 1 / 0\n")
     (tmp_path / "broken.jsonl").write_text(files["sft"].read_text().splitlines()[0] + "\nnot JSON\n")
-    places = {"BASE": base, "RAISES": f"{tmp_path}/raises.py:wrong", "RL": files["rl"],
+    places = {"BASE": base, "SFT": tuned, "RAISES": f"{tmp_path}/raises.py:wrong", "RL": files["rl"],
               "BROKEN": tmp_path / "broken.jsonl"}
     flags = [places.get(flag, flag) for flag in flags]
     extra = [] if "--out" in flags else ["--out", tmp_path / "run"]

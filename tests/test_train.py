@@ -276,10 +276,11 @@ def test_other_data_is_refused(reference, tmp_path):
 
 
 def test_a_second_process_cannot_use_the_folder(corpus, tmp_path):
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     with data.locked(tmp_path / "run" / ".lock"):
         code, _, stderr = run(corpus, tmp_path / "run")
-    assert code == 2 and "--out must not be in use by another run" in stderr
+        assert code == 2 and "--out must not be in use by another run" in stderr
+        assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoints", ".lock"}     # the other run's
 
 
 @pytest.mark.parametrize("flags", [["--lr", "1e30", "--grad-clip", "0"], ["--lr", "3e38", "--steps", "1"],
@@ -400,11 +401,11 @@ def test_all_ranks_are_told_what_the_first_finds_wrong(corpus, tmp_path, run_ran
         assert "absent' must match" in line
 
 
-def test_evaluation_is_nats_per_token_and_bits_per_byte(corpus):
-    c = train.parse_config([*MINI, "--data", str(corpus), "--eval-windows", "0"])
+def test_evaluation_is_nats_per_token_and_bits_per_byte(short_documents):
+    c = train.parse_config([*MINI, "--data", str(short_documents), "--eval-windows", "0"])
     world = train.join(c)
     gpt = train.Model(c, world)
-    val = data.Loader(corpus, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
+    val = data.Loader(short_documents, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
     got = train.evaluate(gpt, val, c, world)
     nats, targets, text = 0.0, 0, b""
     for i in range(0, val.num_windows, 16):
@@ -574,7 +575,8 @@ def test_sampling_without_a_run_is_one_line(tmp_path, capsys):
 
 BAD = [
     (["--leraning-rate", "1"], "unknown argument --leraning-rate"), (["--seq-length", "8"], "the nearest is --seq-len"),
-    (["--config", "smal"], "--config must be one of .* the nearest is small"), (["--steps", "ten"], "--steps.*'ten'"),
+    (["--config", "smal"], "--config must be one of tiny, small, .*, got 'smal'"),
+    (["--steps", "ten"], "--steps.*'ten'"),
     (["--steps", "0"], "--steps must be at least 1, got 0"),
     (["--lr", "nan"], "--lr must be a finite number, got nan"),
     (["--lr", "-1"], "--lr must be at least 0, got -1.0"), (["--norm", "batch"], "--norm.*batch"),
@@ -590,7 +592,7 @@ BAD = [
     (["--gpu", "t4", "--dry-run", "--precision", "fp8"], "--precision must be one that the GPU has, got fp8"),
     (["--global-batch-size", "6", "--micro-batch-size", "4"],
      "--global-batch-size must be a multiple of .*4 x 1 = 4, got 6"),
-    (["--vocab-size", "100"], "--vocab-size must be at least 320"),
+    (["--vocab-size", "100", "--data", str(ROOT / "README.md")], "--vocab-size must be at least 320"),
     (["--device", "warp"], "--device must be usable here, got 'warp'"),
     (["--device", "meta"], "--device must be usable here, got 'meta'"),
     (["--seed", str(2**63)], "--seed must be below"),
@@ -833,12 +835,13 @@ def test_a_model_is_measured_on_its_own_text(tmp_path, monkeypatch):
     assert code == 2 and "--data must be left out with --quantize" in stderr
 
 
-def test_a_config_that_a_person_edited_is_written_anew(corpus, tmp_path):
-    assert run(corpus, tmp_path / "run")[0] == 0
+def test_a_config_that_a_person_edited_is_written_anew(reference, corpus, tmp_path):
+    shutil.copytree(reference, tmp_path / "run")
+    assert run(corpus, tmp_path / "run", "--eval-windows", "1")[0] == 0
     written = (tmp_path / "run" / "config.json").read_text()
     for edited in ("{", "[1]", '{"steps": "many"}', "{}"):
         (tmp_path / "run" / "config.json").write_text(edited)
-        code, stdout, _ = run(corpus, tmp_path / "run")
+        code, stdout, _ = run(corpus, tmp_path / "run", "--eval-windows", "1")
         assert code == 0 and "is finished" in stdout
         assert (tmp_path / "run" / "config.json").read_text() == written
 
@@ -890,14 +893,20 @@ def test_a_run_whose_every_step_was_skipped_is_no_model(corpus, tmp_path):
     assert code == 3 and "every step was skipped" in stdout and steps_saved(tmp_path / "run") == []
 
 
+def ascii_program(*args):
+    sys.stdout.reconfigure(encoding="ascii")
+    as_program(*args)
+
+
 def test_a_terminal_may_go_away(corpus, tmp_path):
     """`train.py | head -1`, in a locale without UTF-8: the run goes on to its end."""
-    flags = [sys.executable, str(ROOT / "train.py"), *MINI, "--data", str(corpus), "--out", str(tmp_path / "run")]
-    with subprocess.Popen(flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          env=os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}) as process:
-        process.stdout.readline()
-        process.stdout.close()
-        assert process.stderr.read() == b"" and process.wait(60) == 0
+    os.mkfifo(tmp_path / "stdout")
+    process = POOL.process(ascii_program, ROOT / "train.py", [*MINI, "--data", str(corpus), "--out",
+                                                              str(tmp_path / "run")], tmp_path, {})
+    with open(tmp_path / "stdout") as terminal:
+        assert terminal.readline().startswith("model ")
+    process.join(60)
+    assert process.exitcode == 0 and (tmp_path / "stderr").read_text() == ""
     assert len([line for line in metrics(tmp_path / "run") if "loss" in line]) == 12
 
 
@@ -909,15 +918,22 @@ def test_a_refused_run_leaves_no_folder(corpus, tmp_path):
     assert code == 2 and not (tmp_path / "run").exists()
 
 
+def program_in(folder, args):
+    os.chdir(folder)
+    as_program(ROOT / "train.py", args, folder, {})
+
+
 def test_sigterm_while_text_is_prepared_is_one_line(tmp_path):
     (tmp_path / "a.txt").write_text("".join(f"line {i * i} of a text\n" for i in range(100000)))
-    with subprocess.Popen([sys.executable, str(ROOT / "train.py"), *MINI, "--data", "a.txt", "--out", "run"],
-                          cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert b"preparing" in process.stdout.readline()
-        while not list(tmp_path.glob("data/.*.tmp")):
-            time.sleep(0.01)
-        process.terminate()
-        assert process.wait(60) == 1 and process.stderr.read() == b"train.py: interrupted\n"
+    args = [*MINI, "--data", str(tmp_path / "a.txt"), "--out", str(tmp_path / "run")]
+    process = POOL.process(program_in, tmp_path, args)
+    while not list(tmp_path.glob("data/.*.tmp")):
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 1 and (tmp_path / "stderr").read_text() == "train.py: interrupted\n"
+    assert "preparing" in (tmp_path / "stdout").read_text()
     assert not list(tmp_path.glob("data/.*.tmp")) and not (tmp_path / "run").exists()
 
 
@@ -941,3 +957,10 @@ def test_an_environment_of_ranks_is_input(corpus, tmp_path, monkeypatch, environ
             monkeypatch.setenv(name, value.replace("TAKEN", str(taken.getsockname()[1])))
         code, _, stderr = run(corpus, tmp_path / "run", *flags.split())
     assert code == 2 and stderr.count("\n") == 1 and message in stderr, stderr
+
+
+def test_ranks_that_torchrun_started_are_not_started_again(corpus, tmp_path, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    code, _, stderr = run(corpus, tmp_path / "run", "--nproc", "2")
+    assert code == 2 and stderr == "train.py: --nproc must be left out where torchrun started 1 ranks, got 2\n"
