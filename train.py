@@ -283,11 +283,15 @@ LONG = dict(warmup_steps=700, global_batch_size=512, eval_windows=1024, checkpoi
 # found by search, tests/bench/RESULTS.md: the best after five minutes on two CPU cores
 TINY = dict(vocab_size=4096, optimizer="muon", lr=7.5e-3, schedule="wsd", decay_fraction=0.7, min_lr_ratio=0.0,
             weight_decay=0.01, steps=1200)
-# from `small` on about 20 tokens per parameter (Chinchilla, arXiv:2203.15556, Table 3), and the learning rates of
-# GPT-3's Small, Medium, XL (1.3 B) and 6.7 B (arXiv:2005.14165, Table 2.1)
+# tiny's kind of recipe with the rates of a GPT-2 of 124 M on as many tokens per step: modded-nanogpt's record of
+# 2024-10-10, Muon (github.com/KellerJordan/modded-nanogpt). Transferred: nobody has run it with this code
+SMALL = dict(optimizer="muon", lr=1e-2, adamw_lr_ratio=0.36, schedule="wsd", decay_fraction=0.3, min_lr_ratio=0.0,
+             weight_decay=0.0, steps=4800)
+# from `small` on about 20 tokens per parameter (Chinchilla, arXiv:2203.15556, Table 3); from `medium` on the learning
+# rates of GPT-3's Medium, XL (1.3 B) and 6.7 B (arXiv:2005.14165, Table 2.1)
 CONFIGS = {
     "tiny": Config(log_interval=20, **TINY),
-    "small": Config(config="small", **GPT2, **LONG, n_layer=12, n_head=12, n_embd=768, lr=6e-4, steps=4800),
+    "small": Config(config="small", **GPT2, **LONG, **SMALL, n_layer=12, n_head=12, n_embd=768),
     "medium": Config(config="medium", **GPT2, **LONG, n_layer=24, n_head=16, n_embd=1024, lr=3e-4, steps=13500),
     "large": Config(config="large", **LONG, vocab_size=32000, seq_len=2048, n_layer=24, n_head=16, n_embd=2048,
                     n_ff=5632, lr=2e-4, steps=26000, micro_batch_size=8),

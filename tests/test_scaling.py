@@ -769,7 +769,7 @@ def layout_of(c: train.Config, n: int) -> Layout:
 
 TINY = """--config tiny --n-layer 2 --seq-len 64 --vocab-size 512 --global-batch-size 2 --micro-batch-size 1
 --device cpu --no-document-mask --optimizer adamw"""
-SMALL = """--config small --n-layer 2 --n-embd 96 --vocab-size 512 --seq-len 64 --global-batch-size 2
+SMALL = """--config small --optimizer adamw --n-layer 2 --n-embd 96 --vocab-size 512 --seq-len 64 --global-batch-size 2
 --micro-batch-size 1 --device cpu --no-document-mask"""
 TWICE = " --global-batch-size 4"                               # two micro-batches on two dp ranks; more than stages
 DEEP = TINY + TWICE + " --n-layer 4"
