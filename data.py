@@ -1,11 +1,11 @@
 """Text to tokens to batches, and bytes on disk that can be trusted.
 
-Pre-training reads text once or a few times, in random order, forever: GPT-3 saw 300 billion tokens, Llama 2 two
-trillion (arXiv:2005.14165, 2307.09288). Three facts shape this file. Text costs bytes, models eat integers: a tokenizer
-turns one into the other, without loss. A run is killed sooner or later: whatever is on disk must be whole or absent,
-and every batch a function of its number. And what a model knows ends with its text: the newest date among the sources,
-the *knowledge cutoff*, travels with the tokens into every checkpoint. (What it was never told, a model still answers,
-fluently: hallucination begins here.)
+Pre-training reads text once or a few times, in random order: GPT-3 saw 300 billion tokens, Llama 2 two trillion
+(arXiv:2005.14165, 2307.09288). Three facts shape this file.
+- Text is bytes, models read integers. A tokenizer turns one into the other, without loss.
+- A run is killed sooner or later. What is on disk must be whole or absent, and every batch a function of its number.
+- What a model knows ends with its text. The newest date among the sources, the *knowledge cutoff*, travels with the
+  tokens into every checkpoint.
 
     sources: files and folders of .txt .md .py .jsonl, plain or .gz .zst; .parquet; .bin of nanoGPT or llm.c; hf:DATASET
           -> documents -> (drop: invalid UTF-8, empty, exact duplicates) -> train | validation, by hash of the text
@@ -19,6 +19,9 @@ Bits per byte: loss per token depends on the tokenizer (longer tokens are harder
 
     bpb = sum of nll / ln 2 / bytes of the targets            gzip and xz are measured in the same unit
 
+Order: window i of epoch e is permute(i, n, key(seed, e)), a keyed bijection that is computed, not stored. So step n's
+global batch is a function of (seed, n) alone, on any number of ranks, and the only state is a counter.
+
 After pre-training come files of rows: conversations (SFT), two answers to a prompt (DPO), prompts (RL). Marks tell who
 speaks; where the tokenizer has marks of its own, no text can produce them. Only an answer's tokens are targets. A
 conversation of n ids makes n - 1 inputs and n - 1 targets: its last id, </s>, is a target only.
@@ -27,34 +30,26 @@ conversation of n ids makes n - 1 inputs and n - 1 targets: its last id, </s>, i
     targets     -      -       -    -        a_1       a_2  </s>   -  ...    -
     documents   1      1       1    1         1         1    1     2  ...    3
 
-A large corpus is read twice, document by document, and memory does not grow with it. The first reading keeps 8 bytes of
-hash and 8 of size per document: duplicates, sides and the tokenizer's sample follow. The second encodes on all cores,
-shard by shard; a preparation that was killed goes on with its whole shards. A stream, hf:, comes once: so it is written
-down first. A mixture gives each source its share of the windows, so of the tokens.
-
-Order: window i of epoch e is permute(i, n, key(seed, e)), a keyed bijection that is computed, not stored (a Feistel
-network with cycle walking), so step n's global batch is a function of (seed, n) alone, on any number of ranks, with no
-state but a counter.
-
-On disk: tokens and checkpoints are written under a temporary name, flushed, then renamed; a manifest that carries its
+On disk: tokens and checkpoints are written under a temporary name, flushed, then renamed. A manifest that carries its
 own checksum comes last. A shard is a 32-byte header and raw integers:
 
     magic "LLMTOKEN" | version u32 | bytes per id u32 | ids u64 | CRC32 of the ids u32 | CRC32 of the header so far u32
 
-A checkpoint is a folder: one file a writing rank in safetensors layout (8-byte length, JSON header, raw bytes) and
+A checkpoint is a folder: one file per writing rank in safetensors layout (8-byte length, JSON header, raw bytes) and
 manifest.json: what step, what config, and for each *full* tensor its shape, dtype and pieces (file, box, CRC32). A
-piece is (name, box, tensor), box = one (start, stop, size) a dimension; who wrote it, and under how many ranks, is
-forgotten, so any layout can read any other's. Not torch.save: it is a pickle, and it loads a flipped bit without a
-word. A Hugging Face folder holds whole tensors in the same layout, and its tokenizer: models come from there and go
-there.
+piece is (name, box, tensor), box = one (start, stop, size) per dimension. Which rank wrote it is forgotten, so any
+layout can read any other's. Not torch.save: it is a pickle, and it loads a flipped bit without a word. Hugging Face
+folders hold whole tensors in the same layout, and a tokenizer: models come from there and go there.
 
     symbol        in code             what
     V             vocab_size          ids 0 .. V-1: <unk>, <s>, </s>, <pad>, 3 roles' marks, 256 bytes, learned pieces
-    T             seq_len             positions a window
+    T             seq_len             positions per window
     global batch  step n takes windows n G ... n G + G - 1 of the epochs' permutations; micro-batch and ranks divide it
 
-Map, first reading: sources - tokenizer - shards - prepare - loader and mixture - checkpoints. After pre-training:
-chat - instructions - examples - rewards. Then Hugging Face folders, demo, command line.
+Map, in the order of the file
+    pre-training         whole files - sources - sides - tokenizer - shards - prepare - loader - mixture
+    after pre-training   chat - instructions - examples - rewards
+    models on disk       checkpoints - Hugging Face folders; then the demo and the command line
 
 Sources: BPE (Sennrich 2016, arXiv:1508.07909), SentencePiece (Kudo 2018, arXiv:1808.06226); Feistel with cycle walking
 (Black and Rogaway 2002); packing without cross-document targets as in Llama 3 (arXiv:2407.21783).
@@ -123,6 +118,18 @@ class SaveError(DataError):
     """The disk did not take a checkpoint; those that were there are intact."""
 
 
+@contextlib.contextmanager
+def name_in_errors(path, rule: str, hint: str = ""):
+    """What is raised inside becomes the DataError "PATH: RULE (why)HINT", one line. A DataError passes as it is."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (Exception, SystemExit) as error:
+        why = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
+        raise DataError(f"{path}: {rule} ({why:.200}){hint}") from None
+
+
 # ---- files that are whole or absent ----------------------------------------------------------------------------------
 
 def fsync_folder(path):
@@ -155,23 +162,25 @@ def write_atomic(path, content: str | bytes):
 
 @contextlib.contextmanager
 def new_folder(out: Path, key: str = ""):
-    """A temporary folder to fill, which becomes `out` when all is in it, or is gone. What a kill left is removed; with
-    a key, which says what is made, work on the same goes on where it was killed, or where a stream broke."""
+    """A temporary folder to fill. It becomes `out` when all is in it; if that fails, it is removed.
+
+    key: what is prepared. Work that was killed, or whose stream broke, goes on at the next call with the same key, from
+    what is whole: parts of a stream and shards, listed in the temporary folder's own folder progress/.
+    """
     temporary = out.with_name(f".{out.name}.tmp")
-    progress = temporary / "progress"                                         # what only the work itself needs
+    progress = temporary / "progress"
+    if not key or not (progress / "key").exists() or (progress / "key").read_text() != key:
+        shutil.rmtree(temporary, ignore_errors=True)
+        progress.mkdir(parents=True)
+        write_atomic(progress / "key", key)
     try:
-        if not key or not (progress / "key").exists() or (progress / "key").read_text() != key:
-            shutil.rmtree(temporary, ignore_errors=True)
-            progress.mkdir(parents=True)
-            write_atomic(progress / "key", key)
         yield temporary
-        shutil.rmtree(progress)
-        os.rename(temporary, out)
-    except BaseException as error:
-        whole = [*progress.glob("*.gz"), *progress.glob("*-*.json")]                      # parts of a stream, shards
-        if not key or not whole or isinstance(error, DataError) and not any(progress.glob("*.gz")):
+    except BaseException:
+        if not [*progress.glob("*.gz"), *progress.glob("shards.json")]:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+    shutil.rmtree(progress)
+    os.rename(temporary, out)
     fsync_folder(out.parent)
 
 
@@ -195,28 +204,16 @@ def write_sealed(path, content: dict):
 
 def read_sealed(path, kind: str) -> dict:
     """The content that write_sealed wrote, or DataError naming the file."""
-    try:
+    with name_in_errors(path, "not a readable manifest"):
         sealed = json.loads(Path(path).read_text())
         content = sealed["content"]
         intact = zlib.crc32(json.dumps(content, indent=1, sort_keys=True).encode()) == sealed["crc32"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{path}: not a readable manifest ({type(error).__name__}: {error})") from None
     if not intact or not isinstance(content, dict):
         raise DataError(f"{path}: its checksum does not match its content")
     if content.get("kind") != kind or content.get("version") != FORMAT_VERSION:
         raise DataError(f"{path}: must be a {kind} manifest of version {FORMAT_VERSION}, "
                         f"got {content.get('kind')!r} version {content.get('version')!r}")
     return content
-
-
-@contextlib.contextmanager
-def fields_of(path):
-    """While a manifest is read: a field that is missing or of another type is a DataError that names the file."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise error if isinstance(error, DataError) else DataError(
-            f"{path}: a field is missing or of another type ({type(error).__name__}: {error})") from None
 
 
 # ---- sources ---------------------------------------------------------------------------------------------------------
@@ -254,22 +251,16 @@ def source_files(sources) -> list[Path]:
     for source in map(str, sources):
         if not source.strip():
             raise DataError(f"source must be a name of files, got {source!r}")
-        kinds = (*SUFFIXES, ".bin")
-        if Path(source).is_file():
-            found = [Path(source)]
-        elif Path(source).is_dir():
-            found, kinds = files_under(Path(source)), SUFFIXES
-        else:
-            paths = [Path(p) for p in glob.glob(source, recursive=True)]
-            found = [p for path in paths if not is_run(path.parent)
-                     for p in (files_under(path) if path.is_dir() else [path])]
-        found = [p for p in found if p.name.endswith(kinds) and p.is_file()]
+        paths = [Path(source)] if Path(source).exists() else [
+            path for path in map(Path, glob.glob(source, recursive=True)) if not is_run(path.parent)]
+        found = {file for path in paths for file in (files_under(path) if path.is_dir() else [path])
+                 if (file.name.endswith(SUFFIXES) or file == path and file.suffix == ".bin") and file.is_file()}
         if not found:
             prepared = (" (it holds tokens already)" if Path(source, "manifest.json").exists() else
                         " (its manifest.json is missing: prepare it again)" if list(Path(source).glob("*.bin")) else "")
             raise DataError(f"source {source!r} must match a .txt, .md, .py, .jsonl (or one of these with .gz or "
                             f".zst), .parquet or .bin file, it matches none{prepared}")
-        files.update(found)
+        files |= found
     return sorted(files)
 
 
@@ -279,19 +270,6 @@ def optional(module: str, package: str, what):
         return importlib.import_module(module)
     except ImportError:
         raise DataError(f"{what}: must be read by the package {package}: pip install {package}") from None
-
-
-@contextlib.contextmanager
-def readable(what, hint: str = ""):
-    """Whatever is raised while a file or a name is read becomes a DataError of one line: packages have their own kinds.
-    """
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{what}: cannot be read ({why:.200}){hint}") from None
 
 
 def raw_documents(path: Path, field: str):
@@ -343,7 +321,7 @@ def read_documents(path: Path, dropped, field: str = "text", tokenizer=None):
     """Yield each document of a file, in order: a str, or the ids (n,) of a token file. A file is one document, a line
     of .jsonl and a row of .parquet too. dropped: a defaultdict(list) of files, by why a document was left out. Holds no
     more than a document (of .parquet 256 rows). Raises DataError for a file that cannot be read."""
-    with readable(path):
+    with name_in_errors(path, "cannot be read"):
         if path.suffix == ".bin":
             yield from token_documents(path, tokenizer)
             return
@@ -376,7 +354,7 @@ def open_stream(source: str, field: str):
 
 
 def write_down(source: str, folder: Path, field: str, most_bytes: float, log) -> list[Path]:
-    """A stream comes once, and preparing reads twice: so it is written down, in parts of PART_BYTES, each whole or
+    """A stream comes once, and preparing reads it again: so it is written down, in parts of PART_BYTES, each whole or
     absent. Called again, it goes on after the last part. -> the parts, .jsonl.gz."""
     name = re.sub(r"\W+", "-", source)
     parts = sorted(folder.glob(f"{name}.*.jsonl.gz"))                 # NAME.DOCUMENTS.BYTES, as many as up to its end
@@ -384,7 +362,8 @@ def write_down(source: str, folder: Path, field: str, most_bytes: float, log) ->
     if (folder / f"{name}.end").exists():
         return parts
     lines, first, started = [], size, time.monotonic()
-    with readable(source, ": hf: takes a folder, or a data set on huggingface.co, which needs the network"):
+    with name_in_errors(source, "cannot be read",
+                        ": hf: takes a folder, or a data set on huggingface.co, which needs the network"):
         rows = open_stream(source, field)
         for row in itertools.chain(rows.skip(count) if count else rows, [None]):                         # None: the end
             if row is not None:
@@ -402,63 +381,58 @@ def write_down(source: str, folder: Path, field: str, most_bytes: float, log) ->
     return parts
 
 
+def read_all(files, field: str, tokenizer, dropped):
+    """(path, document) of all files, in order."""
+    for path in files:
+        yield from ((path, document) for document in read_documents(path, dropped, field, tokenizer))
+
+
+def newest_date(sources, files) -> str:
+    """The newest date among the files, ISO format. The files of an installed Python are dated by the installation, so
+    the standard library has the date of its release, which Python stamps into pydoc_data/topics.py."""
+    topics = Path(sysconfig.get_path("stdlib"), "pydoc_data", "topics.py")
+    if list(sources) == ["stdlib"] and topics in files:
+        if stamp := re.search(r"Sphinx on \w+ (\w+ +\d+) [\d:]+ (\d{4})", topics.read_text()[:200]):
+            return datetime.datetime.strptime(" ".join(stamp.groups()), "%b %d %Y").date().isoformat()
+    newest = max(path.stat().st_mtime for path in files)
+    return datetime.datetime.fromtimestamp(newest, datetime.UTC).date().isoformat()
+
+
+# ---- sides: which text is trained on, which is held out --------------------------------------------------------------
+
+TRAIN, VAL, SAMPLE = 1, 2, 4         # bits: the side of a document, both if it is cut; whether the tokenizer reads it
+
+
 def text_hash(text) -> int:
     """A str's, or ids', 8-byte hash."""
     raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text.tobytes()
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
 
 
-def validation_side(hashes: np.ndarray, val_fraction: float) -> np.ndarray:
+def held_out(hashes: np.ndarray, val_fraction: float, neither_empty: bool = True) -> np.ndarray:
     """Which of the texts' hashes (n,) uint64 are held out, (n,) bool. Each hash decides for itself, so it does not
-    matter what else there is. Only if that leaves validation or training empty, one text is moved there; training comes
-    first."""
+    matter what else there is. neither_empty: only if that leaves validation or training empty, one text is moved there;
+    training comes first."""
     if not 0 <= val_fraction < 1:
         raise DataError(f"val_fraction must be in [0, 1), got {val_fraction}")
     val = hashes % np.uint64(10**6) < val_fraction * 10**6
-    if len(val) and not val.any() and val_fraction > 0:
-        val[hashes.argmin()] = True
-    if len(val) and val.all():
-        val[hashes.argmax()] = False
+    if neither_empty and len(val):
+        if not val.any() and val_fraction > 0:
+            val[hashes.argmin()] = True
+        if val.all():
+            val[hashes.argmax()] = False
     return val
-
-
-def held_out(texts, val_fraction: float) -> set:
-    """Those of the texts that validation_side holds out."""
-    by_hash = {text_hash(text): text for text in texts}
-    hashes = np.fromiter(by_hash, np.uint64, len(by_hash))
-    return {by_hash[h] for h in hashes[validation_side(hashes, val_fraction)].tolist()}
-
-
-TRAIN, VAL, SAMPLE = 1, 2, 4         # bits: the side of a document, both if it is cut; whether the tokenizer reads it
 
 
 def split_documents(hashes: np.ndarray, sizes: np.ndarray, val_fraction: float) -> np.ndarray:
     """Hashes and bytes of documents that differ, (n,) -> the side of each, (n,) uint8.
 
     About val_fraction of the bytes is held out. A document that is twice as large as that is cut: its end is held out.
-    Of the others each is on the side that its own hash says.
+    Each of the others is on the side that its own hash says.
     """
-    limit = 2 * val_fraction * sizes.sum()
-    cut = (sizes > limit) & (limit > 0)
-    val = np.zeros(len(hashes), bool)
-    val[~cut] = validation_side(hashes[~cut], val_fraction)
-    if cut.any():                                              # their ends are held out: no other need be moved there
-        val &= hashes % np.uint64(10**6) < val_fraction * 10**6
+    cut = (sizes > 2 * val_fraction * sizes.sum()) & (val_fraction > 0)
+    val = held_out(hashes, val_fraction, neither_empty=not cut.any())       # of a document that is cut both have a part
     return (TRAIN * (~val | cut) + VAL * (val | cut)).astype(np.uint8)
-
-
-def knowledge_cutoff(sources, files) -> str:
-    """The newest date among the sources, ISO format. File dates of an installed Python are install dates, so for the
-    standard library it is the release: Python stamps it into pydoc_data/topics.py when a release is cut."""
-    if list(sources) == ["stdlib"]:
-        topics = next((p for p in files if p.match("pydoc_data/topics.py")), None)
-        stamp = re.search(r"Sphinx on \w+ (\w+ +\d+) [\d:]+ (\d{4})", topics.read_text()[:200] if topics else "")
-        if stamp:
-            return datetime.datetime.strptime(" ".join(stamp.groups()), "%b %d %Y").date().isoformat()
-        import platform
-        return datetime.datetime.strptime(platform.python_build()[1], "%b %d %Y %H:%M:%S").date().isoformat()
-    newest = max(path.stat().st_mtime for path in files)
-    return datetime.datetime.fromtimestamp(newest, datetime.UTC).date().isoformat()
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
@@ -503,12 +477,12 @@ def bpe_encode(text: str, pieces: list[str]) -> list[str]:
         parts = join(parts, min(known, key=rank.get))
     return parts
 
-
 class Tokenizer:
     """SentencePiece BPE with byte fallback: decode(encode(s)) == s for every str, lone surrogates included.
 
-    Tokenizer(path or bytes) loads, Tokenizer.train(documents, vocab_size) learns. Attributes: vocab_size, bos_id,
-    eos_id, pad_id, sha256, token_bytes (V,) int64: bytes of text behind each id, 0 for <s>, </s>, <pad>.
+    Tokenizer(path or bytes) loads, Tokenizer.train(documents, vocab_size) learns. Attributes: vocab_size; bos_id,
+    eos_id, pad_id (None: no such mark); sha256; bytes, the text behind each id; token_bytes (V,) int64: its length, 0
+    for <s>, </s>, <pad>.
 
     >>> [t.piece(i) for i in t.encode("def f(x):")]
     ['def', '▁f', '(', 'x', '):']
@@ -521,16 +495,13 @@ class Tokenizer:
     SHORT = re.compile(r"(?s).{100,}?(?=(?<! ) |\Z)|.+\Z")
 
     def __init__(self, model):
-        try:
-            proto = model if isinstance(model, bytes) else Path(model).read_bytes()
+        with name_in_errors("tokenizer" if isinstance(model, bytes) else model, "not a readable SentencePiece model"):
+            self.proto = model if isinstance(model, bytes) else Path(model).read_bytes()
             self.sp = sentencepiece.SentencePieceProcessor()
-            self.sp.LoadFromSerializedProto(proto)
-        except (OSError, RuntimeError):
-            name = "tokenizer" if isinstance(model, bytes) else model
-            raise DataError(f"{name}: not a readable SentencePiece model") from None
-        self.proto, self.sha256 = proto, hashlib.sha256(proto).hexdigest()
-        self.vocab_size = self.sp.get_piece_size()
-        self.bos_id, self.eos_id, self.pad_id = self.sp.bos_id(), self.sp.eos_id(), self.sp.pad_id()
+            self.sp.LoadFromSerializedProto(self.proto)
+        self.sha256, self.vocab_size = hashlib.sha256(self.proto).hexdigest(), self.sp.get_piece_size()
+        self.bos_id, self.eos_id, self.pad_id = (
+            None if i == -1 else i for i in (self.sp.bos_id(), self.sp.eos_id(), self.sp.pad_id()))
         self.bytes = [self.piece_bytes(i) for i in range(self.vocab_size)]
         self.byte_ids = [self.sp.piece_to_id(f"<0x{b:02X}>") for b in range(256)]
         self.token_bytes = np.array([len(b) for b in self.bytes])
@@ -570,22 +541,15 @@ class Tokenizer:
         sentences = [s for d in documents for s in split_text(d.translate(rare), 1000)]
         if not sentences:
             raise DataError("tokenizer: the documents must hold some text, they hold none")
-        for _ in range(2):                             # a size that the text cannot fill is refused, naming the largest
-            model = io.BytesIO()
-            try:
-                sentencepiece.SentencePieceTrainer.train(
-                    sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-                    byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-                    add_dummy_prefix=False, allow_whitespace_only_pieces=True, character_coverage=1.0,
-                    max_sentence_length=8192, unk_id=0, bos_id=1, eos_id=2, pad_id=3,
-                    control_symbols=[f"<|{role}|>" for role in ROLES], minloglevel=2)
-                return cls(model.getvalue())
-            except RuntimeError as error:
-                limit = re.search(r"Vocabulary size too high .*<= (\d+)", str(error))
-                if not limit:
-                    raise DataError(f"tokenizer: SentencePiece refused: {str(error).splitlines()[-1]}") from None
-                vocab_size = int(limit[1])
-        raise DataError(f"tokenizer: the text is too short for {vocab_size} pieces")
+        model = io.BytesIO()
+        with name_in_errors("tokenizer", "SentencePiece refused"):
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+                hard_vocab_limit=False, byte_fallback=True, normalization_rule_name="identity",
+                remove_extra_whitespaces=False, add_dummy_prefix=False, allow_whitespace_only_pieces=True,
+                character_coverage=1.0, max_sentence_length=8192, unk_id=0, bos_id=1, eos_id=2, pad_id=3,
+                control_symbols=[f"<|{role}|>" for role in ROLES], minloglevel=2)
+        return cls(model.getvalue())
 
     def encode(self, text: str) -> list[int]:
         ids = []
@@ -618,6 +582,11 @@ def split_text(text: str, size: int):
         start = end
 
 
+def first_id(tokenizer) -> int:
+    """The id that begins a document: <s>; in families without one, GPT-2's say, the mark that ends the one before."""
+    return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
+
+
 # ---- shards ----------------------------------------------------------------------------------------------------------
 
 MAGIC, HEADER = b"LLMTOKEN", struct.Struct("<8sIIQII")        # 32 bytes
@@ -625,8 +594,8 @@ BLOCK = 2**20                                                 # bytes that have 
 
 
 class ShardWriter:
-    """A shard that is written as its ids come. close() -> its tokens, CRC32, and that of every BLOCK bytes; then it is
-    on disk."""
+    """A shard that is written as its ids come. close() -> {"tokens", "crc32", "blocks": CRC32 of every BLOCK bytes};
+    then it is on disk."""
 
     def __init__(self, path, dtype):
         self.path, self.dtype, self.tokens, self.crc, self.blocks, self.in_block = path, np.dtype(dtype), 0, 0, [], 0
@@ -653,22 +622,11 @@ class ShardWriter:
         return {"tokens": self.tokens, "crc32": self.crc, "blocks": self.blocks}
 
 
-def write_shard(path, ids: np.ndarray) -> int:
-    """ids (n,) uint16 or uint32 -> one file, flushed to disk; returns the ids' CRC32."""
-    shard = ShardWriter(path, ids.dtype)
-    shard.write(ids)
-    return shard.close()["crc32"]
-
-
 def open_shard(path, verify: bool = True, entry: dict | None = None) -> np.ndarray:
     """Memory-mapped ids (n,) of a shard. Raises DataError naming the file if it is not exactly what was written, or not
-    the one of the manifest's entry. verify reads it all once (a second a GB); else header and length are checked."""
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as f:
-            head = f.read(HEADER.size)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    the one of the manifest's entry. verify reads it all once (a second per GB); else header and length are checked."""
+    with name_in_errors(path, "cannot be read"), open(path, "rb") as f:
+        head, size = f.read(HEADER.size), os.path.getsize(path)
     if len(head) < HEADER.size or head[:8] != MAGIC:
         raise DataError(f"{path}: not a token shard (it must start with {MAGIC.decode()}, it has {size} bytes)")
     _, version, itemsize, count, crc, head_crc = HEADER.unpack(head)
@@ -688,21 +646,30 @@ def open_shard(path, verify: bool = True, entry: dict | None = None) -> np.ndarr
 
 
 # ---- prepare ---------------------------------------------------------------------------------------------------------
+#
+# A large corpus is read document by document, and memory does not grow with it:
+#     1. estimate      how large it is, how long it will take                     from the first 2 MB
+#     2. write_down    a stream, hf:, comes once, so it becomes files
+#     3. survey        hash and size of each document; duplicates, sides and the tokenizer's sample follow
+#     4. Tokenizer.train on the sample
+#     5. write_shards  text to tokens on all cores, shard by shard; what was killed goes on with its whole shards
 
 def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fraction: float = 0.05,
             sample_bytes: int = 0, shard_tokens: int = 2**27, tokenizer=None, text_field: str = "text",
-            max_tokens: int = 0, log=lambda line: None) -> Path:
-    """Text to a folder of tokenizer.model, train-*.bin, val-*.bin and manifest.json -> the folder.
+            max_tokens: int = 0, knowledge_cutoff: str = "", log=lambda line: None) -> Path:
+    """Text to a folder of tokenizer.model, train-*.bin, val-*.bin and manifest.json -> the folder. Raises DataError.
 
     sources: ["stdlib"], or names of files, folders, globs (SUFFIXES, and token files), or hf:DATASET[:SUBSET][:SPLIT].
     out: default data/NAME-KEY, KEY a fingerprint of files and settings. A folder already prepared from the same is
     used as it is; one that holds something else is refused. The work is done in a temporary folder that is renamed at
-    the end; killed, the same call goes on with what is whole in it. Memory does not grow with the text, but for some 60
-    bytes per document. A document's side is decided by its own hash, not by the order; see split_documents.
-    tokenizer: used, and saved, instead of training one of vocab_size (a model that goes on training keeps its own).
+    the end; killed, the same call goes on with what is whole in it. Memory: some 60 bytes per document.
     sample_bytes: of text, to train a tokenizer on (0: 8 MB, and for more than 2048 pieces as many times as much).
-    max_tokens: stop after so many for training (0: all there are). Raises DataError.
+    tokenizer: used, and saved, instead of training one of vocab_size (a model that goes on training keeps its own).
+    max_tokens: stop after so many for training (0: all). knowledge_cutoff: YYYY-MM-DD ("": see newest_date).
     """
+    if knowledge_cutoff:
+        with name_in_errors("knowledge_cutoff", "must be YYYY-MM-DD"):
+            datetime.date.fromisoformat(knowledge_cutoff)
     streams = [s for s in map(str, sources) if s.startswith("hf:")]
     texts = [s for s in sources if str(s) not in streams]
     files = source_files(texts) if texts or not streams else []
@@ -711,6 +678,7 @@ def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fracti
     pieces = tokenizer.sha256 if tokenizer else (vocab_size, ROLES)
     settings = (FORMAT_VERSION, pieces, val_fraction, sample_bytes, shard_tokens)
     settings += () if (text_field, max_tokens) == ("text", 0) else (text_field, max_tokens)
+    settings += (knowledge_cutoff,) if knowledge_cutoff else ()
     key = hashlib.sha256(repr((stamps, settings)).encode()).hexdigest()[:16]
     name = re.sub(r"\W+", "-", Path(sources[0]).stem).strip("-") or "text"
     out = Path(out) if out else Path("data") / f"{name}-{key}"
@@ -726,23 +694,35 @@ def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fracti
         return out
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.parent / f".{out.name}.lock"):
-        if not ready():                                         # another process may have been faster
-            with new_folder(out, key) as temporary:
-                most_bytes = estimate(files, streams, tokenizer, vocab_size, text_field, max_tokens, log)
-                files += [part for source in streams
-                          for part in write_down(source, temporary / "progress", text_field, most_bytes, log)]
-                manifest = write_tokens(temporary, files, text_field, tokenizer, vocab_size, val_fraction,
-                                        sample_bytes, shard_tokens, max_tokens, most_bytes, log)
-                write_sealed(temporary / "manifest.json", {
-                    "kind": "tokens", "version": FORMAT_VERSION, "key": key, "sources": [str(s) for s in sources],
-                    "files": len(files), "knowledge_cutoff": knowledge_cutoff(sources, files)} | manifest)
+        if ready():                                             # another process was faster
+            return out
+        with new_folder(out, key) as folder:
+            most_bytes = estimate(files, streams, tokenizer, vocab_size, text_field, max_tokens, log)
+            for source in streams:
+                files += write_down(source, folder / "progress", text_field, most_bytes, log)
+            read = functools.partial(read_all, files, text_field, tokenizer)
+            side, found = survey(read, tokenizer, val_fraction, sample_bytes, most_bytes, log)
+            if not len(side):
+                raise DataError(f"{sources[0]}{' ...' * (len(sources) > 1)}: sources must hold text, "
+                                f"dropped: {found['dropped']}")
+            if tokenizer is None and (folder / "tokenizer.model").exists():
+                tokenizer = Tokenizer(folder / "tokenizer.model")
+            elif tokenizer is None:
+                sample = split_texts(read, np.where(side & SAMPLE, side, 0), val_fraction)
+                tokenizer = Tokenizer.train((text for split, text in sample if split == "train"), vocab_size)
+                log(f"tokenizer: {tokenizer.vocab_size} pieces from {found['sample'] / 1e6:.1f} MB")
+            tokenizer_file = tokenizer.save(folder)
+            splits = write_shards(folder, tokenizer, split_texts(read, side, val_fraction), found["bytes"],
+                                  shard_tokens, max_tokens, log)
+            content = [(split, s["file"], s["tokens"], s["crc32"]) for split in splits
+                       for s in splits[split]["shards"]]
+            write_sealed(folder / "manifest.json", {
+                "kind": "tokens", "version": FORMAT_VERSION, "key": key, "sources": [str(s) for s in sources],
+                "files": len(files), "knowledge_cutoff": knowledge_cutoff or newest_date(sources, files),
+                "dropped": found["dropped"], "splits": splits, "tokenizer": {
+                    "file": tokenizer_file, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+                "fingerprint": hashlib.sha256(repr((tokenizer.sha256, content)).encode()).hexdigest()})
     return out
-
-
-def read_all(files, field, tokenizer, dropped):
-    """The documents of all files, in order."""
-    for path in files:
-        yield from ((path, document) for document in read_documents(path, dropped, field, tokenizer))
 
 
 def size_of(document, tokenizer) -> int:
@@ -760,7 +740,7 @@ def estimate(files, streams, tokenizer, vocab_size: int, field: str, max_tokens:
     if not max_tokens and (streams or size < POOL_BYTES):
         return math.inf
     first, start = "", time.monotonic()
-    with contextlib.suppress(DataError), readable(""):            # what is wrong with a source is said when it is read
+    with contextlib.suppress(DataError), name_in_errors("", ""):  # what is wrong with a source is said when it is read
         texts = (t for _, t in read_all(files, field, tokenizer, defaultdict(list)))
         rows = (row[field] for source in streams for row in open_stream(source, field))
         for text in itertools.chain(texts, rows):
@@ -775,7 +755,7 @@ def estimate(files, streams, tokenizer, vocab_size: int, field: str, max_tokens:
     per_token = len(first[middle:].encode()) / len(tokenizer.encode(first[middle:]))
     encoding = 2 * (time.monotonic() - start)
     size = min([size] * (not streams) + [max_tokens * per_token] * (max_tokens > 0))
-    seconds = size / len(first) * (2 * reading + encoding / num_cores())
+    seconds = size / len(first) * (3 * reading + encoding / num_cores())
     log(f"about {size / 1e6:,.0f} MB of text: {size / per_token / 1e6:,.1f} M tokens, "
         f"{size / per_token * (2 if tokenizer.vocab_size <= 2**16 else 4) / 1e6:,.0f} MB on disk, "
         f"some {math.ceil(seconds / 60)} min on {num_cores()} cores")
@@ -784,11 +764,11 @@ def estimate(files, streams, tokenizer, vocab_size: int, field: str, max_tokens:
 
 
 def survey(read, tokenizer, val_fraction: float, sample_bytes: int, most_bytes: float, log):
-    """The first reading: hash and size of each document -> what becomes of it, (n,) uint8, 0 for a duplicate; counts of
-    what was dropped; bytes of each side. TRAIN, VAL, SAMPLE are bits."""
-    dropped, hashes, sizes, starts, total = defaultdict(list), array.array("Q"), array.array("Q"), {}, 0
+    """Read the documents, at most most_bytes of text -> what becomes of each, (n,) uint8 of the bits TRAIN, VAL and
+    SAMPLE, 0 for a duplicate; {"dropped": counts, "bytes", "sample": bytes of it}."""
+    dropped, paths, hashes, sizes, total = defaultdict(list), [], array.array("Q"), array.array("Q"), 0
     for path, document in read(dropped):
-        starts.setdefault(path, len(hashes))
+        paths.append(path)
         hashes.append(text_hash(document))
         sizes.append(size_of(document, tokenizer))
         total += sizes[-1]
@@ -796,59 +776,58 @@ def survey(read, tokenizer, val_fraction: float, sample_bytes: int, most_bytes: 
             break
     hashes, sizes = np.array(hashes, np.uint64), np.array(sizes, np.int64)
     _, first = np.unique(hashes, return_index=True)                       # the first of those that are equal, by hash
-    again = np.setdiff1d(np.arange(len(hashes)), first, assume_unique=True)
-    paths = list(starts)
-    dropped["duplicate"] = [paths[i] for i in np.searchsorted(list(starts.values()), again, side="right") - 1]
+    dropped["duplicate"] = [paths[i] for i in np.setdiff1d(np.arange(len(paths)), first, assume_unique=True)]
+    dropped = {reason: where for reason, where in dropped.items() if where}
     for reason, where in dropped.items():
-        if where:
-            names = ", ".join("/".join(path.parts[-2:]) for path in sorted(set(where))[:3])
-            log(f"left out: {len(where):,} {reason}: {names}{', ...' * (len(set(where)) > 3)}")
+        names = ", ".join("/".join(path.parts[-2:]) for path in sorted(set(where))[:3])
+        log(f"left out: {len(where):,} {reason}: {names}{', ...' * (len(set(where)) > 3)}")
     side = np.zeros(len(hashes), np.uint8)
     side[first] = split_documents(hashes[first], sizes[first], val_fraction)
     # the tokenizer reads training documents alone, those of smallest hash
     order = first[(side[first] & TRAIN) > 0]
     chosen = order[:np.searchsorted(np.cumsum(sizes[order]), sample_bytes) + 1]
     side[chosen] |= SAMPLE
-    return side, {"dropped": {reason: len(where) for reason, where in dropped.items() if where},
+    return side, {"dropped": {reason: len(where) for reason, where in dropped.items()},
                   "bytes": int(sizes[first].sum()), "sample": int(sizes[chosen].sum())}
 
 
-def sides_of(read, side, val_fraction: float):
-    """The second reading: (TRAIN or VAL, document) in order. A document that is on both sides is cut."""
+def split_texts(read, side, val_fraction: float):
+    """Read again, with survey's answer: ("train" or "val", document), in order. A document on both sides is cut."""
     for (_, document), bits in zip(read(defaultdict(list)), side, strict=False):
+        parts = [(TRAIN, "train", document), (VAL, "val", document)]
         if bits & TRAIN and bits & VAL:                # at a line end, if there is one in what would be held out
             cut = int(len(document) * (1 - val_fraction))
             if isinstance(document, str):
                 cut = document.find("\n", cut, len(document) - 1) + 1 or cut
-            yield from ((bit, part) for bit, part in ((TRAIN, document[:cut]), (VAL, document[cut:])) if len(part))
-        elif bits & (TRAIN | VAL):
-            yield int(bits & (TRAIN | VAL)), document
+            parts = [(TRAIN, "train", document[:cut]), (VAL, "val", document[cut:])]
+        yield from ((split, part) for bit, split, part in parts if bits & bit and len(part))
 
 
 def chunks_of(documents, size: int):
-    """Lists of (side, document), of at least `size` characters or ids together but for the last."""
+    """Lists of (split, document), of at least `size` characters or ids together but for the end."""
     chunk, total = [], 0
-    for bit, document in documents:
-        chunk.append((bit, document))
+    for split, document in documents:
+        chunk.append((split, document))
         total += len(document)
         if total >= size:
             yield chunk
             chunk, total = [], 0
-    yield chunk
+    if chunk:
+        yield chunk
 
 
 def encode_chunk(tokenizer, chunk) -> dict:
-    """-> {side: (ids (n,), Counter of documents, bytes)}"""
-    begin, sides = first_id(tokenizer), {}
+    """-> {split: (ids (n,), Counter of documents, bytes, tokens)}"""
+    begin, arrays, counts = first_id(tokenizer), defaultdict(list), defaultdict(Counter)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    for bit, document in chunk:
-        arrays, counts = sides.setdefault(bit, ([], Counter()))
+    for split, document in chunk:
         parts = ([document] if isinstance(document, np.ndarray) else
                  map(tokenizer.encode, split_text(document, 2**20)))                 # not all of a huge file at once
         end = [tokenizer.eos_id] * (tokenizer.eos_id != begin)
-        arrays += (np.array(part, dtype) for part in itertools.chain([[begin]], parts, [end]))
-        counts.update(documents=1, bytes=size_of(document, tokenizer))
-    return {bit: (np.concatenate(arrays), counts) for bit, (arrays, counts) in sides.items()}
+        new = [np.array(part, dtype) for part in itertools.chain([[begin]], parts, [end])]
+        arrays[split] += new
+        counts[split].update(documents=1, bytes=size_of(document, tokenizer), tokens=sum(map(len, new)))
+    return {split: (np.concatenate(arrays[split]), counts[split]) for split in arrays}
 
 
 def start_worker(folder):
@@ -878,84 +857,52 @@ def encode_all(tokenizer, folder, chunks, total_bytes: int):
             yield running.popleft().result()
 
 
-def write_tokens(folder, files, field, tokenizer, vocab_size, val_fraction, sample_bytes, shard_tokens, max_tokens,
-                 most_bytes, log) -> dict:
-    """Tokenizer and shards of both splits into `folder`; returns what the manifest says of them. What is whole there
-    already, and is listed in folder/progress, is not done again."""
-    progress, read = folder / "progress", functools.partial(read_all, files, field, tokenizer)
-    if not (progress / "survey.json").exists():
-        side, found = survey(read, tokenizer, val_fraction, sample_bytes, most_bytes, log)
-        if not len(side):
-            raise DataError(f"{files[0] if files else 'stream'}{' ...' * (len(files) > 1)}: sources must hold text, "
-                            f"dropped: {found['dropped']}")
-        np.save(progress / "side.npy", side)
-        write_sealed(progress / "survey.json", {"kind": "survey", "version": FORMAT_VERSION} | found)
-    side, found = np.load(progress / "side.npy"), read_sealed(progress / "survey.json", "survey")
-    if tokenizer is None and (folder / "tokenizer.model").exists():
-        tokenizer = Tokenizer(folder / "tokenizer.model")
-    elif tokenizer is None:
-        sample = sides_of(read, side * (side >= SAMPLE), val_fraction)
-        tokenizer = Tokenizer.train((text for bit, text in sample if bit == TRAIN), vocab_size)
-        log(f"tokenizer: {tokenizer.vocab_size} pieces from {found['sample'] / 1e6:.1f} MB")
-    tokenizer_file = tokenizer.save(folder)
+def write_shards(folder: Path, tokenizer, documents, total_bytes: int, shard_tokens: int, max_tokens: int, log) -> dict:
+    """(split, document), ... -> shards, and {split: {"documents", "bytes", "tokens", "shards": what close() says}}.
 
-    # the second reading: tokens, a shard at a time. Chunks are counted: each shard says how many its split had by then
-    names, counts, shards, writers = {TRAIN: "train", VAL: "val"}, {}, {}, {}
-    for bit, name in names.items():
-        shards[bit] = [read_sealed(f, "shard") for f in sorted(progress.glob(f"{name}-*.json"))]
-        counts[bit] = sum((Counter(shard["counts"]) for shard in shards[bit]), Counter())
-    done = {bit: shards[bit][-1]["chunks"] if shards[bit] else 0 for bit in names}
+    When a shard is full, the other split's shard ends too. progress/shards.json then says what is whole: so many
+    chunks of documents in these shards. Called again, it goes on from there.
+    """
+    file, writers = folder / "progress" / "shards.json", {}
+    state = read_sealed(file, "shards") if file.exists() else {
+        "kind": "shards", "version": FORMAT_VERSION, "chunks": 0,
+        "splits": {split: {"documents": 0, "bytes": 0, "tokens": 0, "shards": []} for split in ("train", "val")}}
+    splits, train = state["splits"], state["splits"]["train"]
+
+    def end_shards():
+        for split, writer in writers.items():
+            splits[split]["shards"].append({"file": writer.path.name} | writer.close())
+        writers.clear()
+        write_sealed(file, state)
+
     size = min(2**20, shard_tokens, max_tokens // 16 or 2**20)
-    chunks = ([(bit, document) for bit, document in chunk if number >= done[bit]] for number, chunk in
-              enumerate(chunks_of(sides_of(read, side, val_fraction), size)))
-
-    def close(bit, chunks_read):
-        shard, in_shard = writers.pop(bit)
-        shards[bit].append({"kind": "shard", "version": FORMAT_VERSION, "chunks": chunks_read, "counts": in_shard,
-                            "entry": {"file": shard.path.name} | shard.close()})
-        write_sealed(progress / f"{shard.path.stem}.json", shards[bit][-1])
-
-    number, started, said = 0, time.monotonic(), time.monotonic()
-    bytes_before = sum(count["bytes"] for count in counts.values())
+    chunks = itertools.islice(chunks_of(documents, size), state["chunks"], None)
+    started = said = time.monotonic()
+    bytes_before = sum(split["bytes"] for split in splits.values())
     with contextlib.ExitStack() as stack:
-        encoded = stack.enter_context(contextlib.closing(encode_all(tokenizer, folder, chunks, found["bytes"])))
-        for number, sides in enumerate(encoded, 1):
-            for bit, (ids, count) in sides.items():
-                if bit not in writers:
-                    path = folder / f"{names[bit]}-{len(shards[bit]):05d}.bin"
-                    writers[bit] = ShardWriter(path, ids.dtype), Counter()
-                    stack.callback(writers[bit][0].file.close)
-                writers[bit][0].write(ids)
-                for counter in (writers[bit][1], counts[bit]):
-                    counter.update(count, tokens=len(ids))
-                if writers[bit][0].tokens >= shard_tokens:
-                    close(bit, number)
-            if max_tokens and counts[TRAIN]["tokens"] >= max_tokens and number >= done[TRAIN]:
-                break
+        encoded = stack.enter_context(contextlib.closing(encode_all(tokenizer, folder, chunks, total_bytes)))
+        while (not max_tokens or train["tokens"] < max_tokens) and (chunk := next(encoded, None)):
+            state["chunks"] += 1
+            for split, (ids, counts) in chunk.items():
+                if split not in writers:
+                    path = folder / f"{split}-{len(splits[split]['shards']):05d}.bin"
+                    writers[split] = ShardWriter(path, ids.dtype)
+                    stack.callback(writers[split].file.close)
+                writers[split].write(ids)
+                for what, count in counts.items():
+                    splits[split][what] += count
+            if any(writer.tokens >= shard_tokens for writer in writers.values()):
+                end_shards()
             if time.monotonic() > said + 10:
-                said, size = time.monotonic(), sum(count["bytes"] for count in counts.values())
-                part = max(size / found["bytes"], counts[TRAIN]["tokens"] / (max_tokens or math.inf))
+                said, size = time.monotonic(), sum(split["bytes"] for split in splits.values())
+                part = max(size / total_bytes, train["tokens"] / (max_tokens or math.inf))
                 rate = (size - bytes_before) / (said - started)
                 log(f"{size / 1e6:,.0f} MB of text are tokens, {part:.1%}, {rate / 1e6:.1f} MB/s, eta "
                     f"{datetime.timedelta(seconds=int((size / part - size) / max(1, rate)))}")
-        for bit in sorted(writers):
-            close(bit, number)
-    splits = {}
-    for bit, name in names.items():
-        entries = [shard["entry"] for shard in shards[bit]]
-        splits[name] = {what: counts[bit][what] for what in ("documents", "bytes", "tokens")} | {"shards": entries}
-        log("{}: {documents:,} documents, {:.2f} MB, {tokens:,} tokens".format(
-            name, counts[bit]["bytes"] / 1e6, **splits[name]))
-    content = [(split, s["file"], s["tokens"], s["crc32"]) for split in splits for s in splits[split]["shards"]]
-    return {"dropped": found["dropped"], "splits": splits,
-            "tokenizer": {"file": tokenizer_file, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
-            "fingerprint": hashlib.sha256(repr((tokenizer.sha256, content)).encode()).hexdigest()}
-
-
-def first_id(tokenizer) -> int:
-    """The id that begins a document: <s>; in families without one, GPT-2's say, the mark that ends the one before."""
-    bos = mark_id(tokenizer, "{bos}")
-    return tokenizer.eos_id if bos is None else bos
+        end_shards()
+    for name, split in splits.items():
+        log(f"{name}: {split['documents']:,} documents, {split['bytes'] / 1e6:.2f} MB, {split['tokens']:,} tokens")
+    return splits
 
 
 def compressed_bpb(text: bytes) -> dict:
@@ -970,8 +917,9 @@ def compressed_bpb(text: bytes) -> dict:
 def permute(i: np.ndarray, n: int, key: int) -> np.ndarray:
     """A keyed bijection of 0 .. n-1, evaluated at i (any shape, int64): a shuffle that is computed, in O(1) memory.
 
-    Feistel network on 2b bits, 4^b >= n:  (L, R) -> (R, L xor f(R, round key)), invertible whatever f is. An image
-    outside 0 .. n-1 is put through again until it falls inside; since 4^b < 4 n, four tries are enough on average.
+    Feistel network on 2b bits, 4^b >= n:  (upper, lower) -> (lower, upper xor f(lower, round key)), invertible whatever
+    f is. An image outside 0 .. n-1 is put through again until it falls inside; since 4^b < 4 n, four tries are enough
+    on average.
     """
     b = max(1, math.ceil(math.log2(max(n, 2)) / 2))
     mask = np.uint64(2**b - 1)
@@ -986,10 +934,10 @@ def permute(i: np.ndarray, n: int, key: int) -> np.ndarray:
         x = np.atleast_1d(i).astype(np.uint64)
         walking = np.ones(x.shape, bool)
         while walking.any():
-            left, right = x[walking] >> np.uint64(b), x[walking] & mask
+            upper, lower = x[walking] >> np.uint64(b), x[walking] & mask
             for k in rounds:
-                left, right = right, left ^ (mix(right + k) & mask)
-            x[walking] = left << np.uint64(b) | right
+                upper, lower = lower, upper ^ (mix(lower + k) & mask)
+            x[walking] = upper << np.uint64(b) | lower
             walking = x >= n
     return x.astype(np.int64).reshape(np.shape(i))
 
@@ -997,11 +945,11 @@ def permute(i: np.ndarray, n: int, key: int) -> np.ndarray:
 class Batches:
     """An endless iterator of batches, whatever a window holds: the permuted order, the position, the state.
 
-    The position counts windows of the *global* batch. Each call takes the next micro_batch_size * dp_size windows of
-    the permuted epochs and gives this rank its micro_batch_size of them, so what the ranks read together does not
-    depend on their number. Within an epoch each window comes once. A subclass has num_windows, manifest and
-    read(numbers of windows) -> a batch. prefetch: a thread reads the next batch meanwhile, into pinned memory where
-    there is a GPU.
+    - The position counts windows of the *global* batch. Each call takes the next micro_batch_size * dp_size windows of
+      the permuted epochs and gives this rank its micro_batch_size of them. So what the ranks read together does not
+      depend on their number. Within an epoch each window comes once.
+    - A subclass has num_windows, manifest and read(numbers of windows) -> a batch.
+    - prefetch: a thread reads the next batch meanwhile, into pinned memory where there is a GPU.
     """
 
     rows_together = 1                # windows that the permutation moves as one
@@ -1012,7 +960,7 @@ class Batches:
         self.micro_batch_size, self.dp_rank, self.dp_size = micro_batch_size, dp_rank, dp_size
         # the thread pins for this rank's GPU, else it would open GPU 0 on every rank
         gpu = (torch.cuda.set_device, (torch.cuda.current_device(),)) if prefetch and torch.cuda.is_available() else ()
-        self.reader = concurrent.futures.ThreadPoolExecutor(1, "reader", *gpu) if prefetch else None
+        self.thread = concurrent.futures.ThreadPoolExecutor(1, "reader", *gpu) if prefetch else None
         self.ahead = None, None                                                # places of windows, their batch to come
 
     def windows(self, order) -> np.ndarray:
@@ -1025,21 +973,25 @@ class Batches:
             window[epoch == e] = permute(place[epoch == e], num_units, text_hash(f"{self.seed}/{e}"))
         return window * self.rows_together + row
 
+    def batch(self, order):
+        """The windows at places `order` (B,) of the permuted epochs' endless sequence."""
+        return self.read(self.windows(order))
+
     def __iter__(self):
         return self
-
-    def next_order(self) -> range:
-        first = self.position + self.dp_rank * self.micro_batch_size
-        return range(first, first + self.micro_batch_size)
 
     def __next__(self) -> dict:
         order = self.next_order()
         expected, batch = self.ahead
         batch = batch.result() if order == expected else self.batch(order)
         self.position += self.micro_batch_size * self.dp_size
-        if self.reader:
-            self.ahead = self.next_order(), self.reader.submit(self.pinned, self.next_order())
+        if self.thread:
+            self.ahead = self.next_order(), self.thread.submit(self.pinned, self.next_order())
         return batch
+
+    def next_order(self) -> range:
+        first = self.position + self.dp_rank * self.micro_batch_size
+        return range(first, first + self.micro_batch_size)
 
     def pinned(self, order):
         return {name: x.pin_memory() if torch.cuda.is_available() else x for name, x in self.batch(order).items()}
@@ -1047,10 +999,6 @@ class Batches:
     def epochs(self, position: int) -> dict:
         """{source: how often its windows were read} when so many windows were."""
         return {str(self.path): position / max(1, self.num_windows)}
-
-    def batch(self, order):
-        """The windows at places `order` (B,) of the permuted epochs' endless sequence."""
-        return self.read(self.windows(order))
 
     def state_dict(self) -> dict:
         return {"windows": self.position, "seed": self.seed, "seq_len": self.seq_len,
@@ -1074,21 +1022,18 @@ class Loader(Batches):
 
     def __init__(self, path, *, verify: bool = True, **layout):
         super().__init__(path, **layout)
-        self.manifest = read_sealed(self.path / "manifest.json", "tokens")
-        with fields_of(self.path / "manifest.json"):
-            self.open(verify)
-
-    def open(self, verify: bool):
-        self.vocab_size = self.manifest["tokenizer"]["vocab_size"]
-        self.tokenizer = load_tokenizer(self.path / self.manifest["tokenizer"]["file"])
-        if self.tokenizer.sha256 != self.manifest["tokenizer"]["sha256"]:
-            raise DataError(f"{self.path / self.manifest['tokenizer']['file']}: does not match the manifest's hash")
-        entries = self.manifest["splits"][self.split]["shards"]
-        self.files = [self.path / entry["file"] for entry in entries]
-        # a corpus prepared before blocks had checksums is read as a whole
-        self.shards = [open_shard(f, verify and "blocks" not in entry, entry)
-                       for f, entry in zip(self.files, entries, strict=True)]
-        self.unverified = [dict(enumerate(entry.get("blocks", ()) if verify else ())) for entry in entries]
+        manifest = self.path / "manifest.json"
+        self.manifest = read_sealed(manifest, "tokens")
+        with name_in_errors(manifest, "a field is missing or of another type"):
+            about, entries = self.manifest["tokenizer"], self.manifest["splits"][self.split]["shards"]
+            self.vocab_size, self.tokenizer = about["vocab_size"], load_tokenizer(self.path / about["file"])
+            if self.tokenizer.sha256 != about["sha256"]:
+                raise DataError(f"{self.path / about['file']}: does not match the manifest's hash")
+            self.files = [self.path / entry["file"] for entry in entries]
+            # a corpus prepared before blocks had checksums is read as a whole
+            self.shards = [open_shard(file, verify and "blocks" not in entry, entry)
+                           for file, entry in zip(self.files, entries, strict=True)]
+            self.unverified = [dict(enumerate(entry.get("blocks", ()) if verify else ())) for entry in entries]
         # a window is T inputs and, one later, T targets: it shares one token with the next
         self.first = np.cumsum([0] + [(len(s) - 1) // self.seq_len for s in self.shards])  # first window of each shard
         self.num_windows = int(self.first[-1])
@@ -1098,23 +1043,6 @@ class Loader(Batches):
             raise DataError(f"{self.path}: its {self.split} tokens must fill a window of seq_len + 1 = "
                             f"{self.seq_len + 1}, it has {sum(map(len, self.shards))}")
         return super().windows(order)
-
-    def read_ids(self, shard: int, start: int) -> np.ndarray:
-        """The window (T + 1,) of a shard that begins with token `start`; blocks not read before are verified."""
-        ids, unverified, end = self.shards[shard], self.unverified[shard], start + self.seq_len + 1
-        size = BLOCK // ids.itemsize
-        for block in range(start // size, (end - 1) // size + 1):
-            if block in unverified:
-                if zlib.crc32(ids[block * size:(block + 1) * size].data.cast("B")) != unverified[block]:
-                    raise DataError(f"{self.files[shard]}: its tokens do not match their checksum")
-                del unverified[block]
-        return ids[start:end]
-
-    def text(self, num_windows: int) -> bytes:
-        """Bytes of the targets that an evaluation of `num_windows` windows scores. It reads them in a permuted order;
-        here they are in the text's order, so that gzip sees a normal text."""
-        batch = self.batch(np.argsort(self.windows(range(num_windows))))
-        return b"".join(self.tokenizer.bytes[i] for i in batch["targets"].flatten().tolist() if i >= 0)
 
     def read(self, window: np.ndarray) -> dict:
         """The windows of these numbers (B,)."""
@@ -1134,6 +1062,25 @@ class Loader(Batches):
         documents = np.cumsum(tokens == begin, axis=1)
         return {k: torch.from_numpy(v) for k, v in (("tokens", tokens), ("targets", targets), ("documents", documents))}
 
+    def read_ids(self, shard: int, start: int) -> np.ndarray:
+        """The window (T + 1,) of a shard that begins with token `start`; blocks not read before are verified."""
+        ids, unverified, end = self.shards[shard], self.unverified[shard], start + self.seq_len + 1
+        size = BLOCK // ids.itemsize
+        for block in range(start // size, (end - 1) // size + 1):
+            if block in unverified:
+                if zlib.crc32(ids[block * size:(block + 1) * size].data.cast("B")) != unverified[block]:
+                    raise DataError(f"{self.files[shard]}: its tokens do not match their checksum")
+                del unverified[block]
+        return ids[start:end]
+
+    def text(self, num_windows: int) -> bytes:
+        """Bytes of the targets that an evaluation of `num_windows` windows scores. It reads them in a permuted order;
+        here they are in the text's order, so that gzip sees a normal text."""
+        targets = self.read(np.sort(self.windows(range(num_windows))))["targets"]
+        return b"".join(self.tokenizer.bytes[i] for i in targets.flatten().tolist() if i >= 0)
+
+
+# ---- mixture ---------------------------------------------------------------------------------------------------------
 
 def mixture(text: str) -> list:
     """"0.7*web/,0.3*code/*.py" -> [(0.7, "web/"), (0.3, "code/*.py")], shares as Fractions whose sum is 1; [] for a
@@ -1143,10 +1090,11 @@ def mixture(text: str) -> list:
         return []
     if not all(parts):
         raise DataError(f"every source of a mixture must have a share, SHARE*SOURCE,SHARE*SOURCE; got {text}")
-    shares = [Fraction(part[1]) for part in parts]
-    if min(shares) * Mixture.ROUND < sum(shares):
-        raise DataError(f"a source's share of a mixture must be at least 1/{Mixture.ROUND}, got {text}")
-    return [(share / sum(shares), part[2]) for share, part in zip(shares, parts, strict=True)]
+    total = sum(Fraction(part[1]) for part in parts) or Fraction(1)
+    shares = [Fraction(part[1]) / total for part in parts]
+    if min(shares) < Fraction(1, 1000):
+        raise DataError(f"a source's share of a mixture must be at least 1/1000, got {text}")
+    return [(share, part[2]) for share, part in zip(shares, parts, strict=True)]
 
 
 def prepare_all(text: str, tokenizer=None, **settings) -> list:
@@ -1171,28 +1119,36 @@ class Mixture(Batches):
     """Batches of several prepared folders with one tokenizer, each its share of the windows, which all have as many
     tokens. parts: [(share, folder), ...], shares as Fractions whose sum is 1.
 
-    Closed form, no state but the position. The first r rounds of ROUND windows have floor(e_s r ROUND) windows of the
-    sources up to s, e_s = the sum of their shares: exactly the shares, within a window. In a round, the n windows of a
-    source are spread evenly, at (k + 1/2) / n. Each source's windows come in the order of its own epochs.
-    A held-out split ends where its first source ends; sources without a window of it are left out of it.
+    - The windows come in rounds, so long (1,000 windows and more) that each share of a round is a whole number n. (At
+      most 100,000: odder shares are rounded.) Window k of a source's n stands at (k + 1/2) / n of the round. So there
+      is no state but the position.
+    - Each source's windows come in the order of its own epochs.
+    - A held-out split ends where its first source ends; sources without a window of it are left out of it.
+    Raises DataError for tokenizers that differ.
     """
-
-    ROUND = 1000
 
     def __init__(self, parts, **layout):
         super().__init__(max(parts, key=lambda part: part[0])[1], **layout)
         parts = [(share, Loader(folder, **layout)) for share, folder in parts]
+        self.tokenizer = parts[0][1].tokenizer
         if len({loader.tokenizer.sha256 for _, loader in parts}) > 1:
             raise DataError("a mixture's folders must have one tokenizer (--tokenizer), these differ: "
                             + ", ".join(str(loader.path) for _, loader in parts))
         read = [part for part in parts if part[1].num_windows or self.split == "train"] or parts
-        self.loaders, self.tokenizer = [loader for _, loader in read], parts[0][1].tokenizer
+        self.loaders, total = [loader for _, loader in read], sum(share for share, _ in read)
         self.shards = [shard for loader in self.loaders for shard in loader.shards]
-        ends = list(itertools.accumulate(share for share, _ in read))
-        self.ends = [end / ends[-1] for end in ends]
-        self.num_windows = min(bisect.bisect_right(range(int(loader.num_windows * ends[-1] / share) + self.ROUND),
-                                                   loader.num_windows, key=lambda p, s=s: self.counts(p)[s]) - 1
-                               for s, ((share, _), loader) in enumerate(zip(read, self.loaders, strict=True)))
+        ends = list(itertools.accumulate(share / total for share, _ in read))
+        multiple = min(math.lcm(*(end.denominator for end in ends)), 10**5)
+        self.round = math.ceil(1000 / multiple) * multiple
+        self.per_round = np.diff([0, *(round(end * self.round) for end in ends)])                   # n of each source
+        # of each window of a round: its source s, and its number k among the source's n
+        s = np.repeat(np.arange(len(read)), self.per_round)
+        k = np.concatenate([np.arange(n) for n in self.per_round])
+        order = np.argsort((k + 0.5) / self.per_round[s], kind="stable")
+        self.source, self.number = s[order], k[order]
+        ends = [divmod(loader.num_windows, n) for loader, n in zip(self.loaders, self.per_round, strict=True)]
+        self.num_windows = int(min(rounds * self.round + np.flatnonzero(self.source == s)[rest]
+                                   for s, (rounds, rest) in enumerate(ends)))
         manifests = [loader.manifest for _, loader in parts]
         self.manifest = {
             "sources": [source for m in manifests for source in m["sources"]],
@@ -1203,32 +1159,18 @@ class Mixture(Batches):
             "fingerprint": hashlib.sha256(repr([(str(share), loader.manifest["fingerprint"])
                                                 for share, loader in parts]).encode()).hexdigest()}
 
-    def before(self, rounds: int) -> list[int]:
-        """How many windows of each source the first rounds have."""
-        ends = [0, *(math.floor(end * rounds * self.ROUND) for end in self.ends)]
-        return [b - a for a, b in itertools.pairwise(ends)]
-
-    @functools.lru_cache(maxsize=8)                                                    # noqa: B019 - a loader stays
-    def round(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of each window of a round, its source and which of the source's windows it is, (ROUND,) each."""
-        first = self.before(number)
-        n = np.subtract(self.before(number + 1), first)
-        sources, index = np.repeat(np.arange(len(n)), n), np.concatenate([np.arange(k) for k in n])
-        order = np.argsort((index + 0.5) / n[sources], kind="stable")
-        return sources[order], (index + np.array(first)[sources])[order]
-
     def counts(self, position: int) -> list[int]:
         """How many windows of each source come before a position."""
-        rounds, place = divmod(position, self.ROUND)
-        return (np.bincount(self.round(rounds)[0][:place], minlength=len(self.ends)) + self.before(rounds)).tolist()
+        rounds, place = divmod(position, self.round)
+        return (rounds * self.per_round + np.bincount(self.source[:place], minlength=len(self.loaders))).tolist()
 
     def batch(self, order) -> dict:
-        places = [(self.round(position // self.ROUND), position % self.ROUND) for position in order]
-        sources = np.array([sources[place] for (sources, _), place in places])
-        index, batch = np.array([index[place] for (_, index), place in places]), {}
-        for s in np.unique(sources):
-            rows = torch.from_numpy(sources == s)
-            for name, x in self.loaders[s].batch(index[sources == s]).items():
+        rounds, place = np.divmod(np.asarray(order, dtype=np.int64), self.round)
+        source, batch = self.source[place], {}
+        number = rounds * self.per_round[source] + self.number[place]
+        for s in np.unique(source):
+            rows = torch.from_numpy(source == s)
+            for name, x in self.loaders[s].batch(number[source == s]).items():
                 batch.setdefault(name, x.new_empty(len(rows), *x.shape[1:]))[rows] = x
         return batch
 
@@ -1256,8 +1198,7 @@ MARK = re.compile(r"(<\|\w+\|>|{eos})")
 def mark_id(tokenizer, mark: str) -> int | None:
     """The id of a mark of CHAT_FORMATS, of {bos} or {pad}; None if the tokenizer has none."""
     known = {"{bos}": "bos_id", "{eos}": "eos_id", "{pad}": "pad_id"}
-    i = getattr(tokenizer, known[mark], None) if mark in known else tokenizer.special_id(mark)
-    return None if i == -1 else i                                              # -1: SentencePiece's word for none
+    return getattr(tokenizer, known[mark], None) if mark in known else tokenizer.special_id(mark)
 
 
 def chat_format(tokenizer) -> tuple[str, str, str]:
@@ -1354,18 +1295,15 @@ def instructions(sources, out, *, val_fraction: float = 0.05, max_chars: int = 6
     A prompt is on one side alone. Rows of more than max_chars characters are dropped, so are repeated ones. Raises
     DataError.
     """
-    out, dropped_files, dropped, rows, prompts = Path(out), defaultdict(list), Counter(), {}, {}
+    out, rows, prompts = Path(out), {}, {}
     if out.name == "prompts.jsonl":
         raise DataError(f"{out}: out must have another name, prompts.jsonl is written in the same folder")
-    documents = {}
-    for path in source_files(sources):
-        for text in read_documents(path, dropped_files):
-            if documents.setdefault(text_hash(text), text) is not text:
-                dropped_files["duplicate"].append(path)
-    side = split_documents(np.fromiter(documents, np.uint64, len(documents)),
-                           np.array([len(text.encode()) for text in documents.values()]), val_fraction)
-    for is_train, text in sorted(zip(side != VAL, documents.values(), strict=True), key=lambda pair: pair[0]):
-        split = "train" if is_train else "val"                                           # held-out documents first
+    read = functools.partial(read_all, source_files(sources), "text", None)
+    side, found = survey(read, None, val_fraction, 0, math.inf, lambda line: None)
+    dropped = Counter(found["dropped"])
+    documents = [(bits & TRAIN, text) for (_, text), bits in zip(read(defaultdict(list)), side, strict=True) if bits]
+    for is_train, text in sorted(documents, key=lambda pair: pair[0]):                          # held-out ones first
+        split = "train" if is_train else "val"
         try:
             pairs = list(function_rows(text))
         except NOT_PYTHON:
@@ -1380,7 +1318,6 @@ def instructions(sources, out, *, val_fraction: float = 0.05, max_chars: int = 6
                 dropped["prompt is held out"] += 1
             else:
                 rows[prompt, answer] = split
-    dropped.update({reason: len(paths) for reason, paths in dropped_files.items()})
     if not rows:
         raise DataError(f"{out}: sources must hold functions with docstrings, dropped: {dict(dropped)}")
     chats = [{"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
@@ -1470,10 +1407,8 @@ class Examples(Batches):
         need(objective in ("sft", "dpo", "rl"), "objective must be sft, dpo or rl", objective)
         self.objective, self.tokenizer = objective, tokenizer
         self.rows_together = 2 if objective == "dpo" else 1             # windows that keep together in any order
-        try:
+        with name_in_errors(path, "cannot be read"):
             content = self.path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror})") from None
         examples, dropped, splits = [], Counter(), {"train": [], "val": []}
         for number, line in enumerate(content.splitlines(), 1):
             try:
@@ -1486,7 +1421,9 @@ class Examples(Batches):
             except (ValueError, RecursionError) as error:
                 rule = error if isinstance(error, DataError) else f"a row must be JSON, got {line!r:.80}"
                 raise DataError(f"{path}:{number}: {rule}") from None
-        val = held_out({text for row, text, _ in examples if "split" not in row}, 0.05)
+        texts = {text_hash(text): text for row, text, _ in examples if "split" not in row}
+        hashes = np.fromiter(texts, np.uint64, len(texts))
+        val = {texts[h] for h in hashes[held_out(hashes, 0.05)].tolist()}
         for row, text, sides in examples:
             splits[row.get("split", "val" if text in val else "train")].append((row, sides))
         self.examples = splits[self.split]
@@ -1591,10 +1528,6 @@ def follows_format(row: dict, answer: str) -> float:
 REWARDS = {"parses": parses, "format": follows_format}       # f(row of the file, answer) -> a number
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
 @functools.cache                                             # a file of rewards is run once
 def find_reward(name: str):
     """A function of REWARDS by its name, or FILE:FUNCTION from a Python file. Raises DataError."""
@@ -1603,10 +1536,8 @@ def find_reward(name: str):
     file, _, function = name.rpartition(":")
     if not Path(file).is_file():
         raise DataError(f"reward must be {', '.join(REWARDS)} or FILE:FUNCTION with a file that exists, got {name!r}")
-    try:
+    with name_in_errors(file, "raised while it was loaded"):
         found = runpy.run_path(file).get(function)
-    except (Exception, SystemExit) as error:
-        raise DataError(f"{file}: raised while it was loaded ({one_line(error)})") from None
     if not callable(found):
         raise DataError(f"{file}: must hold a function named {function}, it does not")
     return found
@@ -1615,12 +1546,10 @@ def find_reward(name: str):
 def call_reward(reward, row: dict, answer: str) -> float:
     """reward(row, answer), checked: a finite number; nan from follows_format alone. Raises DataError."""
     name = getattr(reward, "__name__", reward)
-    try:
+    with name_in_errors(f"reward {name}", "must give a finite number"):
         value = reward(row, answer)
-    except Exception as error:
-        raise DataError(f"reward {name} must give a finite number, it raised {one_line(error)}") from None
     if not isinstance(value, numbers.Real) or not (math.isfinite(value) or reward is follows_format):
-        raise DataError(f"reward {name} must give a finite number, got {value!r:.80}")
+        raise DataError(f"reward {name}: must give a finite number, got {value!r:.80}")
     return float(value)
 
 
@@ -1655,20 +1584,18 @@ def write_safetensors(path, tensors: dict, metadata: dict | None = None) -> dict
 
 def read_safetensors_header(path) -> dict:
     """{name: (dtype, shape, first byte in the file, byte count)}; DataError naming the file if it is not whole."""
-    try:
+    entries = {}
+    with name_in_errors(path, "damaged or missing"):
         size = os.path.getsize(path)
         with open(path, "rb") as f:
             length = struct.unpack("<Q", f.read(8))[0]
-            header = json.loads(f.read(length)) if length <= size else None
+            header = json.loads(f.read(min(length, size)))
         header.pop("__metadata__", None)
-        entries = {}
         for name, entry in header.items():
             dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if start < 0 or 8 + length + stop > size or stop - start != math.prod(shape) * dtype.itemsize:
                 raise DataError(f"{path}: {name} must lie within its {size} bytes, it says {start} to {stop}")
             entries[name] = dtype, shape, 8 + length + start, stop - start
-    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise error if isinstance(error, DataError) else DataError(f"{path}: damaged or missing ({error})") from None
     return entries
 
 
@@ -1702,7 +1629,6 @@ def write_checkpoint(folder, pieces, meta: dict, *, group=None):
     temporary = folder.with_name(f".{folder.name}.tmp")
     pieces = [(name, tuple(map(tuple, box)), t) for name, box, t in pieces]
     for name, box, t in pieces:
-        check_box(name, box, [size for _, _, size in box])
         if list(t.shape) != [stop - start for start, stop, _ in box]:
             raise DataError(f"{name}: its piece must have the shape of its box {box}, got {list(t.shape)}")
     if folder.exists():
@@ -1752,18 +1678,20 @@ def boxes(box, lo: int, hi: int):
         yield (), lo, hi
         return
     (start, _, size), rest = box[0], box[1:]
-    inner = math.prod(b - a for a, b, _ in rest)                                               # elements a row
-    while lo < hi:
-        row = lo // inner
-        rows = (hi - lo) // inner if lo == row * inner else 0
-        if rows:
-            end = lo + rows * inner
-            yield ((start + row, start + row + rows, size), *rest), lo, end
-        else:                                                                         # the end, or beginning, of a row
-            end = min(hi, (row + 1) * inner)
-            for part, a, b in boxes(rest, lo - row * inner, end - row * inner):
-                yield ((start + row, start + row + 1, size), *part), a + row * inner, b + row * inner
-        lo = end
+    inner = math.prod(stop - start for start, stop, _ in rest)                                 # elements per row
+    first, end = -(-lo // inner), hi // inner                                                  # of the whole rows
+
+    def within(row, lo, hi):
+        for part, a, b in boxes(rest, lo - row * inner, hi - row * inner):
+            yield ((start + row, start + row + 1, size), *part), a + row * inner, b + row * inner
+
+    if first > end:                                                                            # all in one row
+        yield from within(end, lo, hi)
+        return
+    yield from within(first - 1, lo, first * inner)
+    if first < end:
+        yield ((start + first, start + end, size), *rest), first * inner, end * inner
+    yield from within(end, end * inner, hi)
 
 
 def check_box(name: str, box, shape):
@@ -1772,36 +1700,26 @@ def check_box(name: str, box, shape):
         raise DataError(f"{name}: box must be (start, stop, size) within shape {list(shape)}, got {box}")
 
 
-def check_tiling(tensors: dict):
-    """Every tensor of a manifest is covered once by its pieces."""
+def check_tiling(tensors: dict, where: str = ""):
+    """Every tensor of a manifest is covered once by its pieces: their edges cut it into cells, each in one piece."""
     for name, entry in tensors.items():
-        all_boxes = [piece["box"] for piece in entry["pieces"]]
-        for box in all_boxes:
-            check_box(name, box, entry["shape"])
-        covered = sum(math.prod(stop - start for start, stop, _ in box) for box in all_boxes)
-        if covered != math.prod(entry["shape"]) or any_overlap(all_boxes):
-            raise DataError(f"{name}: its pieces must tile {entry['shape']} once, they hold {covered} elements")
+        pieces, shape = [piece["box"] for piece in entry["pieces"]], entry["shape"]
+        for box in pieces:
+            check_box(where + name, box, shape)
+        edges = [sorted({0, size, *(edge for box in pieces for edge in box[d][:2])}) for d, size in enumerate(shape)]
+        pieces_of_cell = np.zeros([len(e) - 1 for e in edges], np.int32)
+        for box in pieces:
+            pieces_of_cell[tuple(slice(bisect.bisect_left(e, start), bisect.bisect_left(e, stop))
+                                 for e, (start, stop, _) in zip(edges, box, strict=True))] += 1
+        if (pieces_of_cell != 1).any():
+            covered = sum(math.prod(stop - start for start, stop, _ in box) for box in pieces)
+            raise DataError(f"{where}{name}: its pieces must tile {shape} once, they hold {covered} elements")
 
 
 def overlap(a, b):
     """The intersection of two boxes as ((start, stop), ...), or None."""
     both = tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in zip(a, b, strict=True))
     return both if all(start < stop for start, stop in both) else None
-
-
-def any_overlap(pieces) -> bool:
-    """Whether two of the boxes share an element. A box is compared only with boxes that are still open where it begins,
-    along the dimension that is cut most: in a tiling those are few, so it is not n^2 comparisons."""
-    dim = max(range(len(pieces[0])), key=lambda d: len({box[d][0] for box in pieces}), default=None)
-    if dim is None:
-        return len(pieces) > 1
-    still_open = []
-    for box in sorted(pieces, key=lambda box: box[dim][0]):
-        still_open = [other for other in still_open if other[dim][1] > box[dim][0]]
-        if any(overlap(box, other) is not None for other in still_open):
-            return True
-        still_open.append(box)
-    return False
 
 
 class Reader:
@@ -1812,12 +1730,9 @@ class Reader:
         self.folder = Path(folder)
         path = self.folder / "manifest.json"
         manifest = read_sealed(path, "checkpoint")
-        with fields_of(path):
+        with name_in_errors(path, "a field is missing or of another type"):
             self.meta, self.tensors, self.headers = dict(manifest["meta"]), manifest["tensors"], {}
-            try:
-                check_tiling(self.tensors)
-            except DataError as error:
-                raise DataError(f"{path}: {error}") from None
+            check_tiling(self.tensors, f"{path}: ")
 
     def names(self) -> list[str]:
         return list(self.tensors)
@@ -1829,19 +1744,14 @@ class Reader:
         key = piece_key(name, piece["box"])
         if key not in self.headers[path]:
             raise DataError(f"{path}: must hold {key}, it does not")
-        dtype, shape, start, count = self.headers[path][key]
-        if (shape, DTYPE_NAMES[dtype]) != ([b - a for a, b, _ in piece["box"]], self.tensors[name]["dtype"]):
-            raise DataError(f"{path}: {key} must have the manifest's shape and dtype, it has {shape} {dtype}")
+        _, _, start, count = self.headers[path][key]
         raw = torch.empty(count, dtype=torch.uint8)                      # torch's allocator: aligned as before the save
-        try:
-            with open(path, "rb") as f:
-                f.seek(start)
-                read = f.readinto(raw.numpy().data) if count else 0
-        except OSError as error:
-            raise DataError(f"{path}: {key} cannot be read ({error.strerror})") from None
+        with name_in_errors(path, f"{key} cannot be read"), open(path, "rb") as f:
+            f.seek(start)
+            read = f.readinto(raw.numpy().data) if count else 0
         if read != count or zlib.crc32(raw.numpy().data) != piece["crc32"]:
             raise DataError(f"{path}: {key} does not match its checksum")
-        return raw.view(dtype).reshape(shape)
+        return raw.view(DTYPES[self.tensors[name]["dtype"]]).reshape([stop - start for start, stop, _ in piece["box"]])
 
     def read(self, name: str, box=None) -> torch.Tensor:
         """The slice `box` = ((start, stop, size), ...) of a full tensor, or all of it, from whatever pieces hold it."""
@@ -1884,79 +1794,6 @@ def owned_pieces(optimizer):
                 yield name, (), value
 
 
-class Checkpoints:
-    """The checkpoints of a run, folders step-00000400: the newest `keep`, the best of those that were evaluated, and
-    those whose meta["keep"] is true.
-
-    group   all ranks, for what they tell each other of files; None: this process alone
-    first   first(work) -> the result of work() on rank 0, on every rank (parallel.World.first)
-    """
-
-    def __init__(self, folder, keep: int = 2, *, group=None, first=lambda work: work()):
-        self.folder, self.keep, self.group, self.first = Path(folder), keep, group, first
-
-    def newest(self, usable=lambda meta: True) -> Reader | None:
-        """The newest intact checkpoint; all ranks agree which. If it is not usable(meta), but an older one is, that
-        one. Newer ones are put aside, damaged ones named. (If none is usable, the newest: whoever asks says why not.)
-        Raises DataError if there are damaged ones alone. Saves that were killed are removed."""
-        def find():
-            for stale in self.folder.glob(".step-*.tmp"):
-                shutil.rmtree(stale)
-            reader, damaged = newest_checkpoint(self.folder)
-            if reader is not None and not usable(reader.meta):
-                older, damaged_too = newest_checkpoint(self.folder, usable)
-                if older is not None:
-                    for path in (p for p in step_folders(self.folder) if p > older.folder and p not in damaged_too):
-                        path.rename(path.with_name(f"unused-{path.name}-{int(time.time())}"))
-                        print(f"checkpoint put aside, the run goes on from an earlier one: {path}")
-                    reader, damaged = older, damaged_too
-            for path, line in damaged.items():
-                if reader is not None:
-                    path.rename(path.with_name(f"damaged-{path.name}-{int(time.time())}"))
-                print(f"damaged checkpoint passed over: {line}")
-            if damaged and reader is None:
-                raise DataError(f"out must hold an intact checkpoint to go on, {self.folder} holds only damaged ones")
-            return reader and reader.folder
-
-        path = self.first(find)
-        return path and Reader(path)
-
-    def save(self, step: int, optimizer, meta: dict):
-        """Write a checkpoint, then remove what is neither among the newest nor the best, nor has meta["keep"].
-        meta["evaluation"]: None, or the newest {"step", "val_loss"}."""
-        write_checkpoint(self.folder / f"step-{step:08d}", owned_pieces(optimizer), meta, group=self.group)
-        self.first(self.prune)
-
-    def prune(self):
-        losses, kept = {}, set()
-        for path in step_folders(self.folder):
-            with contextlib.suppress(DataError):                                     # damaged since: left alone
-                meta = Reader(path).meta
-                evaluated = meta["evaluation"] and meta["evaluation"]["step"] == meta["step"]
-                losses[path] = meta["evaluation"]["val_loss"] if evaluated else math.inf
-                kept |= {path} if meta.get("keep") else set()
-        best = min(losses, key=losses.get)
-        for path in list(losses)[:-self.keep]:
-            if path not in kept and (path != best or losses[path] == math.inf):
-                shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")))     # whole or, after a kill, stale
-
-    def load(self, optimizer, reader: Reader):
-        """Masters and states of what this rank updates; no more of a tensor is read than that."""
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            parts = [box for box, *_ in boxes(p.box, *getattr(p, "flat", (0, p.numel())))]
-
-            def read(name, parts=parts, p=p):
-                flat = [reader.read(name, box).flatten() for box in parts] or [torch.empty(0)]
-                return torch.cat(flat).view(p.shape).to(p.device)
-
-            if "master" in optimizer.state[p]:
-                optimizer.state[p]["master"].copy_(read(p.full_name))
-            for name in reader.names():
-                if name.startswith(p.full_name + ".") and "." not in (key := name[len(p.full_name) + 1:]):
-                    whole = reader.tensors[name]["shape"] == []                      # a number that all pieces share
-                    optimizer.state[p][key] = reader.read(name, ()).to(p.device) if whole else read(name)
-
-
 def step_folders(folder) -> list[Path]:
     """The checkpoints' folders, step-00000400, oldest first; a copy under another name is not ours."""
     return sorted(path for path in Path(folder).glob("step-*") if re.fullmatch(r"step-\d+", path.name))
@@ -1979,6 +1816,77 @@ def newest_checkpoint(folder, usable=lambda meta: True) -> tuple[Reader | None, 
     return None, damaged
 
 
+class Checkpoints:
+    """The checkpoints of a run, folders step-00000400: the newest `keep`, the best of those that were evaluated, and
+    those whose meta["keep"] is true.
+
+    group   all ranks, for what they tell each other of files; None: this process alone
+    first   first(work) -> the result of work() on rank 0, on every rank (parallel.World.first)
+    """
+
+    def __init__(self, folder, keep: int = 2, *, group=None, first=lambda work: work()):
+        self.folder, self.keep, self.group, self.first = Path(folder), keep, group, first
+
+    def newest(self, usable=lambda meta: True) -> Reader | None:
+        """The newest intact checkpoint that is usable(meta); all ranks agree which. Newer ones are put aside, damaged
+        ones named. If none is usable, the newest intact one: whoever asks says why it will not do. Raises DataError if
+        there are damaged ones alone. Saves that were killed are removed."""
+        def find():
+            for stale in self.folder.glob(".step-*.tmp"):
+                shutil.rmtree(stale)
+            reader, damaged = newest_checkpoint(self.folder, usable)
+            if reader is None:
+                reader, damaged = newest_checkpoint(self.folder)
+            for line in damaged.values():
+                print(f"damaged checkpoint passed over: {line}")
+            if damaged and reader is None:
+                raise DataError(f"out must hold an intact checkpoint to go on, {self.folder} holds only damaged ones")
+            for path in (p for p in step_folders(self.folder) if p > reader.folder):
+                if path not in damaged:
+                    print(f"checkpoint put aside, the run goes on from an earlier one: {path}")
+                kind = "damaged" if path in damaged else "unused"
+                path.rename(path.with_name(f"{kind}-{path.name}-{int(time.time())}"))
+            return reader and reader.folder
+
+        path = self.first(find)
+        return path and Reader(path)
+
+    def save(self, step: int, optimizer, meta: dict):
+        """Write a checkpoint, then remove what is neither among the newest nor the best, nor has meta["keep"].
+        meta["evaluation"]: None, or the newest {"step", "val_loss"}."""
+        write_checkpoint(self.folder / f"step-{step:08d}", owned_pieces(optimizer), meta, group=self.group)
+        self.first(self.prune)
+
+    def prune(self):
+        losses, marked = {}, set()
+        for path in step_folders(self.folder):
+            with contextlib.suppress(DataError):                                     # damaged since: left alone
+                meta = Reader(path).meta
+                evaluated = meta["evaluation"] and meta["evaluation"]["step"] == meta["step"]
+                losses[path] = meta["evaluation"]["val_loss"] if evaluated else math.inf
+                marked |= {path} if meta.get("keep") else set()
+        best = min(losses, key=losses.get)
+        for path in list(losses)[:-self.keep]:
+            if path not in marked and (path != best or losses[path] == math.inf):
+                shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")))     # whole or, after a kill, stale
+
+    def load(self, optimizer, reader: Reader):
+        """Masters and states of what this rank updates; no more of a tensor is read than that."""
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            parts = [box for box, *_ in boxes(p.box, *getattr(p, "flat", (0, p.numel())))]
+
+            def read(name, parts=parts, p=p):
+                flat = [reader.read(name, box).flatten() for box in parts] or [torch.empty(0)]
+                return torch.cat(flat).view(p.shape).to(p.device)
+
+            if "master" in optimizer.state[p]:
+                optimizer.state[p]["master"].copy_(read(p.full_name))
+            for name in reader.names():
+                if name.startswith(p.full_name + ".") and "." not in (key := name[len(p.full_name) + 1:]):
+                    whole = reader.tensors[name]["shape"] == []                      # a number that all pieces share
+                    optimizer.state[p][key] = reader.read(name, ()).to(p.device) if whole else read(name)
+
+
 def write_tables(folder, tables: dict):
     """{name: tensor} as a checkpoint folder, in the place of one that was there."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -1995,13 +1903,8 @@ def write_tables(folder, tables: dict):
 
 def read_json(path) -> dict:
     """The object in a JSON file; DataError naming the file."""
-    try:
-        content = json.loads(Path(path).read_text())
-        if not isinstance(content, dict):
-            raise ValueError("it must be an object")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable JSON ({error})") from None
-    return content
+    with name_in_errors(path, "not readable JSON"):
+        return {} | json.loads(Path(path).read_text())
 
 
 class HFWeights:
@@ -2051,16 +1954,11 @@ class HFTokenizer(Tokenizer):
     """
 
     def __init__(self, path):
-        try:
-            import tokenizers
-        except ImportError:
-            raise DataError(f"{path}: must be read by the package tokenizers: pip install tokenizers") from None
+        tokenizers = optional("tokenizers", "tokenizers", path)
         path, content = Path(path), read_json(path)
         self.raw = path.read_bytes()
-        try:
+        with name_in_errors(path, "not a readable tokenizer"):
             self.hf = tokenizers.Tokenizer.from_str(self.raw.decode())
-        except Exception as error:                                          # the library raises nothing narrower
-            raise DataError(f"{path}: not a readable tokenizer ({error})") from None
         self.hf.no_padding()
         self.hf.no_truncation()
         self.hf.encode_special_tokens = True
@@ -2088,9 +1986,9 @@ class HFTokenizer(Tokenizer):
         self.config, template = files[0], path.with_name("chat_template.jinja")
         if template.exists():
             self.config["chat_template"] = template.read_text()
-        self.bos_id, self.eos_id, self.pad_id = (self.mark_id(mark, files) for mark in ("bos", "eos", "pad"))
+        self.bos_id, self.eos_id, self.pad_id = (self.id_of_mark(mark, files) for mark in ("bos", "eos", "pad"))
 
-    def mark_id(self, mark: str, files) -> int | None:
+    def id_of_mark(self, mark: str, files) -> int | None:
         """The id of <s>, </s> or <pad> as the first file says that speaks of it: text, or an id, or a list of these."""
         for content in files:
             for name in (f"{mark}_token", f"{mark}_token_id"):
@@ -2121,7 +2019,7 @@ def tokenizer_config(tokenizer) -> dict:
     marks = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "pad_token": tokenizer.pad_id}
     return {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False} | getattr(
         tokenizer, "config", {}) | {
-            mark: None if i in (None, -1) else tokenizer.piece(i) for mark, i in marks.items()}
+            mark: None if i is None else tokenizer.piece(i) for mark, i in marks.items()}
 
 
 def load_tokenizer(path) -> Tokenizer:
@@ -2141,7 +2039,8 @@ def find_tokenizer(name: str) -> Tokenizer:
     if Path(name).exists():
         return load_tokenizer(name)
     hub = optional("huggingface_hub", "tokenizers", f"tokenizer {name}")
-    with readable(f"tokenizer {name}", ": it must be a path, or a model on huggingface.co, which needs the network"):
+    with name_in_errors(f"tokenizer {name}", "cannot be read",
+                        ": it must be a path, or a model on huggingface.co, which needs the network"):
         return load_tokenizer(hub.snapshot_download(name, allow_patterns=["tokenizer*", "*config.json"]))
 
 
@@ -2255,18 +2154,18 @@ def demo():
             print(f"{'bits per byte of validation text, ' + name:<66} {bpb:>12.3f} |")
 
         # a checkpoint written as four pieces is read back as any other slice; a flipped bit is found
-        full = torch.randn(64, 48)
+        full, run = torch.randn(64, 48), Path(folder) / "run"
         quarters = [("w", ((a, a + 32, 64), (b, b + 24, 48)), full[a:a + 32, b:b + 24])
                     for a in (0, 32) for b in (0, 24)]
-        write_checkpoint(Path(folder) / "run" / "step-1", quarters, {"step": 1})
-        piece = Reader(Path(folder) / "run" / "step-1").read("w", ((10, 50, 64), (20, 44, 48)))
+        write_checkpoint(run / "step-1", quarters, {"step": 1})
+        piece = Reader(run / "step-1").read("w", ((10, 50, 64), (20, 44, 48)))
         differ = int((piece != full[10:50, 20:44]).sum())
         row("elements of a slice that differ, saved in 4 pieces, read in 1", differ, 0, differ == 0)
-        file = Path(folder) / "run" / "step-1" / "rank-00000.safetensors"
+        file = run / "step-1" / "rank-00000.safetensors"
         raw = bytearray(file.read_bytes())
         raw[-100] ^= 1
         file.write_bytes(raw)
-        reader, damaged = newest_checkpoint(Path(folder) / "run")
+        reader, damaged = newest_checkpoint(run)
         row("intact checkpoints after one bit was flipped", int(reader is not None), 0, reader is None)
         print("  " + damaged[file.parent].replace(folder, ""))
 
@@ -2282,6 +2181,8 @@ def main(argv):
     parser.add_argument("--val-fraction", type=float, default=0.05, help="share of documents held out (default 0.05)")
     parser.add_argument("--text-field", default="text", help="column, or JSON field, of the text (default text)")
     parser.add_argument("--tokenizer", help="use this one: a file, a folder, or a model on huggingface.co (gpt2)")
+    parser.add_argument("--knowledge-cutoff", default="", metavar="YYYY-MM-DD",
+                        help="newest date of the text (default: the newest date of the files)")
     parser.add_argument("--tokens", type=float, default=0, help="stop after so many for training (default: all)")
     parser.add_argument("--sample-mb", type=float, default=0, help="text that the tokenizer is trained on, in MB "
                         "(default 8, or 8 for each 2048 pieces)")
@@ -2293,7 +2194,7 @@ def main(argv):
         else:
             print(prepare(args.sources, args.out, args.vocab_size, val_fraction=args.val_fraction, log=print,
                           sample_bytes=int(args.sample_mb * 1e6), text_field=args.text_field,
-                          max_tokens=int(args.tokens),
+                          max_tokens=int(args.tokens), knowledge_cutoff=args.knowledge_cutoff,
                           tokenizer=find_tokenizer(args.tokenizer) if args.tokenizer else None))
     except DataError as error:
         print(f"data.py: {error}", file=sys.stderr)

@@ -6,6 +6,7 @@ a rank, a new process group in a warm one milliseconds. The first failing rank's
 does not answer in time fails the test, and nobody is left behind.
 """
 
+import argparse
 import atexit
 import json
 import math
@@ -211,7 +212,7 @@ def short_documents(corpus, tmp_path_factory) -> Path:
     """A prepared folder of single words and lines of code as documents, with corpus's tokenizer: windows differ in how
     many targets they have, as a document's end has none. A mean of means is then not the mean."""
     folder = tmp_path_factory.mktemp("short")
-    text = Path(data.__file__).read_text()
+    text = Path(argparse.__file__).read_text()
     lines = sorted({*text.split(), *(line for line in text.splitlines() if line.strip())})
     (folder / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     out = data.prepare([folder / "lines.jsonl"], folder / "text", val_fraction=0.1,

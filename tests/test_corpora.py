@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections import Counter, defaultdict
+from collections import defaultdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 import test_train
 import torch
-from conftest import ROOT
+from conftest import POOL, ROOT
+from test_data import write_shard
 
 import data
 import train
@@ -73,8 +74,8 @@ def compressed(path, raw: bytes):
     if path.suffix == ".gz":
         path.write_bytes(gzip.compress(raw))
     else:
-        codec, half = pytest.importorskip("pyarrow").Codec("zstd"), len(raw) // 2                           # two frames
-        path.write_bytes(b"".join(codec.compress(part, asbytes=True) for part in (raw[:half], raw[half:])))
+        codec, middle = pytest.importorskip("pyarrow").Codec("zstd"), len(raw) // 2                         # two frames
+        path.write_bytes(b"".join(codec.compress(part, asbytes=True) for part in (raw[:middle], raw[middle:])))
     return path
 
 
@@ -118,13 +119,13 @@ def test_a_large_file_of_text_is_documents_cut_at_line_ends(tmp_path, monkeypatc
 
 def test_files_are_read_document_by_document(tmp_path):
     with gzip.open(tmp_path / "a.jsonl.gz", "wt", compresslevel=1) as f:
-        for i in range(20_000):
+        for i in range(4000):
             f.write(json.dumps({"text": f"{i} " + "word " * 200}) + "\n")
     tracemalloc.start()
     size = sum(len(text) for text in data.read_documents(tmp_path / "a.jsonl.gz", defaultdict(list)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert size > 20e6 and peak < 1e6
+    assert size > 4e6 and peak < 4e5
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.zst", "a.parquet"])
@@ -206,7 +207,7 @@ def test_a_stream_that_breaks_goes_on_after_its_last_part(plain, tmp_path, monke
         try:
             data.prepare(["hf:some/set"], tmp_path / "out", 320)
         except (KeyboardInterrupt, data.DataError) as error:
-            assert isinstance(error, KeyboardInterrupt) or "hf:some/set: cannot be read (gone)" in str(error)
+            assert isinstance(error, KeyboardInterrupt) or "cannot be read (ConnectionError: gone)" in str(error)
             assert len(list((tmp_path / ".out.tmp" / "progress").glob("*.jsonl.gz"))) == whole
         assert READ[0] == first
     assert content(tmp_path / "out") == content(plain.parent / "prepared")
@@ -282,7 +283,7 @@ def test_bad_token_files_are_one_line(gpt2_like, plain, tmp_path):
     t, ids, path = data.find_tokenizer(str(gpt2_like)), np.arange(300), tmp_path / "x.bin"
 
     def refused(message, tokenizer=t):
-        with pytest.raises(data.DataError, match=message):
+        with pytest.raises(data.DataError, match=f"^{tmp_path}/{message}"):                   # said once, as it is
             data.prepare([path], tmp_path / "out", tokenizer=tokenizer)
 
     llm_c(path, ids)
@@ -312,7 +313,7 @@ def test_a_tokenizer_by_its_name_on_the_hub(gpt2_like, monkeypatch):
         raise ConnectionError("no route to host\nmore")
 
     monkeypatch.setattr(hub, "snapshot_download", no_network)
-    with pytest.raises(data.DataError, match=r"^tokenizer gpt2: cannot be read \(no route to host\): it must be "):
+    with pytest.raises(data.DataError, match=r"^tokenizer gpt2: cannot be read \(.*to host more\): it must be "):
         data.find_tokenizer("gpt2")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(data.DataError, match="pip install tokenizers"):
@@ -325,7 +326,7 @@ def test_a_tokenizer_by_its_name_on_the_hub(gpt2_like, monkeypatch):
 def test_long_texts_are_encoded_in_parts_without_a_change(tokenizer):
     rng = random.Random(3)
     text = Path(data.__file__).read_text().replace("\u2581", "") * 2
-    for _ in range(300):
+    for _ in range(100):
         odd = [" ", "  ", "\n", "a", "word", "():", "\t", "\u00e9", "x" * 150, " " * 120]
         piece = "".join(rng.choices(odd, k=200))
         for t in (piece, text[(a := rng.randrange(len(text))):a + 3000]):
@@ -345,6 +346,8 @@ def test_all_cores_write_what_one_writes(plain, tmp_path, monkeypatch):
     one = data.prepare([plain], tmp_path / "one", **options)
     monkeypatch.setattr(data, "POOL_BYTES", 0)
     monkeypatch.setattr(data, "num_cores", lambda: 2)
+    POOL.start_forkserver()                                                  # its processes have imported torch already
+    monkeypatch.setattr(data.multiprocessing, "get_context", lambda kind: POOL.context)
     started = []
     executor = data.concurrent.futures.ProcessPoolExecutor
     monkeypatch.setattr(data.concurrent.futures, "ProcessPoolExecutor",
@@ -355,34 +358,55 @@ def test_all_cores_write_what_one_writes(plain, tmp_path, monkeypatch):
     assert re.match(r"about 0 MB of text: 0.\d M tokens, ", said[0])
 
 
+def test_few_chunks_are_in_memory_however_long_the_text_is(monkeypatch):
+    class Pool:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, work, chunk):
+            future = data.concurrent.futures.Future()
+            future.set_result(chunk)
+            return future
+
+    monkeypatch.setattr(data, "POOL_BYTES", 0)
+    monkeypatch.setattr(data, "num_cores", lambda: 3)
+    monkeypatch.setattr(data.concurrent.futures, "ProcessPoolExecutor", lambda *args: Pool())
+    taken = []
+    chunks = (taken.append(number) or number for number in range(100))
+    for number, chunk in enumerate(data.encode_all(None, None, chunks, 1)):
+        assert chunk == number and len(taken) == min(100, number + 7)                    # 3 cores, 2 chunks each, and 1
+
+
 def prepare_slowly(source, out):
     """What a process that will be killed runs."""
-    return (f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import data\n"
-            f"plain = data.encode_chunk\n"
-            f"data.encode_chunk = lambda *args: time.sleep(0.03) or plain(*args)\n"
-            f"data.prepare([{str(source)!r}], {str(out)!r}, 320, shard_tokens=2000)\n")
+    encode = data.encode_chunk
+    data.encode_chunk = lambda *args: time.sleep(0.03) or encode(*args)
+    data.prepare([source], out, 320, shard_tokens=2000)
 
 
 def test_a_killed_preparation_goes_on_with_its_finished_shards(tmp_path, monkeypatch):
     source, out, work = write_lines(tmp_path / "a.jsonl", documents(400)), tmp_path / "out", tmp_path / ".out.tmp"
     whole = data.prepare([source], tmp_path / "whole", 320, shard_tokens=2000)
-    process = subprocess.Popen([sys.executable, "-c", prepare_slowly(source, out)])
-    while len(list(work.glob("progress/train-*.json"))) < 3 and process.poll() is None:
+    process = POOL.process(prepare_slowly, source, out)
+    while len(list(work.glob("train-*.bin"))) < 4 and process.is_alive():                      # three are whole
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL and not out.exists()
-    finished = {p.stem: (work / f"{p.stem}.bin").stat().st_mtime_ns for p in work.glob("progress/train-*.json")}
-    (work / "train-99999.bin").write_bytes(b"unfinished")
-    read, encoded = [], []
-    survey, train_tokenizer, encode = data.survey, data.Tokenizer.train, data.encode_chunk
-    monkeypatch.setattr(data, "survey", lambda *args: read.append(1) or survey(*args))
-    monkeypatch.setattr(data.Tokenizer, "train", lambda *args: read.append(1) or train_tokenizer(*args))
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL and not out.exists()
+    splits = data.read_sealed(work / "progress" / "shards.json", "shards")["splits"]
+    finished = {s["file"]: (work / s["file"]).stat().st_mtime_ns for split in splits.values() for s in split["shards"]}
+    trained, encoded = [], []
+    train_tokenizer, encode = data.Tokenizer.train, data.encode_chunk
+    monkeypatch.setattr(data.Tokenizer, "train", lambda *args: trained.append(1) or train_tokenizer(*args))
     monkeypatch.setattr(data, "encode_chunk", lambda t, chunk: encoded.extend(chunk) or encode(t, chunk))
     data.prepare([source], out, 320, shard_tokens=2000)
     shards = manifest(out)["splits"]["train"]["shards"]
-    assert not read and 3 <= len(finished) < len(shards)                       # neither surveyed nor trained again
-    assert all((out / f"{name}.bin").stat().st_mtime_ns == when for name, when in finished.items())
-    assert len(encoded) < 400 - 10 * len(finished)                                                     # nor encoded
+    assert not trained and 3 <= len(splits["train"]["shards"]) < len(shards)                   # not trained again
+    assert all((out / name).stat().st_mtime_ns == when for name, when in finished.items())
+    assert len(encoded) == 400 - sum(split["documents"] for split in splits.values())                  # nor encoded
     assert content(out) == content(whole) and not work.exists()
 
 
@@ -405,7 +429,7 @@ def test_a_limited_preparation_that_is_killed_ends_where_it_would_have(tmp_path,
     plain = data.write_sealed
 
     def killed(path, content):
-        if path.name.startswith("val-"):                                            # all shards of train are whole
+        if path.name == "manifest.json":                                            # all shards are whole
             raise KeyboardInterrupt
         plain(path, content)
 
@@ -419,8 +443,11 @@ def test_a_limited_preparation_that_is_killed_ends_where_it_would_have(tmp_path,
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", documents(400))
     script = tmp_path / "run.py"
-    script.write_text(prepare_slowly(source, tmp_path / "out").replace("data.prepare(", "data.POOL_BYTES = 0\n"
-                      "data.num_cores = lambda: 2\nif __name__ == '__main__':\n    data.prepare("))
+    script.write_text(f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import data\n"
+                      f"encode = data.encode_chunk\ndata.POOL_BYTES, data.num_cores = 0, lambda: 2\n"
+                      f"data.encode_chunk = lambda *args: time.sleep(0.03) or encode(*args)\n"
+                      "if __name__ == '__main__':\n"
+                      f"    data.prepare([{str(source)!r}], {str(tmp_path / 'out')!r}, 320, shard_tokens=2000)\n")
     with subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL) as process:
         while not (shards := list(tmp_path.glob(".out.tmp/train-*.bin"))) and process.poll() is None:
             time.sleep(0.02)
@@ -433,19 +460,19 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     assert not [child for child in children if Path(f"/proc/{child}").exists()]
 
 
-@pytest.mark.parametrize("limit", [2000, 10_000, 10**9])
-def test_tokens_are_limited(tmp_path, limit):
-    source = write_lines(tmp_path / "a.jsonl", documents(300))
-    whole = manifest(data.prepare([source], tmp_path / "whole", 320))["splits"]["train"]["tokens"]
-    m = manifest(data.prepare([source], tmp_path / "out", 320, max_tokens=limit))
-    assert min(limit, whole) <= m["splits"]["train"]["tokens"] <= min(whole, limit + limit // 8)
-    flags = ["--out", str(tmp_path / "out"), "--vocab-size", "320", "--tokens", f"{limit:g}"]
-    assert data.main([str(source), *flags]) == 0
+@pytest.mark.parametrize("limit", [2000, 8000, 10**9])
+def test_tokens_are_limited(plain, tmp_path, limit):
+    tokenizer = data.Tokenizer(plain.parent / "prepared" / "tokenizer.model")
+    whole = manifest(plain.parent / "prepared")["splits"]["train"]["tokens"]
+    m = manifest(data.prepare([plain], tmp_path / "out", max_tokens=limit, tokenizer=tokenizer))
+    assert whole > 9500 and min(limit, whole) <= m["splits"]["train"]["tokens"] <= min(whole, limit + limit // 8)
+    flags = ["--out", str(tmp_path / "out"), "--tokens", f"{limit:g}", "--tokenizer", str(plain.parent / "prepared")]
+    assert data.main([str(plain), *flags]) == 0
 
 
 def test_the_tokenizers_sample_grows_with_its_vocabulary(plain, tmp_path, monkeypatch):
     samples = []
-    monkeypatch.setattr(data, "write_tokens", lambda *args: samples.append(args[6]) or (_ for _ in ()).throw(
+    monkeypatch.setattr(data, "survey", lambda *args: samples.append(args[3]) or (_ for _ in ()).throw(
         data.DataError("enough")))
     for vocab_size, sample in ((320, 0), (2048, 0), (50304, 0), (50304, 5_000_000)):
         with pytest.raises(data.DataError, match="enough"):
@@ -464,7 +491,7 @@ def test_the_sample_is_of_training_documents_and_no_larger_than_asked_for(plain)
 def test_a_shard_that_comes_in_pieces_is_the_one_written_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "BLOCK", 64)
     ids = np.random.default_rng(0).integers(0, 2**16, 1001).astype(np.uint16)
-    data.write_shard(tmp_path / "a.bin", ids)
+    write_shard(tmp_path / "a.bin", ids)
     for sizes in ([1001], [1] * 1001, [32, 31, 33, 900, 5], [500, 0, 501]):
         shard = data.ShardWriter(tmp_path / "b.bin", np.uint16)
         for part in np.split(ids, np.cumsum(sizes)[:-1]):
@@ -498,18 +525,14 @@ def mixed(parts, **kwargs):
     return data.Mixture(parts, **{"micro_batch_size": 4, "seq_len": 16, "seed": 5} | kwargs)
 
 
-def source_of(mixture, position) -> int:
-    before, after = mixture.counts(position), mixture.counts(position + 1)
-    return next(s for s, (a, b) in enumerate(zip(before, after, strict=True)) if b > a)
-
-
 def test_shares_are_read_as_they_are_written():
     assert data.mixture("0.7*hf:some/set:sub,0.2*code/,0.1*wiki.parquet") == [
         (Fraction(7, 10), "hf:some/set:sub"), (Fraction(2, 10), "code/"), (Fraction(1, 10), "wiki.parquet")]
     assert data.mixture("3*a/*.txt,.5*b,1.*c")[0] == (Fraction(6, 9), "a/*.txt")
     assert data.mixture("a.txt,b.txt") == data.mixture("stdlib") == data.mixture("2*.txt") == []
     for text, message in (("0.5*a,b", "every source of a mixture must have a share"),
-                          ("0*a,1*b", "must be at least 1/1000"), ("0.0009*a,1*b", "must be at least 1/1000")):
+                          ("0*a,1*b", "must be at least 1/1000"), ("0.0009*a,1*b", "must be at least 1/1000"),
+                          ("0*a,0*b", "must be at least 1/1000")):
         with pytest.raises(data.DataError, match=message):
             data.mixture(text)
 
@@ -517,41 +540,49 @@ def test_shares_are_read_as_they_are_written():
 @pytest.mark.parametrize("shares", [(6, 3, 1), (1, 1, 1), (997, 2, 1), (7, 11, 13)])
 def test_shares_hold_exactly(parts, shares):
     mixture = mixed([(Fraction(share, sum(shares)), folder) for share, (_, folder) in zip(shares, parts, strict=True)])
-    for position in [*range(3000), *range(10**9, 10**9 + 50)]:
-        for n, share in zip(mixture.counts(position), shares, strict=True):
-            assert abs(n - position * share / sum(shares)) < 3, position
-    whole = sum(shares) * 1000                                         # after whole rounds that shares divide: exactly
-    assert mixture.counts(whole) == [share * 1000 for share in shares]
-    steps = [sum(b - a for a, b in zip(mixture.counts(p), mixture.counts(p + 1), strict=True)) for p in range(2500)]
-    assert set(steps) == {1}                                                                   # each window one source
+    seen = np.array([mixture.counts(position) for position in range(1500)])
+    assert (abs(seen - np.arange(1500)[:, None] * shares / sum(shares)) < 3).all()
+    assert (np.diff(seen, axis=0).sum(axis=1) == 1).all() and (np.diff(seen, axis=0) >= 0).all()       # one source each
+    for whole in (1000, 10**7):                                         # after whole rounds that shares divide: exactly
+        assert mixture.counts(sum(shares) * whole) == [share * whole for share in shares]
+
+
+def test_odd_shares_are_rounded(parts):
+    shares = [Fraction(str(share)) for share in (0.0461538, 0.4767701, 0.4770761)]
+    mixture = mixed([(share, folder) for share, (_, folder) in zip(shares, parts, strict=True)])
+    assert mixture.round == 10**5 and sum(mixture.per_round) == 10**5
+    assert all(abs(n / 10**9 - share) < 1e-5 for n, share in zip(mixture.counts(10**9), shares, strict=True))
 
 
 def test_each_source_comes_in_the_order_of_its_own_epochs(parts):
     mixture = mixed([(Fraction(n, 10), folder) for n, (_, folder) in zip((1, 2, 7), parts, strict=True)])
-    seen = Counter()
-    alone = [loader(folder, seq_len=16) for _, folder in parts]
+    alone, seen = [loader(folder, seq_len=16) for _, folder in parts], [150, 300, 1050]
     batch = mixture.batch(range(1500))
-    for position, tokens in enumerate(batch["tokens"]):
-        s = source_of(mixture, position)
-        assert torch.equal(tokens, alone[s].batch([seen[s]])["tokens"][0])
-        seen[s] += 1
+    counts = np.array([mixture.counts(position) for position in range(1501)])
+    for s, one in enumerate(alone):
+        rows = np.flatnonzero(np.diff(counts[:, s]))                                         # positions of this source
+        assert torch.equal(batch["tokens"][rows], one.batch(range(seen[s]))["tokens"])
     epochs = mixture.epochs(1500)
-    assert list(epochs.values()) == [seen[s] / alone[s].num_windows for s in range(3)] and max(epochs.values()) > 1
-    assert [seen[s] for s in range(3)] == [150, 300, 1050]
+    assert list(epochs.values()) == [n / one.num_windows for n, one in zip(seen, alone, strict=True)]
+    assert max(epochs.values()) > 1
 
 
 def test_a_mixtures_batches_depend_on_their_number_alone(parts):
     reference = mixed(parts, micro_batch_size=8)
-    expected = [next(reference) for _ in range(150)]                                             # into the second round
+    start = json.loads(json.dumps(reference.state_dict() | {"windows": reference.round - 100}))
+    reference.load_state_dict(start)
+    expected = [next(reference) for _ in range(30)]                                              # into the second round
     for dp, micro in ((2, 2), (8, 1)):
         ranks = [mixed(parts, micro_batch_size=micro, dp_rank=r, dp_size=dp) for r in range(dp)]
+        for rank in ranks:
+            rank.load_state_dict(start)
         for batch in expected:
             got = [next(r) for _ in range(8 // (micro * dp)) for r in ranks]
             assert torch.equal(torch.cat([g["tokens"] for g in got]), batch["tokens"])
     resumed = mixed(parts, micro_batch_size=8)
-    state = json.loads(json.dumps(reference.state_dict() | {"windows": 8 * 130}))
+    state = start | {"windows": start["windows"] + 8 * 20}
     resumed.load_state_dict(state)
-    assert all(torch.equal(next(resumed)["targets"], batch["targets"]) for batch in expected[130:])
+    assert all(torch.equal(next(resumed)["targets"], batch["targets"]) for batch in expected[20:])
     other = [(share, folder) for (share, _), (_, folder) in zip(parts[::-1], parts, strict=True)]
     with pytest.raises(data.DataError, match="fingerprint must be"):
         mixed(other).load_state_dict(state)
@@ -619,14 +650,14 @@ def test_prefetching_changes_no_batch(corpus, parts):
 
 def test_batches_do_not_add_up_in_memory(corpus, parts):
     for read in (loader(corpus), mixed(parts), loader(corpus, prefetch=True)):
-        for _ in range(50):
+        for _ in range(20):
             next(read)
         tracemalloc.start()
-        for _ in range(300):
+        for _ in range(100):
             next(read)
         grown = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
-        assert grown < 100_000
+        assert grown < 50_000
 
 
 @pytest.mark.parametrize("name", ["small", "medium", "large", "7b"])

@@ -5,9 +5,6 @@ import math
 import os
 import random
 import re
-import signal
-import subprocess
-import sys
 import time
 import zlib
 from collections import Counter
@@ -17,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import POOL
 
 import data
 
@@ -144,8 +141,8 @@ def test_every_document_comes_out_whole_once_and_on_its_side(tmp_path):
     (tmp_path / "half").mkdir()
     for i, text in enumerate(reversed(originals[::2])):
         (tmp_path / "half" / f"{i}.md").write_text(text, newline="")
-    half = data.prepare([tmp_path / "half"], tmp_path / "out2", 320, val_fraction=0.2)
-    assert set(texts(half, "val")) <= set(val) and set(texts(half, "train")) <= set(train)
+    other = data.prepare([tmp_path / "half"], tmp_path / "out2", 320, val_fraction=0.2)
+    assert set(texts(other, "val")) <= set(val) and set(texts(other, "train")) <= set(train)
 
 
 def test_what_is_dropped_is_counted_and_the_manifest_says_all(tmp_path):
@@ -319,14 +316,13 @@ def test_sources_without_text_are_one_line(tmp_path):
 
 def test_a_killed_preparation_leaves_nothing_that_is_trusted(tmp_path):
     source, out = write_corpus(tmp_path / "src", 400), tmp_path / "out"
-    command = [sys.executable, str(ROOT / "data.py"), str(source), "--out", str(out), "--vocab-size", "320"]
     for delay in (0.0, 0.1):                         # after the temporary folder appears: somewhere in the three passes
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-        while not (tmp_path / ".out.tmp").exists() and process.poll() is None:
+        process = POOL.process(data.prepare, [source], out, 320)
+        while not (tmp_path / ".out.tmp").exists() and process.is_alive():
             time.sleep(0.005)
         time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         assert not out.exists() or data.Loader(out, micro_batch_size=1, seq_len=16)
     data.prepare([source], out, 320)
     assert visible(tmp_path) == ["out", "src"] and not list(tmp_path.glob(".*.tmp"))
@@ -336,25 +332,38 @@ def test_the_default_corpus_is_this_pythons_library():
     files = data.source_files(["stdlib"])
     names = {f.name for f in files}
     assert {"os.py", "argparse.py", "typing.py"} <= names and not any("test" in f.parts for f in files)
-    year, month, day = map(int, data.knowledge_cutoff(["stdlib"], files).split("-"))
-    assert 2022 <= year and 1 <= month <= 12 and 1 <= day <= 31
+    release, installed = (data.newest_date(sources, files) for sources in (["stdlib"], ["a copy of it"]))
+    year, month, day = map(int, release.split("-"))
+    assert 2022 <= year and 1 <= month <= 12 and 1 <= day <= 31 and release <= installed
 
 
 def test_command_line(tmp_path, capsys):
     source = write_corpus(tmp_path / "src", 8)
-    assert data.main([str(source), "--out", str(tmp_path / "out"), "--vocab-size", "320"]) == 0
-    assert data.main([str(tmp_path / "absent")]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "absent" in error
+    flags = ["--out", str(tmp_path / "out"), "--vocab-size", "320", "--knowledge-cutoff"]
+    assert data.main([str(source), *flags, "2020-02-29"]) == 0
+    assert data.read_sealed(tmp_path / "out" / "manifest.json", "tokens")["knowledge_cutoff"] == "2020-02-29"
+    for argv, message in (([str(tmp_path / "absent")], "absent"),
+                          ([str(source), *flags, "soon"], "knowledge_cutoff: must be YYYY-MM-DD"),
+                          ([str(source), *flags, "2020-02-28"], "was not prepared from these sources and settings")):
+        assert data.main(argv) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and message in error
 
 
 # ---- shards
 
 
+def write_shard(path, ids: np.ndarray) -> int:
+    """A shard of these ids; returns their CRC32."""
+    shard = data.ShardWriter(path, ids.dtype)
+    shard.write(ids)
+    return shard.close()["crc32"]
+
+
 @pytest.mark.parametrize("dtype", [np.uint16, np.uint32])
 def test_shards_hold_what_was_written(tmp_path, dtype):
     ids = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, 1001, dtype)
-    data.write_shard(tmp_path / "s.bin", ids)
+    write_shard(tmp_path / "s.bin", ids)
     back = data.open_shard(tmp_path / "s.bin")
     assert isinstance(back, np.memmap) and back.dtype == dtype and (back == ids).all()
     assert (tmp_path / "s.bin").stat().st_size == 32 + ids.nbytes
@@ -362,17 +371,17 @@ def test_shards_hold_what_was_written(tmp_path, dtype):
 
 def test_every_damage_to_a_shard_is_one_line_with_its_name(tmp_path):
     path, ids = tmp_path / "s.bin", np.arange(500, dtype=np.uint16)
-    data.write_shard(path, ids)
+    write_shard(path, ids)
     whole = path.read_bytes()
     damaged = [whole[:n] for n in (0, 5, 31, 32, 100, len(whole) - 1)] + [whole + b"x", b"PK\3\4" + whole]
-    for at in list(range(32)) + [32, 500, len(whole) - 1]:      # one flipped bit anywhere in the header, and in the ids
-        damaged.append(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1:])
+    for i in list(range(32)) + [32, 500, len(whole) - 1]:       # one flipped bit anywhere in the header, and in the ids
+        damaged.append(whole[:i] + bytes([whole[i] ^ 4]) + whole[i + 1:])
     for raw in damaged:
         path.write_bytes(raw)
         with pytest.raises(data.DataError, match=r"s\.bin: ") as error:
             data.open_shard(path)
         assert "\n" not in str(error.value)
-    data.write_shard(path, ids[:0])
+    write_shard(path, ids[:0])
     with pytest.raises(data.DataError, match="holds no tokens"):
         data.open_shard(path)
     with pytest.raises(data.DataError, match="absent.bin: cannot be read"):
@@ -424,16 +433,13 @@ def test_the_global_batch_does_not_depend_on_the_layout(corpus):
 def test_targets_are_the_next_tokens_and_never_cross_a_document(corpus):
     t = data.Tokenizer(corpus / "tokenizer.model")
     one = loader(corpus, seq_len=300)
-    ends = 0
-    for b in (one.batch([i]) for i in range(one.num_windows)):
-        tokens, targets, documents = (b[k][0] for k in ("tokens", "targets", "documents"))
-        at_end = tokens == t.eos_id
-        ends += int(at_end.sum())
-        assert (targets[at_end] == data.NO_TARGET).all()
-        assert torch.equal(targets[:-1][~at_end[:-1]], tokens[1:][~at_end[:-1]])
-        assert torch.equal(documents.diff() == 1, tokens[1:] == t.bos_id) and not (targets == t.bos_id).any()
-    assert ends > 20
-    assert b["tokens"].dtype == torch.int64
+    batch = one.batch(range(one.num_windows))
+    tokens, targets, documents = (batch[name] for name in ("tokens", "targets", "documents"))
+    is_end = tokens == t.eos_id
+    assert is_end.sum() > 20 and (targets[is_end] == data.NO_TARGET).all()
+    assert torch.equal(targets[:, :-1][~is_end[:, :-1]], tokens[:, 1:][~is_end[:, :-1]])
+    assert torch.equal(documents.diff() == 1, tokens[:, 1:] == t.bos_id) and not (targets == t.bos_id).any()
+    assert tokens.dtype == torch.int64
 
 
 def test_documents_are_counted_window_by_window(short_documents):
@@ -444,17 +450,17 @@ def test_documents_are_counted_window_by_window(short_documents):
 
 
 def test_state_is_exact_to_the_next_batch(corpus):
-    one = loader(corpus, micro_batch_size=3)
+    one = loader(corpus, micro_batch_size=3, seq_len=512)
     for _ in range(one.num_windows // 3 + 5):                                # into the second epoch
         next(one)
     state = json.loads(json.dumps(one.state_dict()))
-    two = loader(corpus, micro_batch_size=3)
+    two = loader(corpus, micro_batch_size=3, seq_len=512)
     two.load_state_dict(state)
     for _ in range(3):
         assert torch.equal(next(one)["tokens"], next(two)["tokens"])
     for change in ({"seed": 6}, {"seq_len": 16}):
         with pytest.raises(data.DataError, match=f"{next(iter(change))} must be"):
-            loader(corpus, **change).load_state_dict(state)
+            loader(corpus, **{"seq_len": 512} | change).load_state_dict(state)
     with pytest.raises(data.DataError, match="fingerprint must be"):
         two.load_state_dict(state | {"fingerprint": "0"})
 
@@ -479,7 +485,7 @@ def test_damage_to_a_prepared_folder_is_named(corpus, tmp_path):
     shard = folder / "train-00000.bin"
     ids = data.open_shard(shard).copy()
     for other in (ids[:-1], ids[::-1]):                                     # a whole shard, but another one
-        data.write_shard(shard, other)
+        write_shard(shard, other)
         with pytest.raises(data.DataError, match=r"train-00000.bin: must be the manifest's shard of \d+ tokens"):
             loader(folder)
     shard.unlink()
@@ -490,7 +496,7 @@ def test_damage_to_a_prepared_folder_is_named(corpus, tmp_path):
 def replace_val(folder, ids, times=1):
     """Make `ids` the validation shard of a prepared folder, listed `times` times."""
     manifest = data.read_sealed(folder / "manifest.json", "tokens")
-    crc = data.write_shard(folder / "val-00000.bin", ids)
+    crc = write_shard(folder / "val-00000.bin", ids)
     manifest["splits"]["val"]["shards"] = [{"file": "val-00000.bin", "tokens": len(ids), "crc32": crc}] * times
     data.write_sealed(folder / "manifest.json", manifest)
 
@@ -586,7 +592,7 @@ def test_every_damage_to_a_checkpoint_is_found_and_named(tmp_path):
         path = folder / file
         whole = path.read_bytes()
         variants = [whole[:n] for n in (0, 4, 20, len(whole) - 1)]
-        variants += [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:] for at in range(0, len(whole), 3)]
+        variants += [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1:] for i in range(0, len(whole), 3)]
         for raw in variants:
             path.write_bytes(raw)
             try:
@@ -608,8 +614,8 @@ def test_a_flipped_bit_in_the_numbers_is_never_loaded(tmp_path):
     path = simple_checkpoint(tmp_path / "c") / "rank-00000.safetensors"
     whole = path.read_bytes()
     first = 8 + int.from_bytes(whole[:8], "little")
-    for at in range(first, len(whole)):
-        path.write_bytes(whole[:at] + bytes([whole[at] ^ 128]) + whole[at + 1:])
+    for i in range(first, len(whole)):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 128]) + whole[i + 1:])
         with pytest.raises(data.DataError, match="does not match its checksum"):
             data.Reader(tmp_path / "c").verify()
 
@@ -702,8 +708,8 @@ def test_a_checkpoint_holds_the_step_of_its_name_and_copies_are_not_touched(tmp_
     for folder in data.step_folders(tmp_path):
         reseal(folder, lambda m: m["meta"].update(evaluation=None))
     checkpoints.prune()
-    left = {path.name.split("-00000006-")[0] for path in tmp_path.iterdir()}
-    assert left == {"step-00000004", "step-00000004.mybackup", ".notes.tmp", "damaged-step"}
+    names = {path.name.split("-00000006-")[0] for path in tmp_path.iterdir()}
+    assert names == {"step-00000004", "step-00000004.mybackup", ".notes.tmp", "damaged-step"}
 
 
 def test_a_log_that_a_person_edited_goes_on(tmp_path):
@@ -734,11 +740,11 @@ def test_everything_is_on_disk_before_its_name_is(tmp_path, monkeypatch, what):
         simple_checkpoint(tmp_path / "out")
     else:
         data.prepare([source], tmp_path / "out", 320)
-    at = next(i for i, e in enumerate(events) if e[0] == "rename")
-    _, temporary, files = events[at]
-    flushed = {Path(path).name.removeprefix(".").removesuffix(".tmp") for _, path in events[:at]}
+    renamed = next(i for i, e in enumerate(events) if e[0] == "rename")
+    _, temporary, files = events[renamed]
+    flushed = {Path(path).name.removeprefix(".").removesuffix(".tmp") for _, path in events[:renamed]}
     assert len(files) >= 2 and set(files) <= flushed
-    assert ("fsync", temporary) in events[:at] and ("fsync", str(tmp_path)) in events[at:]
+    assert ("fsync", temporary) in events[:renamed] and ("fsync", str(tmp_path)) in events[renamed:]
 
 
 @pytest.mark.parametrize("pieces, message", [
@@ -778,24 +784,34 @@ def test_four_ranks_write_one_checkpoint(tmp_path, run_ranks):
     assert len(list((tmp_path / "c").glob("rank-*"))) == 4 and torch.equal(data.Reader(tmp_path / "c").read("w"), full)
 
 
-def test_overlaps_are_found_without_comparing_all(monkeypatch):
-    rng, calls, plain = random.Random(0), [], data.overlap
-    monkeypatch.setattr(data, "overlap", lambda *boxes: calls.append(1) or plain(*boxes))
-    outcomes = set()
+def tiles(shape, boxes) -> bool:
+    try:
+        data.check_tiling({"w": {"shape": shape, "pieces": [{"box": box} for box in boxes]}})
+    except data.DataError as error:
+        assert "w: its pieces must tile" in str(error)
+        return False
+    return True
+
+
+def test_what_is_covered_twice_or_not_at_all_is_found():
+    rng, outcomes = random.Random(0), set()
     for _ in range(300):
         shape = [rng.randrange(1, 6) for _ in range(rng.randrange(0, 4))]
         pieces = list(random_tiling(rng, tuple((0, n, n) for n in shape)))
-        if rng.random() < 0.5:
+        if rng.random() < 0.4:
             pieces.append(tuple((a := rng.randrange(n), rng.randrange(a + 1, n + 1), n) for n in shape))
-        brute = any(plain(a, b) is not None for a, b in itertools.combinations(pieces, 2))
-        assert data.any_overlap(pieces) == brute
-        outcomes.add(brute)
+        if rng.random() < 0.4:
+            pieces.pop(rng.randrange(len(pieces)))
+        count = torch.zeros(shape)
+        for box in pieces:
+            count[slices(box)] += 1
+        assert tiles(shape, pieces) == bool((count == 1).all())
+        outcomes.add(bool((count == 1).all()))
     assert outcomes == {True, False}
-    calls.clear()
-    # 2,000 flat shards of a matrix, as ZeRO writes them: at most 3 boxes each
-    box = ((0, 3000, 3000), (0, 7, 7))
+    # 2,000 flat shards of a matrix, as ZeRO writes them, at most 3 boxes each: not every two are compared
+    box, start = ((0, 3000, 3000), (0, 7, 7)), time.process_time()
     pieces = [piece for i in range(2000) for piece, *_ in data.boxes(box, i * 21000 // 2000, (i + 1) * 21000 // 2000)]
-    assert not data.any_overlap(pieces) and len(calls) < 3 * len(pieces)
+    assert tiles([3000, 7], pieces) and not tiles([3000, 7], pieces[:-1]) and time.process_time() - start < 2
 
 
 def test_a_start_reads_no_tokens_and_a_window_is_verified_when_it_is_read(tmp_path, monkeypatch):

@@ -410,18 +410,18 @@ def test_sides_of_rows(tokenizer, tmp_path):
 
     train, val = prompts("train"), prompts("val")
     assert len(train) + len(val) == 200 and 2 <= len(val) <= 25
-    half = write_rows(tmp_path / "b.jsonl", chat_rows(200)[::-2])
-    assert prompts("val", half) <= val and prompts("train", half) <= train
+    every_second = write_rows(tmp_path / "b.jsonl", chat_rows(200)[::-2])
+    assert prompts("val", every_second) <= val and prompts("train", every_second) <= train
     for n in range(2, 8):                                                            # a side that stays empty gets one
-        few = write_rows(tmp_path / "c.jsonl", chat_rows(n))
-        assert len(prompts("val", few)) >= 1 and len(prompts("train", few)) >= 1
-    write_rows(few, chat_rows(3, split="val") + chat_rows(5, split="train")[3:])
-    assert len(prompts("val", few)) == 3 and len(prompts("train", few)) == 2
-    assert len(prompts("train", write_rows(few, chat_rows(1)))) == 1
+        small = write_rows(tmp_path / "c.jsonl", chat_rows(n))
+        assert len(prompts("val", small)) >= 1 and len(prompts("train", small)) >= 1
+    write_rows(small, chat_rows(3, split="val") + chat_rows(5, split="train")[3:])
+    assert len(prompts("val", small)) == 3 and len(prompts("train", small)) == 2
+    assert len(prompts("train", write_rows(small, chat_rows(1)))) == 1
     for source, kind, message in ((tmp_path / "none.jsonl", "sft", "none.jsonl: cannot be read"),
                                   (tmp_path, "sft", "cannot be read"),
                                   (path, "ppo", "objective must be sft, dpo or rl, got 'ppo'"),
-                                  (write_rows(few, ["", " "]), "sft", "c.jsonl: must hold rows.*0 rows in all")):
+                                  (write_rows(small, ["", " "]), "sft", "c.jsonl: must hold rows.*0 rows in all")):
         with pytest.raises(data.DataError, match=message):
             examples(source, tokenizer, kind)
 
@@ -478,8 +478,8 @@ def test_a_reward_of_ones_own(tmp_path):
                     "def nan(row, answer): return math.nan\ndef text(row, answer): return 'good'\n"
                     "def fails(row, answer): return row['no\\nsuch']\ndef nothing(row, answer): pass\n")
     assert data.call_reward(data.find_reward(f"{file}:length"), {}, "four") == 8.0
-    for name, message in (("nan", "reward nan must give a finite number, got nan"), ("text", "reward text.*got 'good'"),
-                          ("nothing", "reward nothing.*got None"), ("fails", "reward fails .*it raised KeyError")):
+    for name, message in (("nan", "reward nan: must give .* number, got nan"), ("text", "reward text.*got 'good'"),
+                          ("nothing", "reward nothing.*got None"), ("fails", "reward fails: .* number .KeyError")):
         with pytest.raises(data.DataError, match=message) as error:
             data.call_reward(data.find_reward(f"{file}:{name}"), {}, "x")
         assert "\n" not in str(error.value)

@@ -53,7 +53,7 @@ def read_folder(folder, config, dtype=torch.float32):
             return read(name, box)
         start, stop, size = box[d]
         halves = ((start, stop // 2, size), (stop // 2, stop, size))
-        return torch.cat([by_halves(name, box[:d] + (half,) + box[d + 1:], d + 1) for half in halves], dim=d)
+        return torch.cat([by_halves(name, box[:d] + (part,) + box[d + 1:], d + 1) for part in halves], dim=d)
 
     return fill(model, by_halves, dtype=dtype)
 

@@ -1,10 +1,11 @@
 """Preparing and loading text: how fast, in how much memory.
 
-    python tests/bench/bench_data.py [MB]
+    python tests/bench/bench_data.py [MB]           256; the figures of RESULTS.md: 2000, in the background, with nohup
 
-1. A .jsonl of so many MB (256; the figures of RESULTS.md: 2,000), Python source in documents of 4 KB, prepared by a
-   process whose address space, and that of each of its workers, may not exceed 1 GB. It is killed once and called
-   again. MALLOC_ARENA_MAX=1: SentencePiece trains with 16 threads, and glibc would reserve 64 MB for each.
+1. A .jsonl of so many MB, Python source in documents of 4 KB, prepared by a process whose address space, and that of
+   each of its workers, may not exceed 1 GB. It is killed once and called again. Each call says first how many minutes
+   it will take; the file and its tokens lie under TMPDIR. MALLOC_ARENA_MAX=1: SentencePiece trains with 16 threads, and
+   glibc would reserve 64 MB for each.
 2. Encoding on one core, in CPU seconds: Tokenizer.encode next to SentencePiece on parts of 1 MB, alternating.
 3. Batches of `tiny`'s shape (8 x 256), and of a mixture, per CPU second; memory before and after 10,000 of them.
 """
@@ -75,7 +76,7 @@ def bench_prepare(folder: Path):
     start = time.perf_counter()
     environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
     with subprocess.Popen(command, env=environment) as process:
-        while len(list(folder.glob(".out.tmp/progress/train-*.json"))) < 2 and process.poll() is None:
+        while len(list(folder.glob(".out.tmp/train-*.bin"))) < 3 and process.poll() is None:
             time.sleep(0.2)
         process.send_signal(signal.SIGKILL)
     print(f"  killed after {time.perf_counter() - start:.1f} s")
