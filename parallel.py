@@ -44,9 +44,9 @@ rank's list of operations: F forward, B backward (or its part for the input alon
 Every parameter knows which piece it is: full_name, box (its slice of the full tensor), and sum_over: groups over which
 its gradient is partial besides dp (norms under sequence parallelism, a weight tied across stages).
 
-Map: groups and collectives - the three on the board - Mesh, World - data parallel - tensor parallel - schedules,
-simulate - run_schedule - global quantities - CommLedger - demo. Not here: sharded optimizer states, context
-parallelism, experts.
+Map: groups and collectives - the three on the board - Mesh - data parallel - tensor parallel - schedules, simulate -
+run_schedule - global quantities - World - CommLedger - demo. Not here: sharded optimizer states, context parallelism,
+experts.
 
 run: python parallel.py        (starts its own ranks)
 """
@@ -72,6 +72,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 # ---- groups and collectives: a group of None is this process alone, and nothing is sent ------------------------------
 
@@ -190,7 +191,7 @@ def two_stages(stage: nn.Module, inputs, targets, loss, group) -> list:
     """A pipeline of two ranks (gpipe): all micro-batches forward, then all backward. stage: this rank's half of the
     model; inputs, targets: a tensor per micro-batch, on both ranks; hidden states look like inputs. -> the losses, on
     the second rank. run_schedule() does this for any schedule."""
-    second, kept = rank(group) == 1, []
+    second, pairs = rank(group) == 1, []
     for x, target in zip(inputs, targets, strict=True):
         if second:
             x = torch.empty_like(x)
@@ -199,8 +200,8 @@ def two_stages(stage: nn.Module, inputs, targets, loss, group) -> list:
         else:
             y = stage(x)
             dist.send(y.detach(), group=group, group_dst=1)
-        kept.append((x, y))
-    for x, y in kept:
+        pairs.append((x, y))
+    for x, y in pairs:
         if second:
             y.backward()
             dist.send(x.grad, group=group, group_dst=0)                                  # and its gradient back
@@ -208,7 +209,7 @@ def two_stages(stage: nn.Module, inputs, targets, loss, group) -> list:
             dy = torch.empty_like(y)
             dist.recv(dy, group=group, group_src=1)
             y.backward(dy)
-    return [y.detach() for _, y in kept] if second else []
+    return [y.detach() for _, y in pairs] if second else []
 
 
 # ---- which rank is where ---------------------------------------------------------------------------------------------
@@ -261,131 +262,6 @@ class Mesh:
         return r // (self.tp * self.dp), r // self.tp % self.dp, r % self.tp
 
 
-def find_device(name: str, local_rank: int) -> torch.device:
-    """The device of a name, with this rank's index; "auto": the accelerator that is here, else the CPU. Raises
-    ValueError for one that does not work."""
-    if name == "auto":            # not Apple's: it has no float64 for the sums of a step, and is untried
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        name = accelerator.type if accelerator and accelerator.type != "mps" else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type != "cpu":
-            if device.index is None:
-                device = torch.device(name, local_rank % torch.accelerator.device_count())
-            torch.accelerator.set_device_index(device.index)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, ZeroDivisionError) as error:
-        why = "there is none" if isinstance(error, ZeroDivisionError) else str(error).splitlines()[0]
-        raise ValueError(f"device must be usable here, got {name!r}: {why}") from None
-    return device
-
-
-def ranks_of_environment() -> tuple[int, int, int]:
-    """RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; 0, 1, 0 without them. Raises ValueError."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = {name: os.environ[name] for name in names if name in os.environ}
-    if not given.keys() & {"RANK", "WORLD_SIZE"}:
-        return 0, 1, 0
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        if not os.environ.get(name) and (name in names or given.get("WORLD_SIZE") != "1"):
-            raise ValueError(f"{name} must be set together with {', '.join(given)}, as torchrun does, got "
-                             f"{os.environ.get(name)!r}")
-    for name, value in given.items():
-        if not value.isdecimal():
-            raise ValueError(f"{name} must be a number, got {value!r}")
-    rank, size, local_rank = (int(given.get(name, 0)) for name in names)
-    if rank >= size:
-        raise ValueError(f"RANK must be below WORLD_SIZE, got {rank} and {size}")
-    return rank, size, local_rank
-
-
-class World:
-    """This process among all ranks of a run, before anything is split.
-
-    rank, size   its number, and how many there are: torchrun's RANK and WORLD_SIZE; without them it is alone
-    device       this rank's accelerator, or the CPU
-    group        all ranks, over the device's backend (NCCL on GPUs, gloo on CPUs); None if alone
-    host         all ranks over gloo: for objects, files, and waits of hours, as while rank 0 prepares data
-    mesh         the ranks as a grid dp x tp x pp
-    step         the step that the run is at, for an error message
-
-    fake: --dry-run's ranks, which are not there: groups exist and nothing is sent.
-    Raises ValueError, one line, for a device that does not work and degrees that are not the number of ranks.
-    """
-
-    def __init__(self, dp: int = 0, tp: int = 1, pp: int = 1, *, device: str = "auto", timeout: float = 600,
-                 fake: bool = False):
-        self.rank, self.size, local_rank = ranks_of_environment()
-        self.step, self.device = 0, find_device(device, local_rank)
-        if fake and self.size == 1:
-            self.size = max(1, dp) * tp * pp
-        if dist.is_initialized():
-            self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        elif self.size > 1:
-            pretend = fake and "RANK" not in os.environ
-            self.join("fake" if pretend else dist.get_default_backend_for_device(self.device), timeout)
-        self.group = dist.group.WORLD if self.size > 1 else None
-        self.host = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if self.group and not fake else None
-        self.mesh = Mesh(dp, tp, pp, timeout)
-        if self.host is not None:
-            dist.barrier(group=self.host)      # a rank that finds a fault now, and leaves, breaks no other's connecting
-
-    def join(self, backend: str, seconds: float):
-        timeout = timedelta(seconds=seconds)
-        if backend == "fake":
-            from torch.testing._internal.distributed.fake_pg import FakeStore
-            dist.init_process_group("fake", rank=0, world_size=self.size, store=FakeStore())
-            return
-        # torchrun's store outlives its ranks: ranks that start again must not read the addresses of those before them
-        try:
-            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
-        except (dist.DistStoreError, dist.DistNetworkError, OSError, ValueError) as error:
-            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-            raise ValueError(f"MASTER_ADDR:MASTER_PORT must be where all ranks can meet, {place}: "
-                             f"{str(error).splitlines()[0]:.120}") from None
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=self.rank, world_size=self.size,
-                                device_id=None if self.device.type == "cpu" else self.device)
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """All-reduce in place over all ranks."""
-        return all_reduce(tensor, self.group)
-
-    def say(self, line: str):
-        """Rank 0 alone prints."""
-        if self.rank == 0:
-            print(line, flush=True)
-
-    def peak_memory(self) -> int:
-        """Most bytes this process has held: the allocator's on an accelerator, resident memory on a CPU."""
-        if self.device.type == "cpu":
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return torch.accelerator.max_memory_allocated(self.device)
-
-    def first(self, work):
-        """Rank 0 alone does work(). Every rank gets its result, or raises its ValueError."""
-        answer = [None, None]
-        if self.rank == 0:
-            try:
-                answer = [work(), None]
-            except ValueError as error:
-                answer = [None, error]
-            except OSError as error:
-                answer = [None, ValueError(f"{error.filename}: {error.strerror}")]
-        if self.host is not None:
-            dist.broadcast_object_list(answer, src=0, group=self.host)
-        if answer[1] is not None:
-            raise answer[1]
-        return answer[0]
-
-
-def is_peer_failure(error: Exception) -> bool:
-    """Whether another rank failed, and not this one: gloo and NCCL raise so when a connection breaks or a message does
-    not come."""
-    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or bool(re.search(
-        "gloo|NCCL|Connection (closed|reset)|Timed out", str(error))))
-
-
 # ---- data parallelism ------------------------------------------------------------------------------------------------
 
 class Bucket:
@@ -411,21 +287,17 @@ class DataParallel(nn.Module):
         optimizer.step(); optimizer.zero_grad()
 
         1  at construction   parameters and buffers are broadcast from the group's rank 0
-        2  backward          a gradient that is ready is copied into its bucket; a full bucket's all-reduce starts at
-                             once, beside the rest of backward, but never before the buckets ahead of it: every rank
-                             must issue the same calls in the same order, whatever its gradients do. Buckets run from
-                             the last parameter to the first, about the order in which gradients come
-        3  finish_gradient_synchronization()   starts the buckets that are left, waits for all; p.grad are now views
-                             of the buckets
+        2  backward          a gradient that is ready is copied into its bucket. A full bucket's all-reduce starts at
+                             once, next to the rest of backward, but never before the buckets ahead of it: all ranks
+                             issue the same calls in the same order. Buckets run from the last parameter to the first
+        3  finish_gradient_synchronization()   starts the other buckets, waits for all; p.grad are views of the buckets
 
-    - bucket_mb: MB (1e6 bytes) per bucket. reduce: "sum" | "mean".
-    - A parameter that has no gradient on a rank counts as zero there. Freeze what is never used: an optimizer still
-      decays a weight whose gradient is zero, and the bucket of such a weight leaves after backward, not during it.
+    - bucket_mb: MB (1e6 bytes) per bucket. reduce: "sum" | "mean". A bucket's memory stays.
     - Gradients of micro-batches within no_sync() stay local and are added up.
-    - Call zero_grad() after each step: its gradients are sums over ranks already, and would be summed again.
+    - A parameter without a gradient on a rank counts as zero there. Freeze what is never used: an optimizer decays a
+      weight whose gradient is zero, and the bucket of such a weight leaves after backward, not during it.
+    - Call zero_grad() after each step: gradients are sums over ranks already, and would be summed again.
     - If a batch is to be skipped, all ranks skip it: finish_gradient_synchronization(), then zero_grad().
-    - A bucket's memory stays, next to the gradients of micro-batches that are being added up.
-    - Buffers of the module are broadcast once, at construction.
     Raises ValueError for another reduce or a bucket_mb not above 0, RuntimeError for what the backend cannot broadcast.
     """
 
@@ -642,30 +514,29 @@ class VocabParallelHead(ParallelModule):
 
 class Regather:
     """Sequence parallelism keeps no gathered sequence for backward. The linears after f would save its output (B, T,
-    C). pack: when autograd saves a tensor that is f's output (same memory, same version), nothing is kept; f has the
-    shard. unpack: when backward wants it, the shard is gathered again, once for all who want it (`left` counts
-    them)."""
+    C). pack: when autograd saves a tensor that is f's output (same memory, same version), only its shape is kept; f has
+    the shard. unpack: the first linear whose backward wants it gathers the shard again; the last lets it go."""
 
     def __init__(self, whole: Tensor, group):
-        self.f, self.group, self.left, self.again = whole.grad_fn, group, 0, None
+        self.f, self.group, self.readers, self.again = whole.grad_fn, group, 0, None
         self.identity = whole.data_ptr(), whole.numel(), whole._version
 
     def hooks(self):                    # made anew: one that is kept would be a cycle with self, for the collector
         return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
-    def pack(self, t):
+    def pack(self, t: Tensor):
         if (t.data_ptr(), t.numel(), t._version) != self.identity:
             return t                                                           # a weight, or no longer what f has given
-        self.left += 1
+        self.readers += 1
         return t.shape
 
-    def unpack(self, kept):
-        if isinstance(kept, Tensor):
-            return kept
+    def unpack(self, packed):
+        if isinstance(packed, Tensor):
+            return packed
         if self.again is None:
             self.again = all_gather(*self.f.saved_tensors, self.group, 1)
-        whole, self.left = self.again.view(kept), self.left - 1
-        if not self.left:                                          # the last layer that reads it: q, k and v share it
+        whole, self.readers = self.again.view(packed), self.readers - 1
+        if self.readers == 0:
             self.again = None
         return whole
 
@@ -747,9 +618,10 @@ def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN, sequence_para
                 raise ValueError(f"{name}: tp must divide its {size_of}, got {n}")
             setattr(parent, child, twin(module, group, sequence_parallel, shards))
     for name, module in model.named_modules():
-        columns, rows = ([x for x in module.children() if isinstance(x, style)] for style in LINEARS.values())
-        own = {p for x in module.modules() if isinstance(x, ParallelModule) for p in x.parameters()}
-        strange = [n for n, p in module.named_parameters() if p not in own and getattr(p, "sum_over", ()) != (group,)]
+        columns, rows = ([x for x in module.children() if isinstance(x, twin)] for twin in LINEARS.values())
+        planned = {p for x in module.modules() if isinstance(x, ParallelModule) for p in x.parameters()}
+        strange = [name for name, p in module.named_parameters()
+                   if p not in planned and getattr(p, "sum_over", ()) != (group,)]
         if columns and (strange or not rows):
             raise ValueError(f"{name or type(module).__name__}: a module with column layers must have a row layer and "
                              f"no parameter outside the plan, got {strange[0] if strange else 'no row layer'}")
@@ -835,19 +707,31 @@ def stage_layers(n_layer: int, s: int, num_stages: int) -> range:
     return range(s * n_layer // num_stages, (s + 1) * n_layer // num_stages)
 
 
-def stage(op: Op, r: int, p: int) -> int:
-    return op.chunk * p + r
+class Message(NamedTuple):
+    """What an operation of another stage waits for: F for a hidden state, B for its gradient."""
+    kind: str
+    micro_batch: int
+    stage: int                       # that it goes to
+    source: int                      # ranks of the pipeline; equal where both stages are on one rank
+    target: int
+
+    goes_up = property(lambda self: self.target > self.source)
 
 
-def awaits(op: Op, s: int, last: int):
-    """The message that op needs in stage s, from the stage before or behind: (kind, micro-batch, s), or None."""
-    return (op.kind, op.micro_batch, s) if op.kind == "F" and s > 0 or op.kind == "B" and s < last else None
+def with_messages(schedule) -> list[list[tuple]]:
+    """The timetable: for each rank and operation (op, the Message that it needs, the Message that is its result)."""
+    p = len(schedule)
+    stages = range(p * (1 + max(op.chunk for ops in schedule for op in ops)))
 
+    def between(op, sender, receiver):
+        if sender in stages and receiver in stages and op.kind != "W":
+            return Message(op.kind, op.micro_batch, receiver, sender % p, receiver % p)
 
-def passes_on(op: Op, s: int, last: int):
-    """The message that op's result is: a hidden state to the next stage, its gradient to the one before; or None."""
-    to = s + {"F": 1, "B": -1, "W": last + 1}[op.kind]
-    return (op.kind, op.micro_batch, to) if 0 <= to <= last else None
+    timetable = []
+    for r, ops in enumerate(schedule):
+        placed = [(op, op.chunk * p + r, -1 if op.kind == "B" else 1) for op in ops]          # op, stage, direction
+        timetable.append([(op, between(op, s - way, s), between(op, s, s + way)) for op, s, way in placed])
+    return timetable
 
 
 @dataclass
@@ -864,31 +748,30 @@ def simulate(schedule, forward: float = 1.0, backward: float = 1.0, weight: floa
 
     Raises ValueError, naming the operations, if the schedule is not complete, out of order, or waits for itself.
     """
-    p, kinds = len(schedule), {op.kind for op in schedule[0]}
+    kinds = {op.kind for op in schedule[0]}
     m, chunks = (1 + max(op[i] for ops in schedule for op in ops) for i in (1, 2))
-    last, split = p * chunks - 1, "W" in kinds
+    split = "W" in kinds
     expected = {Op(*each) for each in itertools.product(kinds, range(m), range(chunks))}
     for r, ops in enumerate(schedule):
         if set(ops) != expected or len(ops) != len(expected):
             wrong = [str(op) for op in expected.symmetric_difference(ops)] or ["one twice"]
             raise ValueError(f"schedule must hold each operation once, rank {r} differs in {', '.join(wrong[:4])}")
     cost = {"F": forward, "B": backward + (0 if split else weight), "W": weight}
-    arrived, done, free, events = {}, set(), [0.0] * p, [[] for _ in range(p)]
-    moved = True
+    timetable, events = with_messages(schedule), [[] for _ in schedule]
+    arrived, done, free, moved = {None: 0.0}, set(), [0.0] * len(schedule), True
     while moved:
         moved = False
-        for r, ops in enumerate(schedule):
-            for op in ops[len(events[r]):]:
-                s = stage(op, r, p)
-                message, before = awaits(op, s, last), op._replace(kind={"B": "F", "W": "B"}.get(op.kind, ""))
-                if message is not None and message not in arrived or before.kind and (r, before) not in done:
+        for r, line in enumerate(timetable):
+            for op, needs, result in line[len(events[r]):]:
+                before = op._replace(kind={"B": "F", "W": "B"}.get(op.kind))       # the micro-batch's operation before
+                if needs not in arrived or before.kind and (r, before) not in done:
                     break
-                start = max(free[r], arrived.get(message, 0.0))
+                start = max(free[r], arrived[needs])
                 free[r] = start + cost[op.kind]
                 events[r].append((op, start, free[r]))
                 done.add((r, op))
-                if (sent := passes_on(op, s, last)) is not None:
-                    arrived[sent] = free[r] + (p2p if sent[2] % p != r else 0)
+                if result is not None:
+                    arrived[result] = free[r] + p2p * (result.source != result.target)
                 moved = True
     stuck = [f"rank {r} at {ops[len(events[r])]}" for r, ops in enumerate(schedule) if len(events[r]) < len(ops)]
     if stuck:
@@ -962,64 +845,50 @@ class SplitLinears(TorchFunctionMode):
 
 
 class Channels:
-    """Messages of a pipeline rank, each known by (kind of operation that reads it, micro-batch, stage). A pair of ranks
-    has one channel each way. Receives are posted in the sender's order, read off the schedule: no tags, no handshakes.
+    """Messages of a pipeline rank. A pair of ranks has one channel each way. Receives are posted in the sender's order,
+    read off the timetable (with_messages): no tags, no handshakes.
 
     coming     by source rank: messages that it will send to us, in its order
-    arriving   receives that are posted; sending: sends that may not be done
-    here       messages of this rank to itself
+    arriving   receives that are posted; sending: sends that may not be done; to_self: from a stage of this rank
     receipts   of a message: which of our messages its sender had received before. They are freed when it arrives
     """
 
-    def __init__(self, schedule, groups, timeout: float):
-        self.p, self.groups, self.timeout = len(schedule), groups, timedelta(seconds=timeout)
+    def __init__(self, timetable, groups, timeout: float):
+        self.groups, self.timeout = groups, timedelta(seconds=timeout)
         self.rank = 0 if groups is None else rank(groups[0])
-        self.coming, self.arriving, self.sending, self.here, self.receipts = defaultdict(deque), {}, {}, {}, {}
-        last = self.p * (1 + max(op.chunk for op in schedule[0])) - 1
-        for source, ops in enumerate(schedule):
-            receipts = []                                                           # since its message before
-            for op in ops:
-                s = stage(op, source, self.p)
-                receipts.append(awaits(op, s, last))
-                message = passes_on(op, s, last)
-                if message is not None and message[2] % self.p == self.rank:
-                    self.coming[source].append(message)
-                    self.receipts[message], receipts = receipts, []
+        self.coming, self.receipts = defaultdict(deque), {}
+        self.arriving, self.sending, self.to_self = {}, {}, {}
+        for source, line in enumerate(timetable):
+            received = []                                                           # by it, since its message before
+            for _, needs, result in line:
+                received.append(needs)
+                if result is not None and result.target == self.rank:
+                    self.coming[source].append(result)
+                    self.receipts[result], received = received, []
 
-    def route(self, message) -> tuple[int, int]:
-        """From which rank to which."""
-        kind, _, s = message
-        return (s + (-1 if kind == "F" else 1)) % self.p, s % self.p
-
-    def goes_up(self, message) -> bool:
-        source, target = self.route(message)
-        return target > source
-
-    def send(self, x: Tensor, message):
-        target = self.route(message)[1]
-        if target == self.rank:
-            self.here[message] = x
+    def send(self, x: Tensor, message: Message):
+        if message.target == self.rank:
+            self.to_self[message] = x
         else:
             x = x.contiguous()
-            self.sending[message] = x, self.start(dist.isend, x, target, message)
+            self.sending[message] = x, self.start(dist.isend, x, message.target, message)
 
-    def post(self, message, like):
+    def post(self, message: Message, like):
         """Start to receive, up to this message. like(micro_batch) gives an empty tensor of its shape."""
-        source = self.route(message)[0]
-        while source != self.rank and message not in self.arriving:
-            coming = self.coming[source].popleft()
-            x = like(coming[1])
-            self.arriving[coming] = x, self.start(dist.irecv, x, source, coming)
+        while message.source != self.rank and message not in self.arriving:
+            first = self.coming[message.source].popleft()
+            x = like(first.micro_batch)
+            self.arriving[first] = x, self.start(dist.irecv, x, first.source, first)
 
-    def post_ahead(self, message, result, like):
+    def post_ahead(self, message: Message, result: Message | None, like):
         """Post the receive of the next operation before the present one runs: the message travels meanwhile. But not if
         the present result leaves in the same group: calls of a group run in order, so it would wait for the receive."""
-        if result is None or self.goes_up(result) != self.goes_up(message):
+        if result is None or result.goes_up != message.goes_up:
             self.post(message, like)
 
-    def receive(self, message, like):
-        if message in self.here:
-            return self.here.pop(message)
+    def receive(self, message: Message, like) -> Tensor:
+        if message in self.to_self:
+            return self.to_self.pop(message)
         self.post(message, like)
         x = self.wait(*self.arriving.pop(message))
         for sent in self.receipts[message]:
@@ -1029,7 +898,7 @@ class Channels:
 
     def start(self, what, x, peer: int, message):
         # NCCL warns of a message that is no batch, and may make a communicator for each pair
-        return dist.batch_isend_irecv([dist.P2POp(what, x, group=self.groups[self.goes_up(message)],
+        return dist.batch_isend_irecv([dist.P2POp(what, x, group=self.groups[message.goes_up],
                                                   group_peer=peer)])[0]
 
     def wait(self, x, work):
@@ -1060,11 +929,12 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
     A schedule without B evaluates. A hidden state that was sent is freed when the next message from its receiver says
     that it has come, its graph is kept for backward.
     """
-    channels, p = Channels(schedule, groups, timeout), len(schedule)
-    mine, last = schedule[channels.rank], p * len(chunks) - 1
-    kinds = {op.kind for op in mine}
-    final = {(op.kind, op.chunk): op for op in mine}                       # of each chunk: the last B, the last W
-    kept, queues, nlls = {}, defaultdict(list), [None] * len(batches)
+    timetable = with_messages(schedule)
+    channels = Channels(timetable, groups, timeout)
+    mine = timetable[channels.rank]
+    kinds = {op.kind for op, _, _ in mine}
+    final = {(op.kind, op.chunk): op for op, _, _ in mine}                 # of each chunk: the last B, the last W
+    graphs, queues, nlls = {}, defaultdict(list), [None] * len(batches)    # from F to B; from B to W
 
     def backward(tensor, gradient, more: bool):
         """more: parameters that get a gradient here will get another one in this step."""
@@ -1078,34 +948,31 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
         return time.perf_counter()
 
     like = lambda i: hidden_like(batches[i])
-    for op, following in zip(mine, [*mine[1:], None], strict=True):
+    for (op, needs, result), (_, next_needs, _) in zip(mine, [*mine[1:], (None, None, None)], strict=True):
         asked = clock()
         kind, i, c = op
-        s = stage(op, channels.rank, p)
-        message, target = awaits(op, s, last), passes_on(op, s, last)
-        got = None if message is None else channels.receive(message, like)
-        ahead = following and awaits(following, stage(following, channels.rank, p), last)
-        if ahead:
-            channels.post_ahead(ahead, target, like)
+        received = None if needs is None else channels.receive(needs, like)
+        if next_needs is not None:
+            channels.post_ahead(next_needs, result, like)
         start = clock()
         if kind == "F":
-            hidden = None if got is None else got.requires_grad_("B" in kinds)
+            hidden = None if received is None else received.requires_grad_("B" in kinds)
             with SplitLinears(queues[i, c]) if "W" in kinds else torch.set_grad_enabled("B" in kinds):
                 out = chunks[c](hidden=hidden, **batches[i])
-            if target is None:
+            if result is None:                                                                     # the last stage
                 out, nlls[i] = out
             else:
-                channels.send(out.detach(), target)
+                channels.send(out.detach(), result)
             if "B" in kinds:
                 edge = torch.autograd.graph.get_gradient_edge(out) if out.requires_grad else None       # None: frozen
-                kept[i, c] = hidden, edge, torch.ones_like(out).mul_(seed) if target is None else None
+                graphs[i, c] = hidden, edge, torch.ones_like(out).mul_(seed) if result is None else None
             del out
         elif kind == "B":
-            hidden, edge, gradient = kept.pop((i, c))
+            hidden, edge, gradient = graphs.pop((i, c))
             if edge is not None:
-                backward(edge, got if gradient is None else gradient, op != final["B", c])
-            if target is not None:
-                channels.send(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad, target)
+                backward(edge, received if gradient is None else gradient, op != final["B", c])
+            if result is not None:
+                channels.send(torch.zeros_like(hidden) if hidden.grad is None else hidden.grad, result)
             del hidden, edge                                               # W frees the inputs of linears, this one too
         else:
             parts = queues.pop((i, c), [])
@@ -1176,16 +1043,138 @@ def check_replicas(params, group=None):
                 raise RuntimeError(f"{key[0]}: replicas must be equal, those of ranks {first} and {r} are not")
 
 
+# ---- this process among its peers -----------------------------------------------------------------------------------
+
+def find_device(name: str, local_rank: int) -> torch.device:
+    """The device of a name, with this rank's index; "auto": the accelerator that is here, else the CPU. Raises
+    ValueError for one that does not work."""
+    if name == "auto":            # not Apple's: it has no float64 for the sums of a step, and is untried
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        name = accelerator.type if accelerator and accelerator.type != "mps" else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type != "cpu":
+            if not torch.accelerator.device_count():
+                raise RuntimeError("there is none")
+            if device.index is None:
+                device = torch.device(name, local_rank % torch.accelerator.device_count())
+            torch.accelerator.set_device_index(device.index)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device must be usable here, got {name!r}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def ranks_of_environment() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK, as torchrun sets them; 0, 1, 0 without them. Raises ValueError."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if not given.keys() & {"RANK", "WORLD_SIZE"}:
+        return 0, 1, 0
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name) and (name in names or given.get("WORLD_SIZE") != "1"):
+            raise ValueError(f"{name} must be set together with {', '.join(given)}, as torchrun does, got "
+                             f"{os.environ.get(name)!r}")
+    for name, value in given.items():
+        if not value.isdecimal():
+            raise ValueError(f"{name} must be a number, got {value!r}")
+    rank, size, local_rank = (int(given.get(name, 0)) for name in names)
+    if rank >= size:
+        raise ValueError(f"RANK must be below WORLD_SIZE, got {rank} and {size}")
+    return rank, size, local_rank
+
+
+class World:
+    """This process among all ranks of a run, before anything is split.
+
+    rank, size   its number, and how many there are: torchrun's RANK and WORLD_SIZE; without them it is alone
+    device       this rank's accelerator, or the CPU
+    group        all ranks, over the device's backend (NCCL on GPUs, gloo on CPUs); None if alone
+    host         all ranks over gloo: for objects, files, and waits of hours, as while rank 0 prepares data
+    mesh         the ranks as a grid dp x tp x pp
+    step         the step that the run is at, for an error message
+
+    fake: --dry-run's ranks, which are not there: groups exist and nothing is sent.
+    Raises ValueError, one line, for a device that does not work and degrees that are not the number of ranks.
+    """
+
+    def __init__(self, dp: int = 0, tp: int = 1, pp: int = 1, *, device: str = "auto", timeout: float = 600,
+                 fake: bool = False):
+        self.rank, self.size, local_rank = ranks_of_environment()
+        self.step, self.device = 0, find_device(device, local_rank)
+        if fake and self.size == 1:
+            self.size = max(1, dp) * tp * pp
+        if dist.is_initialized():
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        elif self.size > 1:
+            pretend = fake and "RANK" not in os.environ
+            self.join("fake" if pretend else dist.get_default_backend_for_device(self.device), timeout)
+        self.group = dist.group.WORLD if self.size > 1 else None
+        self.host = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if self.group and not fake else None
+        self.mesh = Mesh(dp, tp, pp, timeout)
+        if self.host is not None:
+            dist.barrier(group=self.host)      # a rank that finds a fault now, and leaves, breaks no other's connecting
+
+    def join(self, backend: str, seconds: float):
+        timeout = timedelta(seconds=seconds)
+        if backend == "fake":
+            from torch.testing._internal.distributed.fake_pg import FakeStore
+            dist.init_process_group("fake", rank=0, world_size=self.size, store=FakeStore())
+            return
+        # torchrun's store outlives its ranks: ranks that start again must not read the addresses of those before them
+        try:
+            store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        except (dist.DistStoreError, dist.DistNetworkError, OSError, ValueError) as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise ValueError(f"MASTER_ADDR:MASTER_PORT must be where all ranks can meet, {place}: "
+                             f"{str(error).splitlines()[0]:.120}") from None
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=self.rank, world_size=self.size,
+                                device_id=None if self.device.type == "cpu" else self.device)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """All-reduce in place over all ranks."""
+        return all_reduce(tensor, self.group)
+
+    def say(self, line: str):
+        """Rank 0 alone prints."""
+        if self.rank == 0:
+            print(line, flush=True)
+
+    def peak_memory(self) -> int:
+        """Most bytes this process has held: the allocator's on an accelerator, resident memory on a CPU."""
+        if self.device.type == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return torch.accelerator.max_memory_allocated(self.device)
+
+    def first(self, work):
+        """Rank 0 alone does work(). Every rank gets its result, or raises its ValueError."""
+        answer = [None, None]
+        if self.rank == 0:
+            try:
+                answer = [work(), None]
+            except ValueError as error:
+                answer = [None, error]
+            except OSError as error:
+                answer = [None, ValueError(f"{error.filename}: {error.strerror}")]
+        if self.host is not None:
+            dist.broadcast_object_list(answer, src=0, group=self.host)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
+
+def is_peer_failure(error: Exception) -> bool:
+    """Whether another rank failed, and not this one: gloo and NCCL raise so when a connection breaks or a message does
+    not come."""
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or bool(re.search(
+        "gloo|NCCL|Connection (closed|reset)|Timed out", str(error))))
+
+
 # ---- the ledger ------------------------------------------------------------------------------------------------------
 
 COLLECTIVES = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter",
-               "alltoall_base_": "all_to_all", "broadcast_": "broadcast", "send": "send", "recv_": "recv"}
-WIRE = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "all_to_all": 1.0}       # x (n-1)/n of the payload
-
-
-def ring_share(n: int) -> float:
-    """What a rank sends of a tensor that n ranks gather, or scatter, in a ring."""
-    return (n - 1) / n
+               "alltoall_base_": "all_to_all", "broadcast_": "broadcast", "recv_": "recv"}             # torch's -> ours
 
 
 class Call(NamedTuple):
@@ -1202,8 +1191,8 @@ class Call(NamedTuple):
     @property
     def wire(self) -> float:
         """Bytes that a rank sends, in a ring: an all-reduce is a reduce-scatter and an all-gather."""
-        factor = WIRE.get(self.collective)
-        return self.bytes * (factor * ring_share(self.n) if factor else self.collective != "recv")
+        part = (self.n - 1) / self.n
+        return self.bytes * {"all_reduce": 2 * part, "send": 1, "recv": 0}.get(self.collective, part)
 
 
 class CommLedger(TorchDispatchMode):
@@ -1224,17 +1213,16 @@ class CommLedger(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def record(self, name, args):
-        schema = COLLECTIVES.get(name, name)
+        """args of every call: tensors (in lists, or not), the group, and of a send or receive the peer."""
         group_place = next(i for i, x in enumerate(args) if isinstance(x, torch.ScriptObject))
-        group = dist.ProcessGroup.unbox(args[group_place])
-        tensors = [x for arg in args[:group_place] for x in (arg if isinstance(arg, list) else [arg])
-                   if isinstance(x, Tensor)]
+        tensors = [x for x in tree_leaves(args[:group_place]) if isinstance(x, Tensor)]
         if not tensors:                                                                                      # a barrier
             return
-        whole = max(tensors, key=lambda x: x.numel())                    # gathered, or to be scattered: all parts
-        peer = args[group_place + 1] if schema in ("send", "recv") else None
-        self.calls.append(Call(self.names.get(group.group_name, group.group_name), self.phase, schema, whole.nbytes,
-                               group.size(), tuple(whole.shape), whole.dtype, peer))
+        group, name = dist.ProcessGroup.unbox(args[group_place]), COLLECTIVES.get(name, name)
+        whole = max(tensors, key=Tensor.numel)                           # gathered, or to be scattered: all parts
+        self.calls.append(Call(self.names.get(group.group_name, group.group_name), self.phase, name, whole.nbytes,
+                               group.size(), tuple(whole.shape), whole.dtype,
+                               args[group_place + 1] if name in ("send", "recv") else None))
 
     def total(self, field: str = "bytes", **where) -> float:
         """Sum of bytes, wire, or calls over the calls with these attributes: total("wire", axis="tp")."""
@@ -1250,110 +1238,70 @@ def start_ranks(run, n: int):
 
     import torch._dynamo  # noqa: F401 (or each rank's first optimizer would)
     if "RANK" in os.environ:
-        return run(int(os.environ["RANK"]), "env://")
+        del os.environ["WORLD_SIZE"]                                         # until the ranks have met, each is alone
+        return run(int(os.environ.pop("RANK")), "env://")
     with tempfile.TemporaryDirectory() as folder:                             # nothing has run here yet: a fork is safe
         torch.multiprocessing.start_processes(run, (f"file://{folder}/store",), n, start_method="fork")
 
 
 def demo():
-    """The claims of this file, measured | predicted | error, asserted: four ranks on this CPU, under half a minute.
-    Starts its own ranks, or is one of four that torchrun started."""
-    class Toy(nn.Module):
-        """Embedding, four residual MLPs, head."""
+    """The claims of this file, measured | predicted | error, asserted, on steps that train.py takes: four ranks on this
+    CPU. Starts its own ranks, or is one of four that torchrun started."""
+    import scaling
+    import train
 
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.embed, self.head = nn.Embedding(64, 16), nn.Linear(16, 64, bias=False)
-            self.layers = nn.ModuleDict({str(i): nn.Sequential(nn.LayerNorm(16), nn.Sequential(
-                nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))) for i in range(4)})
+    flags = """--n-layer 4 --n-head 4 --n-embd 16 --n-ff 32 --vocab-size 64 --seq-len 8 --global-batch-size 4
+    --micro-batch-size 1 --warmup-steps 1 --lr 0.01 --optimizer adamw --device cpu""".split()
 
-        def forward(self, tokens, targets, hidden=None):
-            x = self.embed(tokens) if hidden is None else hidden
-            for layer in self.layers.values():
-                x = x + layer(x)
-            return x if self.head is None else self.head(x, targets)
-
-    def make_stage(s, of, mesh, sequence_parallel):
-        toy = tensor_parallel(Toy().double(), mesh.tp_group, sequence_parallel=sequence_parallel,
-                              plan={"embed": "vocab", "head": "head", "layers.*.1.0": "column", "layers.*.1.2": "row"})
-        for i in range(4):
-            if not s * 4 // of <= i < (s + 1) * 4 // of:
-                del toy.layers[str(i)]
-        toy.embed, toy.head = toy.embed if s == 0 else None, toy.head if s == of - 1 else None
-        return toy
-
-    def train(mesh, order, v=1, sequence_parallel=True):
-        """Two steps -> losses; of the last step the bytes sent by axis, and the formula."""
-        of, m, stages = mesh.pp * v, 4 // mesh.dp, [c * mesh.pp + mesh.pp_rank for c in range(v)]
-        model = DataParallel(nn.ModuleList(make_stage(s, of, mesh, sequence_parallel) for s in stages), mesh.dp_group)
-        optimizer, mine = torch.optim.AdamW(model.parameters(), 0.01), owned(model.parameters(), mesh.world)
-        losses, counts = [], mesh.pp_rank == mesh.pp - 1 and mesh.tp_rank == 0
+    def two_steps(*layout):
+        """-> losses and gradient norms; of the last step the bytes that this rank sends by axis, and scaling.py's."""
+        c = train.parse_config([*flags, *layout])
+        world, losses = train.join(c), []
+        model, mesh = train.Model(c, world, dtype=torch.float64), world.mesh
+        optimizer, m = train.make_optimizer(model, c), 4 // mesh.dp
         for step in range(2):
-            x = torch.randint(64, (4, 9), generator=torch.Generator().manual_seed(step))[mesh.dp_rank * m:][:m]
+            tokens = torch.randint(64, (4, 1, 9), generator=torch.Generator().manual_seed(step))[mesh.dp_rank * m:]
+            batches = iter([{"tokens": x[:, :-1], "targets": x[:, 1:]} for x in tokens])
             with CommLedger(mesh.axes) as ledger:
-                N = all_reduce(torch.tensor(m * 8), mesh.dp_group)
-                nll = run_schedule(order, model.module, [dict(tokens=y[None, :-1], targets=y[None, 1:]) for y in x],
-                                   mesh.pp_groups, seed=1 / N, no_sync=model.no_sync,
-                                   hidden_like=lambda b: torch.empty(1, 8 // (mesh.tp if sequence_parallel else 1), 16,
-                                                                     dtype=torch.float64))
-                model.finish_gradient_synchronization()
-                reduce_partial_gradients(model.parameters())
-                total = torch.zeros(3, dtype=torch.float64)
-                total[0] = sum(y.sum() for y in nll) / N if counts else 0
-                total[1] = squared_norm(p.grad for p in mine)
-                losses.append(all_reduce(total, mesh.world)[:2].tolist())
-            optimizer.step()
-            optimizer.zero_grad()
-        check_replicas(model.parameters(), mesh.world)
-        sent = {axis: ledger.total("wire", axis=axis) for axis in ("dp", "tp", "pp")}
-        return torch.tensor(losses, dtype=torch.float64), sent, formula(mesh, model.module, stages, of, m,
-                                                                        sequence_parallel)
-
-    def formula(mesh, model, stages, of, m, sequence_parallel) -> dict:
-        """Bytes that this rank sends in a step, by axis: the table on the first page, in float64."""
-        first, last, hidden, params = 0 in stages, of - 1 in stages, 8 * (1 * 8 * 16), list(model.parameters())
-        layers = sum(len(x.layers) for x in model)
-        partial = sum(8 * p.numel() for p in params if hasattr(p, "sum_over"))
-
-        dp = 2 * ring_share(mesh.dp) * (sum(8 * p.numel() for p in params) + 8)    # gradients; the number of targets
-        # f, g and their adjoints, and the gathering in backward; of the embedding and the head one collective each way
-        halves = m * ((5 if sequence_parallel else 4) * layers + 2 * first + 2 * last)
-        tp = ring_share(mesh.tp) * (halves * hidden + 2 * (m * last * 3 * 8 * 8 + partial))
-        boundaries = sum((s > 0) + (s < of - 1) for s in stages)
-        pp = m * boundaries * hidden / (mesh.tp if sequence_parallel else 1)
-        total = 2 * ring_share(4) * 3 * 8                 # loss, norm, stop: over all ranks, so on the axis that is all
-        return {"dp": dp + total * (mesh.dp == 4), "tp": tp + total * (mesh.tp == 4), "pp": pp}
+                losses.append(train.train_step(model, optimizer, batches, step, c, world)[:2])
+        check_replicas(model.parameters(), world.host)
+        shape, layout = scaling.shape_of(c.model), train.layout_of(c, mesh.dp)
+        program = scaling.Program(item=8, residual=8, gradient=8)
+        predicted = scaling.bytes_sent(scaling.messages(shape, layout, program, mesh.pp_rank), layout)
+        for axis in ("dp", "tp"):                                     # a group of all ranks goes by its axis' name
+            if getattr(mesh, axis) == mesh.dp * mesh.tp * mesh.pp > 1:
+                predicted[axis] += predicted.pop("world")
+        sent = {axis: ledger.total("wire", axis=axis) for axis in predicted}
+        assert sum(sent.values()) == ledger.total("wire")
+        return torch.tensor(losses, dtype=torch.float64), sent, predicted
 
     def run(r, store):
         torch.set_num_threads(1)
         say = print if r == 0 else (lambda *_: None)
-        alone = train(Mesh(), one_f_one_b(1, 4))[0]                                    # the run that all others must be
+        alone, _, _ = two_steps()                                                      # the run that all others must be
         dist.init_process_group("gloo", init_method=store, rank=r, world_size=4)
         mesh = Mesh(1, 2, 2)
         say("ranks of a mesh pp 2 x dp 1 x tp 2, as (pp, dp, tp):  ", *(f"{x}: {mesh.place(x)}" for x in range(4)))
-        say("\n4 layers, 4 micro-batches, float64, two steps; bytes that rank 0 sends in a step\n"
-            f"dp tp pp  {'':<24}largest error       measured | predicted | error")
-        for degrees, name, order, v, sp in (
-                ((4, 1, 1), "", one_f_one_b(1, 1), 1, True), ((2, 2, 1), "", one_f_one_b(1, 2), 1, True),
-                ((1, 4, 1), "no sequence parallelism", one_f_one_b(1, 4), 1, False),
-                ((2, 1, 2), "interleaved", interleaved(2, 2), 2, True), ((1, 2, 2), "zb", zero_bubble(2, 4), 1, True)):
-            losses, sent, predicted = train(Mesh(*degrees), order, v, sp)
+        say("\n4 layers, a batch of 4 windows, float64, two steps; bytes that rank 0 sends in a step\n"
+            f"{'':<44}largest error   measured | predicted | error")
+        for layout in ("--dp 4", "--dp 2 --tp 2", "--tp 4 --no-sequence-parallel",
+                       "--tp 2 --pp 2 --pp-schedule interleaved", "--dp 2 --pp 2 --pp-schedule zb"):
+            losses, sent, predicted = two_steps(*layout.split())
             error = (losses - alone).abs().max().item()
-            assert error < 1e-10 and sent == predicted, (degrees, name, sent, predicted)
+            assert error < 1e-10 and sent == predicted, (layout, error, sent, predicted)
             shown = [f"{axis} {sent[axis]:,.0f} | {predicted[axis]:,.0f} | {sent[axis] - predicted[axis]:g}"
-                     for axis in sent if predicted[axis]]
-            say(f" {'  '.join(map(str, degrees))}  {name:<24}{error:<21.0e}{'   '.join(shown)}")
+                     for axis in sent]
+            say(f"{layout:<44}{error:<16.0e}{'   '.join(shown)}")
 
         say("\nbubble / ideal time, stored micro-batches; simulated | formula; 4 stages, 8 micro-batches, F = B = W")
-        for name, schedule, predicted, v, kept in (
+        for name, schedule, predicted, v, expected in (
                 ("gpipe", gpipe(4, 8), 3 / 8, 1, 8), ("1f1b", one_f_one_b(4, 8), 3 / 8, 1, 4),
                 ("interleaved, v = 2", interleaved(4, 8, 2), 3 / 16, 2, 4 * (1 + 3 / 8)),
                 ("zero bubble (ZB-H1)", zero_bubble(4, 8), 3 / 8 / 3, 1, 4)):
             timeline = simulate(schedule)
             waste, stored = timeline.bubble / (1 - timeline.bubble), max(timeline.stored) / v
-            say(f"{name:<22} {waste:.4f} | {predicted:.4f}   stored {stored:g} | {kept:g}\n{draw(timeline)}\n")
-            assert abs(waste - predicted) < 1e-12 and stored == kept
+            say(f"{name:<22} {waste:.4f} | {predicted:.4f}   stored {stored:g} | {expected:g}\n{draw(timeline)}\n")
+            assert abs(waste - predicted) < 1e-12 and stored == expected
         # Qi et al. 2023, tables 5 and 9: profiled milliseconds of the 1.5 B model, 8 stages, 24 micro-batches
         for name, schedule, published in (("1f1b", one_f_one_b, 0.2431), ("zero bubble", zero_bubble, 0.1585)):
             bubble = simulate(schedule(8, 24), 18.522, 18.086, 9.337, 0.601).bubble

@@ -52,7 +52,7 @@ step the pieces go to the owner, it computes the update, and each rank gets its 
     -        shard.flat = (lo, hi)       which elements of the (local) parameter a shard is, row by row
 
 Map: formulas - the three stages on the board - Bucket - GradientShards (what the stages share) - ShardedOptimizer (1,
-2) - FullyShard (3) - Muon - the global norm - what is in memory - demo. Not here: offloading, sharded activations.
+2) - FullyShard (3) - Muon - the global norm - demo. Not here: offloading, sharded activations.
 
 run: python zero.py        (starts its own ranks)
 """
@@ -69,7 +69,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 # ---- the formulas ----------------------------------------------------------------------------------------------------
@@ -387,24 +386,25 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
         norm = clip_grad_norm_(optimizer.shards.values(), 1.0, group)
         optimizer.step(); optimizer.zero_grad()
 
-    params: parameters or parameter groups, as for any optimizer; frozen ones are left alone for good. All come from the
-    group's rank 0 (None: this process is alone, whatever others there are) and become views of flat rows. order: the
-    parameters in the order of their use, if params is another (gradients come in the reverse; a bucket leaves when its
-    last one has come). optimizer_cls: any callable (params, **kwargs) -> an elementwise optimizer; kwargs are its own.
-    reduce: "sum" | "mean" over the group. bucket_mb: MB (1e6 bytes) of gradients a bucket.
+    params          parameters or parameter groups, as for any optimizer. They take the values of the group's rank 0 and
+                    become views of flat rows. Frozen ones are left alone for good
+    optimizer_cls   any callable (params, **kwargs) -> an elementwise optimizer; kwargs are its own
+    group           None: this process is alone, whatever others there are
+    stage           1: gradients are added up within no_sync(), and sent during the last micro-batch's backward
+                    2: every micro-batch's are sent during its backward, and freed. no_sync() does nothing
+    reduce          "sum" | "mean" over the group
+    bucket_mb       MB (1e6 bytes) of gradients per bucket
+    order           the parameters in the order of their use, if params is another: gradients come in the reverse
 
-    stage 1   gradients are added up within no_sync(), and sent during the last micro-batch's backward
-    stage 2   every micro-batch's are sent during its backward, and freed: no rank ever holds all (no_sync does nothing)
-
-    param_groups, state and state_dict() are those of the optimizer inside: of this rank's shards, which carry the
-    parameters' attributes and flat. (By these data.py's checkpoints write and read them, on any number of ranks.)
-    The module's own p.grad is None after finish_gradient_synchronization(): clear and clip what the optimizer has. All
-    ranks give up a batch together: optimizer.zero_grad(). torch.amp.GradScaler would see one rank's inf alone.
-    An optimizer that is not elementwise would compute something else from a part of a tensor (but Muon, below, asks the
-    other ranks). Four of torch's are known and refused; of others, and of one that clips by the norm of what it has,
-    nobody will know.
+    - param_groups, state and state_dict() are those of the optimizer inside: of this rank's shards, which carry the
+      parameters' attributes and flat. By these data.py's checkpoints write and read them, on any number of ranks.
+    - The module's own p.grad is None after finish_gradient_synchronization(): clear and clip what the optimizer has.
+      torch.amp.GradScaler would see one rank's inf alone.
+    - All ranks give up a batch together: optimizer.zero_grad().
+    - An optimizer that is not elementwise would compute something else from a part of a tensor. (Muon, below, asks the
+      other ranks.) Four of torch's are known and refused. Others cannot be told, nor one that clips by its own norm.
     Raises ValueError for these four, a group without this rank, parameters that are sharded; RuntimeError for step()
-    before finish_gradient_synchronization(), sparse gradients, a frozen parameter that is no longer.
+    before finish_gradient_synchronization(), sparse gradients, a parameter that was frozen, or not there, before.
     """
 
     def __init__(self, params, optimizer_cls, *, group=None, stage: int = 1, reduce: str = "sum", bucket_mb: float = 10,
@@ -414,7 +414,7 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
         if not bucket_mb > 0:
             raise ValueError(f"bucket_mb must be above 0, got {bucket_mb}")
         super().__init__(params, kwargs)
-        whole = [p for group in self.param_groups for p in group["params"]]
+        whole = [p for options in self.param_groups for p in options["params"]]
         if (cls := getattr(optimizer_cls, "func", optimizer_cls)) in NOT_ELEMENTWISE:
             raise ValueError(f"optimizer_cls must update each element by itself to be sharded, {cls.__name__} does not")
         order = whole if order is None else list(order)
@@ -447,24 +447,18 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
         finally:
             self.synchronize = before
 
-    def step(self, closure=None):
+    def step(self):
         """Each rank updates its shard, then all gather the parameters."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-            self.finish_gradient_synchronization()
         if self.arrivals:
             raise RuntimeError("gradients must be summed before the update: call finish_gradient_synchronization() "
                                "between backward and step()")
         for p in itertools.chain(*(options["params"] for options in self.param_groups)):
             if p.requires_grad and not getattr(p, "sharded", False):
-                raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} must stay frozen, as it was at "
-                                   "construction, it is not")
+                raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} must be given at construction, and not "
+                                   "frozen then, to be updated")
         self.inner.step()
         for bucket in self.buckets if size(self.group) > 1 else ():
             dist.all_gather_single(bucket.weights, bucket.own(bucket.weights), group=self.group)
-        return loss
 
     def state_dict(self) -> dict:
         return self.inner.state_dict()
@@ -473,11 +467,6 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
         self.inner.load_state_dict(state_dict)
         self.show_inner()
 
-    def add_param_group(self, param_group: dict):
-        if hasattr(self, "inner"):
-            raise ValueError("params must all be given at construction, add_param_group() got more")
-        super().add_param_group(param_group)
-
 
 # ---- stage 3 ---------------------------------------------------------------------------------------------------------
 
@@ -485,7 +474,8 @@ class Unit(Bucket):
     """The parameters of a block: at rest a shard of each; all of them while a forward or a backward runs there.
 
     The whole ones are views of a row whose memory goes and comes: autograd, which keeps some for backward, finds them
-    filled again by then, and holds no memory meanwhile."""
+    filled again by then, and holds no memory meanwhile. A visit is one forward of a block, and later its backward;
+    holders are the visits that need the row now: a block may be used twice, a parameter by two blocks."""
 
     def __init__(self, params, places, group, compute_dtype, reduce_dtype, init):
         super().__init__(params, group)
@@ -534,7 +524,7 @@ class Unit(Bucket):
         self.swap({p: p for p in self.params})
 
     def free(self, visit=None):
-        """visit needs it no longer; by default, nobody does."""
+        """visit needs the row no longer; by default, no visit does."""
         self.holders = self.holders - {visit} if visit else set()
         if self.whole and not self.holders:
             self.arrive()
@@ -573,26 +563,26 @@ class FullyShard(GradientShards, nn.Module):
         before_backward   this block, again   the block before
         after_backward                                             this block             its gradients, as they come
 
-    Blocks are gathered in compute_dtype, gradients are sent in reduce_dtype and added up in shards. The optimizer
-    updates the shards: there is nothing to gather until the next forward.
+    group           None: this process is alone
+    blocks          modules to gather as one (default: the members of each ModuleList and ModuleDict). Any other module
+                    with parameters of its own, an embedding or a head, is one by itself. In a block within a block each
+                    parameter belongs to the inner one. A parameter that two blocks share is gathered for either
+    compute_dtype   of the gathered parameters, and of the float inputs of forward() (default: the parameters' own)
+    reduce_dtype    of gradients on the wire (default: the parameters' own). They are added up in shards
+    reduce          "sum" | "mean" over the group
+    init            called for each parameter on the meta device, gives its values, the same on every rank: no rank ever
+                    holds the whole model. Real parameters, and buffers, become those of the group's rank 0
 
-    blocks: modules to gather as one (default: the members of each ModuleList and ModuleDict). Any other module with
-    parameters of its own, an embedding or a head, is one by itself; in a block within a block each parameter belongs to
-    the inner one. A parameter that two blocks share is gathered for either. At rest modules hold the shards (1-d, with
-    the parameters' attributes and flat), so parameters() and an optimizer see these; with recomputation inside a block
-    there is one gather in forward and one in backward.
-
-    init: called for each parameter on the meta device, gives its values, the same on every rank: no rank ever holds
-    the whole model. Real parameters, and buffers, become those of the group's rank 0. compute_dtype: of the gathered
-    parameters, and of the float inputs of forward(); reduce_dtype: of gradients on the wire; both default to the
-    parameters' own. reduce: "sum" | "mean".
-
-    What it asks of a module: the next block is the next one defined (in another order results are the same, but a
-    block too many may be in memory); parameters are used in the forward of the block, or module, that holds them; all
-    ranks run the same blocks in the same order; every tensor that carries a gradient out of
-    a block is in its return value (in tuples, lists, dicts, dataclasses), and not changed in place by others; no second
-    derivatives; requires_grad stays what it was. A batch is given up, by all ranks, with model.zero_grad(). group: None
-    is this process alone.
+    - At rest modules hold the shards (1-d, with the parameters' attributes and flat), so parameters() and an optimizer
+      see these. The optimizer updates them: there is nothing to gather until the next forward.
+    - With recomputation inside a block there is one gather in forward and one in backward.
+    - A batch is given up, by all ranks, with model.zero_grad().
+    What it asks of a module:
+    - Parameters are used in the forward of the block, or module, that holds them. requires_grad stays what it was.
+    - All ranks run the same blocks in the same order. The next block is the next one defined; in another order results
+      are the same, but a block too many may be in memory.
+    - Every tensor that carries a gradient out of a block is in its return value (in tuples, lists, dicts, dataclasses),
+      and not changed in place by others. No second derivatives.
     Raises ValueError for a block that is not in the module, a group without this rank, sharded parameters, meta ones
     without init; RuntimeError for a requires_grad that has changed; TypeError for a deepcopy: use
     dict(model.full_parameters()).
@@ -684,14 +674,14 @@ class FullyShard(GradientShards, nn.Module):
             inputs = Leave.apply(done, *(leaves[i] for i in differentiable))
             for i, x in zip(differentiable, inputs, strict=True):
                 leaves[i] = x
-        self.visits.append((visit, bool(differentiable)))
+        self.visits.append((visit, bool(differentiable)))                       # a stack: a block may lie in a block
         return tree_unflatten(leaves, spec)
 
     def after_forward(self, place, module, args, out):
         """After it. Its outputs' gradients tell when its backward begins."""
-        visit, leaves = self.visits.pop()
+        visit, has_leave = self.visits.pop()
         self.release(place, visit)
-        before_backward = functools.partial(self.before_backward, place, visit, leaves)
+        before_backward = functools.partial(self.before_backward, place, visit, has_leave)
         rows = {unit.row.untyped_storage()._cdata for unit in self.units}
         for x in tree_leaves(vars(out) if is_dataclass(out) else out):
             if isinstance(x, Tensor) and x.untyped_storage()._cdata in rows:
@@ -700,10 +690,10 @@ class FullyShard(GradientShards, nn.Module):
             if isinstance(x, Tensor) and x.requires_grad:
                 x.register_hook(before_backward)
 
-    def before_backward(self, place, visit, leaves, _):
+    def before_backward(self, place, visit, has_leave, _):
         """A gradient has come to its output."""
         self.gather_for(place, visit, place - 1)
-        if not leaves:                                          # an embedding: no gradient leaves it when it is through
+        if not has_leave:                                       # an embedding: no gradient leaves it when it is through
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(functools.partial(self.after_backward, place, visit))
 
@@ -711,13 +701,13 @@ class FullyShard(GradientShards, nn.Module):
         """A gradient has left its inputs (Leave)."""
         self.release(place, visit)
 
-    def gather_for(self, place, visit, then):
+    def gather_for(self, place, visit, next_place):
         units = self.needs[self.order[place]]
         again = any(unit.holders for unit in units)                          # a forward that a backward repeats
         for unit in units:
             unit.hold(visit)
         if not again:
-            self.prefetch(then)
+            self.prefetch(next_place)
 
     def release(self, place, visit):
         for unit in self.needs[self.order[place]]:
@@ -921,10 +911,11 @@ class Muon(torch.optim.Optimizer):
         if size(group) > 1:
             everyone = [None] * size(group)
             dist.all_gather_object(everyone, list(self.pieces.values()), group=group)
-        self.owners, *plan = plan_exchange(everyone)
+        self.owners, to_owner, to_holders = plan_exchange(everyone)
         # several ranks exchange all matrices at once; one alone takes a matrix at a time, and holds no more than its U
         rounds = [set(self.owners)] if size(group) > 1 else [{name} for name in self.owners]
-        self.rounds = [[[x for x in routes if x[0].name in names] for routes in plan] for names in rounds]
+        self.rounds = [[[x for x in routes if x[0].name in names] for routes in (to_owner, to_holders)]
+                       for names in rounds]
 
     def matrix_groups(self) -> list[dict]:
         return [x for x in self.param_groups if x.get("muon")]
@@ -970,53 +961,14 @@ def clip_grad_norm_(shards, max_norm: float, group=None) -> float:
     grads = [p.grad for p in shards if p.grad is not None]
     device = torch.accelerator.current_accelerator() if group is not None and "nccl" in group.name() else "cpu"
     square = torch.zeros((), dtype=torch.float64, device=shards[0].device if shards else device)
-    for part in itertools.chain(*(g.flatten().split(2**20) for g in grads)):             # no copy of a shard in float64
-        square += part.abs().double().square().sum()
+    for g in grads:                                                                      # no copy of a shard in float64
+        square += torch.linalg.vector_norm(g, dtype=torch.float64).square()
     if size(group) > 1:
         dist.all_reduce(square, group=group)
     norm = square.sqrt().item()
     if max_norm < norm < float("inf"):
         torch._foreach_mul_(grads, max_norm / norm)
     return norm
-
-
-# ---- what is in memory -----------------------------------------------------------------------------------------------
-
-def holdings(sync: GradientShards, optimizer) -> dict:
-    """The tensors of model states that are there now: {"parameters", "gathered": rows of stage 3, "gradients": shards
-    (at stage 1 whole ones too), "buckets": gradients on their way, "arriving": just made by autograd, "states"}."""
-    stage1, stage3 = getattr(sync, "stage", 3) == 1, hasattr(sync, "units")
-    buckets = sync.units if stage3 else sync.buckets
-    rows = [row for bucket in buckets for row in (bucket.grads, bucket.sending)]
-    parts = {"parameters": [bucket.weights for bucket in buckets],
-             "gathered": [unit.row for unit in buckets if stage3],
-             "gradients": [bucket.total for bucket in buckets] + [shard.grad for shard in sync.shards.values()]
-             + rows * stage1,
-             "buckets": [x for bucket in buckets for x in (bucket.received, bucket.out)] + rows * (not stage1),
-             "arriving": [p.grad for p in sync.bucket_of],
-             "states": [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]}
-    return {kind: [x for x in tensors if x is not None] for kind, tensors in parts.items()}
-
-
-class MemoryLedger(TorchDispatchMode):
-    """Inside, after every operation of this thread, in backward and hooks too, the bytes of tensors' storages are added
-    up: peak has the most of each kind, and of all together. holdings: () -> {kind: tensors}; a storage counts once, for
-    the first kind that has it."""
-
-    def __init__(self, holdings):
-        super().__init__()
-        self.holdings, self.peak = holdings, defaultdict(int)
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        seen, total = set(), 0
-        for kind, tensors in self.holdings().items():
-            sizes = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}
-            new_bytes = sum(n for key, n in sizes.items() if key not in seen)
-            seen |= sizes.keys()
-            self.peak[kind], total = max(self.peak[kind], new_bytes), total + new_bytes
-        self.peak["total"] = max(self.peak["total"], total)
-        return out
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------------
@@ -1031,31 +983,13 @@ def demo():
                  (128e9, 1, 1024): 513, (128e9, 2, 256): 263, (128e9, 3, 64): 32, (1e12, 1, 64): 4187,
                  (1e12, 2, 1024): 2013, (1e12, 3, 1024): 15.6}
 
-    class Toy(nn.Module):
-        """Embedding, four residual MLPs, head: ten matrices of 1,024 parameters."""
-
-        def __init__(self):
-            super().__init__()
-            generator = torch.Generator().manual_seed(0)
-            self.embed = nn.Embedding(64, 16)
-            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 64, bias=False), nn.GELU(),
-                                                      nn.Linear(64, 16, bias=False)) for _ in range(4))
-            self.head = nn.Linear(16, 64, bias=False)                                   # in the order of their use
-            for p in self.parameters():
-                p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64) * 0.3
-
-        def forward(self, tokens, targets):
-            x = self.embed(tokens)
-            for layer in self.layers:
-                x = x + layer(x)
-            return nn.functional.cross_entropy(self.head(x).flatten(0, 1), targets.flatten(), reduction="sum")
-
     def train(stage, group, muon=False):
-        """Two steps of two micro-batches on each of four ranks -> weights, peak bytes, bytes sent in the last, and
-        those of Muon, if it updates the matrices in the layers."""
-        toy, r, n = Toy(), rank(group), size(group)
-        sync = parallel.DataParallel(toy, group) if stage == 0 else FullyShard(toy, group) if stage == 3 else None
-        rule, params = functools.partial(torch.optim.AdamW, lr=0.01), list((sync or toy).parameters())
+        """Two steps of two micro-batches on each of four ranks -> weights, bytes that a rank keeps at most, bytes sent
+        in the last step, and those of Muon, if it updates the eight layers in the middle."""
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(10))).double()     # 10 x 1,024 parameters
+        sync = parallel.DataParallel(model, group) if stage == 0 else FullyShard(model, group) if stage == 3 else None
+        rule, params = functools.partial(torch.optim.AdamW, lr=0.01), list((sync or model).parameters())
         if muon:
             params = [{"params": params[1:-1], "muon": True}, {"params": [params[0], params[-1]]}]
             rule = functools.partial(Muon, rest=rule, group=group)
@@ -1063,65 +997,64 @@ def demo():
             sync = optimizer = ShardedOptimizer(params, rule, group=group, stage=stage, bucket_mb=8 * 1024 / 1e6)
         else:
             optimizer = rule(params)
+        most = {"parameters": 0, "gradients": 0, "states": 0}
 
-        def there():
-            tensors = holdings(sync, optimizer) if stage else {
-                "parameters": list(toy.parameters()),
-                "states": [x for state in optimizer.state.values() for x in state.values()],
-                "gradients": [x for x in (*(p.grad for p in toy.parameters()), *(b.flat for b in sync.buckets))
-                              if x is not None]}
-            return tensors | {"states": [x for x in tensors["states"] if x.ndim]}
+        def weigh():
+            """What is kept between two micro-batches, and after the last. (At its peak a rank also has buffers.)"""
+            updated = [p for options in optimizer.param_groups for p in options["params"]]
+            kinds = {"parameters": updated if stage == 3 else model.parameters(),
+                     "gradients": [p.grad for p in (*updated, *model.parameters())]
+                     + [getattr(x, name) for x in sync.buckets for name in (("grads", "total") if stage else ["flat"])],
+                     "states": [x for state in optimizer.state.values() for x in state.values() if x.ndim]}
+            for kind, tensors in kinds.items():
+                storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors if x is not None}
+                most[kind] = max(most[kind], sum(x.nbytes() for x in storages.values()))
 
-        memory = MemoryLedger(there)
         for step in range(2):
-            with parallel.CommLedger({"dp": group}) as wire, memory if group else contextlib.nullcontext():
-                for i in range(r, 8, n):
-                    batch = torch.randint(64, (2, 2, 6), generator=torch.Generator().manual_seed(8 * step + i))
-                    with sync.no_sync() if stage < 2 and i + n < 8 else contextlib.nullcontext():
-                        toy(*batch).backward()
+            with parallel.CommLedger({"dp": group}) as wire:
+                for i in range(rank(group), 8, size(group)):
+                    x = torch.randn(4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(8 * step + i))
+                    with sync.no_sync() if stage < 2 and i + size(group) < 8 else contextlib.nullcontext():
+                        model(x).square().sum().backward()
+                    weigh()
                 sync.finish_gradient_synchronization()
+                weigh()
                 optimizer.step()
             optimizer.zero_grad()
-        weights = dict(sync.full_parameters() if stage == 3 else toy.named_parameters())
+        weights = dict(sync.full_parameters() if stage == 3 else model.named_parameters())
         sent, own = (sum(x.wire for x in wire.calls if x.dtype == torch.float64 and (x.collective == "send") == to_one)
                      for to_one in (False, True))
-        return weights, memory.peak, sent, own
+        return weights, most, sent, own
 
     def run(r, store):
         torch.set_num_threads(1)
         say = print if r == 0 else (lambda *_: None)
-        alone = train(0, None)[0]                                                   # the run that all others must be
+        alone, muon_alone = (train(0, None, muon)[0] for muon in (False, True))     # the runs that all others must be
         dist.init_process_group("gloo", init_method=store, rank=r, world_size=4)
         psi, n, m = 10 * 1024, 4, 2
-        say(f"{psi:,} parameters, 4 ranks, {m} micro-batches, float64 (8 + 8 + 16 bytes a parameter); bytes of a rank: "
-            "measured | formula | error\nstage  " + "".join(f"{x:<25}" for x in (
-                "parameters", "gradients", "states", "buffers", "sent")) + "off AdamW by")
+        say(f"{psi:,} parameters, 4 ranks, {m} micro-batches, float64 (8 + 8 + 16 bytes per parameter)\n"
+            "bytes of a rank: measured | formula | error\nstage  " + "".join(f"{x:<27}" for x in (
+                "parameters", "gradients", "states", "sent")) + "off AdamW by")
         for stage in range(4):
-            weights, peak, sent, _ = train(stage, dist.group.WORLD)
+            weights, most, sent, _ = train(stage, dist.group.WORLD)
             formula = memory_per_rank(psi, stage, n, param_bytes=8, grad_bytes=8, state_bytes=16)
-            formula["gradients"] *= 1 + (stage == 0)              # the bucket, beside gradients that are being added up
-            # a bucket (1, 2: a matrix; 3: a layer, of two) that is received, and a slice of the sum; 2, 3: and those
-            # that fill and are sent; 3: and two layers gathered, this one and the next
-            buffers = 8 * 1024 * (0, 1 + 1 / n, 3 + 1 / n, 2 * (3 + 1 / n + 2))[stage]
-            volume = 8 * sum(comm_volume(psi, stage, n, m).values())
-            row = [(peak[kind], formula[kind]) for kind in ("parameters", "gradients", "states")]
-            row += [(peak["buckets"] + peak["gathered"], buffers), (sent, volume)]
+            formula["gradients"] *= 1 + (stage == 0)         # DataParallel's buckets, and gradients that are added up
+            row = [(most[kind], formula[kind]) for kind in most]
+            row.append((sent, 8 * sum(comm_volume(psi, stage, n, m).values())))
             error = max((weights[name] - p).abs().max().item() for name, p in alone.items())
-            say(f"{stage:<7}" + "".join(f"{f'{a:,.0f} | {b:,.0f} | {a - b:,.0f}':<25}" for a, b in row)
+            say(f"{stage:<7}" + "".join(f"{f'{a:,.0f} | {b:,.0f} | {a - b:,.0f}':<27}" for a, b in row)
                 + f"{error:.0e}")
             assert error < 1e-12 and all(a == b for a, b in row), (stage, row)
 
-        alone = train(0, None, muon=True)[0]
-        say("\nMuon on the layers' eight matrices of 1,024; bytes that it sends of a rank: measured | formula; off one "
+        say("\nMuon on the eight matrices in the middle; bytes that it sends of a rank: measured | formula; off one "
             "process by")
         for stage in range(4):
             weights, _, _, sent = train(stage, dist.group.WORLD, muon=True)
-            # stage 0: the owner sends n - 1 copies; 1, 2: n parts come and go; 3: a layer's two matrices lie on two
-            # ranks each
-            formula = 8 * 8 * 1024 / n * {0: n - 1, 3: 2 * (1 - 1 / 2)}.get(stage, 2 * (n - 1) / n)
-            error = max((weights[name] - p).abs().max().item() for name, p in alone.items())
-            say(f"{stage:<7}{f'{sent:,.0f} | {formula:,.0f}':<25}{error:.0e}")
-            assert error < 1e-12 and sent == formula, stage
+            # stage 0: the owner sends n - 1 copies; else n - 1 parts come to it, and go back
+            formula = 8 * 8 * 1024 / n * (n - 1 if stage == 0 else 2 * (n - 1) / n)
+            error = max((weights[name] - p).abs().max().item() for name, p in muon_alone.items())
+            say(f"{stage:<7}{f'{sent:,.0f} | {formula:,.0f}':<27}{error:.0e}")
+            assert error < 1e-12 and sent == formula, (stage, sent, formula, error)
 
         say("\nmodel states of the paper (Table 1), 2 + 2 + 12 bytes a parameter, GB a rank: formula | published")
         for (params, stage, dp), gb in published.items():

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +45,7 @@ TINY = """--n-layer 4 --n-head 4 --n-embd 32 --n-ff 64 --seq-len 32 --vocab-size
 --optimizer adamw --schedule cosine --min-lr-ratio 0.1 --weight-decay 0.1 --device cpu""".split()
 STEPS = 3
 CALM = "--lr", "0.002"
+SHALLOW = "--n-layer", "2"
 MODELS = {
     "llama": ["--n-kv-head", "2"],
     "llama tied": ["--tie-embeddings", "--qk-norm"],
@@ -208,8 +210,10 @@ def every_day(pp, flags) -> str:
                                                              or model != every_day(*layout[3:])))
     for model, layout in itertools.product(MODELS, LAYOUTS + BY_HAND)])
 def test_any_layout_is_the_same_run(corpus, run_ranks, ranks, dp, tp, pp, flags, model):
-    losses, weights, evaluation = one_process(corpus, model)
-    answers = run_ranks(trained, ranks, in_ranks(corpus, model, f"--dp {dp} --tp {tp} --pp {pp} {flags}"), STEPS)
+    layers = SHALLOW if pp == 1 else ()                                          # four stages have a layer each
+    losses, weights, evaluation = one_process(corpus, model, torch.float64, *layers)
+    argv = in_ranks(corpus, model, f"--dp {dp} --tp {tp} --pp {pp} {flags}", *layers)
+    answers = run_ranks(trained, ranks, argv, STEPS)
     for ours, pieces, our_evaluation, _ in answers:
         PARITY.setdefault((dp, tp, pp, flags), []).append(differences(ours, pieces, losses, weights))
         assert max(PARITY[dp, tp, pp, flags][-1]) < 1e-10
@@ -219,8 +223,8 @@ def test_any_layout_is_the_same_run(corpus, run_ranks, ranks, dp, tp, pp, flags,
 
 
 def test_eight_ranks(corpus, run_ranks):
-    losses, weights, _ = one_process(corpus, "llama")
-    answers = run_ranks(trained, 8, in_ranks(corpus, "llama", "--dp 2 --tp 2 --pp 2"), STEPS)
+    losses, weights, _ = one_process(corpus, "llama", torch.float64, *SHALLOW)
+    answers = run_ranks(trained, 8, in_ranks(corpus, "llama", "--dp 2 --tp 2 --pp 2", *SHALLOW), STEPS)
     PARITY[2, 2, 2, ""] = [differences(ours, pieces, losses, weights) for ours, pieces, _, _ in answers]
     assert max(map(max, PARITY[2, 2, 2, ""])) < 1e-10
     check_calls([books for *_, books in answers])
@@ -252,13 +256,15 @@ def test_the_table_of_layouts_is_written_and_in_the_readme(run_ranks):
         assert line.rsplit("|", 4)[0] in results                                    # the layouts; figures vary a little
 
 
-def test_a_step_is_plain_autograd(corpus, run_ranks):
-    """Of six windows: 1/N has no end in binary, which must be as exact as all else."""
-    argv = [*TINY, *MODELS["llama"], "--data", str(corpus), "--global-batch-size", "6"]
+def test_a_step_is_plain_autograd(short_documents, run_ranks):
+    """Of six windows with different numbers of targets, also on two ranks together: a mean of means is not the mean."""
+    argv = [*TINY, *MODELS["llama"], *SHALLOW, "--data", str(short_documents), "--global-batch-size", "6"]
     c = train.parse_config(argv)
     gpt = train.make_stage(c, torch.device("cpu"), dtype=torch.float64)
     batch = next(data.Loader(c.data, micro_batch_size=6, seq_len=c.seq_len, seed=c.seed))
-    loss = gpt(**train.to_device(batch, c, torch.device("cpu")))[0] / (batch["targets"] >= 0).sum()
+    counts = (batch["targets"] >= 0).sum(1)
+    assert counts[0::2].sum() != counts[1::2].sum() and counts[:3].sum() != counts[3:].sum()
+    loss = gpt(**train.to_device(batch, c, torch.device("cpu")))[0] / counts.sum()
     norm = torch.cat([x.flatten() for x in torch.autograd.grad(loss, list(gpt.parameters()))]).norm()
     for ranks, flags in ((1, []), (2, ["--dp", "2"]), (2, ["--tp", "2"]), (2, ["--pp", "2"])):
         for ours, *_ in run_ranks(trained, ranks, [*argv, *flags], 1):
@@ -269,36 +275,41 @@ def test_a_step_is_plain_autograd(corpus, run_ranks):
     "--pp 4 --pp-schedule zb", "--pp 2 --pp-schedule interleaved --pp-chunks 3",
     pytest.param("--pp 2", marks=pytest.mark.slow), pytest.param("--pp 2 --tp 2", marks=pytest.mark.slow)])
 def test_uneven_layers(corpus, run_ranks, flags):
-    layers = ["--n-layer", "7"]
+    layers = "--n-layer", "5" if "--pp 4" in flags else "7"
     losses, weights, _ = one_process(corpus, "llama tied", torch.float64, *layers)
     argv = in_ranks(corpus, "llama tied", flags, *layers)
     for ours, pieces, _, _ in run_ranks(trained, 4 if "4" in flags or "tp" in flags else 2, argv, STEPS):
         assert max(differences(ours, pieces, losses, weights)) < 1e-10
 
 
-@pytest.mark.parametrize("ranks, flags", [(2, "--dp 2"), (4, "--pp 2 --tp 2"), (2, "--tp 2 --no-sequence-parallel"),
-                                          (2, "--pp 2 --pp-schedule zb")])
+@pytest.mark.parametrize("ranks, flags", [
+    (2, "--dp 2"), (4, "--pp 2 --tp 2"), pytest.param(2, "--tp 2 --no-sequence-parallel", marks=pytest.mark.slow),
+    pytest.param(2, "--pp 2 --pp-schedule zb", marks=pytest.mark.slow)])
 def test_float32_is_as_near_as_one_process(corpus, run_ranks, ranks, flags):
     """One process in float32 is off the float64 run by its rounding, which depends on how it splits its sums: the worst
     of four splits into micro-batches is the measure, and a layout may be off by twice as much. (At a learning rate that
     does not make small differences large: then the measure would allow anything.)"""
-    losses, weights, _ = one_process(corpus, "llama", torch.float64, *CALM)
-    splits = [one_process(corpus, "llama", torch.float32, *CALM, "--micro-batch-size", str(k)) for k in (1, 2, 4, 8)]
+    flags_of_all = *CALM, *SHALLOW
+    losses, weights, _ = one_process(corpus, "llama", torch.float64, *flags_of_all)
+    splits = [one_process(corpus, "llama", torch.float32, *flags_of_all, "--micro-batch-size", str(k))
+              for k in (1, 2, 4, 8)]
     off = [differences(x, [(name, tuple((0, k, k) for k in w.shape), None, w) for name, w in ws.items()], losses,
                        weights) for x, ws, _ in splits]
     bounds = [2 * max(x) for x in zip(*off, strict=True)]
-    argv = in_ranks(corpus, "llama", flags, *CALM)
+    argv = in_ranks(corpus, "llama", flags, *flags_of_all)
     for ours, pieces, _, _ in run_ranks(trained, ranks, argv, STEPS, torch.float32):
         for error, bound in zip(differences(ours, pieces, losses, weights), bounds, strict=True):
             assert error < bound < 2e-6                                      # 16 eps of losses, norms, weights up to 1
 
 
-@pytest.mark.parametrize("flags", ["--tp 2 --pp 2 --pp-schedule zb", "--tp 2 --pp 2 --no-sequence-parallel",
-                                   "--dp 2 --tp 2", "--dp 4 --zero 1", "--dp 4 --zero 3"])
+@pytest.mark.parametrize("flags", [
+    "--tp 2 --pp 2 --pp-schedule zb", "--dp 4 --zero 3",
+    pytest.param("--tp 2 --pp 2 --no-sequence-parallel", marks=pytest.mark.slow),
+    pytest.param("--dp 2 --tp 2", marks=pytest.mark.slow), pytest.param("--dp 4 --zero 1", marks=pytest.mark.slow)])
 def test_bf16_is_near_float32_and_its_calls_are_the_formula(corpus, run_ranks, flags):
     """As for one process: half an ulp of bfloat16, relative."""
-    losses, _, _ = one_process(corpus, "llama", torch.float32)
-    answers = run_ranks(trained, 4, in_ranks(corpus, "llama", flags, "--precision", "bf16"), STEPS, None)
+    losses, _, _ = one_process(corpus, "llama", torch.float32, *SHALLOW)
+    answers = run_ranks(trained, 4, in_ranks(corpus, "llama", flags, *SHALLOW, "--precision", "bf16"), STEPS, None)
     for ours, *_ in answers:
         for (loss, _), (plain, _) in zip(ours, losses, strict=True):
             assert loss != plain and abs(loss - plain) < 2**-8 * plain
@@ -318,18 +329,16 @@ def test_a_run_goes_on_in_another_layout(corpus, tmp_path, run_ranks):
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         return [x["loss"] for x in lines if "loss" in x]
 
-    argv = [*TINY, *MODELS["llama tied"], "--data", str(corpus), "--steps", "6", "--checkpoint-interval", "2",
+    argv = [*TINY, *MODELS["llama tied"], "--data", str(corpus), "--steps", "4", "--checkpoint-interval", "2",
             "--keep-checkpoints", "9", "--eval-windows", "1", "--max-new-tokens", "1", "--global-batch-size", "4"]
     plain, out = tmp_path / "plain", tmp_path / "out"
     assert train.main([*argv, "--out", str(plain)]) == 0
-    for steps, ranks, flags in (("step-00000006", 4, "--tp 2 --pp 2 --profile"),
-                                ("step-00000004", 4, "--dp 4 --zero 3"),
-                                ("", 4, "--dp 2 --zero 1 --pp 2 --pp-schedule interleaved")):
-        assert run_ranks(rerun, ranks, [*argv, "--out", str(out), *flags.split()]) == [0] * ranks
+    newest = out / "checkpoints" / "step-00000004"
+    for flags in ("--tp 2 --pp 2 --profile", "--dp 4 --zero 3", "--dp 2 --zero 1 --pp 2 --pp-schedule interleaved"):
+        if newest.exists():
+            shutil.rmtree(newest)
+        assert run_ranks(rerun, 4, [*argv, "--out", str(out), *flags.split()]) == [0] * 4
         assert metrics(out) == pytest.approx(metrics(plain), abs=2e-5)
-        for path in sorted((out / "checkpoints").glob("step-*")):
-            if steps and path.name >= steps:
-                subprocess.run(["rm", "-r", str(path)], check=True)
     events = json.loads((out / "trace.json").read_text())["traceEvents"]
     assert {x["tid"] for x in events} == {0, 1, 2, 3} and len(events) == 4 * 2 * 4
     ours, theirs = (data.newest_checkpoint(x / "checkpoints")[0] for x in (out, plain))
@@ -440,7 +449,7 @@ def host_waits(rank, n, corpus, layouts):
 
 def test_a_host_waits_for_its_device_once_a_step(corpus, run_ranks):
     """For the loss and the norm. (Of the pipelines, a CPU waits for messages as a GPU's stream does.)"""
-    layouts = ["--dp 2", "--tp 2", "--pp 2 --pp-schedule zb", "--dp 2 --zero 2", "--dp 2 --zero 3"]
+    layouts = ["--tp 2", "--pp 2 --pp-schedule zb", "--dp 2", "--dp 2 --zero 2", "--dp 2 --zero 3"]
     for answers in run_ranks(host_waits, 2, corpus, layouts):
         for flags, lines in zip(layouts, answers, strict=True):
             assert lines == ["train.py: sumsq, stop, loss, *statistics = world.sum(total).tolist()"], (flags, lines)
@@ -468,7 +477,7 @@ def compiled(rank, n, layouts, backend):
 
 @pytest.mark.filterwarnings("default")               # torch.compile warns itself, inside, of what users do not see
 @pytest.mark.parametrize("backend, layouts", [
-    ("eager", ["--tp 2", "--dp 2 --zero 3"]),
+    ("eager", ["--tp 2"]),
     pytest.param("aot_eager", ["--tp 2", "--dp 2 --zero 3", "--tp 2 --no-sequence-parallel", "--tp 2 --recompute full",
                                "--tp 2 --precision bf16", "--dp 2 --zero 3 --precision bf16"], marks=pytest.mark.slow),
     pytest.param("inductor", ["--tp 2"], marks=pytest.mark.slow),
@@ -485,8 +494,8 @@ def test_compiled_and_plain_agree_in_every_layout(run_ranks, backend, layouts):
 
 # ---- schedules, on paper ---------------------------------------------------------------------------------------------
 
-def all_schedules(stages=range(1, 9)):
-    for p, m in itertools.chain(*(itertools.product([p], {1, 2, 3, 4, 8, p, p + 1, 2 * p}) for p in stages)):
+def all_schedules(stages=(1, 2, 3, 4, 5, 8)):
+    for p, m in itertools.chain(*(itertools.product([p], {1, 3, p, p + 1, 2 * p}) for p in stages)):
         yield p, m, 1, parallel.gpipe(p, m)
         yield p, m, 1, parallel.one_f_one_b(p, m)
         yield p, m, 1, parallel.zero_bubble(p, m)
@@ -500,20 +509,18 @@ def test_every_schedule_is_complete_in_order_and_free_of_deadlock():
     for p, m, v, schedule in all_schedules():
         timeline = parallel.simulate(schedule)                                  # raises for what is not
         assert len(schedule) == p and len(schedule[0]) % (m * v) == 0
-        # what is sent is what is needed, each once, and a receiver never needs a message that comes behind a later one
-        sent = 0
+        timetable = parallel.with_messages(schedule)
+        needed, results = ([steps[i] for line in timetable for steps in line if steps[i] is not None] for i in (1, 2))
+        assert len(needed) == (p * v - 1) * m * len({op.kind for op in schedule[0]} & {"F", "B"})
+        # what is sent is what is needed, each once
+        assert len(set(needed)) == len(needed) and set(needed) == set(results)
+        # a rank receives what the others send it, and nothing of a rank's is said to have arrived twice
         for r in range(p):
-            needed = [(*op[:2], parallel.stage(op, r, p)) for op in schedule[r]]
-            channels = parallel.Channels(schedule, [SimpleNamespace(rank=lambda r=r: r)], 1)
+            channels = parallel.Channels(timetable, [SimpleNamespace(rank=lambda r=r: r)], 1)
             coming = [x for source in channels.coming.values() for x in source]
-            sent += len(coming)
-            assert len(set(coming)) == len(coming) and set(coming) <= set(needed)
-            # nothing of a rank's is said to have arrived twice
-            had = [x for newly in channels.receipts.values() for x in newly if x is not None]
-            assert len(set(had)) == len(had)
-        assert sent == sum(
-            op.kind == "F" and parallel.stage(op, r, p) > 0 or op.kind == "B" and parallel.stage(op, r, p) < p * v - 1
-            for r, ops in enumerate(schedule) for op in ops)
+            assert sorted(coming) == sorted(x for _, x, _ in timetable[r] if x is not None)
+            arrived = [x for received in channels.receipts.values() for x in received if x is not None]
+            assert len(set(arrived)) == len(arrived)
         assert timeline.duration >= max(len(ops) for ops in schedule)
 
 

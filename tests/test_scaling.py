@@ -17,6 +17,7 @@ import published
 import pytest
 import torch
 import torch.distributed as dist
+from ledgers import MemoryLedger, holdings
 from published import MUENNIGHOFF, PF_DAY, SARDANA, isoflop_runs
 from test_model import SETTINGS, random_tokens
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -712,7 +713,7 @@ def executed(rank, n, argv):
     model, mesh = train.Model(c, world), world.mesh
     optimizer, ledger, live, kept, ops = train.make_optimizer(model, c), parallel.CommLedger(mesh.axes), Live(), [0], []
     syncs, given, pipes = model.sync if c.zero else [], [], []
-    memory = zero.MemoryLedger(lambda: zero.holdings(syncs[0], optimizer) if syncs else {})
+    memory = MemoryLedger(lambda: holdings(syncs[0], optimizer) if syncs else {})
 
     def batches():
         while True:
@@ -724,7 +725,7 @@ def executed(rank, n, argv):
         ops.append(op)
         gc.collect()
         mine = given + [p for p in model.parameters()] + [p.grad for p in model.parameters()]
-        mine += tensors([zero.holdings(s, optimizer) for s in syncs])
+        mine += tensors([holdings(s, optimizer) for s in syncs])
         mine += [b.flat for s in model.sync for b in getattr(s, "buckets", ()) if hasattr(b, "flat")]
         mine += [x for channels in pipes for x, _ in channels.arriving.values()]
         if op.kind == "F":
