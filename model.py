@@ -625,6 +625,16 @@ def nll_of(gpt, batch) -> torch.Tensor:
 
 # ---- Hugging Face folders --------------------------------------------------------------------------------------------
 
+# family -> {our field: theirs}
+HF_FIELDS = {"llama": {
+    "vocab_size": "vocab_size", "seq_len": "max_position_embeddings", "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "head_dim": "head_dim",
+    "n_embd": "hidden_size", "n_ff": "intermediate_size", "bias": "attention_bias",
+    "tie_embeddings": "tie_word_embeddings", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps"}}
+HF_FIELDS["qwen3"] = HF_FIELDS["llama"]
+HF_FIELDS["gpt2"] = {
+    "vocab_size": "vocab_size", "seq_len": "n_positions", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
+    "n_ff": "n_inner", "tie_embeddings": "tie_word_embeddings", "norm_eps": "layer_norm_epsilon"}
 # fields of a config.json that change the function: those that must be absent or 0, and those that must be absent or 1
 ABSENT = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size", "final_logit_softcapping",
           "attn_logit_softcapping", "attention_multiplier", "query_pre_attn_scalar", "scale_attn_by_inverse_layer_idx",
@@ -645,9 +655,9 @@ def config_from_hf(hf: dict) -> ModelConfig:
     windows, scaled or partial rotary angles, experts, other activations, multipliers, biases in some places only.
     """
     kind, get = hf.get("model_type"), hf.get
-    if kind not in ("llama", "qwen3", "gpt2"):
+    if kind not in HF_FIELDS:
         why = " (its biases are on q, k and v alone)" if kind == "qwen2" else ""
-        raise ValueError(f"model_type must be one of llama, qwen3, gpt2, got {kind!r}{why}")
+        raise ValueError(f"model_type must be one of {', '.join(HF_FIELDS)}, got {kind!r}{why}")
     for name in ABSENT:
         require(name, get(name), None, 0, "absent")
     for name in ONE:
@@ -667,20 +677,20 @@ def config_from_hf(hf: dict) -> ModelConfig:
         require("hidden_act", get("hidden_act"), None, "swish", "silu")
         require("attention_bias", get("attention_bias"), *((None, False) if kind == "qwen3" else (None, False, True)))
         require("mlp_bias", get("mlp_bias", False), bias)
-    try:
-        if kind == "gpt2":
-            C, H = hf["n_embd"], hf["n_head"]
-            return ModelConfig(hf["vocab_size"], hf["n_positions"], hf["n_layer"], H, H, C // H, C,
-                               get("n_inner") or 4 * C, norm="layernorm", position="learned", mlp="gelu", bias=True,
-                               tie_embeddings=get("tie_word_embeddings", True), norm_eps=hf["layer_norm_epsilon"])
-        H, C = hf["num_attention_heads"], hf["hidden_size"]
-        head_dim = hf["head_dim"] if kind == "qwen3" else get("head_dim") or C // H
-        return ModelConfig(hf["vocab_size"], hf["max_position_embeddings"], hf["num_hidden_layers"], H,
-                           get("num_key_value_heads") or H, head_dim, C, hf["intermediate_size"], bias=bias,
-                           tie_embeddings=get("tie_word_embeddings", False), qk_norm=kind == "qwen3",
-                           rope_theta=rope["rope_theta"], norm_eps=hf["rms_norm_eps"])
-    except KeyError as error:
-        raise ValueError(f"config.json must hold {error.args[0]}, it does not") from None
+    names = HF_FIELDS[kind]
+    C, H = (get(names[ours], 1) for ours in ("n_embd", "n_head"))
+    if kind == "gpt2":
+        common = dict(norm="layernorm", position="learned", mlp="gelu", bias=True, n_kv_head=H, head_dim=C // H)
+        default = {"n_inner": 4 * C, "tie_word_embeddings": True}
+    else:
+        common = {"qk_norm": kind == "qwen3"}
+        default = {"num_key_value_heads": H, "attention_bias": False, "tie_word_embeddings": False}
+        default |= {"head_dim": C // H} if kind == "llama" else {}
+    given = default | {name: value for name, value in hf.items() if value is not None} | rope
+    for name in names.values():
+        if name not in given:
+            raise ValueError(f"config.json must hold {name}, it does not")
+    return ModelConfig(**common, **{ours: given[theirs] for ours, theirs in names.items()})
 
 
 def config_to_hf(config: ModelConfig, **token_ids) -> dict:
@@ -699,17 +709,13 @@ def config_to_hf(config: ModelConfig, **token_ids) -> dict:
              if getattr(c, name) != value]
     if wrong:
         raise ValueError(f"a Hugging Face {kind} with {c.norm}{' and qk_norm' * c.qk_norm} needs {', '.join(wrong)}")
-    hf = {"model_type": kind, "vocab_size": c.vocab_size, "tie_word_embeddings": c.tie_embeddings,
-          "torch_dtype": "float32", "bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | token_ids
+    hf = {"model_type": kind, "torch_dtype": "float32", "bos_token_id": None, "eos_token_id": None,
+          "pad_token_id": None} | token_ids | {theirs: getattr(c, ours) for ours, theirs in HF_FIELDS[kind].items()}
     if kind == "gpt2":
-        return hf | {"architectures": ["GPT2LMHeadModel"], "n_positions": c.seq_len, "n_embd": c.n_embd,
-                     "n_layer": c.n_layer, "n_head": c.n_head, "n_inner": c.n_ff, "layer_norm_epsilon": c.norm_eps,
-                     "activation_function": "gelu_new", "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        return hf | {"architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new", "resid_pdrop": 0.0,
+                     "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     hf |= {"mlp_bias": c.bias} if kind == "llama" else {"use_sliding_window": False}
-    return hf | {"architectures": [f"{kind.capitalize()}ForCausalLM"], "max_position_embeddings": c.seq_len,
-                 "hidden_size": c.n_embd, "intermediate_size": c.n_ff, "num_hidden_layers": c.n_layer,
-                 "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "head_dim": c.head_dim,
-                 "hidden_act": "silu", "attention_bias": c.bias, "rope_theta": c.rope_theta, "rms_norm_eps": c.norm_eps}
+    return hf | {"architectures": [f"{kind.capitalize()}ForCausalLM"], "hidden_act": "silu"}
 
 
 # ours -> (theirs, which third of the columns): GPT-2 keeps (in, out) matrices, and q, k, v side by side

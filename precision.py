@@ -52,11 +52,11 @@ stochastic rounding (Gupta 2015, arXiv:1502.02551); GPTQ (arXiv:2210.17323).
 run: python precision.py
 """
 
+import contextlib
 import copy
 import copyreg
 import functools
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -166,9 +166,9 @@ class MasterWeights(torch.optim.Optimizer):
         optimizer = MasterWeights(model.to(torch.bfloat16).parameters(), torch.optim.AdamW, lr=1e-3)
         loss.backward(); optimizer.step(); optimizer.zero_grad()
 
-    params         tensors or parameter groups. Each trained one of less than 32 bits gets a master, to which its Python
-                   attributes are copied (names, boxes of slices). The others are updated as they are
-    optimizer_cls  a callable (params, **kwargs) -> optimizer. It is given the masters
+    params         tensors or parameter groups. Each trained one of less than 32 bits has a master. The others are
+                   updated as they are
+    optimizer_cls  a callable (params, **kwargs) -> optimizer. During its step, a parameter's data *is* its master
     keep           False: the float32 copies exist during a step only, and what rounding cut off is lost
     rounding       of the parameters: "nearest" or "stochastic" (whose random numbers come from `generator`)
 
@@ -179,86 +179,67 @@ class MasterWeights(torch.optim.Optimizer):
 
     def __init__(self, params, optimizer_cls, *, keep: bool = True, rounding: str = "nearest", generator=None,
                  **kwargs):
-        self.masters, self.keep, self.rounding, self.generator, self.inner = {}, keep, rounding, generator, None
+        self.keep, self.rounding, self.generator = keep, rounding, generator
         super().__init__(params, kwargs)
-        self.inner = optimizer_cls([self.of_masters(options) for options in self.param_groups], **kwargs)
-        self.defaults = self.inner.defaults
-        copy_options(self.inner.param_groups, self.param_groups)
-        self.settle()
+        self.inner = optimizer_cls(self.param_groups, **kwargs)
+        self.share()
 
-    def of_masters(self, options: dict) -> dict:
-        """A parameter group with masters in the place of parameters."""
-        for p in options["params"]:
-            self.masters[p] = p                                                             # its own, if it has none
-            if p.requires_grad and p.dtype.itemsize < 4:
-                m = self.masters[p] = p.detach().float()
-                m.__dict__.update(p.__dict__)
-                p.grad_dtype = torch.float32
-        return options | {"params": [self.masters[p] for p in options["params"]]}
-
-    def settle(self):
-        """Between steps masters are shown in `state`, or freed."""
-        for p, m in self.masters.items():
-            if m is not p and self.keep:
-                self.state[p]["master"] = m
-            elif m is not p:
-                m.data = m.new_empty(0)
+    def share(self):
+        """The optimizer inside has our groups and states, and we have its defaults."""
+        self.inner.param_groups, self.inner.state, self.defaults = self.param_groups, self.state, self.inner.defaults
 
     def add_param_group(self, param_group: dict):
         super().add_param_group(param_group)
-        if self.inner is not None:
-            self.inner.add_param_group(self.of_masters(self.param_groups[-1]))
-            self.settle()
+        for p in self.param_groups[-1]["params"]:
+            if p.dtype.itemsize < 4:
+                p.grad_dtype = torch.float32
+                if p.requires_grad and self.keep:
+                    self.state[p]["master"] = p.detach().float()
+
+    def low_parameters(self) -> list:
+        return [p for group in self.param_groups for p in group["params"] if p.requires_grad and p.dtype.itemsize < 4]
+
+    @contextlib.contextmanager
+    def as_masters(self, params: list):
+        """Inside, the parameters are their masters. At the end they are these, rounded."""
+        rounded = [p.data for p in params]
+        for p in params:
+            master = self.state[p].pop("master", None)             # torch's optimizers fill in a state that is empty
+            p.data = p.float() if master is None else master
+        try:
+            yield
+        finally:
+            masters = [p.data for p in params]
+            for p, data, master in zip(params, rounded, masters, strict=True):
+                p.data = data
+                if self.keep:
+                    self.state[p]["master"] = master
+            if self.rounding == "stochastic":
+                masters = [cast(m, NAMES[p.dtype], "stochastic", generator=self.generator)
+                           for p, m in zip(params, masters, strict=True)]
+            if params:
+                torch._foreach_copy_(params, masters)                                       # p.copy_(m), all at once
 
     @torch.no_grad()
     def step(self):
-        copy_options(self.param_groups, self.inner.param_groups)                           # a scheduler's learning rate
-        updated = {p: m for p, m in self.masters.items() if p.grad is not None and m is not p}
-        for p, m in self.masters.items():
-            if m is p and p.grad is not None and p.dtype.itemsize < 4:
-                raise RuntimeError("params must be frozen or not as they were at construction, a parameter without a "
-                                   "master got a gradient")
-            self.inner.state[m] = self.state[p]                                             # one dict for both
-            self.state[p].pop("master", None)                    # torch's optimizers fill in a state that is empty
-        for p, m in updated.items():
-            if not self.keep:
-                m.data = p.float()
-            m.grad = p.grad
-        self.inner.step()
-        if updated and self.rounding == "nearest":
-            torch._foreach_copy_(list(updated), list(updated.values()))                     # p.copy_(m), all at once
-        for p, m in updated.items():
-            if self.rounding == "stochastic":
-                p.copy_(cast(m, NAMES[p.dtype], "stochastic", generator=self.generator))
-            m.grad = None
-        self.settle()
+        with self.as_masters([p for p in self.low_parameters() if p.grad is not None]):
+            self.inner.step()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict):
         """state_dict: what state_dict() returned. The masters in it are rounded into the parameters. Raises ValueError
         for one without masters, and as torch does for groups that do not fit."""
-        states = [dict(state_dict["state"].get(i, {})) for i in range(len(self.masters))]
-        saved = [state.pop("master", None) for state in states]
-        if self.keep and any(x is None for x, (p, m) in zip(saved, self.masters.items(), strict=True) if m is not p):
+        params, states = self.low_parameters(), state_dict["state"].values()
+        if self.keep and sum("master" in state for state in states) < len(params):
             raise ValueError("state_dict must hold the master of every parameter, it does not")
-        # into the inner optimizer: torch casts states to their parameter's dtype, which is float32 there
-        self.inner.load_state_dict(state_dict | {"state": dict(enumerate(states))})
-        copy_options(self.inner.param_groups, self.param_groups)
-        for master, (p, m) in zip(saved, self.masters.items(), strict=True):
-            self.state[p] = self.inner.state[m]
-            if m is not p and self.keep:
-                m.copy_(master)
-                p.copy_(m)
-        self.settle()
+        with self.as_masters(params):                       # torch casts a state to its parameter's dtype: float32 here
+            super().load_state_dict(state_dict)
+            self.share()
+            for p in params if self.keep else ():
+                p.copy_(self.state[p].pop("master"))
 
     def __getstate__(self):
         raise TypeError("MasterWeights is neither pickled nor copied, use state_dict() and load_state_dict()")
-
-
-def copy_options(source: list, target: list):
-    """All of each parameter group but its parameters: learning rate, weight decay, ..."""
-    for ours, theirs in zip(source, target, strict=True):
-        theirs.update({key: x for key, x in ours.items() if key != "params"})
 
 
 class LossScaler:
@@ -404,7 +385,7 @@ class ComputePolicy(TorchFunctionMode):
 
     def around(self, function, *args, **kwargs):
         """function's result under the policy."""
-        with nullcontext() if self.active() else self:
+        with contextlib.nullcontext() if self.active() else self:
             return function(*args, **kwargs)
 
     def applied(self, module: nn.Module) -> nn.Module:
@@ -466,11 +447,10 @@ def encode(t: Tensor, scale: Tensor, fmt: str) -> Tensor:
     return (t.float() * scale).clamp(-f.max, f.max).to(f.dtype)
 
 
-def fp8_matmul(a: Tensor, b: Tensor, scale: Tensor, dtype, hardware: bool | None) -> Tensor:
+def fp8_matmul(a: Tensor, b: Tensor, scale: Tensor, dtype) -> Tensor:
     """a (M, K) b (K, N) / scale, summed in float32 -> (M, N) in dtype. a, b: FP8. The hardware wants K and N to be
-    multiples of 16; other sizes are multiplied in float32."""
-    hardware = has_fp8(a.device) if hardware is None else hardware
-    if hardware and a.shape[1] % 16 == b.shape[1] % 16 == 0:
+    multiples of 16. Other sizes, and other devices, multiply the same numbers in float32."""
+    if has_fp8(a.device) and a.shape[1] % 16 == b.shape[1] % 16 == 0:
         by_columns = b.T.contiguous().T                                                     # as the hardware reads b
         return torch._scaled_mm(a.contiguous(), by_columns, 1 / scale, torch.ones_like(scale), out_dtype=dtype)
     return (a.float() @ b.float() / scale).to(dtype)
@@ -483,12 +463,12 @@ class Fp8Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, group, hardware):
+    def forward(ctx, x, weight, group):
         scale_x, scale_w = fp8_scales("e4m3", x, weight, group=group)
         x8, w8 = encode(x, scale_x, "e4m3"), encode(weight, scale_w, "e4m3")
         ctx.save_for_backward(x8, scale_x, weight, scale_w)
-        ctx.group, ctx.hardware, ctx.dtypes = group, hardware, (x.dtype, weight.dtype)
-        return fp8_matmul(x8, w8.T, scale_x * scale_w, x.dtype, hardware)
+        ctx.group, ctx.dtypes = group, (x.dtype, weight.dtype)
+        return fp8_matmul(x8, w8.T, scale_x * scale_w, x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -498,20 +478,16 @@ class Fp8Product(torch.autograd.Function):
         dy8, dx, dw = encode(dy, scale_dy, "e5m2"), None, None
         if ctx.needs_input_grad[0]:
             w8 = encode(weight, scale_w, "e4m3")
-            dx = fp8_matmul(dy8, w8, scale_dy * scale_w, ctx.dtypes[0], ctx.hardware)       # dy W
+            dx = fp8_matmul(dy8, w8, scale_dy * scale_w, ctx.dtypes[0])                     # dy W
         if ctx.needs_input_grad[1]:
-            dw = fp8_matmul(dy8.T, x8, scale_dy * scale_x, ctx.dtypes[1], ctx.hardware)     # dy^T x
-        return dx, dw, None, None
+            dw = fp8_matmul(dy8.T, x8, scale_dy * scale_x, ctx.dtypes[1])                   # dy^T x
+        return dx, dw, None
 
 
-def fp8_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, group=None,
-               hardware: bool | None = None) -> Tensor:
+def fp8_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, group=None) -> Tensor:
     """F.linear whose three products, one forward and two backward, are in FP8. input (..., in), weight (out, in).
-
-    group     ranks that split the layer: they agree on scales
-    hardware  True: torch._scaled_mm. False: the same products of the same numbers, in float32. None: what there is
-    """
-    y = Fp8Product.apply(input.reshape(-1, weight.shape[1]), weight, group, hardware)
+    group: ranks that split the layer and agree on scales."""
+    y = Fp8Product.apply(input.reshape(-1, weight.shape[1]), weight, group)
     y = y.view(*input.shape[:-1], len(weight))
     return y if bias is None else y + bias
 
@@ -709,8 +685,8 @@ class Problem:
         return F.cross_entropy(student(x).float(), (x @ self.teacher).argmax(-1), reduction="sum")
 
     def train(self, precision: str, init_scale: float | None = None, **options):
-        """-> student, {"loss": held out, "still": share of weights that a step does not move, "zeros": share of
-        gradients that are 0, "skipped": steps, "bytes": per parameter}. Shares are of the last 50 steps."""
+        """-> student, {"loss": held out, "zeros": share of gradients that are 0 in the last 50 steps, "skipped": steps,
+        "bytes": per parameter}."""
         torch.manual_seed(0)
         student = nn.Sequential(nn.Linear(64, 128, bias=False), nn.GELU(), nn.LayerNorm(128, bias=False),
                                 nn.Linear(128, 128, bias=False), nn.GELU(), nn.Linear(128, 32, bias=False))
@@ -721,32 +697,27 @@ class Problem:
             ComputePolicy(PRECISIONS[precision], emulate=True).applied(student)
         params = list(student.parameters())
         optimizer = MasterWeights(params, torch.optim.AdamW, weight_decay=0.0, eps=1e-15, **options)
-        scaler = init_scale and LossScaler(init_scale, growth_interval=50)
-        skipped, zeros, still = 0, [], []
+        scaler = LossScaler(init_scale, growth_interval=50) if init_scale else None
+        skipped, zeros = 0, []
         for step, x in enumerate(self.batches):
             optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / self.steps)
             scale = scaler.scale if scaler else 1.0
             (self.loss(student, x) * (scale / self.batch)).backward()
             grads = [p.grad for p in params]
-            norm = torch.stack([g.norm() for g in grads]).norm().item() / scale
-            found_inf = not math.isfinite(norm)
+            torch._foreach_div_(grads, scale)                                               # unscale
+            found_inf = not all(g.isfinite().all() for g in grads)
             if scaler:
                 scaler.update(found_inf)
             if not found_inf:
-                torch._foreach_mul_(grads, min(1.0, 1e-3 / norm) / scale)                   # unscale and clip
-                weights = [optimizer.state[p].get("master", p) for p in params]
-                before = [w.detach().clone() for w in weights]
                 optimizer.step()
                 zeros.append(share(g == 0 for g in grads))
-                still.append(share(a == b for a, b in zip(before, weights, strict=True)))
             skipped += found_inf
             tensors = [*params, *grads, *(x for state in optimizer.state.values() for x in state.values())]
             optimizer.zero_grad()
         with torch.no_grad():
             loss = self.loss(student, self.held_out).item() / len(self.held_out)
-        return student, {"loss": loss, "still": sum(still[-50:]) / 50, "zeros": sum(zeros[-50:]) / 50,
-                         "skipped": skipped, "bytes": sum(x.nbytes for x in tensors if x.numel() > 1)
-                         / sum(p.numel() for p in params)}
+        return student, {"loss": loss, "zeros": sum(zeros[-50:]) / 50, "skipped": skipped, "bytes": sum(
+            x.nbytes for x in tensors if x.numel() > 1) / sum(p.numel() for p in params)}
 
 
 def share(masks) -> float:
@@ -798,8 +769,7 @@ def demo():
     row("the same, bf16", share([big.bfloat16().isinf()]), 0)
 
     print("\none problem, several recipes: 150 steps of AdamW, learning rate falling to 0\n"
-          f"{'':<34} {'held-out loss':>13}  {'still weights':>13}  {'zero gradients':>14}  {'skipped':>7}  "
-          "bytes: measured | predicted")
+          f"{'':<34} {'held-out loss':>13}  {'zero gradients':>14}  {'skipped':>7}  bytes: measured | predicted")
     problem, students, results = Problem(), {}, {}
     stochastic = {"keep": False, "rounding": "stochastic", "generator": torch.Generator().manual_seed(0)}
     for name, precision, options in (
@@ -809,15 +779,15 @@ def demo():
         students[name], r = problem.train(precision, **options)
         results[name] = r
         predicted = sum(bytes_per_parameter(PRECISIONS[precision], options.get("keep", True)).values())
-        print(f"{name:<34} {r['loss']:>13.4f}  {r['still']:>13.1%}  {r['zeros']:>14.1%}  {r['skipped']:>7}  "
-              f"{r['bytes']:.0f} | {predicted}")
+        print(f"{name:<34} {r['loss']:>13.4f}  {r['zeros']:>14.1%}  {r['skipped']:>7}  {r['bytes']:.0f} | {predicted}")
         assert r["bytes"] == predicted
 
     # what theory says of them
     worse = {name: r["loss"] - results["fp32"]["loss"] for name, r in results.items()}
     assert all(abs(worse[name]) < 0.05 for name in ("bf16, masters", "bf16, none, stochastic rounding",
                                                     "fp16, masters, loss scale", "fp8 products, bf16 masters"))
-    assert worse["bf16, none, to nearest"] > 0.05 and results["fp16, masters, loss scale"]["skipped"] > 0
+    assert worse["bf16, none, to nearest"] > 0.05 < worse["fp16, masters, no scale"]
+    assert results["fp16, masters, loss scale"]["skipped"] > 0
     assert results["fp16, masters, no scale"]["zeros"] > 0.05 > results["fp16, masters, loss scale"]["zeros"]
 
     student = students["fp32"]

@@ -462,7 +462,7 @@ OF_RL, OF_DPO = (["--objective", name, "--init-from", "BASE", "--data", "RL"] fo
     (["--pairs", "new.jsonl", "--out", "BASE"], "--pairs must be asked of a run whose data has prompts"),
     (["--judge", "x"], "--judge goes with --pairs"),
     (["--export", "x", "--out", "/nowhere"], "--out must be the folder of a run with an intact checkpoint"),
-    ([*OF_RL, "--reward", "RAISES"], "reward wrong must give"),
+    ([*OF_RL, "--reward", "RAISES"], "--reward wrong: must give"),
     (["--objective", "sft", "--init-from", "BASE", "--data", "BROKEN"], "broken.jsonl:2: a row must be JSON"),
 ])
 def test_bad_input_is_one_line(files, base, tuned, tmp_path, flags, message):
