@@ -480,23 +480,26 @@ def flash_attention(q, k, v, *, causal=True, sm_scale=None, window=None, documen
 def run_forward(q, k, v, causal, sm_scale, window, limits, backend):
     forward = BACKENDS[backend][0]
     if q.ndim == 4:
-        return forward(dense(q), dense(k), dense(v), causal, sm_scale, window, limits)
-    o, lse = forward(*heads(dense(q), dense(k), dense(v)), causal, sm_scale, window, limits)
+        return forward(q, k, v, causal, sm_scale, window, limits)
+    o, lse = forward(*heads(q, k, v), causal, sm_scale, window, limits)
     return o[:, 0], lse[:, 0]
 
 
 def run_backward(do, dlse, q, k, v, o, lse, causal, sm_scale, window, limits, backend):
-    do, *qkvo = heads(*(dense(x) for x in (do, q, k, v, o)))
+    do, *qkvo = heads(do, q, k, v, o)
     if q.ndim == 3:
         lse, dlse = lse[:, None], None if dlse is None else dlse[:, None]
     grads = BACKENDS[backend][1](do, dlse, *qkvo, lse, causal, sm_scale, window, limits)
     return tuple(grads) if q.ndim == 4 else tuple(dx[:, 0] for dx in grads)
 
 
+def is_dense(shape, stride) -> bool:
+    """What kernels read: numbers of a row side by side; a head's rows, and a tile more, within 2^31 numbers."""
+    return stride[-1] == 1 and (shape[-2] + 256) * stride[-2] < 2**31
+
+
 def dense(x):
-    """x as the kernels read it: numbers of a row side by side, a head's rows (and a tile more) within 2^31 numbers."""
-    *_, row, one = x.stride()
-    return x if one == 1 and (x.shape[-2] + 256) * row < 2**31 else x.contiguous()
+    return x if is_dense(x.shape, x.stride()) else x.contiguous()
 
 
 OPTIONS = "bool causal, float sm_scale, SymInt? window, Tensor? limits, str backend"
@@ -748,8 +751,8 @@ def flash_backward_torch(do, dlse, q, k, v, o, lse, causal, sm_scale, window, do
 
 def flash_forward_triton(q, k, v, causal, sm_scale, window, limits):
     """-> o as q, lse (B, H, T)."""
+    (q, k, v), call = described((q, k, v), (limits,), causal, sm_scale, window)
     o, lse = torch.empty_like(q), torch.empty(q.shape[:3], dtype=accumulator(q.dtype), device=q.device)
-    call = described(causal, sm_scale, window, q, k, v, limits)
     with torch.cuda.device_of(q):
         launch("_attn_fwd", call, (q, k, v, o), (lse, limits))
     return o, lse
@@ -757,20 +760,24 @@ def flash_forward_triton(q, k, v, causal, sm_scale, window, limits):
 
 def flash_backward_triton(do, dlse, q, k, v, o, lse, causal, sm_scale, window, limits):
     """-> dq, dk, dv as q, k, v."""
+    dlse = None if dlse is None else dlse.contiguous()
+    (q, k, v, do, o), call = described((q, k, v, do, o), (lse, dlse, limits), causal, sm_scale, window)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     row_sums = torch.empty((2, *lse.shape), dtype=lse.dtype, device=q.device)
-    dlse = None if dlse is None else dlse.contiguous()
-    call = described(causal, sm_scale, window, q, k, v, limits, do, o, lse, dlse)
     with torch.cuda.device_of(q):
         launch("_bwd_dq", call, (q, k, v, do, o, dq), (lse, dlse, row_sums, limits))
         launch("_bwd_dkdv", call, (q, k, v, do, dk, dv), (row_sums, limits))
     return dq, dk, dv
 
 
-def described(causal, sm_scale, window, *tensors):
-    """All that a compiled kernel and its arguments depend on; tensors: those that are given from outside, q first."""
-    return (causal, sm_scale, window, torch.get_float32_matmul_precision(), tensors[0].dtype, tensors[0].device,
-            *[x if x is None else (x.shape, x.stride(), x.data_ptr() % 16) for x in tensors])
+def described(matrices, vectors, *options):
+    """-> matrices as the kernels read them, and all that a compiled kernel and its arguments depend on. matrices: q
+    first, (B, heads, n, D); vectors may be None."""
+    facts = [x if x is None else (x.shape, x.stride(), x.data_ptr() % 16) for x in (*matrices, *vectors)]
+    if not all(is_dense(shape, stride) for shape, stride, _ in facts[:len(matrices)]):
+        return described([dense(x) for x in matrices], vectors, *options)
+    q = matrices[0]
+    return matrices, (*options, torch.get_float32_matmul_precision(), q.dtype, q.device, *facts)
 
 
 LAUNCHES = {}          # (kernel, call) -> the compiled kernel on its grid, its arguments behind the tensors, TMA
