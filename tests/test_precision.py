@@ -659,9 +659,10 @@ def test_the_sets_may_be_changed(monkeypatch):
 
 @pytest.mark.filterwarnings("default")               # torch.compile warns itself, inside, of what users do not see
 @pytest.mark.parametrize("flags", [
-    *(pytest.param(flags, marks=pytest.mark.slow) for flags in ([], ["--precision", "fp8"], ["--recompute", "full"])),
-    ["--norm", "layernorm", "--position", "learned", "--mlp", "gelu", "--bias", "--precision", "fp8", "--recompute",
-     "full"], ["--recompute", "selective", "--attention", "torch"]])
+    *(pytest.param(flags, marks=pytest.mark.slow) for flags in (
+        [], ["--recompute", "full"], ["--recompute", "full", "--precision", "fp8"])),
+    ["--norm", "layernorm", "--position", "learned", "--mlp", "gelu", "--bias", "--precision", "fp8"],
+    ["--recompute", "selective", "--attention", "torch"]])
 def test_blocks_compile_once_and_whole_under_the_policy(flags, monkeypatch):
     """One graph for all blocks (and one for what is computed again), one for the loss: as without, to rounding."""
     compile_, tokens = torch.compile, torch.randint(512, (2, 32), generator=torch.Generator().manual_seed(0))
