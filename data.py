@@ -8,7 +8,7 @@ Pre-training reads text once or a few times, in random order: GPT-3 saw 300 bill
   tokens into every checkpoint.
 
     sources: files and folders of .txt .md .py .jsonl, plain or .gz .zst; .parquet; .bin of nanoGPT or llm.c; hf:DATASET
-          -> documents -> (drop: invalid UTF-8, empty, exact duplicates) -> train | validation, by hash of the text
+          -> documents -> (drop: not UTF-8, no text, exact duplicates) -> train | validation, by hash of the text
           -> tokens:  <s> document </s> <s> document </s> ...  -> shards on disk -> windows of T + 1 -> batches
 
     tokens     x_0 x_1 x_2 ... x_{T-1}
@@ -17,10 +17,10 @@ Pre-training reads text once or a few times, in random order: GPT-3 saw 300 bill
 
 Bits per byte: loss per token depends on the tokenizer (longer tokens are harder), so runs are compared by
 
-    bpb = sum of nll / ln 2 / bytes of the targets            gzip and xz are measured in the same unit
+    bpb = sum of nll / (ln 2 * bytes of the targets)   nll = -ln p(target); gzip and xz are measured in the same unit
 
-Order: window i of epoch e is permute(i, n, key(seed, e)), a keyed bijection that is computed, not stored. So step n's
-global batch is a function of (seed, n) alone, on any number of ranks, and the only state is a counter.
+Order: place i of epoch e has window permute(i, number of windows, hash of seed and e). This bijection is computed, not
+stored. So step n's global batch depends on the seed and n alone, on any number of ranks. The only state is a counter.
 
 After pre-training come files of rows: conversations (SFT), two answers to a prompt (DPO), prompts (RL). Marks tell who
 speaks; where the tokenizer has marks of its own, no text can produce them. Only an answer's tokens are targets. A
@@ -37,14 +37,14 @@ own checksum comes last. A shard is a 32-byte header and raw integers:
 
 A checkpoint is a folder: one file per writing rank in safetensors layout (8-byte length, JSON header, raw bytes) and
 manifest.json: what step, what config, and for each *full* tensor its shape, dtype and pieces (file, box, CRC32). A
-piece is (name, box, tensor), box = one (start, stop, size) per dimension. Which rank wrote it is forgotten, so any
+box is one (start, stop, size) per dimension. A reader asks for a box, not for the rank that wrote it. So any
 layout can read any other's. Not torch.save: it is a pickle, and it loads a flipped bit without a word. Hugging Face
 folders hold whole tensors in the same layout, and a tokenizer: models come from there and go there.
 
     symbol        in code             what
     V             vocab_size          ids 0 .. V-1: <unk>, <s>, </s>, <pad>, 3 roles' marks, 256 bytes, learned pieces
     T             seq_len             positions per window
-    global batch  step n takes windows n G ... n G + G - 1 of the epochs' permutations; micro-batch and ranks divide it
+    G             global_batch_size   windows per step: step n takes places n G ... n G + G - 1 of the permuted epochs
 
 Map, in the order of the file
     pre-training         whole files - sources - sides - tokenizer - shards - prepare - loader - mixture
@@ -103,8 +103,8 @@ import torch
 FORMAT_VERSION = 1
 SUFFIXES = (*(f"{kind}{packed}" for kind in (".txt", ".md", ".py", ".jsonl") for packed in ("", ".gz", ".zst")),
             ".parquet")
-TEXT_BYTES = 2**26                   # of a larger file of text: a document
-PART_BYTES = 2**25                   # of a stream: written down at once
+TEXT_BYTES = 2**26                   # a larger file of text is cut into documents of this size
+PART_BYTES = 2**25                   # a stream from the network is written to disk in parts of this size
 POOL_BYTES = 2**25                   # from so much text on, all cores encode
 NO_TARGET = -1                       # in targets: nothing to predict here
 ROLES = ("system", "user", "assistant")
@@ -162,10 +162,10 @@ def write_atomic(path, content: str | bytes):
 
 @contextlib.contextmanager
 def new_folder(out: Path, key: str = ""):
-    """A temporary folder to fill. It becomes `out` when all is in it; if that fails, it is removed.
+    """A temporary folder to fill. It becomes `out` when all is in it. If that fails, it is removed, or waits to go on.
 
     key: what is prepared. Work that was killed, or whose stream broke, goes on at the next call with the same key, from
-    what is whole: parts of a stream and shards, listed in the temporary folder's own folder progress/.
+    what is whole. The folder progress/ inside has the parts of a stream, and in shards.json the list of whole shards.
     """
     temporary = out.with_name(f".{out.name}.tmp")
     progress = temporary / "progress"
@@ -273,8 +273,8 @@ def optional(module: str, package: str, what):
 
 
 def raw_documents(path: Path, field: str):
-    """What a file of text holds, document by document: bytes, lines of JSON still, or str of a .parquet's column. Of a
-    file larger than TEXT_BYTES every TEXT_BYTES are a document, cut at a line end."""
+    """Yield a file's documents undecoded. A .jsonl gives its lines, as bytes; a .parquet its rows, as str. Any other
+    file is one document, as bytes. A file larger than TEXT_BYTES is cut into several, at line ends."""
     if path.suffix == ".parquet":
         file = optional("pyarrow.parquet", "pyarrow", path).ParquetFile(path)
         if field not in file.schema_arrow.names:
@@ -318,9 +318,9 @@ def token_documents(path: Path, tokenizer):
 
 
 def read_documents(path: Path, dropped, field: str = "text", tokenizer=None):
-    """Yield each document of a file, in order: a str, or the ids (n,) of a token file. A file is one document, a line
-    of .jsonl and a row of .parquet too. dropped: a defaultdict(list) of files, by why a document was left out. Holds no
-    more than a document (of .parquet 256 rows). Raises DataError for a file that cannot be read."""
+    """Yield each document of a file, in order: a str, or the ids (n,) of a token file. raw_documents and
+    token_documents say what a document is. dropped: a defaultdict(list) of files, by why a document was left out. Holds
+    no more than a document (of .parquet 256 rows). Raises DataError for a file that cannot be read."""
     with name_in_errors(path, "cannot be read"):
         if path.suffix == ".bin":
             yield from token_documents(path, tokenizer)
@@ -437,8 +437,8 @@ def split_documents(hashes: np.ndarray, sizes: np.ndarray, val_fraction: float) 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
 #
-# Byte-pair encoding as on the board (Sennrich 2016): pieces are learned by joining, again and again, the two neighbours
-# that stand next to each other most often. Tokenizer below does the same with SentencePiece, for gigabytes.
+# Byte-pair encoding in its shortest form (Sennrich 2016): a piece is learned by joining the two parts that stand side
+# by side most often, again and again. Tokenizer below does the same with SentencePiece, for gigabytes.
 
 def join(parts: list[str], piece: str) -> list[str]:
     """Every two neighbours that make up the piece become one, from left to right."""
@@ -489,7 +489,7 @@ class Tokenizer:
     """
 
     # U+2581 is SentencePiece's own mark for a space and surrogates have no UTF-8: both go as single bytes
-    SPECIAL = re.compile("([\u2581\ud800-\udfff])")
+    AS_BYTES = re.compile("([\u2581\ud800-\udfff])")
     # SentencePiece encodes short texts three times as fast as a long one. No piece of ours has a space after another
     # character, so cutting there changes no id
     SHORT = re.compile(r"(?s).{100,}?(?=(?<! ) |\Z)|.+\Z")
@@ -553,7 +553,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         ids = []
-        for i, part in enumerate(self.SPECIAL.split(text)):
+        for i, part in enumerate(self.AS_BYTES.split(text)):
             if i % 2:
                 ids += (self.byte_ids[b] for b in part.encode("utf-8", "surrogatepass"))
             elif len(part) <= 200 or not self.can_cut:
@@ -647,7 +647,7 @@ def open_shard(path, verify: bool = True, entry: dict | None = None) -> np.ndarr
 
 # ---- prepare ---------------------------------------------------------------------------------------------------------
 #
-# A large corpus is read document by document, and memory does not grow with it:
+# A large corpus is read document by document. Its text is never all in memory, only some 60 bytes per document:
 #     1. estimate      how large it is, how long it will take                     from the first 2 MB
 #     2. write_down    a stream, hf:, comes once, so it becomes files
 #     3. survey        hash and size of each document; duplicates, sides and the tokenizer's sample follow
@@ -657,7 +657,7 @@ def open_shard(path, verify: bool = True, entry: dict | None = None) -> np.ndarr
 def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fraction: float = 0.05,
             sample_bytes: int = 0, shard_tokens: int = 2**27, tokenizer=None, text_field: str = "text",
             max_tokens: int = 0, knowledge_cutoff: str = "", log=lambda line: None) -> Path:
-    """Text to a folder of tokenizer.model, train-*.bin, val-*.bin and manifest.json -> the folder. Raises DataError.
+    """Text to a folder of tokenizer, train-*.bin, val-*.bin and manifest.json -> the folder. Raises DataError.
 
     sources: ["stdlib"], or names of files, folders, globs (SUFFIXES, and token files), or hf:DATASET[:SUBSET][:SPLIT].
     out: default data/NAME-KEY, KEY a fingerprint of files and settings. A folder already prepared from the same is
@@ -675,9 +675,9 @@ def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fracti
     files = source_files(texts) if texts or not streams else []
     sample_bytes = sample_bytes or 8_000_000 * max(2048, 0 if tokenizer else vocab_size) // 2048
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files] + streams
-    pieces = tokenizer.sha256 if tokenizer else (vocab_size, ROLES)
-    settings = (FORMAT_VERSION, pieces, val_fraction, sample_bytes, shard_tokens)
-    settings += () if (text_field, max_tokens) == ("text", 0) else (text_field, max_tokens)
+    vocabulary = tokenizer.sha256 if tokenizer else (vocab_size, ROLES)
+    settings = (FORMAT_VERSION, vocabulary, val_fraction, sample_bytes, shard_tokens)
+    settings += () if (text_field, max_tokens) == ("text", 0) else (text_field, max_tokens)  # older folders' keys stay
     settings += (knowledge_cutoff,) if knowledge_cutoff else ()
     key = hashlib.sha256(repr((stamps, settings)).encode()).hexdigest()[:16]
     name = re.sub(r"\W+", "-", Path(sources[0]).stem).strip("-") or "text"
@@ -708,11 +708,11 @@ def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fracti
             if tokenizer is None and (folder / "tokenizer.model").exists():
                 tokenizer = Tokenizer(folder / "tokenizer.model")
             elif tokenizer is None:
-                sample = split_texts(read, np.where(side & SAMPLE, side, 0), val_fraction)
+                sample = with_split(read, np.where(side & SAMPLE, side, 0), val_fraction)
                 tokenizer = Tokenizer.train((text for split, text in sample if split == "train"), vocab_size)
                 log(f"tokenizer: {tokenizer.vocab_size} pieces from {found['sample'] / 1e6:.1f} MB")
             tokenizer_file = tokenizer.save(folder)
-            splits = write_shards(folder, tokenizer, split_texts(read, side, val_fraction), found["bytes"],
+            splits = write_shards(folder, tokenizer, with_split(read, side, val_fraction), found["bytes"],
                                   shard_tokens, max_tokens, log)
             content = [(split, s["file"], s["tokens"], s["crc32"]) for split in splits
                        for s in splits[split]["shards"]]
@@ -755,7 +755,7 @@ def estimate(files, streams, tokenizer, vocab_size: int, field: str, max_tokens:
     per_token = len(first[middle:].encode()) / len(tokenizer.encode(first[middle:]))
     encoding = 2 * (time.monotonic() - start)
     size = min([size] * (not streams) + [max_tokens * per_token] * (max_tokens > 0))
-    seconds = size / len(first) * (3 * reading + encoding / num_cores())
+    seconds = size / len(first) * (3 * reading + encoding / num_cores())        # 3: survey, sample, shards read it
     log(f"about {size / 1e6:,.0f} MB of text: {size / per_token / 1e6:,.1f} M tokens, "
         f"{size / per_token * (2 if tokenizer.vocab_size <= 2**16 else 4) / 1e6:,.0f} MB on disk, "
         f"some {math.ceil(seconds / 60)} min on {num_cores()} cores")
@@ -775,7 +775,7 @@ def survey(read, tokenizer, val_fraction: float, sample_bytes: int, most_bytes: 
         if total >= most_bytes:
             break
     hashes, sizes = np.array(hashes, np.uint64), np.array(sizes, np.int64)
-    _, first = np.unique(hashes, return_index=True)                       # the first of those that are equal, by hash
+    _, first = np.unique(hashes, return_index=True)            # the first document of each hash, smallest hash first
     dropped["duplicate"] = [paths[i] for i in np.setdiff1d(np.arange(len(paths)), first, assume_unique=True)]
     dropped = {reason: where for reason, where in dropped.items() if where}
     for reason, where in dropped.items():
@@ -791,7 +791,7 @@ def survey(read, tokenizer, val_fraction: float, sample_bytes: int, most_bytes: 
                   "bytes": int(sizes[first].sum()), "sample": int(sizes[chosen].sum())}
 
 
-def split_texts(read, side, val_fraction: float):
+def with_split(read, side, val_fraction: float):
     """Read again, with survey's answer: ("train" or "val", document), in order. A document on both sides is cut."""
     for (_, document), bits in zip(read(defaultdict(list)), side, strict=False):
         parts = [(TRAIN, "train", document), (VAL, "val", document)]
@@ -894,11 +894,11 @@ def write_shards(folder: Path, tokenizer, documents, total_bytes: int, shard_tok
             if any(writer.tokens >= shard_tokens for writer in writers.values()):
                 end_shards()
             if time.monotonic() > said + 10:
-                said, size = time.monotonic(), sum(split["bytes"] for split in splits.values())
-                part = max(size / total_bytes, train["tokens"] / (max_tokens or math.inf))
-                rate = (size - bytes_before) / (said - started)
-                log(f"{size / 1e6:,.0f} MB of text are tokens, {part:.1%}, {rate / 1e6:.1f} MB/s, eta "
-                    f"{datetime.timedelta(seconds=int((size / part - size) / max(1, rate)))}")
+                said, done = time.monotonic(), sum(split["bytes"] for split in splits.values())
+                part = max(done / total_bytes, train["tokens"] / (max_tokens or math.inf))
+                rate = (done - bytes_before) / (said - started)
+                log(f"{done / 1e6:,.0f} MB of text are tokens, {part:.1%}, {rate / 1e6:.1f} MB/s, eta "
+                    f"{datetime.timedelta(seconds=int((done / part - done) / max(1, rate)))}")
         end_shards()
     for name, split in splits.items():
         log(f"{name}: {split['documents']:,} documents, {split['bytes'] / 1e6:.2f} MB, {split['tokens']:,} tokens")
@@ -948,7 +948,7 @@ class Batches:
     - The position counts windows of the *global* batch. Each call takes the next micro_batch_size * dp_size windows of
       the permuted epochs and gives this rank its micro_batch_size of them. So what the ranks read together does not
       depend on their number. Within an epoch each window comes once.
-    - A subclass has num_windows, manifest and read(numbers of windows) -> a batch.
+    - A subclass has num_windows, manifest and read(numbers of windows) -> a batch (Mixture: a batch() of its own).
     - prefetch: a thread reads the next batch meanwhile, into pinned memory where there is a GPU.
     """
 
@@ -1100,7 +1100,7 @@ def mixture(text: str) -> list:
 def prepare_all(text: str, tokenizer=None, **settings) -> list:
     """What --data names -> [(share, prepared folder), ...]: a prepared folder, sources between commas, or a mixture of
     these. Each source of a mixture has a folder of its own, which serves other mixtures too. All have one tokenizer:
-    the given one, else that of the first prepared folder, else the one that the source of the largest share gets."""
+    the given one; else that of the prepared folder with the largest share; else the largest source's new one."""
     is_prepared = lambda source: Path(source, "manifest.json").exists()
     parts, folders = mixture(text) or [(Fraction(1), text)], {}
     for _, source in sorted(parts, key=lambda part: (not is_prepared(part[1]), -part[0])):
@@ -1146,9 +1146,9 @@ class Mixture(Batches):
         k = np.concatenate([np.arange(n) for n in self.per_round])
         order = np.argsort((k + 0.5) / self.per_round[s], kind="stable")
         self.source, self.number = s[order], k[order]
-        ends = [divmod(loader.num_windows, n) for loader, n in zip(self.loaders, self.per_round, strict=True)]
+        whole = [divmod(loader.num_windows, n) for loader, n in zip(self.loaders, self.per_round, strict=True)]
         self.num_windows = int(min(rounds * self.round + np.flatnonzero(self.source == s)[rest]
-                                   for s, (rounds, rest) in enumerate(ends)))
+                                   for s, (rounds, rest) in enumerate(whole)))
         manifests = [loader.manifest for _, loader in parts]
         self.manifest = {
             "sources": [source for m in manifests for source in m["sources"]],
@@ -1368,7 +1368,7 @@ def conversation(row, objective: str) -> tuple[list[dict], list[str]]:
 
 def pack(lengths, size: int, num_open: int = 16) -> list[list[int]]:
     """Items -> rows of `size` places: the first of the newest `num_open` rows where an item fits, or a new one.
-    lengths[i]: the item's length on every side of a row, at most size; it must fit on all.
+    lengths[i]: its lengths, at most size: one, or for dpo two, of the chosen and the rejected side. All must fit.
 
     >>> pack([[6], [5], [4], [3]], 10)
     [[0, 2], [1, 3]]
@@ -1463,7 +1463,7 @@ class Examples(Batches):
             dropped["answer cut to nothing"] += 1
             return None
         if any(targets.size > size for _, targets in sides):
-            dropped["tail cut"] += 1
+            dropped["tail cut"] += 1                                     # counted only: the row itself stays
         return [side[:, :size] for side in sides]
 
     def read(self, window: np.ndarray):
@@ -1609,7 +1609,7 @@ def on_all_ranks(work, group) -> list:
     try:
         everyone = [(work(), None)]
     except OSError as error:
-        everyone = [(None, error.strerror)]
+        everyone = [(None, error.strerror or str(error) or "OSError")]
     if group is not None:
         mine, everyone = everyone[0], [None] * torch.distributed.get_world_size(group)
         torch.distributed.all_gather_object(everyone, mine, group=group)
@@ -1780,7 +1780,7 @@ class Reader:
 def owned_pieces(optimizer):
     """(name, box, tensor) of every weight this rank owns, optimizer.owned, and of what the optimizer keeps for it:
     NAME.exp_avg, ... A flat shard is written as boxes. A number that is equal on all ranks (NAME.step) is written by
-    the rank that has the weight's first element. The weight is written in float32: its master, where there is one."""
+    the rank that has the weight's first element. The weight is its master, or itself in float32 (float64 stays)."""
     for p in optimizer.owned:
         lo, hi = getattr(p, "flat", (0, p.numel()))
         parts = list(boxes(p.box, lo, hi))
@@ -1828,9 +1828,9 @@ class Checkpoints:
         self.folder, self.keep, self.group, self.first = Path(folder), keep, group, first
 
     def newest(self, usable=lambda meta: True) -> Reader | None:
-        """The newest intact checkpoint that is usable(meta); all ranks agree which. Newer ones are put aside, damaged
-        ones named. If none is usable, the newest intact one: whoever asks says why it will not do. Raises DataError if
-        there are damaged ones alone. Saves that were killed are removed."""
+        """The newest intact checkpoint that is usable(meta); all ranks agree which. Newer ones are printed and renamed.
+        If none is usable: the newest intact one, which the caller must refuse. Raises DataError if all are damaged.
+        Saves that were killed are removed."""
         def find():
             for stale in self.folder.glob(".step-*.tmp"):
                 shutil.rmtree(stale)
@@ -1883,8 +1883,8 @@ class Checkpoints:
                 optimizer.state[p]["master"].copy_(read(p.full_name))
             for name in reader.names():
                 if name.startswith(p.full_name + ".") and "." not in (key := name[len(p.full_name) + 1:]):
-                    whole = reader.tensors[name]["shape"] == []                      # a number that all pieces share
-                    optimizer.state[p][key] = reader.read(name, ()).to(p.device) if whole else read(name)
+                    is_number = reader.tensors[name]["shape"] == []                  # a number that all pieces share
+                    optimizer.state[p][key] = reader.read(name, ()).to(p.device) if is_number else read(name)
 
 
 def write_tables(folder, tables: dict):
@@ -1904,7 +1904,7 @@ def write_tables(folder, tables: dict):
 def read_json(path) -> dict:
     """The object in a JSON file; DataError naming the file."""
     with name_in_errors(path, "not readable JSON"):
-        return {} | json.loads(Path(path).read_text())
+        return {} | json.loads(Path(path).read_text())                                # {} |: only an object passes
 
 
 class HFWeights:

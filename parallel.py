@@ -9,7 +9,7 @@ A model of 7 billion parameters needs 16 bytes each while AdamW trains it in flo
 
 A rank has a place in a mesh pp x dp x tp; tp changes fastest, so that ranks that talk most share a node. Whatever the
 mesh, the run is the same: sums are split, never redefined (a mean of means is not the mean). What differs is who sends
-what, per rank and step, with n ranks in the group, Psi parameters, a micro-batch of B x T tokens, C numbers a token:
+what. n ranks are in the group, each has Psi parameters. A micro-batch is B x T tokens, a token C numbers:
 
     axis    when                      what                                       numbers that a rank sends (in a ring)
     dp      backward                  all-reduce of the gradients                2 (n-1)/n Psi
@@ -25,8 +25,8 @@ rows of the input, and a pair of linears needs one sum:
 
     Y_r = act(X A_r)        Z = sum_r Y_r B_r        A = [A_1 A_2 ...],  B = [B_1; B_2; ...]
 
-    f   copy_to_tp_region       forward: identity      backward: all-reduce     stands before A
-    g   reduce_from_tp_region   forward: all-reduce    backward: identity       stands after B
+    f   copy_to_tp_region       forward: identity      backward: all-reduce     stands before A, and before the head
+    g   reduce_from_tp_region   forward: all-reduce    backward: identity       stands after B, and after the embedding
 
 Sequence parallelism (Korthikanti 2022, 2205.05198): an all-reduce is a reduce-scatter and an all-gather. Between g and
 the next f every rank needs only its T/n positions, so norms and residuals, and what they keep, are split too.
@@ -37,14 +37,14 @@ rank's list of operations: F forward, B backward (or its part for the input alon
     gpipe         all F, then all B                      bubble (p-1)/m of the ideal time    m micro-batches stored
     1f1b          one F, one B                           the same                            p at most
     interleaved   v chunks of layers a rank              (p-1)/(v m)                         p (1 + (p-1)/(p v))
-    zero_bubble   B sends the input's gradient at once,  (p-1)(F + B - W) instead of         p at most (ZB-H1)
-                  W fills the waits                      (p-1)(F + B + W)
+    zero_bubble   B sends the input's gradient at once,  (p-1)(F + B - W) / (m (F + B + W))  p at most (ZB-H1)
+                  W fills the waits                      where F, B, W are their times
     (Huang 2018, 1811.06965; Narayanan 2021, 2104.04473; Qi 2023, 2401.10241)
 
-Every parameter knows which piece it is: full_name, box (its slice of the full tensor), and sum_over: groups over which
+A parameter knows its piece: full_name; box, a (start, stop, size) per dimension; and sum_over: groups over which
 its gradient is partial besides dp (norms under sequence parallelism, a weight tied across stages).
 
-Map: groups and collectives - the three on the board - Mesh - data parallel - tensor parallel - schedules, simulate -
+Map: groups and collectives - three short forms - Mesh - data parallel - tensor parallel - schedules, simulate -
 run_schedule - global quantities - World - CommLedger - demo. Not here: sharded optimizer states, context parallelism,
 experts.
 
@@ -97,7 +97,7 @@ def all_gather(x: Tensor, group, dim: int) -> Tensor:
     if group is None:
         return x
     out = x.new_empty(size(group), *x.shape)
-    dist.all_gather_single(out.flatten(0, 1) if x.ndim else out, x.contiguous(), group=group)
+    dist.all_gather_single(out.flatten(0, 1), x.contiguous(), group=group)
     return torch.cat(out.unbind(0), dim)
 
 
@@ -126,7 +126,7 @@ def set_timeout(group, seconds: float):
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)          # torch has no public name for it
 
 
-# ---- the three on the board ------------------------------------------------------------------------------------------
+# ---- data, tensor and pipeline parallelism, each in its shortest form ------------------------------------------------
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
@@ -146,7 +146,7 @@ def all_reduce_gradients(module: nn.Module, group):
 
 
 class Exchange(torch.autograd.Function):
-    """y = there(x), dx = back(dy): a collective and its adjoint. keep: x is saved, for Regather."""
+    """Forward y = there(x), backward dx = back(dy). keep: x is saved (the class Regather, below, reads it)."""
 
     @staticmethod
     def forward(ctx, x, there, back, keep=False):
@@ -181,9 +181,9 @@ def reduce_from_tp_region(x: Tensor, group, sequence_parallel: bool = False) -> 
 
 
 def two_linears(x: Tensor, A: Tensor, B: Tensor, group) -> Tensor:
-    """Tensor parallelism: gelu(x A^T) B^T. A (F/n, C) and B (C, F/n) are this rank's parts, x (..., C) is whole.
+    """Tensor parallelism: gelu(x A^T) B^T. A (H/n, C) and B (C, H/n) are this rank's parts of a width H, x is whole.
     tensor_parallel() builds this into a model."""
-    h = F.gelu(F.linear(copy_to_tp_region(x, group), A))                                 # (..., F/n)
+    h = F.gelu(F.linear(copy_to_tp_region(x, group), A))                                 # (..., H/n)
     return reduce_from_tp_region(F.linear(h, B), group)                                  # (..., C)
 
 
@@ -238,9 +238,9 @@ class Mesh:
         self.pp_groups = self.ends_group = None
         grid = torch.arange(world, device="cpu").view(pp, rest, tp)
 
-        def new_group(lines):
+        def new_group(along):
             """The group of this rank's line; None if it is in no line. Every rank makes all groups, in one order."""
-            return dist.new_subgroups_by_enumeration(lines, timeout=timedelta(seconds=timeout))[0]
+            return dist.new_subgroups_by_enumeration(along, timeout=timedelta(seconds=timeout))[0]
 
         lines = [grid.movedim(dim, -1).flatten(0, 1).tolist() for dim in range(3)]          # of ranks, along pp, dp, tp
         self.pp_group, self.dp_group, self.tp_group = (
@@ -265,7 +265,7 @@ class Mesh:
 # ---- data parallelism ------------------------------------------------------------------------------------------------
 
 class Bucket:
-    """A stretch of parameters whose gradients lie side by side in one flat tensor and are reduced by one call."""
+    """Parameters whose gradients lie in one flat tensor, for one all-reduce. missing: not ready; work: that call."""
 
     def __init__(self, params: list[nn.Parameter], dtype):
         self.params, self.dtype, self.missing, self.flat, self.work = params, dtype, set(params), None, None
@@ -287,15 +287,15 @@ class DataParallel(nn.Module):
         optimizer.step(); optimizer.zero_grad()
 
         1  at construction   parameters and buffers are broadcast from the group's rank 0
-        2  backward          a gradient that is ready is copied into its bucket. A full bucket's all-reduce starts at
-                             once, next to the rest of backward, but never before the buckets ahead of it: all ranks
-                             issue the same calls in the same order. Buckets run from the last parameter to the first
+        2  backward          a bucket is full when all its gradients are ready. They are copied into it, and its
+                             all-reduce starts, next to the rest of backward. Buckets start in one order, the one with
+                             the last parameter first: so all ranks issue the same calls in the same order
         3  finish_gradient_synchronization()   starts the other buckets, waits for all; p.grad are views of the buckets
 
     - bucket_mb: MB (1e6 bytes) per bucket. reduce: "sum" | "mean". A bucket's memory stays.
     - Gradients of micro-batches within no_sync() stay local and are added up.
     - A parameter without a gradient on a rank counts as zero there. Freeze what is never used: an optimizer decays a
-      weight whose gradient is zero, and the bucket of such a weight leaves after backward, not during it.
+      weight whose gradient is zero. Its bucket, and all buckets after it, are sent only after backward.
     - Call zero_grad() after each step: gradients are sums over ranks already, and would be summed again.
     - If a batch is to be skipped, all ranks skip it: finish_gradient_synchronization(), then zero_grad().
     Raises ValueError for another reduce or a bucket_mb not above 0, RuntimeError for what the backend cannot broadcast.
@@ -354,7 +354,7 @@ class DataParallel(nn.Module):
             self.start()
 
     def start(self):
-        """The next bucket."""
+        """Copy the next bucket's gradients into it, start its all-reduce."""
         bucket, self.started = self.buckets[self.started], self.started + 1
         for p, view in bucket.views.items():
             if p.grad is None:
@@ -411,10 +411,10 @@ class ParallelModule(nn.Module):
 class ColumnParallelLinear(ParallelModule):
     """y_r = x W_r^T + b_r: this rank's part of the outputs. x (B, T, C) comes from f -> (B, T, out/n).
 
-    W_r (out/n, C), b_r (out/n): rows of W and b. The columns of a module, q, k and v or gate and up, share its input:
-    f stands before that module (put_f_before)."""
+    nn.Linear stores W as (out, in): W_r (out/n, C) and b_r (out/n) are its rows. The column layers of a module (q, k,
+    v; or gate, up) share its input: f stands once, before that module (put_f_before)."""
 
-    regather = None                                      # with sequence parallelism, while the module around this runs
+    regather = None            # a Regather while the module around this runs; None without sequence parallelism
 
     @uncompiled
     def forward(self, x):
@@ -454,8 +454,8 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         z_r = x W_r^T     m = max over ranks of max z_r     l = sum over ranks of sum exp(z_r - m)
         nll = log l + m - z_target                          dz_r = w (exp(z_r - m) / l - [target here])
 
-    Three numbers a token cross the wire: m, then l and the target's logit. `rows` tokens at a time, and gradients are
-    taken while the logits are there: dx_r = dz_r W_r is this rank's part of dx, which f's backward sums.
+    w is the token's weight; [target here] is 1 at the target's column, else 0. A rank sends m, l, z_target per token.
+    forward takes `rows` tokens at a time, and their gradients at once. f's backward sums the ranks' dx_r = dz_r W_r.
     """
 
     @staticmethod
@@ -463,10 +463,10 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         W, lo, acc = weight.to(x.dtype), weight.box[0][0], weights.dtype
         ctx.dtypes, nll, dx, dw = (x.dtype, weight.dtype), [], [], torch.zeros_like(W, dtype=acc) if with_grad else None
         for x_i, target, w in zip(*(t.split(rows) for t in (x, targets[:, None], weights[:, None])), strict=True):
-            is_own, w = (target >= lo) & (target < lo + len(W)), w * (target >= 0)                       # (n, 1)
+            is_own, w = (target >= lo) & (target < lo + len(W)), w * (target >= 0)                    # (rows, 1)
             local = (target - lo).masked_fill(~is_own, 0)
             # z = x W^T - m
-            z = (x_i @ W.T).to(acc)                                                                    # (n, V/ranks)
+            z = (x_i @ W.T).to(acc)                                                                     # (rows, V/n)
             z -= all_reduce(z.amax(1, keepdim=True), group, dist.ReduceOp.MAX)
             # l = sum exp(z), and z_target from the rank that has it
             z_target = z.gather(1, local) * is_own
@@ -503,10 +503,10 @@ class VocabParallelHead(ParallelModule):
             return Exchange.apply(F.linear(x, self.weight), lambda z: all_gather(z, self.group, -1),
                                   lambda dz: dz.chunk(size(self.group), -1)[rank(self.group)])
         full = self.weight.box[0][2]
-        if targets.device.type == "cpu" and targets.numel() and int(targets.max()) >= full:          # a GPU would wait
+        if targets.device.type == "cpu" and targets.numel() and int(targets.max()) >= full:     # on a GPU: a stall
             raise ValueError(f"targets must be below vocab_size {full}, got {int(targets.max())}")
         weights = torch.ones_like(targets, dtype=acc) if weights is None else weights.to(acc)
-        rows = max(256, (2**21 if x.device.type == "cpu" else 2**26) // len(self.weight))
+        rows = max(256, (2**21 if x.device.type == "cpu" else 2**26) // len(self.weight))   # so many logits at once
         loss, nll = VocabParallelCrossEntropy.apply(x.flatten(0, -2), self.weight, targets.flatten(), weights.flatten(),
                                                     self.group, rows, torch.is_grad_enabled())
         return loss, nll.view(targets.shape)
@@ -519,13 +519,13 @@ class Regather:
 
     def __init__(self, whole: Tensor, group):
         self.f, self.group, self.readers, self.again = whole.grad_fn, group, 0, None
-        self.identity = whole.data_ptr(), whole.numel(), whole._version
+        self.f_output = whole.data_ptr(), whole.numel(), whole._version
 
     def hooks(self):                    # made anew: one that is kept would be a cycle with self, for the collector
         return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
 
     def pack(self, t: Tensor):
-        if (t.data_ptr(), t.numel(), t._version) != self.identity:
+        if (t.data_ptr(), t.numel(), t._version) != self.f_output:
             return t                                                           # a weight, or no longer what f has given
         self.readers += 1
         return t.shape
@@ -578,8 +578,8 @@ def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN, sequence_para
         column, row, vocab, head   the classes above
         partial                    works on the heads between a column and a row: its gradient is a part, sum_over
         positions                  an embedding of positions: under sequence parallelism each rank takes its own
-    sequence_parallel: the sequence is split between a row layer and the next column layer: (B, T/n, C). For a model
-    that learns its number of positions from the tokens, as ours does and transformers' do not. The vocab embedding
+    sequence_parallel: the sequence is split between a row layer and the next column layer: (B, T/n, C). The model must
+    take T from the tokens, not from hidden states: ours does, transformers' do not. The vocab embedding
     splits the sequence; a model without one must be fed this rank's positions alone. The gradients of all whole
     parameters are then parts too, and sum_over says so; reduce_partial_gradients() adds them up.
     Raises ValueError, naming the module, for sizes and heads that the group's size does not divide, a module that is
@@ -647,7 +647,7 @@ class Op(NamedTuple):
 
 def run_ahead(p: int, m: int, v: int, ahead) -> list[list[Op]]:
     """Rank r runs ahead(r) forwards, then one forward and one backward in turns, then the backwards that are left. With
-    v chunks a rank, p micro-batches go through one chunk before the next. The number ahead is all that differs:"""
+    v chunks a rank, p micro-batches go through one chunk before the next. The schedules below differ in ahead alone."""
     rounds = [range(i, min(i + p, m)) for i in range(0, m, p)]
     forward = [Op("F", i, c) for round_ in rounds for c in range(v) for i in round_]
     backward = [Op("B", i, c) for round_ in rounds for c in reversed(range(v)) for i in round_]
@@ -673,7 +673,7 @@ def interleaved(p: int, m: int, v: int = 2) -> list[list[Op]]:
     """Ahead: enough for the first micro-batches to be through all chunks. Raises ValueError unless p divides m."""
     if m % p:
         raise ValueError(f"pp_schedule interleaved needs a multiple of pp = {p} micro-batches per step, got {m}")
-    return run_ahead(p, m, v, lambda r: (p - 1 - r) * min(v, 2) + (v - 1) * p)
+    return run_ahead(p, m, v, lambda r: (p - 1 - r) * min(v, 2) + (v - 1) * p)            # v = 1: as 1f1b
 
 
 def zero_bubble(p: int, m: int) -> list[list[Op]]:
@@ -850,7 +850,7 @@ class Channels:
 
     coming     by source rank: messages that it will send to us, in its order
     arriving   receives that are posted; sending: sends that may not be done; to_self: from a stage of this rank
-    receipts   of a message: which of our messages its sender had received before. They are freed when it arrives
+    receipts   of a message: all that its sender received since its message before. Ours are freed when it arrives
     """
 
     def __init__(self, timetable, groups, timeout: float):
@@ -897,7 +897,7 @@ class Channels:
         return x
 
     def start(self, what, x, peer: int, message):
-        # NCCL warns of a message that is no batch, and may make a communicator for each pair
+        # always as a batch of one: for a single send NCCL warns, and may make a communicator for each pair
         return dist.batch_isend_irecv([dist.P2POp(what, x, group=self.groups[message.goes_up],
                                                   group_peer=peer)])[0]
 
@@ -916,9 +916,9 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
     """Run this rank's operations of a schedule -> nll of each micro-batch on the last stage's rank, None elsewhere.
 
     chunks       this rank's stages: callables, chunk(hidden=..., **batch) -> hidden, and of the last stage (loss, nll)
-    batches      a dict of tensors a micro-batch, the same on every rank
+    batches      for each micro-batch a dict of tensors, the same on every rank of the pipeline
     groups       Mesh.pp_groups; None for p = 1 (then a schedule is plain gradient accumulation)
-    seed         gradient of each loss: scale / N
+    seed         (nothing random) where backward starts: the gradient of each loss. In train.py loss scale / N, or 1
     hidden_like  batch -> an empty tensor like the hidden state between stages
     no_sync      context around every gradient that is not its parameter's last (DataParallel.no_sync). In a split
                  schedule a linear's weights get their gradient in W, all other parameters in B. A parameter used in
@@ -1001,7 +1001,7 @@ def reduce_partial_gradients(params):
 
 
 def piece(p) -> tuple:
-    """What a tensor is a piece of, and which: equal on replicas alone."""
+    """What a tensor is a piece of, and which: equal on replicas alone. flat: see zero.py."""
     return p.full_name, p.box, getattr(p, "flat", None)
 
 
@@ -1090,8 +1090,8 @@ class World:
     rank, size   its number, and how many there are: torchrun's RANK and WORLD_SIZE; without them it is alone
     device       this rank's accelerator, or the CPU
     group        all ranks, over the device's backend (NCCL on GPUs, gloo on CPUs); None if alone
-    host         all ranks over gloo: for objects, files, and waits of hours, as while rank 0 prepares data
-    mesh         the ranks as a grid dp x tp x pp
+    host         all ranks over gloo, for objects and for waits of hours (rank 0 prepares data); None if alone or fake
+    mesh         the ranks as a grid pp x dp x tp
     step         the step that the run is at, for an error message
 
     fake: --dry-run's ranks, which are not there: groups exist and nothing is sent.
@@ -1113,7 +1113,7 @@ class World:
         self.host = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if self.group and not fake else None
         self.mesh = Mesh(dp, tp, pp, timeout)
         if self.host is not None:
-            dist.barrier(group=self.host)      # a rank that finds a fault now, and leaves, breaks no other's connecting
+            dist.barrier(group=self.host)      # all are connected: a rank that leaves at a fault breaks nothing
 
     def join(self, backend: str, seconds: float):
         timeout = timedelta(seconds=seconds)
@@ -1183,7 +1183,7 @@ class Call(NamedTuple):
     phase: str
     collective: str
     bytes: int
-    n: int
+    n: int                           # ranks of the group
     shape: tuple
     dtype: torch.dtype
     peer: int | None                 # of a send or receive: the other's rank in the group
@@ -1256,14 +1256,14 @@ def demo():
     def two_steps(*layout):
         """-> losses and gradient norms; of the last step the bytes that this rank sends by axis, and scaling.py's."""
         c = train.parse_config([*flags, *layout])
-        world, losses = train.join(c), []
+        world, results = train.join(c), []
         model, mesh = train.Model(c, world, dtype=torch.float64), world.mesh
         optimizer, m = train.make_optimizer(model, c), 4 // mesh.dp
         for step in range(2):
             tokens = torch.randint(64, (4, 1, 9), generator=torch.Generator().manual_seed(step))[mesh.dp_rank * m:]
             batches = iter([{"tokens": x[:, :-1], "targets": x[:, 1:]} for x in tokens])
             with CommLedger(mesh.axes) as ledger:
-                losses.append(train.train_step(model, optimizer, batches, step, c, world)[:2])
+                results.append(train.train_step(model, optimizer, batches, step, c, world)[:2])
         check_replicas(model.parameters(), world.host)
         shape, layout = scaling.shape_of(c.model), train.layout_of(c, mesh.dp)
         program = scaling.Program(item=8, residual=8, gradient=8)
@@ -1273,7 +1273,7 @@ def demo():
                 predicted[axis] += predicted.pop("world")
         sent = {axis: ledger.total("wire", axis=axis) for axis in predicted}
         assert sum(sent.values()) == ledger.total("wire")
-        return torch.tensor(losses, dtype=torch.float64), sent, predicted
+        return torch.tensor(results, dtype=torch.float64), sent, predicted
 
     def run(r, store):
         torch.set_num_threads(1)
@@ -1286,8 +1286,8 @@ def demo():
             f"{'':<44}largest error   measured | predicted | error")
         for layout in ("--dp 4", "--dp 2 --tp 2", "--tp 4 --no-sequence-parallel",
                        "--tp 2 --pp 2 --pp-schedule interleaved", "--dp 2 --pp 2 --pp-schedule zb"):
-            losses, sent, predicted = two_steps(*layout.split())
-            error = (losses - alone).abs().max().item()
+            results, sent, predicted = two_steps(*layout.split())
+            error = (results - alone).abs().max().item()
             assert error < 1e-10 and sent == predicted, (layout, error, sent, predicted)
             shown = [f"{axis} {sent[axis]:,.0f} | {predicted[axis]:,.0f} | {sent[axis] - predicted[axis]:g}"
                      for axis in sent]

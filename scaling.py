@@ -1,6 +1,6 @@
 """Scaling: five questions to ask before a training run, and what answers them.
 
-(1) How good will it be? A law gives the loss L, nats per token, of a model of N parameters after D training tokens:
+(1) How good will it be? A law gives the loss L, the mean -ln p of a token (nats), of N parameters after D tokens:
 
     L(N) = (N_c / N)^alpha_N,   L(D) = (D_c / D)^alpha_D            Kaplan 2020: straight lines in logs
     L(N, D) = E + A / N^alpha + B / D^beta                          Chinchilla (Hoffmann 2022)
@@ -8,9 +8,9 @@
 E is the entropy of text: no model gets below it. A / N^alpha is what a finite model misses. B / D^beta is what finite
 data did not teach.
 
-(2) How large, for a budget? Training costs C = 6 N D FLOPs: a weight is multiplied and added once forward (2 FLOPs) and
-twice backward (4), for the gradients of its input and of itself. Minimise L where 6 N D = C. At the best N and D, one
-percent more of either lowers L equally:
+(2) How large, for a budget? Training costs C = 6 N D FLOPs. Per token, a weight is multiplied and added once forward (2
+FLOPs) and twice backward (4): for the gradient of its input and for its own. Minimise L where 6 N D = C. At the best
+pair, N_opt and D_opt, one percent more of either lowers L equally:
 
     alpha A / N^alpha = beta B / D^beta          N_opt = G (C/6)^a,  D_opt = (C/6)^b / G
                                                  G = (alpha A / (beta B))^(1 / (alpha + beta))
@@ -41,23 +41,23 @@ FLOPs per token. The more it is used, the smaller is the model that reaches the 
 for AdamW's two moments. 7 billion take 126 GB, and an H100 has 80 GB. So a step is split over dp x tp x pp ranks, one
 GPU each. A `Layout` says how, a `Program` what is kept and sent:
 
-    dp                    copies of the model, each with its own sequences; their gradients are summed
-    tp                    each layer's matrices are cut into tp parts, whose results are summed
+    dp  data parallel     copies of the model, each with its own sequences; their gradients are summed
+    tp  tensor parallel   each layer's matrices are cut into tp parts, whose results are summed
     sequence parallelism  between tp's matrices, each rank keeps 1/tp of the tokens
-    pp                    the layers are cut into pp stages, which pass micro-batches on: a pipeline. Stages wait at the
-                          start and at the end of a step: the bubble
+    pp  pipeline          the layers are cut into pp stages. A step's batch passes them in parts, micro-batches. Stages
+                          wait at the start and at the end of a step: the bubble
     schedule              order of a pipeline's work. gpipe: all forward passes first. 1f1b: a forward and a backward in
                           turn. interleaved: a rank has several stages (chunks). zb (zero bubble): gradients of weights
                           are computed later, in the gaps
-    zero 1, 2, 3          the dp copies share the optimizer states; also the gradients; also the weights
-    recompute             backward computes activations again instead of keeping them. selective: attention; full: all
+    zero 1, 2, 3          each dp copy keeps 1/dp of the optimizer states; also of the gradients; also of the weights
+    recompute             activations are computed again in backward, not kept. selective: attention's; full: a layer's
 
-Each formula stands at its function: `memory` (weights, gradients, states, activations, buffers), `messages` (calls and
-bytes of every collective), `step_time` (products, messages that nothing hides, the bubble).
+`memory`: weights, gradients, states, activations, buffers. `messages`: every collective, a message within a group of
+ranks. `step_time`: products, the bubble, messages. A message sent while products run is hidden: it adds no time.
 
 (5) What does it cost? 7 billion parameters on 140 billion tokens are 6.5e21 FLOPs: 6 for each weight that is multiplied
-(the embedding is not), and attention's products on top (Shape.flops_per_token). 64 H100s multiply at most 6.3e16 per
-second, so 28 hours are the least, and a good program needs nearly twice that. The share that a program reaches is its
+(the embedding is not), and attention's products on top (Shape.flops_per_token). 64 H100s do at most 6.3e16 per second.
+So it takes at least 28 hours. A good program needs nearly twice that. The share that a program reaches is its
 MFU, model FLOPs utilisation: FLOPs that the model needs per second / the GPU's peak. `bill` adds up one layout: time,
 energy, CO2, dollars. `plan` estimates the time of every layout that fits, and bills the best. train.py prints the same
 bill before it starts.
@@ -213,8 +213,8 @@ Vertex = namedtuple("Vertex", "C N D loss curvature")
 
 
 def parabola(group) -> Vertex | None:
-    """The best N of one budget's runs, by a parabola through loss(ln N). None without three sizes, or where the best is
-    not among them."""
+    """The best N of one budget's runs, by a parabola through loss(ln N). None without three sizes, or where the vertex
+    is not between the smallest and the largest: then the budget has no best size inside."""
     ln_N, loss = np.log(group[:, 0]), group[:, 2]
     if distinct(group[:, 0]) < 3:
         return None
@@ -290,8 +290,8 @@ def fit_envelope(runs, *, times=200) -> dict:
     """Approach 1: {"a", "b", "k_N", "k_D", "points", "intervals"}. Each size N has a curve loss(C): a line in logs from
     run to run, or from point to point of one training curve. The envelope is the lowest curve at each C of a grid.
 
-    - Where the smallest or the largest size that was tried at that C is the lowest, C is dropped: a better size may lie
-      beyond.
+    - If the lowest curve at a C is that of the smallest or of the largest size tried there, this C is dropped: a better
+      size may lie beyond.
     - The line is fitted to every kept C of the grid. "points" shows one per size, the one of the largest C.
     """
     runs = as_runs(runs)
@@ -396,8 +396,8 @@ def check_five_constants(runs):
 
 
 def starting_points(loss) -> np.ndarray:
-    """A grid of theta (S, 5), in centred logs: E, shares of the lowest loss; s and 1 - s, how the two terms split what
-    is left of the median loss; the exponents."""
+    """A grid of theta (S, 5), in centred logs. E is a share of the lowest loss. The median loss minus E is split: s for
+    the term of N, 1 - s for the term of D. alpha and beta take five values each."""
     lowest, median, rates = loss.min(), np.median(loss), (0.05, 0.2, 0.5, 1.0, 2.0)
     return np.array([(math.log(E), math.log(s * (median - E)), math.log((1 - s) * (median - E)), alpha, beta)
                      for E in (0.01 * lowest, 0.5 * lowest, 0.95 * lowest)
@@ -423,7 +423,7 @@ def law_and_resamples(runs, times) -> tuple:
     # with ln N and ln D counted from their means, ln_A and ln_B are logs of the terms in the middle of the runs
     center = np.array((*logs[:, :2].mean(0), 0.0))
     logs, theta = logs - center, starting_points(runs[:, 2])
-    # all starts a little, on some 500 runs; the best to the end
+    # all starts for 60 steps, on at most 999 runs, evenly picked; then the best 24 to the end, on all runs
     for count, iterations, every in ((len(theta), 60, max(1, len(runs) // 500)), (24, 2000, 1)):
         some = logs[::every]
         theta, f = minimise(theta[:count], np.broadcast_to(some, (count, *some.shape)), iterations)
@@ -452,8 +452,8 @@ def fit_parametric(runs, *, times=200) -> dict:
 # ---- (1) (2) is a fit right where it has not seen? -------------------------------------------------------------------
 
 def holdout(runs, k: int, *, times=200) -> dict:
-    """Fit without the k largest budgets, then compare with each one's parabola: its loss by approach 3, its N by
-    approach 2 -> {"fitted_to": C of the largest budget that was fitted, "rows": [{"what": "loss" or "N_opt", "C",
+    """Fit without the k largest budgets. Then predict the vertex of each: its loss by approach 3, its N by approach 2
+    -> {"fitted_to": C of the largest budget that was fitted, "rows": [{"what": "loss" or "N_opt", "C",
     "times_larger": C / fitted_to, "predicted", "low" and "high": 95 % of resamples, "measured"}]}. A hidden budget
     whose best size is not inside has no row. Raises BadInput."""
     groups = budgets(runs)
@@ -464,8 +464,8 @@ def holdout(runs, k: int, *, times=200) -> dict:
         raise BadInput("holdout must be of budgets with 3 or more sizes and the best inside, got none")
     known_groups = [group for group in groups[:-k] if distinct(group[:, 0]) > 2]
     fitted_to, rows = groups[-k - 1][:, 3].mean(), []
-    law, laws = law_and_resamples(known, times)
-    line, lines = isoflop(known_groups), bootstrap(isoflop, known_groups, times)
+    law, laws = law_and_resamples(known, times)                                         # approach 3, and its resamples
+    line, lines = isoflop(known_groups), bootstrap(isoflop, known_groups, times)        # approach 2, and its resamples
 
     def loss(law, vertex):
         return chinchilla_loss(*compute_optimal(6 * vertex.N * vertex.D, law), law)
@@ -503,8 +503,8 @@ def compute_for_loss(loss, law=BESIROGLU):
 
 
 def assess(N, D, law=BESIROGLU) -> dict:
-    """How far a run is from the best of its budget, by a law: tokens per parameter, N / N_opt, loss; "loss_gap": loss
-    left on the table; "enough_compute": the share of its compute that would have been enough for its loss."""
+    """How far a run is from the best of its budget, by a law: tokens per parameter, N / N_opt, loss. "loss_gap": this
+    loss minus the best one. "enough_compute": the share of its compute that would have been enough for its loss."""
     C, loss = 6 * N * D, chinchilla_loss(N, D, law)
     best = compute_optimal(C, law)
     return {"C": C, "N_opt": best.N, "D_opt": best.D, "D/N": D / N, "best D/N": best.D / best.N,
@@ -517,8 +517,8 @@ def assess(N, D, law=BESIROGLU) -> dict:
 @dataclass(frozen=True)
 class Shape:
     """The fields of model.ModelConfig that cost something, and how many parameters and FLOPs they are. q, kv: width of
-    all query heads, of all key heads. num_up: how many matrices n_embd -> n_ff, the MLP's ups (with SwiGLU gate and
-    up). The others are numbers of parameters."""
+    all query heads, of all key heads. num_up: the MLP's matrices n_embd -> n_ff (SwiGLU has two: gate and up).
+    norm_vectors: vectors of one norm, its weight and perhaps a bias. The others are numbers of parameters."""
 
     vocab_size: int
     seq_len: int
@@ -551,7 +551,7 @@ class Shape:
     def flops_per_token(self, recompute: str = "none") -> int:
         """Forward, backward, and what runs again. The full square of attention counts, as in PaLM's MFU
         (arXiv:2204.02311, appendix B)."""
-        # q k^T and p v: 2 products of 2 T FLOPs per element of q, twice more in backward
+        # scores and probabilities x values: 2 products of 2 T FLOPs per element of q, twice more in backward
         attention = 4 * self.q * self.seq_len
         recomputed = {"none": 0, "selective": attention, "full": 2 * self.matrix_params + attention}[recompute]
         return self.n_layer * (6 * self.matrix_params + 3 * attention + recomputed) + 6 * self.vocab_size * self.n_embd
@@ -565,8 +565,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is split over ranks. Fields are train.py's flags. schedule is --pp-schedule; chunks is --pp-chunks,
-    stages per rank: 1 unless interleaved."""
+    """How a step is split over ranks. Fields are train.py's flags, but micro_batches, which follows from the batch.
+    schedule is --pp-schedule; chunks is --pp-chunks, stages per rank: 1 unless interleaved."""
 
     dp: int = 1
     tp: int = 1
@@ -673,7 +673,7 @@ class GPU:
 # - Peaks and 1/fp32 (how many times slower float32 is): the makers' data sheets.
 # - Links: measured 235 of NVLink 3's 300 GB/s and 368 of NVLink 4's 450; of others 0.8 of the line rate (PCIe 4: 31,
 #   PCIe 5: 63).
-# - Network: 200 Gb/s per GPU for A100 (Narayanan 2021, section 5), 400 for H100 (Llama 3, section 3.3.1) and later.
+# - Network, Gb/s per GPU: A100, L40S 200 (A100: Narayanan 2021, section 5); V100, T4, L4, RTX 100; rest 400 (Llama 3).
 # - c: the share of the peak that large products reach in a long run: hot, at the power limit, between other kernels.
 #   Two rows are fitted: a100 on six rows of Megatron's table 1, h100 on one row of Llama 3's table 4. A benchmark of
 #   nothing but products reaches a larger share: a100's c is 0.88 of it and h100's 0.79, on average 0.83. So the other
@@ -683,10 +683,10 @@ name             TFLOP/s     fp8  GB   GB/s  link network watts    c  1/fp32    
 v100                 125       0  32    900   120    12.5   300 0.65       8 0.79  Lambda, 16 GB, skypilot-catalog v8
 a100                 312       0  80   2000   235    25     400 0.712     16 1.50  assumed by Sardana 2024
 a100-pcie            312       0  80   1940    25    25     300 0.67      16    -  no price known: give --price
-h100                 989    1979  80   3350   368    50     700 0.635     16 2.69  RunPod secure, 2026-05-22
-h100-pcie            756    1513  80   2000    50    50     350 0.65      16 2.79  RunPod secure, 2026-05-22
+h100                 989    1979  80   3350   368    50     700 0.635   14.8 2.69  RunPod secure, 2026-05-22
+h100-pcie            756    1513  80   2000    50    50     350 0.65    14.8 2.79  RunPod secure, 2026-05-22
 h20                  148     296  96   4000   368    50     400 0.65     3.4    -  no price known: give --price
-h200                 989    1979 141   4800   368    50     700 0.635     16 3.50  Nebius on demand, skypilot-catalog v8
+h200                 989    1979 141   4800   368    50     700 0.635   14.8 3.50  Nebius on demand, skypilot-catalog v8
 b200                2250    4500 180   8000   720    50    1000 0.64      30 5.50  Nebius, skypilot-catalog v8
 b300                2250    4500 288   8000   720    50    1000 0.65      30    -  no price known: give --price
 gb200               2500    5000 186   8000   720    50    1200 0.61      31    -  no price known: give --price
@@ -775,8 +775,8 @@ def end_bytes(shape: Shape, layout: Layout, program: Program) -> float:
 
 
 def stored(layout: Layout, pp_rank: int) -> float:
-    """Micro-batches whose activations rank r of a pipeline holds at once: 1F1B p - r, GPipe m, interleaved on the first
-    rank p (1 + (p-1)/(p v)), where a micro-batch in one of a rank's v stages counts 1 / v."""
+    """Micro-batches whose activations rank r = pp_rank holds at once: GPipe m, 1F1B and zb p - r (never more than m).
+    Interleaved, on the first rank: p (1 + (p-1)/(p v)). A micro-batch in one of a rank's v stages counts 1 / v."""
     p, m, v = layout.pp, layout.micro_batches, layout.chunks
     # interleaved: 2 (p - r - 1) of warm-up, (v - 1) p for the chunks before the last, 1 in work; each is 1/v of a rank
     if v > 1:
@@ -785,8 +785,8 @@ def stored(layout: Layout, pp_rank: int) -> float:
 
 
 def waiting_bytes(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> float:
-    """Zero bubble computes weight gradients later. Until then each linear's input and the gradient of its result wait.
-    If m > p, one more linear's two wait, since then a forward pass runs after a backward."""
+    """Zero bubble computes weight gradients later. Until then a linear's input and its result's gradient wait. min(m,
+    p) micro-batches have such pairs or activations. If m > p, a forward follows a backward: one linear's pair more."""
     if layout.schedule != "zb" or layout.pp == 1:
         return 0
     n, h, t = layout.micro_batch_size * shape.seq_len, shape.n_embd, layout.tp
@@ -816,7 +816,7 @@ def memory(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict
     """Bytes of a rank at place `pp_rank` of its pipeline: {"parameters", "gradients", "states", "activations",
     "buffers"}. (Rajbhandari 2020, figure 1; Korthikanti 2022, section 4)"""
     psi, zero, dp = rank_params(shape, layout, pp_rank).count, layout.zero, layout.dp
-    # parameters, gradients, states: those that ZeRO splits / dp
+    # weight, states: bytes per parameter. Below, what ZeRO splits is divided by dp
     weight, states = program.item, program.states
     if zero == 3 and program.train_py and program.master_weights:      # train.py's shards are the masters themselves
         weight, states = program.sum_bytes, 2 * program.sum_bytes
@@ -848,8 +848,8 @@ def fullest(shape: Shape, layout: Layout, program: Program) -> dict:
 
 def layer_collectives(layout: Layout, program: Program) -> dict:
     """{pass: (all-gathers, reduce-scatters)} of one layer over tp. Forward: attention and MLP gather their input, sum
-    their result. Backward: the adjoints. Without sequence parallelism an all-gather and a reduce-scatter together are
-    one all-reduce. With it, backward also gathers the two inputs again. (Korthikanti 2022, section 4.2)"""
+    their result. Backward: a gather becomes a sum, a sum a gather. Without sequence parallelism one of each is one
+    all-reduce. With it, backward also gathers the two inputs again. (Korthikanti 2022, section 4.2)"""
     # a block that runs again in backward ends with a sum that is not needed: Megatron-LM repeats it, train.py does not
     sp, sums = layout.sequence_parallel, 1 if program.train_py else 2
     recomputed = (2 if sp else sums, sums) if layout.recompute == "full" else (0, 0)
@@ -880,13 +880,13 @@ def dp_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) ->
     if layout.dp == 1:
         return {}
     psi, m = rank_params(shape, layout, pp_rank).count, layout.micro_batches
-    targets = 8                                                               # how many there are: an all-reduce
+    count_bytes = 8                                                     # an all-reduce of N, the number of targets
     if layout.zero == 0:
-        return {("dp", "all_reduce"): (None, targets + psi * program.gradient)}
+        return {("dp", "all_reduce"): (None, count_bytes + psi * program.gradient)}
     scatters, gathers = {1: (1, 1), 2: (m, 1), 3: (m, 2 * m)}[layout.zero]
     # ZeRO 3: a weight that embedding and head share is gathered by each
     gathered = psi + table_params(shape, layout) * (layout.zero == 3 and shape.tie_embeddings and layout.pp == 1)
-    return {("dp", "all_reduce"): (None, targets),
+    return {("dp", "all_reduce"): (None, count_bytes),
             ("dp", "reduce_scatter"): (None, scatters * psi * program.gradient),
             ("dp", "all_gather"): (None, gathers * gathered * program.item)}
 
@@ -920,8 +920,8 @@ def tp_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) ->
 
 def muon_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict:
     """Each matrix of a layer goes to its owner, one of R ranks of the stage, and from there to all that hold a part, or
-    a copy (zero.py). The mean of the stage's ranks. With ZeRO it is at most that: a matrix that lies in few shards has
-    less to send."""
+    a copy (zero.py). The bytes are the mean over the stage's ranks. With ZeRO they are an upper bound: a matrix that
+    lies in few shards has less to send."""
     R, copies = layout.dp * layout.tp, 1 if layout.zero else layout.dp
     if not program.muon or R == 1:
         return {}
@@ -981,7 +981,7 @@ def bubble(layout: Layout, forward: float, backward: float, weight: float) -> fl
 
 
 def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: float = 1.0) -> dict:
-    """Seconds of a step: {"compute", "tp", "pp", "dp", "bubble", "update"}; of messages, what nothing hides.
+    """Seconds of a step: {"compute", "tp" (of the layers), "pp", "dp", "bubble", "update"}; what nothing hides.
 
         step       (m + (p-1)/v) x a micro-batch on the slowest rank + the update + messages that nothing hides
                    (zb: see bubble)

@@ -18,13 +18,13 @@ many ranks, with runs that survive being killed. Training goes on in stages, eac
 
 All four follow the gradient of sum_t w_t nll_t / N, and only the tokens' weights w_t differ (model.py, "the same loss,
 other weights"). nll_t: minus the log-probability of target t. N: how many targets there are (dpo: pairs; rl: answers).
-train_step() does one step. AdamW updates a parameter p from its gradient g in step t (wd: weight decay, on matrices
-alone); with --optimizer muon, the matrices inside the blocks are updated by Muon instead (zero.py):
+train_step() does one step. In update k, from 1, AdamW changes a parameter p by its gradient g. (b1, b2: beta1, beta2;
+wd: weight decay, on matrices alone.) With --optimizer muon, Muon updates the blocks' matrices instead (zero.py):
 
-      m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2           m' = m / (1 - b1^t)      v' = v / (1 - b2^t)
+      m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2           m' = m / (1 - b1^k)      v' = v / (1 - b2^k)
       p -= lr (m' / (sqrt(v') + eps) + wd p)
 
-Given the weights and the optimizer's states, a step depends on the config, the data, the seed and its number alone. So
+Given weights, the optimizer's states and fp16's loss scale, a step depends on config, data, seed and number alone. So
 a checkpoint continues bit for bit on a CPU, and on a GPU as far as its kernels are deterministic. The same command
 again goes on where the run stopped: after Ctrl-C and SIGTERM, which save first, and after kill -9, from the last
 checkpoint.
@@ -75,7 +75,7 @@ import zero
 
 def textbook_loop(c: "Config", loader, dtype=torch.float32):
     """Pre-training on one rank, as on the board. Yields (loss, gradient norm, model) after each step. The tests hold
-    every layout of the real loop to this one. A comment names the file that replaces the line."""
+    every layout of the real loop to this one. A comment names a file that goes further. documents: see data.py."""
     model = net.build(c.model, c.seed, dtype=dtype)                  # parallel.py: no rank builds more than its part
     optimizer = update_rule(c)(decay_groups(model, c))               # AdamW; or Muon, zero.py
     for step in range(c.steps):
@@ -96,8 +96,8 @@ def textbook_loop(c: "Config", loader, dtype=torch.float32):
 
 
 def update_rule(c: "Config", group=None, fused: bool = False):
-    """decay_groups -> optimizer: AdamW; or Muon on the blocks' matrices, and AdamW on the rest. group: the ranks that
-    may hold a part of the same matrix."""
+    """A function that makes the optimizer of decay_groups(): AdamW; or Muon on the blocks' matrices, and AdamW on the
+    rest. group: the ranks that may hold a part of the same matrix."""
     adamw = functools.partial(torch.optim.AdamW, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=fused)
     return adamw if c.optimizer == "adamw" else functools.partial(zero.Muon, rest=adamw, group=group)
 
@@ -105,8 +105,8 @@ def update_rule(c: "Config", group=None, fused: bool = False):
 def decay_groups(model, c: "Config") -> list[dict]:
     """Weight decay acts on matrices, not on biases and norms. p.box (model.py) has the dimensions of the whole
     parameter, also where p is a flat shard of it. lr_ratio: a group's learning rate / lr_at."""
-    adamw = {"lr_ratio": c.adamw_lr_ratio if c.optimizer == "muon" else 1.0}
-    kinds = {"decay": adamw | {"weight_decay": c.weight_decay}, "vector": adamw | {"weight_decay": 0.0}}
+    ratio = {"lr_ratio": c.adamw_lr_ratio if c.optimizer == "muon" else 1.0}
+    kinds = {"decay": ratio | {"weight_decay": c.weight_decay}, "vector": ratio | {"weight_decay": 0.0}}
     if c.optimizer == "muon":
         kinds["muon"] = dict(weight_decay=c.weight_decay, muon=True, momentum=c.momentum, lr_ratio=1.0)
 
@@ -140,7 +140,7 @@ def option(default, help, choices=None, *, affects_training=True, **bounds):
                                             "bounds": {"at_least": 0} | bounds})
 
 
-# it changes cost or output, not what is learned. `data` is here since its content is compared instead
+# a field that changes cost or output. data, text_field, tokenizer are here too: refusal() compares the tokens instead
 runtime = functools.partial(option, affects_training=False)
 
 
@@ -186,7 +186,7 @@ class Config:
     document_mask: bool = option(True, "attend within a document only")
     # the optimisation
     steps: int = option(2000, "optimizer steps", at_least=1)
-    global_batch_size: int = option(8, "windows per step, over all ranks and micro-batches", at_least=1, at_most=2**24)
+    global_batch_size: int = option(8, "windows of seq_len tokens per step, over all ranks", at_least=1, at_most=2**24)
     lr: float = option(3e-3, "peak learning rate")
     min_lr_ratio: float = option(0.1, "learning rate that the schedule falls towards / peak", at_most=1)
     warmup_steps: int = option(100, "steps of linear rise")
@@ -207,8 +207,8 @@ class Config:
     master_weights: bool = option(True, "in a low precision: float32 copies that the optimizer updates")
     loss_scale: float = option(2.0**16, "fp16: what losses are multiplied by at first (0: no scaling)", below=1e38)
     # how it runs: same result, other cost
-    micro_batch_size: int = runtime(0, "windows per forward pass and rank (0: the largest divisor up to 8, rl: 64, "
-                                       "that, with pp, leaves at least 2 x pp micro-batches per step, if one does)")
+    micro_batch_size: int = runtime(0, "windows per forward pass and rank (0: the largest divisor up to 8, rl: 64. "
+                                       "pp: one that gives at least 2 x pp micro-batches per step, if there is one)")
     recompute: str = runtime("none", "activations computed again in backward", ("none", "selective", "full"))
     attention: str = runtime("auto", "kernel; auto: triton on a GPU, sdpa elsewhere", ("auto", *flash_attn.BACKENDS))
     dp: int = runtime(0, "data-parallel ranks (0: what tp and pp leave of the world)")
@@ -283,8 +283,8 @@ LONG = dict(warmup_steps=700, global_batch_size=512, eval_windows=1024, checkpoi
 # found by search, tests/bench/RESULTS.md: the best after five minutes on two CPU cores
 TINY = dict(vocab_size=4096, optimizer="muon", lr=7.5e-3, schedule="wsd", decay_fraction=0.7, min_lr_ratio=0.0,
             weight_decay=0.01, steps=1200)
-# tiny's kind of recipe with the rates of a GPT-2 of 124 M on as many tokens per step: modded-nanogpt's record of
-# 2024-10-10, Muon (github.com/KellerJordan/modded-nanogpt). Transferred: nobody has run it with this code
+# a recipe like tiny's. The rates are those of modded-nanogpt's record of 2024-10-10: Muon, a GPT-2 of 124 M, as many
+# tokens per step (github.com/KellerJordan/modded-nanogpt). Nobody has run them with this code
 SMALL = dict(optimizer="muon", lr=1e-2, adamw_lr_ratio=0.36, schedule="wsd", decay_fraction=0.3, min_lr_ratio=0.0,
              weight_decay=0.0, steps=4800)
 # from `small` on about 20 tokens per parameter (Chinchilla, arXiv:2203.15556, Table 3); from `medium` on the learning
@@ -343,15 +343,15 @@ def train_step(model: "Model", optimizer, loader, step: int, c: Config, world: p
     N = parallel.all_reduce(sum(b["count"] if "count" in b else (b["targets"] >= 0).sum() for b in batches),
                             world.mesh.dp_group)
     on_phase(step, "forward_backward")
-    # in dpo and rl the tokens' weights w_t depend on the model: a pass without gradient sets them (below the run)
+    # in dpo and rl the tokens' weights w_t depend on the model: a pass without gradient sets them (weigh_tokens)
     weigh, statistic_names = OBJECTIVES.get(c.objective, (None, ()))
     sums = weigh_tokens(weigh, model, batches, c) if weigh else []
     # 2. the gradient of scale sum_t w_t nll_t / N by the parameters; micro-batches add up
     scale = scaler.scale if scaler else 1.0
     loss_grad = scale / N.double()
     if c.precision == "fp16":
-        # the gradient of one token's logits is about scale / N: too small for fp16, it would become 0, and no later
-        # factor could bring it back. So scale / N goes into the tokens' weights, and backward starts from 1
+        # the head rounds the gradient of the logits to fp16 in forward (model.py): no later factor brings back what
+        # becomes 0 there. So scale / N goes into the tokens' weights, which it has by then; backward starts from 1
         for batch in batches:
             batch["weights"] = loss_grad * batch.get("weights", torch.ones_like(batch["targets"], dtype=torch.float32))
         loss_grad = torch.ones_like(loss_grad)
@@ -494,8 +494,8 @@ def make_stage(c: Config, device, mesh=None, stage: int = 0, read=None, dtype=No
 
 
 def meta_stage(c: Config, device, mesh, stage: int, low_dtype=None) -> net.GPT:
-    """The shapes of a stage, on the meta device: attention chosen, width split over tp, depth over pp. Raises
-    ValueError for sizes that the mesh does not divide."""
+    """A stage without numbers: torch's meta device has shapes alone. Attention is chosen, the width is split over tp,
+    the depth over pp. Raises ValueError for sizes that the mesh does not divide."""
     backend = c.attention if device.type == "meta" else flash_attn.resolve_backend(c.attention, device)
     attention = functools.partial(flash_attn.flash_attention, backend=backend)
     prepare = lambda documents, _: flash_attn.document_limits(documents)       # once per micro-batch, for all layers
@@ -545,7 +545,7 @@ class Model(torch.nn.Module):
                                                      dtype, self.sync) for chunk in range(c.stages // c.pp))
         if c.zero == 0:
             self.sum_with(parallel.DataParallel(self.chunks, self.mesh.dp_group))
-        self.counts_loss = self.mesh.pp_rank == c.pp - 1 and self.mesh.tp_rank == 0
+        self.counts_loss = self.mesh.pp_rank == c.pp - 1 and self.mesh.tp_rank == 0      # tp ranks have equal losses
         self.on_op = None                                                   # run_schedule's clock
 
     def sum_with(self, sync):
@@ -715,7 +715,7 @@ def open_data(c: Config, world: parallel.World):
         loader = data.open_loader(parts, **shape, **ranks, prefetch=world.device.type == "cuda")
         val = data.open_loader(parts, **shape, split="val")
     else:
-        data.find_reward(c.reward)
+        data.find_reward(c.reward)                                       # raises now, not after hours, if there is none
         if c.objective == "rl":
             shape["micro_batch_size"] //= c.group_size                                                       # prompts
         examples = functools.partial(data.Examples, c.data, tokenizer, objective=c.objective, **shape)
@@ -759,7 +759,7 @@ def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -
                 if run.is_due(c.eval_interval) or run.step == 0 and c.objective != "pretrain":
                     try:
                         run.evaluate()
-                    except StopAsked:                                 # it is made after the run has gone on
+                    except StopAsked:                                 # the same command will evaluate this step first
                         stopping = True
                 if run.is_due(c.checkpoint_interval) or run.is_last_before_decay() or stopping:
                     run.save(stopping)
@@ -871,7 +871,7 @@ class Run:
     def is_due(self, interval: int) -> bool:
         return self.step == self.c.steps or bool(self.step and interval and self.step % interval == 0)
 
-    def is_last_before_decay(self) -> bool:
+    def is_last_before_decay(self) -> bool:                       # wsd: the next update is the first with a lower rate
         c, to_go = self.c, self.c.steps - self.step
         return (c.schedule == "wsd" and self.step > c.warmup_steps
                 and to_go < max(1.0, c.steps * c.decay_fraction) <= to_go + 1)
@@ -912,8 +912,8 @@ class Run:
         self.say("validation " + ", ".join(formats[name].format(found[name]) for name in shown))
 
     def save(self, stopping: bool):
-        """Unless this step is saved already. Weights that are not finite are not saved (the last update of a run has no
-        later loss to tell), nor the end of a run whose replicas differ."""
+        """Write a checkpoint, unless this step has one. Refused: weights that are not finite (no later loss would
+        show it after the last update), and the end of a run whose replicas differ."""
         if self.step == self.saved:
             return
         if self.step == self.c.steps == self.skipped:

@@ -892,7 +892,7 @@ class Muon(torch.optim.Optimizer):
     Of a matrix of m n elements that R ranks share, 2 m n (R - 1)/R elements are sent; if R ranks have a copy each,
     m n (R - 1). Copies could also do without: each rank would orthogonalize its own, in 5 (4 m^2 n + 2 m^3) FLOPs (m <=
     n), which is at least 20 m per element. One owner is cheaper where 20 m / (FLOP/s) > 4 bytes / (bytes/s): almost
-    everywhere, as above m = 250 on H100s (62 TFLOP/s in float32, a network of 50 GB/s). So there always is one.
+    everywhere, as above m = 270 on H100s (67 TFLOP/s in float32, a network of 50 GB/s). So there always is one.
 
     state[p] has one moment, "momentum", where AdamW has two. A matrix without a gradient, on any rank, stays as it is.
     Raises ValueError for what is not a matrix, and for pieces that do not make one: a group that is too small.
