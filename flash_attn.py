@@ -7,28 +7,28 @@ textbook program below moves it ten times forward and thirteen times backward ov
 one number in the time that tensor cores take for hundreds of multiplications. So: never write s. Three ideas.
 
 1. Tiling. A program takes BLOCK_M queries and walks over the keys, BLOCK_N at a time. The tile of scores lives in
-   registers and on-chip memory (SRAM) and is dropped. HBM sees q, k, v, o and one number per row.
+   registers and on-chip memory (SRAM) and is dropped. HBM sees q, o and one number per row; k, v once per program.
 
 2. Online softmax. A softmax needs the maximum and the sum of its row, and the whole row is never there. Keep both as
    the scores come:
 
        m' = max(m, max_j s_j)     alpha = exp(m - m')     l' = alpha l + sum_j exp(s_j - m')
                                                           o' = alpha o + sum_j exp(s_j - m') v_j
-   and at the end  o / l  and  lse = m + log l.  Nothing is approximated.
+   from m = -inf, l = 0, o = 0 on. At the end the output is o / l, and lse = m + log l.  Nothing is approximated.
 
 3. Recomputation. Backward needs p again. Keeping p would be the matrix again. So p is computed again, tile by tile,
-   from q, k and the one number per row that forward kept:  p_ij = exp(s_ij - lse_i).
+   from q, k and the one number per row that forward kept:  p_ij = exp(s_ij - lse_i).  dx is the loss's gradient by x:
 
        dv = p^T do      dp = do v^T      ds = p * (dp - delta)      dq = ds k * sm_scale      dk = ds^T q * sm_scale
        delta_i = sum_j p_ij dp_ij = sum_d do_id o_id                      (Dao 2022, section 3.1 and appendix B)
 
     symbol   in code      what                                 shape          dtype
     q k v o  q k v o      queries, keys, values, output        (B, H, T, D)   any float; k, v (B, H_kv, S, D)
-    m_i l_i  m_i l_i      running maximum, running sum         rows           float32, or float64 for float64
+    m l o    m_i l_i acc  running maximum, sum, o before / l   rows (acc: D)  float32, or float64 for float64
     lse      lse          log sum exp of a row                 (B, H, T)      the same; -inf where no key is visible
-    delta    delta        rowsum(do * o), minus dlse           (B, H, T)      the same
-    alpha    alpha        what a new maximum does to the old   rows           the same
-    B_r B_c  BLOCK_M BLOCK_N   queries, keys of a tile
+    delta    delta        rowsum(do * o), minus lse's gradient (B, H, T)      the same
+    alpha    alpha        a new maximum's factor on l and o    rows           the same
+    B_r B_c  BLOCK_M BLOCK_N   queries, keys of a tile: the papers' names; M, N in comments
 
 Which keys a query sees. Query i sits at key position i + S - T: the last query sits at the last key. With every mask
 here (causal, sliding window, packed documents) a query sees *an interval of keys*, and a key is seen by *an interval of
@@ -36,7 +36,7 @@ queries*. A tile outside the interval of every row is skipped. A tile inside all
 at the edges compare positions with the intervals.
 
 Where it rounds. p = exp(s - lse) subtracts two numbers of the size of the scores. With |s| in the thousands and float32
-its relative error is some |s| 2^-22. A softmax that still has its row is exact.
+p's relative error is some |s| 2^-22. The textbook's backward does not have this error: it kept p.
 
 What it costs, T = S, forward / backward:  FLOPs 4 T^2 D / 10 T^2 D per head (recomputing s is the fifth product; two
 separate backward kernels make it seven: 14 T^2 D), halved by causality. Memory O(T).
@@ -107,7 +107,7 @@ def attention_reference(q, k, v, *, causal, sm_scale=None, window=None, document
 # ---- online softmax --------------------------------------------------------------------------------------------------
 
 def online_softmax(s, v):
-    """One row: scores s (S), values v (S, D) -> softmax(s) @ v (D), reading each score once, keeping two numbers."""
+    """One row: scores s (S), values v (S, D) -> softmax(s) @ v (D). It reads each score once, and keeps m, l, o."""
     m, l, o = -math.inf, 0.0, torch.zeros_like(v[0])
     for s_j, v_j in zip(s.tolist(), v, strict=True):
         m_new = max(m, s_j)
@@ -159,7 +159,7 @@ def causal_backward(do, q, k, v, o, lse, block):
             # p = exp(s - lse)
             p = (q[rows] @ k[columns].T * scale - lse[rows, None]).exp()                             # (M, N)
             p = p.tril() if j == i else p
-            # ds = p * (dp - delta), dp = do v^T
+            # ds = p * (dp - delta), dp = do v^T; times scale, for dq and for dk
             ds = p * (do[rows] @ v[columns].T - delta[rows, None]) * scale
             dv[columns] += p.T @ do[rows]
             dq[rows] += ds @ k[columns]
@@ -179,15 +179,15 @@ def causal_backward(do, q, k, v, o, lse, block):
 #
 # Every walk has two phases. 1. Whole tiles: no mask, pipelined (num_stages: the next tiles are loaded while this one is
 # multiplied). 2. The tiles at the edges, left and right of the whole ones: some scores are hidden. One loop takes both
-# sides and jumps over the whole tiles. It is not pipelined: two pipelined loops would make ptxas run every Hopper
-# matrix product (wgmma) alone.
+# sides and jumps over the whole tiles. It is not pipelined: with two pipelined loops ptxas, NVIDIA's assembler,
+# would let no two matrix products of a Hopper GPU (wgmma) overlap.
 #
 # Offsets in a head's matrix are 32-bit numbers, its base is a 64-bit pointer. Scores and sums are float32 (float64 for
 # float64). p and ds are cast to the dtype of the inputs, for the tensor cores. A head dimension that is no power of two
-# is padded with zeros.
+# is padded with zeros, to BLOCK_D. GROUP: query heads per K/V head. PRECISION: float32 products in "ieee" or "tf32".
 
 if triton is not None:
-    LN2 = tl.constexpr(math.log(2))                          # SCALE is sm_scale * log2(e): scores and lse are in base 2
+    LN2 = tl.constexpr(math.log(2))                # in base 2: SCALE = sm_scale * log2(e), SCALE * LN2 = sm_scale
 
     @triton.jit
     def _program(LONG_LAST: tl.constexpr, BLOCK: tl.constexpr):
@@ -201,9 +201,9 @@ if triton is not None:
 
     @triton.jit
     def _sees(limits, position, n, other, before, after):
-        """What positions of one side, which has n, see of the other side: [start, stop). Without documents each sees
-        from `before` ahead of its own place to `after` behind it. With documents, limits has been computed."""
-        position = tl.minimum(position, n - 1)
+        """What positions of one side, n long, see of the side that is `other` long: [start, stop). Without limits each
+        sees `before` positions before its own place and `after` after it. Else limits has the answer."""
+        position = tl.minimum(position, n - 1)                                      # beyond the end: as the last one
         if limits is None:
             place = position + other - n
             start, stop = tl.maximum(place - before, 0), tl.minimum(place + after + 1, other)
@@ -220,7 +220,7 @@ if triton is not None:
         last_start, last_stop = _sees(limits, first + BLOCK - 1, n, other, before, after)
         lo, hi = first_start // STEP * STEP, last_stop
         full_lo, full_hi = tl.cdiv(last_start, STEP) * STEP, first_stop // STEP * STEP
-        if full_hi <= full_lo:
+        if full_hi <= full_lo:                                                      # no whole tile: all are edges
             full_lo = lo
             full_hi = lo
         return lo, full_lo, full_hi, hi
@@ -228,14 +228,14 @@ if triton is not None:
     @triton.jit
     def _masked(edge, BLOCK: tl.constexpr):
         """Where the mask hides a score: own positions are rows, those walked over are columns."""
-        start, stop, walked = edge
-        position = (walked + tl.arange(0, BLOCK))[None, :]
+        start, stop, tile_start = edge
+        position = (tile_start + tl.arange(0, BLOCK))[None, :]
         return (position < start[:, None]) | (position >= stop[:, None])
 
     @triton.jit
     def _matrix(x, stride, b, h, start, n, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
                 TMA: tl.constexpr):
-        """Rows `start` to n - 1 of head (b, h): address or descriptor (for the copy engine), row stride, number."""
+        """Rows `start` to n - 1 of head (b, h) -> address, row stride, row count. TMA (copy engine): a descriptor."""
         matrix = x + b * stride[0] + h * stride[1] + tl.cast(start, tl.int64) * stride[2]
         if TMA:
             matrix = tl.make_tensor_descriptor(matrix, shape=[n, D], strides=[tl.cast(stride[2], tl.int64), 1],
@@ -310,11 +310,11 @@ if triton is not None:
         # 2. the tiles at the edges
         first, stop = _sees(limits, i, T, S, before, after)
         for j in tl.range(lo, hi - (full_hi - full_lo), BLOCK_N, num_stages=1):
-            j += tl.where(j < full_lo, 0, full_hi - full_lo)
+            j += tl.where(j < full_lo, 0, full_hi - full_lo)                    # jumps over the whole tiles
             k_j = _load(k, j, D, BLOCK_N, BLOCK_D, True, TMA)
             v_j = _load(v, j, D, BLOCK_N, BLOCK_D, True, TMA)
             m_i, l_i, acc = _fwd_tile(q_i, k_j, v_j, m_i, l_i, acc, (first, stop, j), SCALE, PRECISION)
-        # o = o / l, lse = m + log l; an empty row has l = 0 and m = -inf
+        # o = o / l, lse = m + log l, in base e again; an empty row has l = 0 and m = -inf
         l_i = tl.where(l_i == 0, 1.0, l_i)
         _store(_matrix(o, so, b, h, start, T, D, BLOCK_M, BLOCK_D, False), acc / l_i[:, None], D)
         tl.store(lse + (b * tl.num_programs(1) + h) * T + i, (m_i + tl.log2(l_i)) * LN2, mask=i < T)
@@ -333,10 +333,10 @@ if triton is not None:
         return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION, out_dtype=dq.dtype)            # (M, D)
 
     @triton.jit
-    def _bwd_dq(q, k, v, do, o, dq, lse, dlse, row_sums, limits, strides, T, S, before, after,
+    def _bwd_dq(q, k, v, do, o, dq, lse, dlse, row_stats, limits, strides, T, S, before, after,
                 SCALE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
                 PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-        """row_sums (2, B, H, T): lse in base 2, and delta, are written for _bwd_dkdv, which comes after."""
+        """row_stats (2, B, H, T): lse in base 2, and delta, are written for _bwd_dkdv, which comes after."""
         sq, sk, sv, sdo, so, sdq = strides
         ACC: tl.constexpr = lse.dtype.element_ty
         b, h, start, i = _program(True, BLOCK_M)
@@ -348,17 +348,17 @@ if triton is not None:
         k = _matrix(k, sk, b, h // GROUP, 0, S, D, BLOCK_N, BLOCK_D, TMA)
         v = _matrix(v, sv, b, h // GROUP, 0, S, D, BLOCK_N, BLOCK_D, TMA)
         do_i = _load(do, 0, D, BLOCK_M, BLOCK_D, True, False)                                      # (M, D)
-        # delta = rowsum(do * o); lse is an output too, and d lse / d s = p: its gradient joins as delta - dlse
+        # delta = rowsum(do * o). lse is an output too. d lse / d s = p: ds gains p * dlse, so delta loses dlse
         o_i = _load(o, 0, D, BLOCK_M, BLOCK_D, True, False)
         delta_i = tl.sum(o_i.to(ACC) * do_i.to(ACC), 1)                                                # (M)
         row = (b * tl.num_programs(1) + h) * T + i
         lse_i = tl.load(lse + row, mask=i < T, other=0.0)
         if dlse is not None:
             dlse_i = tl.load(dlse + row, mask=i < T, other=0.0)
-            delta_i -= tl.where(lse_i == -float("inf"), 0.0, dlse_i)    # an empty row has no gradient, whatever it is
+            delta_i -= tl.where(lse_i == -float("inf"), 0.0, dlse_i)    # an empty row has no gradient, whatever dlse is
         lse_i /= LN2                                                    # in base 2, for exp2; -inf in an empty row
-        tl.store(row_sums + row, lse_i, mask=i < T)
-        tl.store(row_sums + tl.num_programs(2) * tl.num_programs(1) * T + row, delta_i, mask=i < T)
+        tl.store(row_stats + row, lse_i, mask=i < T)
+        tl.store(row_stats + tl.num_programs(2) * tl.num_programs(1) * T + row, delta_i, mask=i < T)
         q_i = _load(q, 0, D, BLOCK_M, BLOCK_D, True, False)
         dq_i = tl.zeros([BLOCK_M, BLOCK_D], ACC)
         lo, full_lo, full_hi, hi = _walk(limits, start, T, S, before, after, BLOCK_M, BLOCK_N)
@@ -370,7 +370,7 @@ if triton is not None:
         # 2. the tiles at the edges
         first, stop = _sees(limits, i, T, S, before, after)
         for j in tl.range(lo, hi - (full_hi - full_lo), BLOCK_N, num_stages=1):
-            j += tl.where(j < full_lo, 0, full_hi - full_lo)
+            j += tl.where(j < full_lo, 0, full_hi - full_lo)                    # jumps over the whole tiles
             k_j = _load(k, j, D, BLOCK_N, BLOCK_D, True, TMA)
             v_j = _load(v, j, D, BLOCK_N, BLOCK_D, True, TMA)
             dq_i = _dq_tile(q_i, do_i, lse_i, delta_i, k_j, v_j, dq_i, (first, stop, j), SCALE, PRECISION)
@@ -393,11 +393,11 @@ if triton is not None:
         return dk, dv
 
     @triton.jit
-    def _bwd_dkdv(q, k, v, do, dk, dv, row_sums, limits, strides, T, S, before, after,
+    def _bwd_dkdv(q, k, v, do, dk, dv, row_stats, limits, strides, T, S, before, after,
                   SCALE: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
                   PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
         sq, sk, sv, sdo, sdk, sdv = strides
-        ACC: tl.constexpr = row_sums.dtype.element_ty
+        ACC: tl.constexpr = row_stats.dtype.element_ty
         b, h, start, j = _program(False, BLOCK_N)
         if limits is not None:
             limits += b * (T + S) + T
@@ -405,12 +405,12 @@ if triton is not None:
         v_j = _load(_matrix(v, sv, b, h, start, S, D, BLOCK_N, BLOCK_D, False), 0, D, BLOCK_N, BLOCK_D, True, False)
         dk_j, dv_j = tl.zeros([BLOCK_N, BLOCK_D], ACC), tl.zeros([BLOCK_N, BLOCK_D], ACC)              # (N, D)
         lo, full_lo, full_hi, hi = _walk(limits, start, S, T, before, after, BLOCK_N, BLOCK_M)
-        all_rows = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * GROUP * T
+        row_count = tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * GROUP * T
         for g in range(GROUP):
             q_h = _matrix(q, sq, b, h * GROUP + g, 0, T, D, BLOCK_M, BLOCK_D, TMA)
             do_h = _matrix(do, sdo, b, h * GROUP + g, 0, T, D, BLOCK_M, BLOCK_D, TMA)
-            lse = row_sums + ((b * tl.num_programs(1) + h) * GROUP + g) * T
-            delta = lse + all_rows
+            lse = row_stats + ((b * tl.num_programs(1) + h) * GROUP + g) * T
+            delta = lse + row_count
             # 1. whole tiles
             for i in tl.range(full_lo, full_hi, BLOCK_M):
                 q_i = _load(q_h, i, D, BLOCK_M, BLOCK_D, False, TMA)                                   # (M, D)
@@ -421,7 +421,7 @@ if triton is not None:
             # 2. the tiles at the edges
             first, stop = _sees(limits, j, S, T, before, after)
             for i in tl.range(lo, hi - (full_hi - full_lo), BLOCK_M, num_stages=1):
-                i += tl.where(i < full_lo, 0, full_hi - full_lo)
+                i += tl.where(i < full_lo, 0, full_hi - full_lo)                # jumps over the whole tiles
                 q_i = _load(q_h, i, D, BLOCK_M, BLOCK_D, True, TMA)
                 do_i = _load(do_h, i, D, BLOCK_M, BLOCK_D, True, TMA)
                 row = i + tl.arange(0, BLOCK_M)
@@ -444,7 +444,7 @@ def flash_attention(q, k, v, *, causal=True, sm_scale=None, window=None, documen
     causal       query i, which sits at key position i + S - T, sees keys up to there
     sm_scale     default 1 / sqrt(D)
     window       only the last `window` keys up to there: a window looks back alone, causal or not
-    documents    (B, max(T, S)) int ids, of queries the last T, of keys the last S. Attention stays within a run of
+    documents    (B, max(T, S)) int ids. The last T are the queries', the last S the keys'. Attention stays in a run of
                  equal ids: an id that comes back after another begins a new document. Or what limits() made of ids,
                  causal and window, (2, B, T + S) int32: made once per batch, for all layers
     return_lse   also lse (B, H, T), float32 (float64 for float64): log sum exp of a row's scaled scores
@@ -474,8 +474,8 @@ def flash_attention(q, k, v, *, causal=True, sm_scale=None, window=None, documen
                                return_lse=return_lse)
 
 
-# Autograd calls these two functions. Where numbers are computed now, they call a backend. Where a graph is made
-# (torch.compile) or shapes alone are asked, they call the same through operators that are registered with torch.
+# These two call a backend. `attend` and `differentiate`, below, call them. Where numbers are computed now, they do so
+# directly. Where torch.compile makes a graph, or shapes alone are asked, they do so through operators of torch.library.
 
 def run_forward(q, k, v, causal, sm_scale, window, limits, backend):
     forward = BACKENDS[backend][0]
@@ -529,7 +529,7 @@ def attend(ctx, q, k, v, causal, sm_scale, window, documents, backend):
     """Forward of both Functions. Kept for backward: q, k, v, o and a number per row; never s or p."""
     check((q, k, v, documents), causal, sm_scale, window, backend)
     if documents is not None:
-        documents = limits(q.shape[-2], k.shape[-2], causal, window, documents).contiguous()
+        documents = limits(q.shape[-2], k.shape[-2], causal, window, documents).contiguous()     # intervals now
     sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
     ctx.options, ctx.backend = (bool(causal), sm_scale, window), backend
     run = run_forward if computes_now(q) else torch.ops.flash_attn.forward.default
@@ -617,8 +617,8 @@ def limits(T, S, causal=True, window=None, documents=None, device=None) -> Tenso
 
 
 def document_limits(documents: Tensor) -> Tensor:
-    """ids (B, T) -> limits of causal attention in a batch of packed documents: what GPT(prepare=) makes once for all
-    layers."""
+    """ids (B, T) -> limits of causal attention in a batch of packed documents. train.py's prepare calls it, once per
+    micro-batch."""
     return limits(documents.shape[1], documents.shape[1], documents=documents)
 
 
@@ -654,7 +654,7 @@ TILE = 256
 
 
 def tile_plan(q, k, causal, window, documents):
-    """What forward and backward share: (batch, K/V head, queries, walk) to go through, a tile's mask, how to view x."""
+    """What forward and backward share -> a list of (batch, K/V head, queries, walk), and masked() and fold(), below."""
     (B, T), (K, S) = q.shape[::2], k.shape[1:3]
     start, stop = limits(T, S, causal, window, documents, q.device)[:, :, :T]                         # (B or 1, T) each
     walks = tiles(start, stop, TILE, TILE).tolist()
@@ -684,7 +684,7 @@ def undisturbed(function):
 def flash_forward_torch(q, k, v, causal, sm_scale, window, documents):
     """-> o as q, lse (B, H, T) in the accumulator dtype."""
     work, masked, fold = tile_plan(q, k, causal, window, documents)
-    qs, kf, vf = fold(q) * (sm_scale * LOG2E), fold(k)[:, :, 0], fold(v)[:, :, 0]       # base 2 from here on
+    qs, kf, vf = fold(q) * (sm_scale * LOG2E), fold(k)[:, :, 0], fold(v)[:, :, 0]     # f: folded, s: scaled too, base 2
     of, lse = torch.empty_like(qs), qs.new_empty(qs.shape[:-1])
     for b, h, rows, (lo, full_lo, full_hi, hi) in work:
         q_i = qs[b, h, :, rows].flatten(0, 1)                                                        # (M, D)
@@ -715,7 +715,7 @@ def flash_backward_torch(do, dlse, q, k, v, o, lse, causal, sm_scale, window, do
     """-> dq, dk, dv as q, k, v."""
     work, masked, fold = tile_plan(q, k, causal, window, documents)
     qs, kf, vf, dof = fold(q) * (sm_scale * LOG2E), fold(k)[:, :, 0], fold(v)[:, :, 0], fold(do)
-    # delta = rowsum(do * o); lse is an output too, and d lse / d s = p: its gradient joins as delta - dlse
+    # delta = rowsum(do * o). lse is an output too. d lse / d s = p: ds gains p * dlse, so delta loses dlse
     minus_delta = -(dof * fold(o)).sum(-1, keepdim=True)
     if dlse is not None:                                          # an empty row has no gradient, whatever came for it
         minus_delta += fold(dlse[..., None]).masked_fill(fold(lse[..., None]) == -math.inf, 0)
@@ -745,8 +745,8 @@ def flash_backward_torch(do, dlse, q, k, v, o, lse, causal, sm_scale, window, do
 
 # ---- launching and tuning the kernels --------------------------------------------------------------------------------
 #
-# A GPU runs a kernel of a short sequence in the time in which Python asks its tensors a hundred questions. So they are
-# asked once per shape: `launch` keeps the compiled kernel with its grid and the arguments behind the tensors. A call
+# Python takes as long to ask tensors for shapes and strides as a GPU takes to run a kernel of a short sequence. So it
+# asks once per shape: `launch` keeps the compiled kernel, its grid, and the arguments that follow the tensors. A call
 # makes two tensors forward and four backward, and looks its launches up.
 
 def flash_forward_triton(q, k, v, causal, sm_scale, window, limits):
@@ -763,10 +763,10 @@ def flash_backward_triton(do, dlse, q, k, v, o, lse, causal, sm_scale, window, l
     dlse = None if dlse is None else dlse.contiguous()
     (q, k, v, do, o), call = described((q, k, v, do, o), (lse, dlse, limits), causal, sm_scale, window)
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    row_sums = torch.empty((2, *lse.shape), dtype=lse.dtype, device=q.device)
+    row_stats = torch.empty((2, *lse.shape), dtype=lse.dtype, device=q.device)
     with torch.cuda.device_of(q):
-        launch("_bwd_dq", call, (q, k, v, do, o, dq), (lse, dlse, row_sums, limits))
-        launch("_bwd_dkdv", call, (q, k, v, do, dk, dv), (row_sums, limits))
+        launch("_bwd_dq", call, (q, k, v, do, o, dq), (lse, dlse, row_stats, limits))
+        launch("_bwd_dkdv", call, (q, k, v, do, dk, dv), (row_stats, limits))
     return dq, dk, dv
 
 
@@ -781,13 +781,13 @@ def described(matrices, vectors, *options):
 
 
 LAUNCHES = {}          # (kernel, call) -> the compiled kernel on its grid, its arguments behind the tensors, TMA
-MAX_LAUNCHES = 4096    # then all are forgotten: token by token, S grows
+MAX_LAUNCHES = 4096    # then all are forgotten: in generation every token is a new S, so a new call
 
 
 def launch(name, call, matrices, vectors):
     """Run a kernel. call: what `described` says. At the first call of its kind Triton compiles, and autotune times."""
     known = LAUNCHES.get((name, call))
-    if known is None or known[2]:                 # where descriptors lie that a kernel makes: each thread has its own
+    if known is None or known[2]:                 # memory for the descriptors that a kernel makes; set per thread
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
     if known:
         return known[0](*matrices, *vectors, *known[1])
@@ -795,17 +795,17 @@ def launch(name, call, matrices, vectors):
         LAUNCHES.clear()
     (q, k), (causal, sm_scale, window, *_) = matrices[:2], call
     rest, options = arguments(name, matrices, causal, sm_scale, window, capability(q.device))
-    shared, block = (k, "BLOCK_N") if name == "_bwd_dkdv" else (q, "BLOCK_M")       # whose positions the programs share
-    grid = lambda blocks: (triton.cdiv(shared.shape[2], blocks[block]), shared.shape[1], shared.shape[0])
+    owned, block = (k, "BLOCK_N") if name == "_bwd_dkdv" else (q, "BLOCK_M")          # whose positions the programs own
+    grid = lambda blocks: (triton.cdiv(owned.shape[2], blocks[block]), owned.shape[1], owned.shape[0])
     table = ("ieee" if q.dtype == torch.float32 and options["PRECISION"] == "ieee" else
              "tma" if options["TMA"] else "pointers")
     kind = name, options["BLOCK_D"] * q.itemsize, table
     if INTERPRET:
         globals()[name][grid](*matrices, *vectors, *rest, **options, **configs(*kind)[0].all_kwargs())
         return
-    kernel = tuned(*kind, shared.shape[2].bit_length())
+    kernel = tuned(*kind, owned.shape[2].bit_length())
     compiled = kernel[grid](*matrices, *vectors, *rest, **options)
-    blocks = {name: kernel.best_config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N")}
+    blocks = {size: kernel.best_config.kwargs[size] for size in ("BLOCK_M", "BLOCK_N")}
     LAUNCHES[name, call] = compiled[grid(blocks)], (*rest, *options.values(), *blocks.values()), options["TMA"]
 
 
@@ -855,8 +855,8 @@ CONFIGS = {
 }
 PINNED = {}            # kernel name -> (BLOCK_M, BLOCK_N, num_warps, num_stages): use these and try no others
 TMA = None             # None: where the chip has it, strides allow, and it is worth it; False, True: as said
-# Each program makes its descriptors, and the host allocates the memory for them. Short walks do without, where the code
-# of loads by pointers is nearly as short: rows of 128 bytes. (Chosen by instructions, not yet by time on a GPU.)
+# Each program makes its TMA descriptors, and the host allocates the memory for them. Short walks over rows of up to 128
+# bytes load by pointers: that code is nearly as short. (Chosen by instructions, not yet by time on a GPU.)
 TMA_FROM = 2048        # positions of a walk
 
 

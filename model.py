@@ -223,7 +223,7 @@ class Block(nn.Module):
 
     def forward(self, x, rope=None, documents=None, cache=None):
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.run, x, rope, documents, **RECOMPUTE)
+            return checkpoint(self.run, x, rope, documents, **RECOMPUTE)   # no cache: generate() has no gradients
         return self.run(x, rope, documents, cache)
 
     def run(self, x, rope, documents, cache=None):
@@ -406,7 +406,7 @@ class GPT(nn.Module):
         lengths     tokens of each row's prompt, where they differ. What follows them in the row is not read. While some
                     rows are written, rows of longer prompts are still read: no row needs padding or a mask
 
-        A context that fills seq_len is cut to its later half, with or without the cache: so both give the same result.
+        A context longer than seq_len is cut to its last seq_len / 2 tokens. So it is without the cache: results agree.
         Raises ValueError for an empty prompt or values out of range.
         """
         lengths = [tokens.shape[1]] * len(tokens) if lengths is None else lengths

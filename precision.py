@@ -26,7 +26,7 @@ Three things fail in few bits. Each has its repair:
 
 Bytes per parameter, with Adam:    weight    gradient    master + moments    sum
     fp32                                4           4                   8     16
-    the lecture's bf16 or fp16          2           2               4 + 8     16      (Micikevicius 2017; ZeRO: K = 12)
+    a textbook's bf16 or fp16           2           2               4 + 8     16      (Micikevicius 2017; ZeRO: K = 12)
     this file's                         2           4               4 + 8     18      gradients are summed in float32
     without master weights              2           4                   8     14
 
@@ -35,9 +35,9 @@ format. Their kernels add up in float32. Norms, softmax, the loss, sums, the res
 float32. FP8 has so little range that each tensor needs a scale of its own. Weights and inputs take e4m3, gradients take
 e5m2, in matrix products only.
 
-For inference, weights may become integers: w = (code - zero) x scale. Rounding to nearest takes the closest code for
-each weight. GPTQ (Frantar 2022) minimises the error of the layer's output instead. It rounds one column after the
-other, and the columns not yet rounded make up for the error so far:
+For inference, weights may become integers: w = (code - zero) x scale. Rounding to nearest takes each weight's closest
+code. GPTQ (Frantar 2022) minimises the error of the layer's output, for inputs X (in, positions). It rounds W column by
+column, w_i to q_i of Q. The columns not yet rounded make up for the error so far:
 
     min |W X - Q X|^2:    d_i = (w_i - q_i) / U_ii,   w_j -= d_i U_ij  for j > i,   U^T U = (X X^T)^-1, U upper triangle
 
@@ -174,7 +174,7 @@ class MasterWeights(torch.optim.Optimizer):
 
     Gradients are summed in float32: torch casts each to p.grad_dtype as it arrives. Clip them there, in p.grad.
     state[p] holds the state of optimizer_cls and "master". Schedulers change param_groups, as with any optimizer.
-    Pickle and deepcopy raise TypeError: state_dict() and load_state_dict() carry everything.
+    Pickle and deepcopy raise TypeError. state_dict() and load_state_dict() carry everything but `generator`.
     """
 
     def __init__(self, params, optimizer_cls, *, keep: bool = True, rounding: str = "nearest", generator=None,
@@ -243,11 +243,11 @@ class MasterWeights(torch.optim.Optimizer):
 
 
 class LossScaler:
-    """The loss scale S, and how it moves. A state machine without tensors; names and behaviour are those of
-    torch.amp.GradScaler. Scale and factors should be powers of two: then scaling loses no bit.
+    """The loss scale S, and how it moves: as torch.amp.GradScaler's does. Its state has GradScaler's names. It holds no
+    tensors. Scale and factors should be powers of two: then scaling loses no bit.
 
-        (loss * scaler.scale).backward()
-        norm = |grad| / scaler.scale;  found_inf = norm is not finite;  scaler.update(found_inf)
+        scale = scaler.scale;  (loss * scale).backward()                     update() may change scaler.scale
+        norm = |grad| / scale;  found_inf = norm is not finite;  scaler.update(found_inf)
         if not found_inf: grad *= min(1, clip / norm) / scale; optimizer.step()
 
     update() raises FloatingPointError where S would fall below min_scale: then a smaller scale is no help.
@@ -301,7 +301,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
     has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
         return "bf16" if has_bf16 else "fp32"
-    # a CPU computes bf16 and fp8 slowly. tf32 is how an NVIDIA GPU multiplies float32, and nothing else does
+    # a CPU computes bf16 and fp8 slowly. tf32 came with bf16, in NVIDIA's Ampere, and nothing else has it
     has = {"tf32": has_bf16 and torch.version.hip is None, "bf16": has_bf16 or not cuda, "fp8": has_bf16 or not cuda}
     if not has.get(name, True):
         raise ValueError(f"precision must be one that the device has, {name} needs an NVIDIA GPU of Ampere or later, "
@@ -343,7 +343,7 @@ class ComputePolicy(TorchFunctionMode):
 
     - policy.applied(module) makes each call of the module, or of one of its parts, run inside the policy.
     - A weight with an attribute `product` (see fp8_products) is multiplied by it in the place of F.linear.
-    - Only calls made inside are looked up, not the calls that torch makes of them.
+    - Only calls of Python code are looked up, not those that torch's functions make in their turn.
     - A policy holds in the thread that entered it.
     """
 
@@ -383,11 +383,6 @@ class ComputePolicy(TorchFunctionMode):
         """Whether this thread is inside. Not so in backward(), which torch runs as one operation."""
         return any(mode is self for mode in _get_current_function_mode_stack())
 
-    def around(self, function, *args, **kwargs):
-        """function's result under the policy."""
-        with contextlib.nullcontext() if self.active() else self:
-            return function(*args, **kwargs)
-
     def applied(self, module: nn.Module) -> nn.Module:
         """Every part of the module runs under the policy; in place. Every part, and not the whole only: a block that
         recomputation runs again in backward enters the policy by itself. The module can be pickled and copied."""
@@ -420,7 +415,8 @@ class Governed:
     """What ComputePolicy.applied() mixes into each part of a module."""
 
     def forward(self, *args, **kwargs):
-        return self.policy.around(super().forward, *args, **kwargs)
+        with contextlib.nullcontext() if self.policy.active() else self.policy:
+            return super().forward(*args, **kwargs)
 
 
 # ---- FP8 -------------------------------------------------------------------------------------------------------------
@@ -517,18 +513,18 @@ def fp8_products(module: nn.Module, *, leave_out=("embed", "lm_head"), **options
 
 # ---- integers for inference ------------------------------------------------------------------------------------------
 
-def grid(w: Tensor, levels: int):
-    """w (out, n) -> scale bf16, zero uint8, (out,) each: for every row levels + 1 steps, w = (code - zero) scale, from
-    its smallest number to its largest. 0 is among the steps."""
+def grid(w: Tensor, max_code: int):
+    """w (out, n) -> scale bf16, zero uint8, (out,) each: in every row w = (code - zero) scale, codes 0 ... max_code go
+    from its smallest number to its largest. 0 has a code."""
     lowest, highest = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
-    # bfloat16 may round the scale down by 2^-9, and the largest number would be out of reach: so a little more
-    scale = ((highest - lowest) / levels * (1 + 2**-8)).clamp(min=2.0**-100).bfloat16()
+    # bfloat16 may round the scale down by 2^-8 of it. The largest number would then be out of reach: so 2^-8 more
+    scale = ((highest - lowest) / max_code * (1 + 2**-8)).clamp(min=2.0**-100).bfloat16()
     return scale, (-lowest / scale).round().to(torch.uint8)
 
 
-def nearest_code(w, scale, zero, levels: int) -> Tensor:
-    """code = w / scale + zero, rounded, between 0 and levels."""
-    return (w / scale.to(w.dtype) + zero).round().clamp(0, levels).to(torch.uint8)
+def nearest_code(w, scale, zero, max_code: int) -> Tensor:
+    """code = w / scale + zero, rounded, between 0 and max_code."""
+    return (w / scale.to(w.dtype) + zero).round().clamp(0, max_code).to(torch.uint8)
 
 
 def decode(codes, scale, zero) -> Tensor:
@@ -537,19 +533,19 @@ def decode(codes, scale, zero) -> Tensor:
     return ((codes.float() - zero[..., None].float()) * scale[..., None].float()).flatten(1)
 
 
-def round_to_nearest(w: Tensor, levels: int, group_size: int):
-    """w (out, in) -> codes (out, in) uint8, scale, zero (out, groups): every code by itself, one grid per row of
-    group_size columns."""
+def round_to_nearest(w: Tensor, max_code: int, group_size: int):
+    """w (out, in) -> codes (out, in) uint8, scale, zero (out, groups): every code by itself. A row has one grid
+    per group_size columns."""
     codes, scales, zeros = [], [], []
     for part in w.split(group_size, 1):                                                     # (out, group_size)
-        scale, zero = grid(part, levels)
-        codes.append(nearest_code(part, scale[:, None], zero[:, None], levels))
+        scale, zero = grid(part, max_code)
+        codes.append(nearest_code(part, scale[:, None], zero[:, None], max_code))
         scales.append(scale)
         zeros.append(zero)
     return torch.cat(codes, 1), torch.stack(scales, 1), torch.stack(zeros, 1)
 
 
-def gptq(w: Tensor, gram: Tensor, levels: int, group_size: int, damping: float = 0.01):
+def gptq(w: Tensor, gram: Tensor, max_code: int, group_size: int, damping: float = 0.01):
     """As round_to_nearest, but one column after the other: the columns to its right make up for the error of rounding
     it. gram (in, in) = X X^T of calibration inputs X (in, positions). (Frantar 2022, algorithm 1, without blocks)"""
     w, diagonal = w.double().clone(), gram.diagonal()
@@ -560,10 +556,10 @@ def gptq(w: Tensor, gram: Tensor, levels: int, group_size: int, damping: float =
     codes, scales, zeros = [], [], []
     for i in range(w.shape[1]):
         if i % group_size == 0:                                                             # a group begins
-            scale, zero = grid(w[:, i:i + group_size], levels)
+            scale, zero = grid(w[:, i:i + group_size], max_code)
             scales.append(scale)
             zeros.append(zero)
-        codes.append(nearest_code(w[:, i], scale, zero, levels))
+        codes.append(nearest_code(w[:, i], scale, zero, max_code))
         q = (codes[-1].double() - zero) * scale.double()
         # d = (w_i - q_i) / U_ii;  w_j -= d U_ij
         w[:, i:] -= torch.outer((w[:, i] - q) / U[i, i], U[i, i:])
@@ -617,13 +613,13 @@ def quantize(module: nn.Module, fmt: str, *, calibration=None, group_size: int =
         if not part.weight.isfinite().all():
             raise ValueError(f"weights must be finite, those of {name or type(part).__name__} are not")
     grams = None if calibration is None else gram_matrices(module, parts, calibration)
-    levels = 255 if fmt == "int8" else 15
+    max_code = 255 if fmt == "int8" else 15
     for name, part in parts.items():
         w = part.weight.detach()                                                            # (out, in)
         columns = w.shape[1]
         size = columns if fmt == "int8" else min(group_size, columns + columns % 2)
-        codes, scale, zero = (round_to_nearest(w, levels, size) if grams is None else
-                              gptq(w, grams[name], levels, size))
+        codes, scale, zero = (round_to_nearest(w, max_code, size) if grams is None else
+                              gptq(w, grams[name], max_code, size))
         if fmt == "int4":
             codes = pack(F.pad(codes, (0, -columns % size)))                                # to whole groups
         del part._parameters["weight"]
@@ -673,7 +669,7 @@ class Problem:
     """A student network learns a teacher's labels: 64 numbers -> 32 classes. The loss of a step's 64 rows is divided by
     2^22, as if they were a part of a batch of 4 million (GPT-3's has 3.2 million tokens). So gradients are small."""
 
-    steps, batch = 150, 2**22
+    steps, batch_rows = 150, 2**22
 
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
@@ -702,7 +698,7 @@ class Problem:
         for step, x in enumerate(self.batches):
             optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / self.steps)
             scale = scaler.scale if scaler else 1.0
-            (self.loss(student, x) * (scale / self.batch)).backward()
+            (self.loss(student, x) * (scale / self.batch_rows)).backward()
             grads = [p.grad for p in params]
             torch._foreach_div_(grads, scale)                                               # unscale
             found_inf = not all(g.isfinite().all() for g in grads)

@@ -17,8 +17,8 @@ parameters, n ranks, m micro-batches a step:
                                                                                           reduce-scatter each
     (the paper's 2, 2, 2, 3 Psi are m = 1: an all-reduce is a reduce-scatter and an all-gather)
 
-The lesson is when each buffer is freed. A step of two micro-batches of a model of three layers, time running to the
-right; = is a whole layer in memory, - this rank's shard of it, > a message:
+The lesson is when each buffer is freed. A step of two micro-batches of a model of three layers. Time runs to the right.
+w: weights, g: gradients. 1, 2, 3: the layer. = is a whole layer in memory, - this rank's shard of it, > a message:
 
                    forward    backward            forward    backward            step
     stage 1   w    =====================================================================>   gathered at the end
@@ -46,10 +46,10 @@ step the pieces go to the owner, it computes the update, and each rank gets its 
     symbol   in code                     shape, dtype
     Psi      num_params                  parameters of the model
     n, r     size(group), rank(group)    ranks that share the model states, and which of them this is
-    -        Bucket.weights              stage 1, 2: (n slice,) the parameters; stage 3: (slice,), the master's dtype
-    -        Bucket.grads, sending       (n slice,) gradients that are arriving, or on their way; None most of the time
+    -        Bucket.weights              stage 1, 2: (n * slice,) the parameters; stage 3: (slice,), in their dtype
+    -        Bucket.grads, sending       (n * slice,) gradients, arriving, or on their way; None most of the time
     -        Bucket.total                (slice,) their sum over ranks and micro-batches
-    -        shard.flat = (lo, hi)       which elements of the (local) parameter a shard is, row by row
+    -        shard.box, flat = (lo, hi)  elements lo ... hi - 1, row by row, of the slice `box` of the matrix (model.py)
 
 Map: formulas - the three stages on the board - Bucket - GradientShards (what the stages share) - ShardedOptimizer (1,
 2) - FullyShard (3) - Muon - the global norm - demo. Not here: offloading, sharded activations.
@@ -137,9 +137,9 @@ class PlainSharded:
     def __init__(self, params, optimizer_cls, group, stage: int, **kwargs):
         self.params, self.group = list(params), group
         self.shards = {p: nn.Parameter(row_of(p, group).chunk(size(group))[rank(group)].clone()) for p in self.params}
-        self.adam = optimizer_cls(self.shards.values(), **kwargs)
+        self.optimizer = optimizer_cls(self.shards.values(), **kwargs)
         for p in self.params if stage == 2 else ():
-            p.register_post_accumulate_grad_hook(self.scatter)                # stage 2: this line moves into backward
+            p.register_post_accumulate_grad_hook(self.scatter)             # stage 2: backward calls scatter, not step
 
     def scatter(self, p):
         part, shard = reduce_scatter(row_of(p.grad, self.group), self.group), self.shards[p]
@@ -150,7 +150,7 @@ class PlainSharded:
         for p in self.params:
             if p.grad is not None:
                 self.scatter(p)                                               # shard.grad = reduce_scatter(grads)
-        self.adam.step()                                                      # adam.step()
+        self.optimizer.step()                                                 # optimizer.step()
         for p, shard in self.shards.items():                                  # weights = all_gather(shard)
             p.copy_(all_gather(shard, self.group)[:p.numel()].view_as(p))
             shard.grad = None
@@ -269,7 +269,7 @@ class Bucket:
 
 def make_buckets(params, group, bucket_mb: float) -> list[Bucket]:
     """In the order in which gradients come: from the last parameter to the first. Parameters share a bucket if
-    dtypes, device and sum_over are equal (a weight tied across stages has its own on both: they add its slices up)."""
+    dtypes, device and sum_over (parallel.py) are equal: a weight tied across pipeline stages has its own bucket."""
     filling, buckets = defaultdict(list), []
     for p in reversed(params):
         dtype = p.grad_dtype or p.dtype
@@ -299,8 +299,8 @@ class GradientShards:
         3  finish_gradient_synchronization()   sends every bucket that has not left yet, once per backward pass,
                                                receives it, and gives each shard its gradient
 
-    Backward may be called several times per step. Every rank must call it equally often: each call sends every bucket
-    once, with what has arrived since it was last sent. A parameter without a gradient counts as zero. Freeze what is
+    Backward may be called several times per step. Every rank must call it equally often. Outside no_sync() each call
+    sends every bucket once, with all that has come since. A parameter without a gradient counts as zero. Freeze what is
     never used: until finish_gradient_synchronization() its bucket, and those behind it, cannot leave.
     """
 
@@ -309,16 +309,16 @@ class GradientShards:
         self.buckets, self.shards, self.group, self.mean = buckets, shards, group, reduce == "mean"
         self.bucket_of = {p: bucket for bucket in buckets for p in bucket.params}
         self.synchronize = True
-        self.arrivals, self.sent, self.flying = {}, 0, None     # of a step: gradients of each parameter, buckets' sends
+        self.arrivals, self.sent, self.flying = {}, 0, None     # {p: gradients}, sends of a step; bucket on its way
         for p in self.bucket_of:
             p.register_post_accumulate_grad_hook(self.ready)
 
     def ready(self, p):
         """p.grad is complete."""
         self.bucket_of[p].take(p)
-        self.arrivals[p] = self.arrivals.get(p, 0) + self.synchronize
+        self.arrivals[p] = self.arrivals.get(p, 0) + self.synchronize                # + 0 inside no_sync()
         while True:
-            passes, number = divmod(self.sent, len(self.buckets))               # of the next bucket: how often it left
+            passes, number = divmod(self.sent, len(self.buckets))      # the next bucket: its sends so far, its number
             if any(self.arrivals.get(x, 0) <= passes for x in self.buckets[number].params):
                 return
             self.send()
@@ -343,7 +343,7 @@ class GradientShards:
     def finish_gradient_synchronization(self):
         if not self.buckets:
             return
-        for p, bucket in self.bucket_of.items():
+        for p, bucket in self.bucket_of.items():                         # are they still views of the bucket's rows?
             homes = {x.untyped_storage()._cdata for x in (bucket.weights, getattr(bucket, "row", bucket.weights))}
             if not homes.issuperset(x.untyped_storage()._cdata for x in (p, self.shards[p])):
                 raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} must not be moved or cast once it is "
@@ -386,8 +386,8 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
         norm = clip_grad_norm_(optimizer.shards.values(), 1.0, group)
         optimizer.step(); optimizer.zero_grad()
 
-    params          parameters or parameter groups, as for any optimizer. They take the values of the group's rank 0 and
-                    become views of flat rows. Frozen ones are left alone for good
+    params          parameters or parameter groups, as for any optimizer. All take the values of the group's rank 0.
+                    Trained ones become views of flat rows. One that is frozen now must stay frozen
     optimizer_cls   any callable (params, **kwargs) -> an elementwise optimizer; kwargs are its own
     group           None: this process is alone, whatever others there are
     stage           1: gradients are added up within no_sync(), and sent during the last micro-batch's backward
@@ -402,7 +402,7 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
       torch.amp.GradScaler would see one rank's inf alone.
     - All ranks give up a batch together: optimizer.zero_grad().
     - An optimizer that is not elementwise would compute something else from a part of a tensor. (Muon, below, asks the
-      other ranks.) Four of torch's are known and refused. Others cannot be told, nor one that clips by its own norm.
+      other ranks.) Four of torch's are known and refused. Others are not recognised, nor one that clips by its norm.
     Raises ValueError for these four, a group without this rank, parameters that are sharded; RuntimeError for step()
     before finish_gradient_synchronization(), sparse gradients, a parameter that was frozen, or not there, before.
     """
@@ -473,9 +473,9 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
 class Unit(Bucket):
     """The parameters of a block: at rest a shard of each; all of them while a forward or a backward runs there.
 
-    The whole ones are views of a row whose memory goes and comes: autograd, which keeps some for backward, finds them
-    filled again by then, and holds no memory meanwhile. A visit is one forward of a block, and later its backward;
-    holders are the visits that need the row now: a block may be used twice, a parameter by two blocks."""
+    The whole ones are views of a row. Its memory is freed, and comes back filled. Autograd keeps some views for
+    backward: no memory until then. A visit is one forward of a block, and later its backward. holders: the visits that
+    need the row now. There can be several: a block may be used twice, and a parameter by two blocks."""
 
     def __init__(self, params, places, group, compute_dtype, reduce_dtype, init):
         super().__init__(params, group)
@@ -606,16 +606,16 @@ class FullyShard(GradientShards, nn.Module):
             p.__dict__.setdefault("box", tuple((0, length, length) for length in p.shape))
         # who gathers a parameter: the innermost block around it, or the module that holds it
         places, owners = defaultdict(dict), defaultdict(dict)
-        for path, holder in paths.items():
+        for path, submodule in paths.items():
             parts = path.split(".") if path else []
             above = [paths[".".join(parts[:n])] for n in range(len(parts), -1, -1)]
-            owner = next((x for x in above if x in blocks), holder)
-            for name, p in holder._parameters.items():
+            owner = next((x for x in above if x in blocks), submodule)
+            for name, p in submodule._parameters.items():
                 if p is not None:
-                    places[p][holder, name] = owners[p][owner] = True
-        alike = defaultdict(list)
-        for p, units_of in owners.items():
-            alike[tuple(units_of), p.dtype, p.device, p.requires_grad, getattr(p, "sum_over", ())].append(p)
+                    places[p][submodule, name] = owners[p][owner] = True
+        alike = defaultdict(list)                                  # what makes a unit -> its parameters
+        for p, modules in owners.items():
+            alike[tuple(modules), p.dtype, p.device, p.requires_grad, getattr(p, "sum_over", ())].append(p)
         for name, x in module.named_buffers():
             if x.is_meta:
                 raise ValueError(f"{name} must not be on the meta device, init gives parameters alone")
@@ -626,10 +626,10 @@ class FullyShard(GradientShards, nn.Module):
                 raise RuntimeError(f"{name}, {x.dtype}, could not be broadcast: {error}") from error
         self.compute_dtype, self.units, self.visits = compute_dtype, [], []
         self.needs = defaultdict(list)                             # module -> its units
-        for (units_of, *_), params in alike.items():
+        for (modules, *_), params in alike.items():
             unit = Unit(params, [list(places[p]) for p in params], group, compute_dtype, reduce_dtype, init)
             self.units.append(unit)
-            for owner in units_of:
+            for owner in modules:
                 self.needs[owner].append(unit)
         self.order = [x for x in module.modules() if x in self.needs]
         for place, owner in enumerate(self.order):
@@ -693,7 +693,7 @@ class FullyShard(GradientShards, nn.Module):
     def before_backward(self, place, visit, has_leave, _):
         """A gradient has come to its output."""
         self.gather_for(place, visit, place - 1)
-        if not has_leave:                                       # an embedding: no gradient leaves it when it is through
+        if not has_leave:                                     # no input has a gradient (embedding): freed at the end
             engine = torch.autograd.Variable._execution_engine
             engine.queue_callback(functools.partial(self.after_backward, place, visit))
 
@@ -889,12 +889,12 @@ class Muon(torch.optim.Optimizer):
     group    all ranks that may hold a part of these matrices, or a copy. None: this process alone
     lr, momentum, weight_decay   of the groups with "muon", unless a group has its own
 
-    Of a matrix of m n elements that R ranks share, 2 m n (R - 1)/R elements are sent; if R ranks have a copy each,
-    m n (R - 1). Copies could also do without: each rank would orthogonalize its own, in 5 (4 m^2 n + 2 m^3) FLOPs (m <=
-    n), which is at least 20 m per element. One owner is cheaper where 20 m / (FLOP/s) > 4 bytes / (bytes/s): almost
-    everywhere, as above m = 270 on H100s (67 TFLOP/s in float32, a network of 50 GB/s). So there always is one.
+    Elements sent for a matrix of m n: 2 m n (R - 1)/R if R ranks share it, m n (R - 1) if R ranks have a copy each.
+    With copies each rank could orthogonalize its own. That takes 5 (4 m^2 n + 2 m^3) FLOPs (m <= n), at least 20 m per
+    element. One owner is cheaper where 20 m / (FLOP/s) > 4 bytes / (bytes/s). On H100s (67 TFLOP/s in float32, 50 GB/s
+    of network) this holds above m = 270: almost everywhere. So there always is one.
 
-    state[p] has one moment, "momentum", where AdamW has two. A matrix without a gradient, on any rank, stays as it is.
+    state[p] has one moment, "momentum"; AdamW has two. A matrix whose gradient is None, on all ranks, stays as it is.
     Raises ValueError for what is not a matrix, and for pieces that do not make one: a group that is too small.
     """
 
@@ -955,8 +955,8 @@ class Muon(torch.optim.Optimizer):
 # ---- the global norm -------------------------------------------------------------------------------------------------
 
 def clip_grad_norm_(shards, max_norm: float, group=None) -> float:
-    """Scale gradients so that the norm of all ranks' shards together is at most max_norm -> the norm before. Infinite
-    or NaN on every rank if a gradient is on one (found-inf): then nothing is scaled."""
+    """Scale gradients so that the norm of all ranks' shards together is at most max_norm -> the norm before. If one
+    rank has an infinite or NaN gradient, every rank's norm is infinite or NaN, and nothing is scaled (found-inf)."""
     shards = list(shards)
     grads = [p.grad for p in shards if p.grad is not None]
     device = torch.accelerator.current_accelerator() if group is not None and "nccl" in group.name() else "cpu"
