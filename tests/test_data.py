@@ -777,6 +777,15 @@ def save_quarter(rank, n, folder):
     return data.Reader(folder).read("w", ((1, 7, 8), (rank, rank + 2, 6)))
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError("no number"), OSError()])
+def test_a_fault_of_writing_is_never_a_success(error):
+    def work():
+        raise error
+
+    with pytest.raises(data.SaveError, match=f"rank 0: {error.strerror or error or 'OSError'}"):
+        data.on_all_ranks(work, None)
+
+
 def test_four_ranks_write_one_checkpoint(tmp_path, run_ranks):
     full = torch.arange(48.0).reshape(8, 6)
     for rank, got in enumerate(run_ranks(save_quarter, 4, tmp_path / "c")):
