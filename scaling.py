@@ -17,8 +17,8 @@ pair, N_opt and D_opt, one percent more of either lowers L equally:
                                                  a = beta / (alpha + beta),  b = alpha / (alpha + beta)
 
 With the constants of Besiroglu 2024 (the default here) that is 26 tokens per parameter at 1e18 FLOPs, 18 at Gopher's
-5.76e23, 16 at 1e26: "20 tokens per parameter". Hoffmann's constants for the same runs say 59 at Gopher's budget: their
-optimizer had stopped early. Kaplan 2020 found N_opt ~ C^0.73, from small models without their embeddings (Pearce 2024).
+5.76e23, 16 at 1e26: "20 tokens per parameter". Hoffmann's constants for the same runs give 59 at Gopher's budget: their
+optimizer had stopped early. Kaplan 2020 found N_opt ~ C^0.73: small models, counted without embeddings (Pearce 2024).
 
 The constants come from runs: small models, trained at several budgets C. tests/sweep_runs.csv holds 21 runs of this
 repository. Three approaches fit them. Hoffmann numbers them 1, 2, 3. This file begins with 2, which is the plainest,
@@ -39,21 +39,21 @@ FLOPs per token. The more it is used, the smaller is the model that reaches the 
 
 (4) What does a layout take? A parameter takes 18 bytes: 2 for the weight, 4 for its gradient, 4 for its float32 copy, 8
 for AdamW's two moments. 7 billion take 126 GB, and an H100 has 80 GB. So a step is split over dp x tp x pp ranks, one
-GPU each. A `Layout` says how, a `Program` what is kept and sent:
+GPU each. A `Program` says what the training program keeps and sends. A `Layout` says how a step is split:
 
     dp  data parallel     copies of the model, each with its own sequences; their gradients are summed
     tp  tensor parallel   each layer's matrices are cut into tp parts, whose results are summed
     sequence parallelism  between tp's matrices, each rank keeps 1/tp of the tokens
-    pp  pipeline          the layers are cut into pp stages. A step's batch passes them in parts, micro-batches. Stages
-                          wait at the start and at the end of a step: the bubble
+    pp  pipeline          the layers are cut into pp stages. A step's batch passes through in parts: micro-batches.
+                          Stages wait at the start and at the end of a step: the bubble
     schedule              order of a pipeline's work. gpipe: all forward passes first. 1f1b: a forward and a backward in
                           turn. interleaved: a rank has several stages (chunks). zb (zero bubble): gradients of weights
                           are computed later, in the gaps
-    zero 1, 2, 3          each dp copy keeps 1/dp of the optimizer states; also of the gradients; also of the weights
+    zero 1, 2, 3          each dp copy keeps 1/dp of the optimizer states (1), of gradients too (2), of weights too (3)
     recompute             activations are computed again in backward, not kept. selective: attention's; full: a layer's
 
-`memory`: weights, gradients, states, activations, buffers. `messages`: every collective, a message within a group of
-ranks. `step_time`: products, the bubble, messages. A message sent while products run is hidden: it adds no time.
+`memory`: weights, gradients, states, activations, buffers. `messages`: every collective (a message within a group of
+ranks). `step_time`: products, the bubble, messages. A message sent while products run is hidden: it adds no time.
 
 (5) What does it cost? 7 billion parameters on 140 billion tokens are 6.5e21 FLOPs: 6 for each weight that is multiplied
 (the embedding is not), and attention's products on top (Shape.flops_per_token). 64 H100s do at most 6.3e16 per second.
@@ -64,20 +64,19 @@ bill before it starts.
 
     N, D, C, L      parameters, training tokens, FLOPs, loss in nats per token
     law             the constants: {"E", "A", "B", "alpha", "beta"}
-    n               tokens of a micro-batch on a dp rank: micro_batch_size x seq_len
+    n               tokens of a micro-batch on a dp rank: micro_batch_size x seq_len. In shapes of the fits: runs
     h, H, T         n_embd, n_head, seq_len
     m               micro_batches: how many a dp rank computes per step
     p, v, t         pp, chunks (stages per rank), tp
     c               share of the peak that matrix products reach
 
-The lecture ends at the heading "the lecture ends here". After it: names, printing, the command line. Not in this file:
-context and expert parallelism, failures, reading data. Published rows, and the planner's answer to each, are in
-tests/published.py.
+The lecture ends at the heading "the lecture ends here". Not in this file: context and expert parallelism, failures,
+reading data. Published rows, and the planner's answer to each, are in tests/published.py.
 
 Sources: Hoffmann 2022 (arXiv:2203.15556), fitted again: Besiroglu 2024 (2404.10102); Kaplan 2020 (2001.08361); Pearce
-2024 (2406.12907); Sardana 2024 (2401.00448); Narayanan 2021 (2104.04473); Korthikanti 2022 (2205.05198); ZeRO
-(1910.02054); Qi 2023 (2401.10241); Llama 3 (2407.21783); FlashAttention-2 (2307.08691); GPUs, links, products:
-stas00/ml-engineering (2026-08-22).
+2024 (2406.12907); Sardana 2024 (2401.00448); Narayanan 2021 (2104.04473); Korthikanti 2022 (2205.05198); Rajbhandari
+2020, ZeRO (1910.02054); Qi 2023 (2401.10241); Llama 3 (2407.21783); FlashAttention-2 (2307.08691); GPUs, links,
+products: stas00/ml-engineering (2026-08-22).
 
 run: python scaling.py                 python scaling.py fit RUNS.csv --holdout 1
      python scaling.py plan --params 7e9 --tokens 1.4e11 --gpu h100 --n-gpus 64
@@ -194,7 +193,7 @@ def distinct(x) -> int:
 def budgets(runs) -> list[np.ndarray]:
     """The runs (n, 4) of each budget, in the order of C.
 
-    - If a value of C occurs three times on average, the values of C are the budgets.
+    - If each value of C occurs three times or more on average, the values of C are the budgets.
     - Else a budget ends where the next larger C is more than 1.3 times as large. But if any step inside a budget is
       above 1.15, the runs are scattered: they have no budgets.
     - A budget whose C differ by a factor of 1.5 or more is left out.
@@ -230,8 +229,8 @@ def parabola(group) -> Vertex | None:
 
 
 def power_law(C, N, D, loss) -> dict:
-    """What all three approaches are after: {"a", "b", "k_N", "k_D"} of N_opt = k_N C^a and D_opt = k_D C^b. Here by
-    straight lines, ln N = ln k_N + a ln C and ln D = ln k_D + b ln C, through points (C, N, D). "points": these."""
+    """What all three approaches look for: {"a", "b", "k_N", "k_D"} of N_opt = k_N C^a and D_opt = k_D C^b. Here by
+    straight lines, ln N = ln k_N + a ln C and ln D = ln k_D + b ln C, through points (C, N, D): "points"."""
     a, ln_k_N = np.polyfit(np.log(C), np.log(N), 1)
     b, ln_k_D = np.polyfit(np.log(C), np.log(D), 1)
     points = [{"C": C, "N": N, "D": D, "loss": L} for C, N, D, L in np.stack((C, N, D, loss), 1).tolist()]
@@ -244,8 +243,8 @@ def intervals(draws: dict | None, names=()) -> dict | None:
     if draws is None:
         return None
     with np.errstate(all="ignore"):
-        found = {name: np.percentile(draws[name], (2.5, 97.5)).tolist() for name in names or draws}
-    return {name: pair if np.isfinite(pair).all() else None for name, pair in found.items()}
+        ends = {name: np.percentile(draws[name], (2.5, 97.5)).tolist() for name in names or draws}
+    return {name: pair if np.isfinite(pair).all() else None for name, pair in ends.items()}
 
 
 def bootstrap(fit_groups, groups, times) -> dict | None:
@@ -329,9 +328,9 @@ def fit_envelope(runs, *, times=200) -> dict:
 
 # ---- (1) (2) approach 3 ----------------------------------------------------------------------------------------------
 #
-# The objective hardly feels outliers. It is nearly flat along two valleys (raise A and alpha together; B and beta).
-# There L-BFGS, Hoffmann's optimizer, stops early. So here: logs centred on their means, damped least squares, many
-# starts.
+# The objective hardly feels outliers. It is nearly flat along two valleys: where A and alpha grow together, and where B
+# and beta do. There L-BFGS, Hoffmann's optimizer, stops early. So here: logs centred on their means, damped least
+# squares, many starts.
 
 DELTA = 1e-3                                  # of Huber's loss, in ln L: deviations beyond 0.1 % count linearly
 
@@ -423,20 +422,21 @@ def law_and_resamples(runs, times) -> tuple:
     # with ln N and ln D counted from their means, ln_A and ln_B are logs of the terms in the middle of the runs
     center = np.array((*logs[:, :2].mean(0), 0.0))
     logs, theta = logs - center, starting_points(runs[:, 2])
-    # all starts for 60 steps, on at most 999 runs, evenly picked; then the best 24 to the end, on all runs
-    for count, iterations, every in ((len(theta), 60, max(1, len(runs) // 500)), (24, 2000, 1)):
-        some = logs[::every]
-        theta, f = minimise(theta[:count], np.broadcast_to(some, (count, *some.shape)), iterations)
-        theta, f = theta[f.argsort()], np.sort(f)
-    law = {name: float(x) for name, x in law_of(theta[0], center).items()}
+    # 1. all starts for 60 steps, on at most 999 runs, evenly picked
+    sample = logs[::max(1, len(runs) // 500)]
+    theta, f = minimise(theta, np.broadcast_to(sample, (len(theta), *sample.shape)), 60)
+    # 2. the best 24 to the end, on all runs
+    theta, f = minimise(theta[f.argsort()[:24]], np.broadcast_to(logs, (24, *logs.shape)), 2000)
+    best = f.argsort()[0]
+    law = {name: float(x) for name, x in law_of(theta[best], center).items()}
     if not (min(law["alpha"], law["beta"]) > 0 and 1e-99 < law["k_N"] < 1e99):
         raise BadInput("loss must fall with N and with D, or no N and D are best; the fitted law is "
                        + ", ".join(f"{name} {x:.3g}" for name, x in law.items()))
     draws = None
     if times:
         drawn = np.random.default_rng(0).integers(len(runs), size=(times, len(runs)))
-        draws = law_of(minimise(np.tile(theta[0], (times, 1)), logs[drawn], 300)[0], center)
-    return law | {"objective": float(f[0])}, draws
+        draws = law_of(minimise(np.tile(theta[best], (times, 1)), logs[drawn], 300)[0], center)
+    return law | {"objective": float(f[best])}, draws
 
 
 def fit_parametric(runs, *, times=200) -> dict:
@@ -449,7 +449,7 @@ def fit_parametric(runs, *, times=200) -> dict:
     return law | {"intervals": intervals(draws)}
 
 
-# ---- (1) (2) is a fit right where it has not seen? -------------------------------------------------------------------
+# ---- (1) (2) does a fit hold beyond its runs? ------------------------------------------------------------------------
 
 def holdout(runs, k: int, *, times=200) -> dict:
     """Fit without the k largest budgets. Then predict the vertex of each: its loss by approach 3, its N by approach 2
@@ -459,13 +459,13 @@ def holdout(runs, k: int, *, times=200) -> dict:
     groups = budgets(runs)
     if not 1 <= k <= len(groups) - 2:
         raise BadInput(f"holdout must leave 2 budgets or more to fit, got {k} of {len(groups)}")
-    known, hidden = np.concatenate(groups[:-k]), list(filter(None, map(parabola, groups[-k:])))
+    fitted, hidden = np.concatenate(groups[:-k]), list(filter(None, map(parabola, groups[-k:])))
     if not hidden:
         raise BadInput("holdout must be of budgets with 3 or more sizes and the best inside, got none")
-    known_groups = [group for group in groups[:-k] if distinct(group[:, 0]) > 2]
+    with_sizes = [group for group in groups[:-k] if distinct(group[:, 0]) > 2]
     fitted_to, rows = groups[-k - 1][:, 3].mean(), []
-    law, laws = law_and_resamples(known, times)                                         # approach 3, and its resamples
-    line, lines = isoflop(known_groups), bootstrap(isoflop, known_groups, times)        # approach 2, and its resamples
+    law, laws = law_and_resamples(fitted, times)                                    # approach 3, and its resamples
+    line, lines = isoflop(with_sizes), bootstrap(isoflop, with_sizes, times)        # approach 2, and its resamples
 
     def loss(law, vertex):
         return chinchilla_loss(*compute_optimal(6 * vertex.N * vertex.D, law), law)
@@ -477,7 +477,7 @@ def holdout(runs, k: int, *, times=200) -> dict:
         for what, measured, predict, fit, draws in (("loss", vertex.loss, loss, law, laws),
                                                     ("N_opt", vertex.N, size, line, lines)):
             with np.errstate(all="ignore"):                                # of resamples without an optimum
-                lower, upper = (intervals(draws and {what: predict(draws, vertex)}) or {}).get(what) or (None, None)
+                lower, upper = (intervals({what: predict(draws, vertex)})[what] if draws else None) or (None, None)
             rows.append({"what": what, "C": vertex.C, "times_larger": vertex.C / fitted_to,
                          "predicted": predict(fit, vertex), "low": lower, "high": upper, "measured": measured})
     return {"fitted_to": fitted_to, "rows": rows}
@@ -516,7 +516,7 @@ def assess(N, D, law=BESIROGLU) -> dict:
 
 @dataclass(frozen=True)
 class Shape:
-    """The fields of model.ModelConfig that cost something, and how many parameters and FLOPs they are. q, kv: width of
+    """The fields of model.ModelConfig that cost something, and the parameters and FLOPs that follow. q, kv: width of
     all query heads, of all key heads. num_up: the MLP's matrices n_embd -> n_ff (SwiGLU has two: gate and up).
     norm_vectors: vectors of one norm, its weight and perhaps a bias. The others are numbers of parameters."""
 
@@ -559,14 +559,13 @@ class Shape:
     def muon_flops(self) -> list[int]:
         """Of each of a layer's matrices, m x n, in a step of Muon: 5 (4 m^2 n + 2 m^3), m <= n (zero.py)."""
         widths = [self.q, self.q, self.kv, self.kv] + [self.n_ff] * (self.num_up + 1)           # the other side: n_embd
-        sides = [sorted((width, self.n_embd)) for width in widths]
-        return [5 * (4 * m * m * n + 2 * m**3) for m, n in sides]
+        return [5 * (4 * m * m * n + 2 * m**3) for m, n in (sorted((width, self.n_embd)) for width in widths)]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a step is split over ranks. Fields are train.py's flags, but micro_batches, which follows from the batch.
-    schedule is --pp-schedule; chunks is --pp-chunks, stages per rank: 1 unless interleaved."""
+    """How a step is split over ranks. Fields are train.py's flags, except micro_batches, which follows from the batch.
+    schedule is --pp-schedule. chunks is --pp-chunks, stages per rank: 1 unless interleaved."""
 
     dp: int = 1
     tp: int = 1
@@ -586,8 +585,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Program:
-    """In what training programs differ. The defaults are train.py's on a GPU. Nothing here is fitted: only GPU.matmul
-    is."""
+    """What differs between training programs. The defaults are train.py's on a GPU. Nothing here is fitted to speeds:
+    only GPU.matmul is."""
 
     item: int = 2                   # bytes of a weight, and of a linear layer's input and result, as they are stored
     residual: int = 4               # ... in the residual stream and norms
@@ -603,7 +602,7 @@ class Program:
     # sequence parallelism). An all-reduce counts as two messages
     overlap_tp: bool = False
     overlap_dp: bool = True         # gradients travel during backward
-    train_py: bool = True           # also count what train.py keeps or sends and the papers' programs do not
+    train_py: bool = True           # False: what is kept and sent is as in the papers' programs
 
     # bytes of a number in a sum: Adam's moments, log-sum-exps
     sum_bytes = property(lambda self: max(4, self.item))
@@ -618,7 +617,7 @@ LLAMA_3 = Program(residual=2, chunked_loss=False, train_py=False, overlap_tp=Tru
 
 
 @cache
-def depth(n_layer: int, pp: int, chunks: int) -> list[int]:
+def layers_per_rank(n_layer: int, pp: int, chunks: int) -> list[int]:
     """How many layers each pipeline rank has. Stage s of n_stages begins with layer s * n_layer // n_stages; rank r has
     the stages r, r + pp, ..."""
     n_stages = pp * chunks
@@ -632,7 +631,7 @@ RankParams = namedtuple("RankParams", "count unsplit")
 def rank_params(shape: Shape, layout: Layout, pp_rank: int) -> RankParams:
     """Of one rank at place `pp_rank` of its pipeline, before ZeRO: how many parameters, how many of them tp does not
     split."""
-    layers = depth(shape.n_layer, layout.pp, layout.chunks)[pp_rank]
+    layers = layers_per_rank(shape.n_layer, layout.pp, layout.chunks)[pp_rank]
     is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
     # the embedding on the first rank, the head on the last; tied on one rank, they are one
     tables = is_first + is_last - (shape.tie_embeddings and layout.pp == 1)
@@ -710,8 +709,8 @@ def table_row(line: str) -> GPU:
 GPUS = {gpu.name: gpu for gpu in map(table_row, GPU_TABLE.strip().splitlines()[1:])}
 LINE_RATE_SHARE = 0.8                         # share of a network's line rate that messages reach, as in the links
 NVLINK_HOP, NETWORK_HOP = 3.4e-6, 14e-6       # seconds, of rings: NCCL's own tables, src/graph/tuning.cc
-FLASH_SHARE = 0.6                             # FlashAttention-2, figure 4: 187 of A100's 312 TFLOP/s at T 2048, D 128
-USABLE_MEMORY = 0.95                          # share of it: the rest holds CUDA's and NCCL's own, and stays in gaps
+FLASH_SHARE = 0.6                       # FlashAttention-2, figure 4: 187 of A100's 312 TFLOP/s, T 2048, head_dim 128
+USABLE_MEMORY = 0.95                          # share of a GPU's memory. CUDA, NCCL and fragmentation take the rest
 PUE, KG_CO2_PER_KWH = 1.1, 0.385              # building / GPUs; kg CO2 per kWh (LLaMA, arXiv:2302.13971, section 6)
 PRECISIONS = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 2}                     # bytes of a stored weight
 
@@ -781,16 +780,18 @@ def stored(layout: Layout, pp_rank: int) -> float:
     # interleaved: 2 (p - r - 1) of warm-up, (v - 1) p for the chunks before the last, 1 in work; each is 1/v of a rank
     if v > 1:
         return min(m * v, (p - 1 - pp_rank) * 2 + (v - 1) * p + 1) / v
-    return m if layout.schedule == "gpipe" and p > 1 else min(m, p - pp_rank)
+    return m if layout.schedule == "gpipe" else min(m, p - pp_rank)
 
 
 def waiting_bytes(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> float:
-    """Zero bubble computes weight gradients later. Until then a linear's input and its result's gradient wait. min(m,
-    p) micro-batches have such pairs or activations. If m > p, a forward follows a backward: one linear's pair more."""
-    if layout.schedule != "zb" or layout.pp == 1:
+    """Zero bubble computes weight gradients later. Until then pairs wait: the input of a linear layer, the gradient of
+    its result. min(m, p) micro-batches have activations (`stored` counts them) or such pairs. If m > p, a forward
+    follows a backward: one linear layer's pair more."""
+    if layout.schedule != "zb":
         return 0
     n, h, t = layout.micro_batch_size * shape.seq_len, shape.n_embd, layout.tp
-    layers, m, p = depth(shape.n_layer, layout.pp, 1)[pp_rank], layout.micro_batches, layout.pp
+    layers, m, p = layers_per_rank(shape.n_layer, layout.pp, 1)[pp_rank], layout.micro_batches, layout.pp
+    # inputs: h of q, k, v and of the ups, q/t of o, n_ff/t of down. Gradients: (q + 2 kv)/t, num_up n_ff/t, h and h
     per_layer = n * program.item * (4 * h + (2 * shape.q + 2 * shape.kv + (shape.num_up + 1) * shape.n_ff) / t)
     one_more = (m > p) * n * program.item * (h + shape.n_ff / t)
     return (min(m, p) - stored(layout, pp_rank)) * layers * per_layer + one_more
@@ -800,7 +801,7 @@ def buffer_bytes(shape: Shape, layout: Layout, program: Program, pp_rank: int) -
     """Gradients on their way, gathered layers, and the block that runs again. psi: parameters of the rank."""
     psi, dp, zero = rank_params(shape, layout, pp_rank).count, layout.dp, layout.zero
     recomputed = layer_bytes(shape, layout, program, "none") * (layout.recompute == "full")
-    if not zero:                      # several micro-batches: the running sum, beside one micro-batch's gradients
+    if not zero:                      # several micro-batches: the running sum, next to one micro-batch's gradients
         return recomputed + (dp > 1 and layout.micro_batches > 1) * psi * program.gradient
     # ZeRO 3 gathers one layer, or the embedding, at a time; ZeRO 1 and 2 send one bucket at a time
     layer = (shape.matrix_params + shape.split_biases) / layout.tp + shape.unsplit
@@ -820,7 +821,7 @@ def memory(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict
     weight, states = program.item, program.states
     if zero == 3 and program.train_py and program.master_weights:      # train.py's shards are the masters themselves
         weight, states = program.sum_bytes, 2 * program.sum_bytes
-    layers, alive = depth(shape.n_layer, layout.pp, layout.chunks)[pp_rank], stored(layout, pp_rank)
+    layers, alive = layers_per_rank(shape.n_layer, layout.pp, layout.chunks)[pp_rank], stored(layout, pp_rank)
     one_moment = program.muon * layers * shape.matrix_params / layout.tp * program.sum_bytes   # Adam has two, Muon one
     # what the layers of a micro-batch share: train.py's cos and sin (of each chunk), or positions; a mask
     T, rope = shape.seq_len, shape.position == "rope"
@@ -839,8 +840,8 @@ def memory(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict
 def fullest(shape: Shape, layout: Layout, program: Program) -> dict:
     """memory() of the rank that needs most. Candidates: the first rank, the last, and for each number of layers the
     first rank between them that has so many, since an earlier rank stores more micro-batches."""
-    layers = depth(shape.n_layer, layout.pp, layout.chunks)
-    ranks = {0, layout.pp - 1, *(layers.index(x, min(1, layout.pp - 1)) for x in set(layers[1:]))}
+    layers = layers_per_rank(shape.n_layer, layout.pp, layout.chunks)
+    ranks = {0, layout.pp - 1, *(layers.index(x, 1) for x in set(layers[1:]))}
     return max((memory(shape, layout, program, r) for r in ranks), key=lambda parts: sum(parts.values()))
 
 
@@ -851,8 +852,8 @@ def layer_collectives(layout: Layout, program: Program) -> dict:
     their result. Backward: a gather becomes a sum, a sum a gather. Without sequence parallelism one of each is one
     all-reduce. With it, backward also gathers the two inputs again. (Korthikanti 2022, section 4.2)"""
     # a block that runs again in backward ends with a sum that is not needed: Megatron-LM repeats it, train.py does not
-    sp, sums = layout.sequence_parallel, 1 if program.train_py else 2
-    recomputed = (2 if sp else sums, sums) if layout.recompute == "full" else (0, 0)
+    sp, scatters = layout.sequence_parallel, 1 if program.train_py else 2
+    recomputed = (2 if sp else scatters, scatters) if layout.recompute == "full" else (0, 0)
     return {"forward": (2, 2), "backward": (2 + 2 * sp, 2), "recomputed": recomputed}
 
 
@@ -880,7 +881,7 @@ def dp_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) ->
     if layout.dp == 1:
         return {}
     psi, m = rank_params(shape, layout, pp_rank).count, layout.micro_batches
-    count_bytes = 8                                                     # an all-reduce of N, the number of targets
+    count_bytes = 8                                                     # an all-reduce of the number of targets
     if layout.zero == 0:
         return {("dp", "all_reduce"): (None, count_bytes + psi * program.gradient)}
     scatters, gathers = {1: (1, 1), 2: (m, 1), 3: (m, 2 * m)}[layout.zero]
@@ -892,11 +893,11 @@ def dp_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) ->
 
 
 def tp_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict:
-    """Layers gather and sum hidden states (`layer_collectives`), the head too, once, in `item` bytes per number; the
-    embedding once, in `residual` bytes."""
+    """Each layer gathers and sums hidden states (`layer_collectives`). The head does both once. Both have `item` bytes
+    per number. The embedding does both once, with `residual` bytes."""
     if layout.tp == 1:
         return {}
-    layers, m = depth(shape.n_layer, layout.pp, layout.chunks)[pp_rank], layout.micro_batches
+    layers, m = layers_per_rank(shape.n_layer, layout.pp, layout.chunks)[pp_rank], layout.micro_batches
     is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
     n = layout.micro_batch_size * shape.seq_len
 
@@ -922,12 +923,12 @@ def muon_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) 
     """Each matrix of a layer goes to its owner, one of R ranks of the stage, and from there to all that hold a part, or
     a copy (zero.py). The bytes are the mean over the stage's ranks. With ZeRO they are an upper bound: a matrix that
     lies in few shards has less to send."""
-    R, copies = layout.dp * layout.tp, 1 if layout.zero else layout.dp
+    R = layout.dp * layout.tp
     if not program.muon or R == 1:
         return {}
-    matrices = depth(shape.n_layer, layout.pp, layout.chunks)[pp_rank] * shape.matrix_params
-    to_owners, from_owners = matrices * (1 - copies / R), matrices * copies / R * (R - 1)
-    size = (to_owners + from_owners) / R * program.sum_bytes
+    matrices = layers_per_rank(shape.n_layer, layout.pp, layout.chunks)[pp_rank] * shape.matrix_params
+    share = 1 / (R if layout.zero else layout.tp)                            # of each matrix, which a rank holds
+    size = matrices * ((1 - share) + share * (R - 1)) / R * program.sum_bytes       # to the owners, from the owners
     return {("world", "send"): (None, size), ("world", "recv"): (None, size)}
 
 
@@ -959,8 +960,8 @@ def bytes_sent(messages: dict, layout: Layout) -> dict:
 
 def ring_seconds(gpu: GPU, ranks: int, size: float, stride: int = 1, message_count: float = 1) -> float:
     """Seconds of an all-gather or a reduce-scatter of `size` bytes (all parts together) in `message_count` messages.
-    Ranks are `stride` apart, which decides how many share a node. Between nodes the rate is the network of all the
-    ring's GPUs in a node."""
+    Ranks are `stride` apart, which decides how many share a node. Between nodes, the networks of the ring's GPUs in a
+    node add up."""
     inside = max(1, min(ranks, gpu.node // stride))
     nodes = math.ceil(ranks / inside)
     rate = gpu.link if nodes == 1 else min(gpu.link, inside * LINE_RATE_SHARE * gpu.network)
@@ -975,13 +976,13 @@ def bubble(layout: Layout, forward: float, backward: float, weight: float) -> fl
     """Seconds of a step in which a pipeline rank waits. forward, backward (gradients of inputs), weight (of weights):
     seconds of a micro-batch in all of a rank's layers. (Narayanan 2021, section 2.2; zero bubble: Qi 2023, table 2 and
     appendix H)"""
-    if layout.schedule == "zb" and layout.pp > 1:
+    if layout.schedule == "zb":
         return (layout.pp - 1) * (forward + backward) - (min(layout.micro_batches, layout.pp) - 1) * weight
     return (layout.pp - 1) / layout.chunks * (forward + backward + weight)
 
 
 def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: float = 1.0) -> dict:
-    """Seconds of a step: {"compute", "tp" (of the layers), "pp", "dp", "bubble", "update"}; what nothing hides.
+    """Seconds of a step: {"compute", "tp" (of the layers), "pp", "dp", "bubble", "update"}. Hidden messages take none.
 
         step       (m + (p-1)/v) x a micro-batch on the slowest rank + the update + messages that nothing hides
                    (zb: see bubble)
@@ -1024,7 +1025,7 @@ def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: f
     # triples are (forward, backward: gradients of inputs and what runs again, gradients of weights)
     layer = linear + attention + 2 * touch, linear + backward_ratio * attention + 3 * touch + recomputed, linear
     # of a micro-batch on the slowest rank: computing, tp's messages, messages to other stages
-    of_rank = depth(shape.n_layer, layout.pp, layout.chunks)
+    of_rank = layers_per_rank(shape.n_layer, layout.pp, layout.chunks)
     slowest = max(range(layout.pp), key=lambda r: of_rank[r] * sum(layer) + 3 * head * (r == layout.pp - 1))
     layers, is_last = of_rank[slowest], slowest == layout.pp - 1
     compute = [layers * seconds + head * is_last for seconds in layer]
@@ -1055,21 +1056,23 @@ def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: f
         layout.dp if layout.zero else 1)
     if program.muon:                          # products in float32, shared out by whole matrices; and the exchange
         flops = shape.muon_flops()
-        most = max(layers * sum(flops) / (layout.dp * t), max(flops))
-        _, sent = messages(shape, layout, program, slowest).get(("world", "send"), (0, 0))
-        update += most / (gpu.matmul * gpu.peak / gpu.fp32_slowdown) + sent / rate
+        busiest = max(layers * sum(flops) / (layout.dp * t), max(flops))
+        _, sent = muon_messages(shape, layout, program, slowest).get(("world", "send"), (0, 0))
+        update += busiest / (gpu.matmul * gpu.peak / gpu.fp32_slowdown) + sent / rate
     return {"compute": m * sum(compute), "tp": m * sum(tp), "pp": m * 2 * pp, "dp": dp,
             "bubble": bubble(layout, forward, backward, weight), "update": update}
 
 
-def estimate(shape: Shape, gpu: GPU, layout: Layout, program: Program = Program(), speed: float = 1.0) -> dict:
-    """What a step costs: {"layout", "seconds": by part, "step": their sum, "tokens_per_s", "mfu" (of the precision's
-    own peak), and per GPU "tflops", "hardware_tflops" (with what runs again)}."""
-    seconds = step_time(shape, gpu, layout, program, speed)
-    rate = layout.batch * shape.seq_len / sum(seconds.values())
+def estimate(shape: Shape, gpu: GPU, layout: Layout, program: Program = Program(), precision: str = "bf16") -> dict:
+    """What a step costs: {"seconds": by part, "step": their sum, "tokens_per_s", "mfu" (of the precision's own peak),
+    and per GPU "tflops", "hardware_tflops" (with what runs again)}."""
+    peak = gpu.peak_flops(precision)
+    seconds = step_time(shape, gpu, layout, program, peak / gpu.peak)
+    step = sum(seconds.values())
+    rate = layout.batch * shape.seq_len / step
     tflops, hardware = (rate / layout.ranks * shape.flops_per_token(x) / 1e12 for x in ("none", layout.recompute))
-    return {"layout": layout, "seconds": seconds, "step": sum(seconds.values()), "tokens_per_s": rate,
-            "mfu": tflops * 1e12 / (gpu.peak * speed), "tflops": tflops, "hardware_tflops": hardware}
+    return {"seconds": seconds, "step": step, "tokens_per_s": rate, "mfu": tflops * 1e12 / peak, "tflops": tflops,
+            "hardware_tflops": hardware}
 
 
 # ---- (5) what it costs -----------------------------------------------------------------------------------------------
@@ -1105,12 +1108,12 @@ def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: 
               "tokens_per_parameter": tokens / N, "tokens_per_step": layout.batch * shape.seq_len,
               "flops_per_token": shape.flops_per_token(), "flops": flops, "law": law,
               "layout": dataclasses.asdict(layout), "bubble": bubble_seconds / (busy_seconds + bubble_seconds),
-              "layers_per_rank": depth(shape.n_layer, layout.pp, layout.chunks),
+              "layers_per_rank": layers_per_rank(shape.n_layer, layout.pp, layout.chunks),
               "memory_bytes": parts | {"total": sum(parts.values())},
               "bytes_sent": {axis: round(max(x.get(axis, 0) for x in sent)) for axis in sorted(set().union(*sent))}}
     if gpu is not None:
         gpu = find_gpu(gpu)
-        estimated = estimate(shape, gpu, layout, program, gpu.peak_flops(precision) / gpu.peak)
+        estimated = estimate(shape, gpu, layout, program, precision)
         seconds = tokens / estimated["tokens_per_s"]
         answer |= {"gpu": gpu.name, "seconds_per_step": estimated["seconds"], "seconds": seconds,
                    "days": seconds / 86400,
@@ -1125,8 +1128,8 @@ def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: 
 # ---- (5) all layouts, ranked -----------------------------------------------------------------------------------------
 
 def layouts(shape: Shape, gpu: GPU, n_gpus: int, batch: int, **fixed):
-    """Layouts of n_gpus ranks to compare. Of those that train.py accepts: tp inside a node, 1 to 8 chunks, 1 to 32
-    sequences per micro-batch. GPipe only if `fixed` asks for it: 1F1B takes equal time and less memory."""
+    """The layouts of n_gpus ranks to compare, all of which train.py accepts: tp inside a node, 1 to 8 chunks, 1, 2, 4,
+    ... 32 sequences per micro-batch. GPipe only if `fixed` asks for it: 1F1B takes equal time and less memory."""
     divisors = [n for n in range(1, n_gpus + 1) if n_gpus % n == 0]
     choices = {"tp": [n for n in divisors if n <= gpu.node], "pp": divisors, "micro_batch_size": (1, 2, 4, 8, 16, 32),
                "schedule": ("1f1b", "zb", "interleaved"), "chunks": range(1, 9), "zero": range(4),
@@ -1158,11 +1161,12 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
     config             a Shape, a dict or an object with ModelConfig's fields
     gpu                a name in GPUS, or a GPU
     global_batch_size  sequences per step; default: of 4 M or half a million tokens
-    precision          train.py's flag; program: another one than train.py
+    precision          train.py's flag
+    program            default: train.py in this precision
     tokens             of the run; default: the best number by the law
+    top                how many bills; default: all
     fixed              fields of Layout that are given: tp=8, recompute="full", ...
-    Raises BadInput for wrong gpu, precision and tokens, for other names in `fixed`, if no layout is possible, and if
-    none fits.
+    Raises BadInput if an argument is wrong, if no layout is possible and if none fits.
     """
     shape, gpu = shape_of(config), find_gpu(gpu)
     precision, fixed = precision_of_gpu(precision, gpu), {name: x for name, x in fixed.items() if x is not None}
@@ -1171,9 +1175,9 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
         raise BadInput(f"tokens must be above 0, got {tokens}")
     # 4 M tokens (Llama 2), below 1 B parameters 0.5 M (GPT-3, table 2.1), in sequences, a multiple of the GPUs
     multiple = n_gpus * fixed.get("micro_batch_size", 1)
-    usual = multiple * max(1, round((2**22 if shape.num_params >= 1e9 else 2**19) / shape.seq_len / multiple))
-    batch, program = global_batch_size or usual, program or Program(item=PRECISIONS[precision])
-    possible, best = list(layouts(shape, gpu, n_gpus, batch, **fixed)), {}
+    default_batch = multiple * max(1, round((2**22 if shape.num_params >= 1e9 else 2**19) / shape.seq_len / multiple))
+    batch, program = global_batch_size or default_batch, program or Program(item=PRECISIONS[precision])
+    possible = list(layouts(shape, gpu, n_gpus, batch, **fixed))
     if not possible:
         raise BadInput(f"global_batch_size {batch} on {n_gpus} GPUs must be split evenly by some dp x tp x pp that "
                        f"train.py takes for {shape.n_head} heads ({shape.n_kv_head} of keys), {shape.n_layer} layers "
@@ -1184,16 +1188,15 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
         parts = min(needs, key=lambda parts: sum(parts.values()))
         raise BadInput(f"a layout must fit into {usable / 1e9:.1f} GB of {gpu.name}, the smallest on {n_gpus} GPUs "
                        f"needs {amounts(parts)} per GPU")
-    steps, speed = math.ceil(tokens / batch / shape.seq_len), gpu.peak_flops(precision) / gpu.peak
-    estimates = [estimate(shape, gpu, layout, program, speed) for layout in fitting]
-    for layout in (estimated["layout"] for estimated in sorted(estimates, key=lambda estimated: estimated["step"])):
+    steps, best = math.ceil(tokens / batch / shape.seq_len), {}
+    for layout in sorted(fitting, key=lambda layout: estimate(shape, gpu, layout, program, precision)["step"]):
         best.setdefault((layout.tp, layout.pp, layout.zero), layout)
     return [bill(shape, layout, program, tokens=tokens, gpu=gpu, precision=precision)
             | {"command": command(shape, layout, precision, gpu, steps)} for layout in list(best.values())[:top]]
 
 
 def flag_of(field: str) -> str:
-    """train.py's flag, and plan's, for a field of Layout."""
+    """The flag of a field: in train.py, and for fields of Layout in `plan` too."""
     return "--" + {"schedule": "pp_schedule", "chunks": "pp_chunks"}.get(field, field).replace("_", "-")
 
 
@@ -1218,8 +1221,8 @@ def command(shape: Shape, layout: Layout, precision: str, gpu: GPU, steps: int) 
 
 def shape_of(config) -> Shape:
     """The Shape of a dict or an object with ModelConfig's fields."""
-    known = config if isinstance(config, dict) else {name: getattr(config, name) for name in dir(config)}
-    return Shape(**{f.name: known[f.name] for f in dataclasses.fields(Shape) if f.name in known})
+    values = config if isinstance(config, dict) else vars(config)
+    return Shape(**{f.name: values[f.name] for f in dataclasses.fields(Shape) if f.name in values})
 
 
 @cache
@@ -1244,7 +1247,6 @@ DEVICES = {"Tesla V100-SXM2-32GB": "v100", "NVIDIA A100-SXM4-80GB": "a100", "NVI
            "NVIDIA B200": "b200", "NVIDIA B300": "b300", "NVIDIA GB200": "gb200", "AMD Instinct MI300X": "mi300x",
            "AMD Instinct MI355X": "mi355x", "NVIDIA L40S": "l40s", "NVIDIA L4": "l4", "Tesla T4": "t4",
            "NVIDIA GeForce RTX 4090": "rtx4090", "NVIDIA GeForce RTX 3090": "rtx3090"}
-known_gpu = DEVICES.get                                                                # a key of GPUS, or None
 
 
 def find_gpu(name: str | GPU) -> GPU:
@@ -1275,17 +1277,19 @@ def columns(*rows) -> str:
 
 def short(x: float) -> str:
     """1,234,567 -> 1.23 M"""
-    size, letter = next(((s, f" {name}") for s, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if x >= s),
-                        (1, ""))
-    return f"{x / size:.3g}{letter}"
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if x >= unit:
+            return f"{x / unit:.3g} {letter}"
+    return f"{x:.3g}"
 
 
 def clock(seconds: float) -> str:
     """3725 -> 1:02:05"""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours / 24:,.1f} days" if hours >= 24 else f"{hours}:{minutes:02d}:{seconds:02d}" if hours else (
-        f"{minutes}:{seconds:02d}")
+    if hours >= 24:
+        return f"{hours / 24:,.1f} days"
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def amounts(parts: dict) -> str:
@@ -1295,8 +1299,8 @@ def amounts(parts: dict) -> str:
 
 
 def describe_bill(bill: dict) -> str:
-    """A bill as aligned lines: a label, padded to 11 characters, and a sentence. "law" may be None: the laws speak of
-    pre-training."""
+    """A bill as aligned lines: a label, padded to 11 characters, and a sentence. "law" is None in a stage after
+    pre-training, where the laws do not hold."""
     law, layout = bill["law"], Layout(**bill["layout"])
     lines = [("run", f"{bill['parameters']:,} parameters ({bill['embedding_parameters']:,} in the embedding), "
                      f"{short(bill['tokens'])} tokens, {bill['flops']:.3g} FLOPs"),
@@ -1385,7 +1389,7 @@ def read_runs(path) -> np.ndarray:
 
 
 def warn_of_units(path, runs):
-    """On stderr, where N and D are hardly in units of one parameter and one token."""
+    """A line on stderr if N or D seem to be counted in thousands, millions or billions."""
     N, ratio = np.median(runs[:, 0]), np.median(runs[:, 1] / runs[:, 0])
     if N < 1000 or ratio < 1:
         print(f"scaling.py: {path}: the median run has {N:g} parameters and {ratio:.3g} tokens per parameter; are N "
@@ -1394,7 +1398,7 @@ def warn_of_units(path, runs):
 
 def fit_all(runs, name) -> dict:
     """All three approaches -> {"parametric", "isoflop", "envelope"}. Raises BadInput if approach 3 is impossible. One
-    of the others that the runs cannot support is None, and stderr says why. name: of the runs."""
+    of the others that the runs do not support is None, and a line on stderr, with the runs' name, says why."""
     results = {"parametric": fit_parametric(runs), "isoflop": None, "envelope": None}
     for key, fit in (("isoflop", fit_isoflop), ("envelope", fit_envelope)):
         try:
@@ -1412,10 +1416,10 @@ def report(runs, results):
     for name, result in results.items():
         if result is None:
             continue
-        known = result.get("intervals") or {}
-        numbers = [(key, x, *(known.get(key) or (None, None)))
+        ends = result.get("intervals") or {}
+        numbers = [(key, x, *(ends.get(key) or (None, None)))
                    for key, x in result.items() if isinstance(x, (int, float))]
-        print("\n" + columns(*(row if known else row[:2] for row in [(name, "", "95 % from", "to"), *numbers])))
+        print("\n" + columns(*(row if ends else row[:2] for row in [(name, "", "95 % from", "to"), *numbers])))
         for rows in (x for x in result.values() if isinstance(x, list)):
             print(columns(rows[0], *(row.values() for row in rows)))
     if results["isoflop"] and (count := len(results["isoflop"]["points"])) < 4:
@@ -1430,7 +1434,7 @@ def report(runs, results):
                          *((name, N, D, D / N) for name, (N, D) in best.items())))
 
 
-def plot_isoflop(figure, runs, results):
+def plot_isoflop(figure, runs):
     """Each budget's runs, its parabola and vertex."""
     axes = figure.subplots()
     for group in budgets(runs):
@@ -1463,7 +1467,7 @@ def command_fit(args):
     warn_of_units(args.runs, runs)
     print(json.dumps(results)) if args.json else report(runs, results)
     if args.plot:
-        draw(Path(args.plot) / "isoflop.png", plot_isoflop, runs, results)
+        draw(Path(args.plot) / "isoflop.png", plot_isoflop, runs)
 
 
 def command_plan(args):

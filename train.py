@@ -1162,7 +1162,7 @@ def answers_nll(model: "Model", loader, c: Config, world: parallel.World) -> tor
 
 def gpu_of(c: Config, device) -> str | None:
     """scaling.py's name of the GPU that is asked about, or is here; None for a CPU, and for a GPU it does not know."""
-    return c.gpu or (scaling.known_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None)
+    return c.gpu or (scaling.DEVICES.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None)
 
 
 def layout_of(c: Config, dp: int) -> scaling.Layout:

@@ -1162,7 +1162,7 @@ def test_the_demo_of_a_file_alone(tmp_path):
     ("AMD Instinct MI300X", "mi300x"), ("AMD Instinct MI300A", None),
     ("AMD Instinct MI325X OAM", None), ("AMD Radeon RX 7900 XTX", None), ("NVIDIA", None), ("", None)])
 def test_a_device_is_known_by_whole_words_or_not_at_all(name, key):
-    assert scaling.known_gpu(name) == key and {*scaling.DEVICES.values()} == {*GPUS}
+    assert scaling.DEVICES.get(name) == key and {*scaling.DEVICES.values()} == {*GPUS}
     assert key is None or scaling.find_gpu(key) is GPUS[key] and GPUS[key].name == key
     with pytest.raises(scaling.BadInput, match="gpu must be one of"):
         scaling.find_gpu(name)

@@ -195,7 +195,7 @@ def run(argv):
     results = scaling.fit_all(runs, str(path))
     print()
     scaling.report(runs, results)
-    scaling.draw(out / "isoflop.png", scaling.plot_isoflop, runs, results)
+    scaling.draw(out / "isoflop.png", scaling.plot_isoflop, runs)
     scaling.draw(out / "envelope.png", plot_envelope, runs, results)
 
 
