@@ -24,9 +24,9 @@ wd: weight decay, on matrices alone.) With --optimizer muon, Muon updates the bl
       m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2           m' = m / (1 - b1^k)      v' = v / (1 - b2^k)
       p -= lr (m' / (sqrt(v') + eps) + wd p)
 
-Given weights, the optimizer's states and fp16's loss scale, a step depends on config, data, seed and number alone. So
-a checkpoint continues bit for bit on a CPU, and on a GPU as far as its kernels are deterministic. The same command
-again goes on where the run stopped: after Ctrl-C and SIGTERM, which save first, and after kill -9, from the last
+Given weights, the optimizer's states and fp16's loss scale, a step depends only on config, data, seed and its number.
+So a run continues from a checkpoint bit for bit on a CPU, and on a GPU as far as its kernels are deterministic. To
+continue a run, give the same command again. Ctrl-C and SIGTERM save first. After kill -9 it goes on from the last
 checkpoint.
 
     out/RUN/   config.json   metrics.jsonl   card.md   tokenizer.model   checkpoints/step-00000400/...
@@ -76,14 +76,14 @@ import zero
 def textbook_loop(c: "Config", loader, dtype=torch.float32):
     """Pre-training on one rank, as on the board. Yields (loss, gradient norm, model) after each step. The tests hold
     every layout of the real loop to this one. A comment names a file that goes further. documents: see data.py."""
-    model = net.build(c.model, c.seed, dtype=dtype)                  # parallel.py: no rank builds more than its part
-    optimizer = update_rule(c)(decay_groups(model, c))               # AdamW; or Muon, zero.py
+    model = net.build(c.model, c.seed, dtype=dtype)                  # parallel.py: a rank builds only its part
+    optimizer = update_rule(c)(decay_groups(model, c))               # AdamW, or Muon: zero.py
     for step in range(c.steps):
-        batch = next(loader)                                         # data.py: the same global batch on any ranks
+        batch = next(loader)                                         # data.py: the same batch on any number of ranks
         logits = model(batch["tokens"], documents=batch["documents"])        # flash_attn.py: no T x T matrix of scores
         loss = F.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(),
                                ignore_index=data.NO_TARGET)          # model.py: never all logits at once
-        loss.backward()                                              # parallel.py: in micro-batches, stages, over ranks
+        loss.backward()                                              # parallel.py: micro-batches, stages, ranks
         norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
         if norm > c.grad_clip > 0:                                   # train.py: one norm over the pieces of all ranks
             for p in model.parameters():
@@ -92,7 +92,7 @@ def textbook_loop(c: "Config", loader, dtype=torch.float32):
             group["lr"] = lr_at(step, c) * group["lr_ratio"]
         optimizer.step()                                             # precision.py: float32 masters; zero.py: shards
         optimizer.zero_grad()
-        yield loss.item(), norm, model                               # scaling.py: how low it gets, and what it costs
+        yield loss.item(), norm, model                               # scaling.py: how low it gets, what it costs
 
 
 def update_rule(c: "Config", group=None, fused: bool = False):
@@ -125,22 +125,22 @@ def lr_at(step: int, c: "Config") -> float:
         return c.lr * (step + 1) / c.warmup_steps
     lowest = c.lr * c.min_lr_ratio
     if c.schedule == "cosine":
-        done = (step - c.warmup_steps) / max(1, c.steps - c.warmup_steps)
-        return lowest + (c.lr - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    to_come = (c.steps - step) / max(1.0, c.steps * c.decay_fraction)                # share of the fall
+        done = (step - c.warmup_steps) / (c.steps - c.warmup_steps)
+        return lowest + (c.lr - lowest) * 0.5 * (1 + math.cos(math.pi * done))
+    to_come = (c.steps - step) / max(1.0, c.steps * c.decay_fraction)          # above 1: the fall has not begun
     return lowest + (c.lr - lowest) * min(1.0, to_come)
 
 
 # ---- configs ---------------------------------------------------------------------------------------------------------
 
 def option(default, help, choices=None, *, affects_training=True, **bounds):
-    """A field of Config. affects_training: it decides what is learned, so a run cannot go on with another value.
-    bounds: at_least, at_most, above, below; numbers are at least 0 anyway."""
+    """A field of Config. affects_training: the value changes what is learned, so a run cannot go on with another one.
+    bounds: at_least (0 if none is given), at_most, above, below."""
     return field(default=default, metadata={"help": help, "choices": choices, "affects_training": affects_training,
                                             "bounds": {"at_least": 0} | bounds})
 
 
-# a field that changes cost or output. data, text_field, tokenizer are here too: refusal() compares the tokens instead
+# a field that changes cost or what is printed. data, text_field, tokenizer count as such: refusal() compares the text
 runtime = functools.partial(option, affects_training=False)
 
 
@@ -210,41 +210,43 @@ class Config:
     micro_batch_size: int = runtime(0, "windows per forward pass and rank (0: the largest divisor up to 8, rl: 64. "
                                        "pp: one that gives at least 2 x pp micro-batches per step, if there is one)")
     recompute: str = runtime("none", "activations computed again in backward", ("none", "selective", "full"))
-    attention: str = runtime("auto", "kernel; auto: triton on a GPU, sdpa elsewhere", ("auto", *flash_attn.BACKENDS))
+    attention: str = runtime("auto", "kernel; auto: triton on NVIDIA's GPUs, else sdpa", ("auto", *flash_attn.BACKENDS))
     dp: int = runtime(0, "data-parallel ranks (0: what tp and pp leave of the world)")
     tp: int = runtime(1, "tensor-parallel ranks: parts of every layer's width", at_least=1)
     pp: int = runtime(1, "pipeline stages: parts of the depth", at_least=1)
     sequence_parallel: bool = runtime(True, "with tp: norms and residuals split along the sequence")
     pp_schedule: str = runtime("1f1b", "order of the pipeline's operations", tuple(parallel.SCHEDULES))
     pp_chunks: int = runtime(2, "interleaved: stages per rank", at_least=1)
-    zero: int = runtime(0, "split over dp: 1 optimizer states, 2 and gradients, 3 and parameters", (0, 1, 2, 3))
+    zero: int = runtime(0, "split over dp: 1 optimizer states, 2 also gradients, 3 also parameters", (0, 1, 2, 3))
     compile: str = runtime("auto", "torch.compile each block; auto: on accelerators", ("auto", "on", "off"))
     device: str = runtime("auto", "auto: this rank's accelerator, else cpu")
     nproc: int = runtime(0, "start and watch this many ranks on this machine (0: torchrun does, or there is one)")
     max_restarts: int = runtime(0, "with --nproc: how often ranks are started again when one has failed")
     timeout: int = runtime(600, "seconds that a rank waits for the others before it gives up", at_least=1)
-    out: str = runtime("", "folder of the run (default out/CONFIG)")
+    out: str = runtime("", "folder of the run (default out/CONFIG, after pre-training out/OBJECTIVE)")
     resume: str = runtime("auto", "auto: go on where the folder's run stopped; never: refuse if it holds one",
                           ("auto", "never"))
-    eval_interval: int = runtime(500, "steps between evaluations (0: only at the end)")
+    eval_interval: int = runtime(500, "steps between evaluations (0: only at the end; after pre-training also step 0)")
     eval_windows: int = runtime(0, "validation windows that an evaluation reads (0: all)")
-    checkpoint_interval: int = runtime(500, "steps between checkpoints (0: only at the end)")
-    keep_checkpoints: int = runtime(2, "newest checkpoints to keep; the best by validation loss stays too", at_least=1)
+    checkpoint_interval: int = runtime(500, "steps between checkpoints (0: only at the end; wsd: before its decay too)")
+    keep_checkpoints: int = runtime(2, "newest checkpoints to keep; the best by validation loss stays too, and wsd's "
+                                       "last before the decay", at_least=1)
     log_interval: int = runtime(1, "steps between printed lines (metrics.jsonl has all)", at_least=1)
     profile: bool = runtime(False, "write when each rank ran which pipeline operation of the third step: trace.json")
     # other things it can do
     dry_run: bool = runtime(False, "print what the run would take (memory, messages, time, cost), then exit")
     gpu: str | None = runtime(None, "with --dry-run: ask it of GPUs that are not here", tuple(scaling.GPUS))
     json: bool = runtime(False, "with --dry-run: one JSON object")
-    sample: str | None = runtime(None, "continue this text with the model in --out, then exit")
+    sample: str | None = runtime(None, "continue this text with the model in --out (after pre-training: answer it)")
     chat: bool = runtime(False, "talk with the model in --out: a line is a message")
-    pairs: str | None = runtime(None, "write preference pairs to this .jsonl: the model in --out answers its prompts")
+    pairs: str | None = runtime(None, "write preference pairs to this .jsonl: the model in --out answers the prompts "
+                                      "of its own data")
     max_pairs: int = runtime(1200, "with --pairs: prompts of each split that are answered", at_least=1)
     judge: str | None = runtime(None, "with --pairs: rank two answers by their probability under the model of this run")
     export: str | None = runtime(None, "write the model in --out as this Hugging Face folder, then exit")
     quantize: str | None = runtime(None, "evaluate or sample the model in --out with weights as integers, then exit",
                                    ("int8", "int4"))
-    max_new_tokens: int = runtime(200, "sampling: tokens to add")
+    max_new_tokens: int = runtime(200, "sampling: most tokens to add")
     temperature: float = runtime(0.8, "sampling: 0 takes the likeliest token")
     top_k: int = runtime(0, "sampling: among the k likeliest (0: all)")
     top_p: float = runtime(0.95, "sampling: among the fewest that reach this probability", above=0, at_most=1)
@@ -265,7 +267,7 @@ class Config:
 
     @property
     def is_zero_bubble(self) -> bool:
-        """The schedule that takes backward apart: neither compiled blocks nor recomputation go with it."""
+        """Whether the schedule takes backward apart. Neither compiled blocks nor recomputation go with that."""
         return self.pp > 1 and self.pp_schedule == "zb"
 
     @property
@@ -280,18 +282,17 @@ class Config:
 GPT2 = dict(norm="layernorm", position="learned", mlp="gelu", bias=True, tie_embeddings=True, vocab_size=50304,
             seq_len=1024)
 LONG = dict(warmup_steps=700, global_batch_size=512, eval_windows=1024, checkpoint_interval=1000)
-# found by search, tests/bench/RESULTS.md: the best after five minutes on two CPU cores
-TINY = dict(vocab_size=4096, optimizer="muon", lr=7.5e-3, schedule="wsd", decay_fraction=0.7, min_lr_ratio=0.0,
-            weight_decay=0.01, steps=1200)
-# a recipe like tiny's. The rates are those of modded-nanogpt's record of 2024-10-10: Muon, a GPT-2 of 124 M, as many
-# tokens per step (github.com/KellerJordan/modded-nanogpt). Nobody has run them with this code
-SMALL = dict(optimizer="muon", lr=1e-2, adamw_lr_ratio=0.36, schedule="wsd", decay_fraction=0.3, min_lr_ratio=0.0,
-             weight_decay=0.0, steps=4800)
-# from `small` on about 20 tokens per parameter (Chinchilla, arXiv:2203.15556, Table 3); from `medium` on the learning
-# rates of GPT-3's Medium, XL (1.3 B) and 6.7 B (arXiv:2005.14165, Table 2.1)
+# tiny: found by search, tests/bench/RESULTS.md: the best after five minutes on two CPU cores.
+# small: a recipe like tiny's. The rates are those of modded-nanogpt's record of 2024-10-10: Muon, a GPT-2 of 124 M, as
+# many tokens per step (github.com/KellerJordan/modded-nanogpt). With this code they are untried.
+# From small on about 20 tokens per parameter (Chinchilla, arXiv:2203.15556, Table 3). From medium on the learning rates
+# of GPT-3's Medium, XL (1.3 B) and 6.7 B (arXiv:2005.14165, Table 2.1).
 CONFIGS = {
-    "tiny": Config(log_interval=20, **TINY),
-    "small": Config(config="small", **GPT2, **LONG, **SMALL, n_layer=12, n_head=12, n_embd=768),
+    "tiny": Config(vocab_size=4096, optimizer="muon", lr=7.5e-3, schedule="wsd", decay_fraction=0.7, min_lr_ratio=0.0,
+                   weight_decay=0.01, steps=1200, log_interval=20),
+    "small": Config(config="small", **GPT2, **LONG, n_layer=12, n_head=12, n_embd=768, optimizer="muon", lr=1e-2,
+                    adamw_lr_ratio=0.36, schedule="wsd", decay_fraction=0.3, min_lr_ratio=0.0, weight_decay=0.0,
+                    steps=4800),
     "medium": Config(config="medium", **GPT2, **LONG, n_layer=24, n_head=16, n_embd=1024, lr=3e-4, steps=13500),
     "large": Config(config="large", **LONG, vocab_size=32000, seq_len=2048, n_layer=24, n_head=16, n_embd=2048,
                     n_ff=5632, lr=2e-4, steps=26000, micro_batch_size=8),
@@ -340,8 +341,7 @@ def train_step(model: "Model", optimizer, loader, step: int, c: Config, world: p
     on_phase(step, "data")
     batches = [to_device(next(loader), c, world.device) for _ in range(c.grad_accum_steps(world.mesh.dp))]
     # 1. N: how many targets the global batch has (dpo: pairs; rl: answers)
-    N = parallel.all_reduce(sum(b["count"] if "count" in b else (b["targets"] >= 0).sum() for b in batches),
-                            world.mesh.dp_group)
+    N = parallel.all_reduce(sum(b.get("count", (b["targets"] >= 0).sum()) for b in batches), world.mesh.dp_group)
     on_phase(step, "forward_backward")
     # in dpo and rl the tokens' weights w_t depend on the model: a pass without gradient sets them (weigh_tokens)
     weigh, statistic_names = OBJECTIVES.get(c.objective, (None, ()))
@@ -350,8 +350,8 @@ def train_step(model: "Model", optimizer, loader, step: int, c: Config, world: p
     scale = scaler.scale if scaler else 1.0
     loss_grad = scale / N.double()
     if c.precision == "fp16":
-        # the head rounds the gradient of the logits to fp16 in forward (model.py): no later factor brings back what
-        # becomes 0 there. So scale / N goes into the tokens' weights, which it has by then; backward starts from 1
+        # the head rounds the gradient of the logits to fp16 already in forward (model.py). What becomes 0 there, no
+        # later factor brings back. So scale / N is part of the tokens' weights, and backward starts from 1
         for batch in batches:
             batch["weights"] = loss_grad * batch.get("weights", torch.ones_like(batch["targets"], dtype=torch.float32))
         loss_grad = torch.ones_like(loss_grad)
@@ -376,7 +376,7 @@ def train_step(model: "Model", optimizer, loader, step: int, c: Config, world: p
     # 5. skip the update if they are not finite; 6. else clip, unscale, update
     if not found_inf:
         on_phase(step, "update")
-        factor = (c.grad_clip / grad_norm if c.grad_clip and grad_norm > c.grad_clip else 1.0) / scale
+        factor = (c.grad_clip / grad_norm if grad_norm > c.grad_clip > 0 else 1.0) / scale
         if factor != 1.0:
             torch._foreach_mul_([p.grad for p in parameters_of(optimizer)], factor)
         for group in optimizer.param_groups:
@@ -438,8 +438,8 @@ def evaluate(model: "Model", loader, c: Config, world: parallel.World, stop_sign
             total += torch.cat([batch["count"][None], net.preference(batch, nll, c.beta)[1]])
         else:
             is_target = batch["targets"] >= 0
-            text = token_bytes[batch["targets"].clamp(min=0)] * is_target
-            total[:3] += torch.stack([is_target.sum(), nll.double().sum(), text.sum()])
+            text_bytes = token_bytes[batch["targets"].clamp(min=0)] * is_target
+            total[:3] += torch.stack([is_target.sum(), nll.double().sum(), text_bytes.sum()])
     count, loss, *rest = world.sum(total).tolist()
     if c.objective == "dpo":
         return {"val_loss": loss / count, "val_accuracy": rest[0] / count, "val_margin": rest[1] / count}
@@ -466,7 +466,7 @@ def make_stage(c: Config, device, mesh=None, stage: int = 0, read=None, dtype=No
     In a low precision the modules get its compute policy. No rank ever holds more than its part; at --zero 3 it holds
     shards, and the FullyShard that gathers them is appended to `sync`.
     """
-    dtype = c.dtype if dtype is None else dtype
+    dtype = dtype or c.dtype
     low_dtype = dtype if dtype.itemsize == 2 else None
     gpt = meta_stage(c, device, mesh, stage, low_dtype)
     # rounded to dtype, then float32 again: float32 masters start from the same values in a sharded and a whole model
@@ -497,15 +497,15 @@ def meta_stage(c: Config, device, mesh, stage: int, low_dtype=None) -> net.GPT:
     """A stage without numbers: torch's meta device has shapes alone. Attention is chosen, the width is split over tp,
     the depth over pp. Raises ValueError for sizes that the mesh does not divide."""
     backend = c.attention if device.type == "meta" else flash_attn.resolve_backend(c.attention, device)
-    attention = functools.partial(flash_attn.flash_attention, backend=backend)
-    prepare = lambda documents, _: flash_attn.document_limits(documents)       # once per micro-batch, for all layers
-    if backend == "sdpa":                                                      # the model's own, with its own mask
-        attention, prepare = net.sdpa_attention, None
+    if backend == "sdpa":                                 # prepare runs once per micro-batch, for all layers (model.py)
+        attention = net.sdpa_attention
+        prepare = lambda documents, dtype: net.document_mask(documents, low_dtype or dtype)
+    else:
+        attention = functools.partial(flash_attn.flash_attention, backend=backend)
+        prepare = lambda documents, _: flash_attn.document_limits(documents)
     if low_dtype:
         # RoPE may return q and k in float32: they are cast here, also where "selective" runs the core again in backward
         attention = compute_policy(c, device, low_dtype).as_operation(attention)
-        if backend == "sdpa":
-            prepare = lambda documents, _: net.document_mask(documents, low_dtype)
     with torch.device("meta"):
         gpt = net.GPT(c.model, attention, recompute=c.recompute, prepare=prepare)
     if mesh is not None and mesh.tp > 1:
@@ -525,7 +525,8 @@ def meta_stage(c: Config, device, mesh, stage: int, low_dtype=None) -> net.GPT:
 
 
 def compute_policy(c: Config, device, low_dtype) -> precision.ComputePolicy:
-    # on a CPU, low precision is emulated by replacing F.linear; tp and zb replace it too, so not with them
+    """On a CPU, low precision is emulated: F.linear gets float32 copies of its input and weight. Not with tp and zb,
+    which must see the tensors themselves (parallel.py: Regather, SplitLinears)."""
     return precision.ComputePolicy(low_dtype, emulate=device.type == "cpu" and c.tp == 1 and c.pp_schedule != "zb")
 
 
@@ -549,7 +550,7 @@ class Model(torch.nn.Module):
         self.on_op = None                                                   # run_schedule's clock
 
     def sum_with(self, sync):
-        """A DataParallel, or at --zero 1 and 2 the optimizer."""
+        """`sync` sums the gradients over dp: a DataParallel, or at --zero 1 and 2 the optimizer."""
         self.sync, self.no_sync = [sync], sync.no_sync
 
     def finish_gradient_synchronization(self):
@@ -610,7 +611,7 @@ def lock_folder(c: Config, stack: contextlib.ExitStack):
 
     @stack.callback
     def remove_folder_without_checkpoints():
-        with contextlib.suppress(OSError):                                # it has some
+        with contextlib.suppress(OSError):                                # rmdir refuses a folder that is not empty
             checkpoints.rmdir()
             lock.unlink()
             Path(c.out).rmdir()
@@ -676,9 +677,9 @@ def newest_reader(folder: str, flag: str, first=lambda work: work()) -> data.Rea
 
 
 def refusal(c: Config, meta: dict, loader) -> str:
-    """Why c cannot go on with a checkpoint; "" if it can. Each field that affects training must be as it was (or, if
-    new since, at its default), and the text the same. But a wsd run may become longer: the updates that a checkpoint
-    holds are then the same, unless it was made in the decay. meta: the checkpoint's."""
+    """Why a run with config c cannot go on from the checkpoint of this meta; "" if it can. Each field that affects
+    training must be as it was (a newer field: at its default), and the text the same. But a wsd run may become longer,
+    from a checkpoint that was made before its decay: all updates so far are then those of the longer run."""
     if c.resume == "never":
         return f"resume must be auto to go on with the run in {c.out}, got never; name another --out"
     before, newest_update = saved_config(meta["config"]), max(0, meta["step"] - 1)
@@ -729,8 +730,8 @@ def open_data(c: Config, world: parallel.World):
 
 
 def catch_stop_signals(stack: contextlib.ExitStack) -> list:
-    """A list that Ctrl-C, SIGTERM and SIGHUP fill: the step in progress ends, is saved, and the run with it. A second
-    Ctrl-C interrupts at once. (Ranks of --nproc get SIGINT for both; SIGTERM is how their agent ends them.)"""
+    """A list that Ctrl-C, SIGTERM and SIGHUP fill. The step in progress is finished and saved, then the run ends. A
+    second Ctrl-C interrupts at once. (Ranks of --nproc get SIGINT for both. SIGTERM is how their agent ends them.)"""
     received = []
 
     def handler(number, frame):
@@ -792,17 +793,17 @@ class Run:
         self.card, self.parent_card = {"wall_seconds": 0.0}, {}
         self.checkpoints = data.Checkpoints(self.folder / "checkpoints", c.keep_checkpoints, group=world.host,
                                             first=world.first)
-        reader, read, read_parent = self.find_checkpoint(), None, None
+        reader, read_parent = self.find_checkpoint(), None
         if reader is not None:
             loader.load_state_dict(reader.meta["loader"])
             self.step, self.card, self.evaluation = (reader.meta[name] for name in ("step", "card", "evaluation"))
-            self.saved, self.parent_card, read = self.step, reader.meta.get("parent_card", {}), reader.read
+            self.saved, self.parent_card = self.step, reader.meta.get("parent_card", {})
         if c.init_from and (reader is None or c.objective == "rl"):
             read_parent, parent_card = open_parent(c, world)
             if reader is not None and parent_card != self.parent_card:
                 raise BadInput(f"init_from must be as it was when the run in {c.out} began, {c.init_from} has changed")
             self.parent_card = parent_card
-        self.model = Model(c, world, read or read_parent)
+        self.model = Model(c, world, reader.read if reader else read_parent)
         self.optimizer = make_optimizer(self.model, c)
         self.scaler = precision.LossScaler(c.loss_scale) if c.precision == "fp16" and c.loss_scale else None
         if reader is not None:
@@ -819,27 +820,28 @@ class Run:
             is_evaluated = self.evaluation and self.evaluation["step"] == self.step
             # lines up to the checkpoint's step; its evaluation only if the checkpoint holds it: else it is made again
             self.metrics = stack.enter_context(data.open_metrics(
-                self.folder / "metrics.jsonl", lambda line: reader and (line["step"] < self.step or (
-                    line["step"] == self.step and (is_evaluated or "val_loss" not in line)))))
-        self.bill, (self.peak, self.peak_source) = make_bill(c, world), peak_flops(c, world.device)
+                self.folder / "metrics.jsonl", lambda line: line["step"] < self.step or (
+                    line["step"] == self.step and (is_evaluated or "val_loss" not in line))))
+        self.bill = make_bill(c, world)
+        self.peak, self.peak_source = peak_flops(c, world.device)
         self.first_step = world.step = self.step
         self.began = time.perf_counter() - self.card["wall_seconds"]
-        self.seconds = []                     # of each step since a line was printed
+        self.step_seconds = []                     # of each step since a line was printed
 
     def find_checkpoint(self) -> data.Reader | None:
         """The newest checkpoint that this run can go on with; None if there is none at all. Raises BadInput."""
-        c, longest = self.c, 0
+        c, steps_before = self.c, 0
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):                          # absent, or edited
-            longest = int(json.loads((self.folder / "config.json").read_text())["steps"])
+            steps_before = int(json.loads((self.folder / "config.json").read_text())["steps"])
         # a wsd run may go back to an older checkpoint to become longer, but not to become shorter than it was
-        reader = self.checkpoints.newest(lambda meta: c.steps >= longest and not refusal(c, meta, self.loader))
+        reader = self.checkpoints.newest(lambda meta: c.steps >= steps_before and not refusal(c, meta, self.loader))
         if reader is not None and (line := refusal(c, reader.meta, self.loader)):
             raise BadInput(line)
         return reader
 
     def open_objective(self, read_parent):
-        """What a stage after pre-training needs besides: held-out prompts to answer, the text of pre-training, whose
-        loss shows what is forgotten, dpo's reference, rl's answers."""
+        """What an objective after pre-training also needs: held-out prompts to answer, and the text of pre-training,
+        whose loss shows what is forgotten. Also dpo's reference and rl's answers."""
         c, tokenizer = self.c, self.loader.tokenizer
         if every_rank_has_all_weights(c, self.world):
             self.prompts = data.Examples(c.data, tokenizer, objective="rl", micro_batch_size=1, seq_len=c.seq_len,
@@ -869,7 +871,7 @@ class Run:
             self.metrics.flush()
 
     def is_due(self, interval: int) -> bool:
-        return self.step == self.c.steps or bool(self.step and interval and self.step % interval == 0)
+        return self.step == self.c.steps or self.step > 0 and interval > 0 and self.step % interval == 0
 
     def is_last_before_decay(self) -> bool:                       # wsd: the next update is the first with a lower rate
         c, to_go = self.c, self.c.steps - self.step
@@ -937,11 +939,11 @@ class Run:
             self.say(f"{error}; {self.newest_saved()}; the run goes on and tries again")
             return
         self.saved = self.step
-        if self.world.rank == 0 and not (self.folder / "config.json").exists():             # somebody moved it away
+        if self.world.rank == 0 and not (self.folder / "config.json").exists():            # it was moved away meanwhile
             self.write_identity()
 
     def write_identity(self):
-        """What a checkpoint needs beside it: the config, and the tokenizer."""
+        """The config and the tokenizer: a checkpoint cannot be used without them."""
         data.write_atomic(self.folder / "config.json", json.dumps(dataclasses.asdict(self.c), indent=1))
         self.loader.tokenizer.save(self.folder)
 
@@ -950,12 +952,12 @@ class Run:
         c, world, scaler, start = self.c, self.world, self.scaler, time.perf_counter()
         scale, lr, events = {"loss_scale": scaler.scale} if scaler else {}, lr_at(self.step, c), []
         is_profiled = c.profile and self.step == self.first_step + 2
-        self.model.on_op = (lambda op, received_from, *clocks: events.append((op, *clocks))) if is_profiled else None
+        self.model.on_op = (lambda op, asked, began, ended: events.append((op, began, ended))) if is_profiled else None
         self.step += 1
         loss, norm, stopping, statistics = train_step(self.model, self.optimizer, self.batches, self.step - 1, c,
                                                       world, self.stop_signals, self.on_phase, scaler)
         world.step = self.step
-        self.seconds.append(time.perf_counter() - start)
+        self.step_seconds.append(time.perf_counter() - start)
         if is_profiled:
             timeline = parallel.executed_timeline(parallel.gather_objects(events, world.host))
             if world.rank == 0:
@@ -965,9 +967,9 @@ class Run:
                 raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
             self.skipped += 1
         self.log(step=self.step, loss=loss, grad_norm=norm, lr=lr,
-                 tokens_per_s=round(c.tokens_per_step / self.seconds[-1], 1), **scale, **statistics)
+                 tokens_per_s=round(c.tokens_per_step / self.step_seconds[-1], 1), **scale, **statistics)
         if self.step % c.log_interval == 0 or self.step == c.steps:
-            rate = c.tokens_per_step * len(self.seconds) / sum(self.seconds)
+            rate = c.tokens_per_step * len(self.step_seconds) / sum(self.step_seconds)
             mfu = f"{rate * self.bill['flops_per_token'] / self.peak / world.size:5.1%}" if self.peak else "    -"
             speed = f"{rate:9,.0f} tok/s  mfu {mfu}"
             if c.objective == "rl":                                             # how long answers are, varies
@@ -976,24 +978,26 @@ class Run:
                      f"eta {scaling.clock((c.steps - self.step) * c.tokens_per_step / rate)}"
                      + (f"  scale {scale['loss_scale']:g}, {self.skipped} skipped" if scaler else "")
                      + "".join(f"  {name} {value:.3f}" for name, value in statistics.items()))
-            self.seconds.clear()
+            self.step_seconds.clear()
         return stopping
 
 
 def make_card(run: Run) -> dict:
-    """What the model is made of: stands in every checkpoint and, at the end, in card.md."""
-    manifest, tokens, bill, parent = run.loader.manifest, run.step * run.c.tokens_per_step, run.bill, run.parent_card
+    """What the model is made of. Every checkpoint has this card. At the end it is written to card.md."""
+    manifest, bill, parent = run.loader.manifest, run.bill, run.parent_card
     text = parent.get("text") if run.c.objective != "pretrain" else str(run.loader.path)
     epochs = run.loader.epochs(run.loader.position)
-    return {"config": run.c.config, "objective": run.c.objective, "parent": run.c.init_from, "text": text or "",
+    card = {"config": run.c.config, "objective": run.c.objective, "parent": run.c.init_from, "text": text or "",
             "sources": parent.get("sources", []) + manifest["sources"],
             "knowledge_cutoff": max(filter(None, (manifest["knowledge_cutoff"], parent.get("knowledge_cutoff")))),
             "data_fingerprint": manifest["fingerprint"], "parameters": bill["parameters"], "step": run.step,
             "epochs": epochs if len(epochs) > 1 else run.loader.position / max(1, run.loader.num_windows),
-            "wall_seconds": round(time.perf_counter() - run.began, 1), "torch": torch.__version__} | (
-                {} if run.c.objective == "rl" else {                           # which trains on answers of any length
-                    "tokens": tokens, "tokens_per_parameter": tokens / bill["parameters"],
-                    "flops": tokens * bill["flops_per_token"]})
+            "wall_seconds": round(time.perf_counter() - run.began, 1), "torch": torch.__version__}
+    if run.c.objective != "rl":                                                # rl trains on answers of any length
+        tokens = run.step * run.c.tokens_per_step
+        card |= {"tokens": tokens, "tokens_per_parameter": tokens / bill["parameters"],
+                 "flops": tokens * bill["flops_per_token"]}
+    return card
 
 
 def announcement(run: Run, seconds: float) -> str:
@@ -1025,7 +1029,7 @@ def announcement(run: Run, seconds: float) -> str:
 
 
 def real_corpus(c: Config, ranks: int, epochs: float) -> str:
-    """What to type instead of --config small on this Python's library."""
+    """What to type where this Python's library is too little text for the config."""
     tokens = c.steps * c.tokens_per_step
     subset = next((f":sample-{n}BT" for n in (10, 100, 350) if tokens < 0.9e9 * n), "")
     return (f"data       {epochs:,.0f} epochs of {c.data} are too many; a real corpus, prepared once:\n"
@@ -1036,18 +1040,19 @@ def real_corpus(c: Config, ranks: int, epochs: float) -> str:
 
 def finish(run: Run):
     """A run's end: its card, the loss next to general compressors, continuations, and where everything is."""
-    c, val, evaluation, prompts, separator, flag = run.c, run.val, run.evaluation, [], "|", '--sample "def main("'
+    c, val, evaluation = run.c, run.val, run.evaluation
+    prompts, separator, flag = [], "|", '--sample "def main("'
     facts = run.card | {name: x for name, x in (evaluation or {}).items() if name != "step"}
     data.write_atomic(run.folder / "card.md", f"# {c.out}\n\n" + "".join(f"- {k}: {v}\n" for k, v in facts.items()))
     if not evaluation:
         print("\nno validation: its documents do not fill one window of seq_len + 1 tokens")
     elif c.objective == "pretrain":
-        windows = windows_evaluated(val, c)
-        some = min(windows, 2**22 // c.seq_len)                                       # xz takes seconds for each 10 MB
-        yardsticks = data.compressed_bpb(val.text(some))
+        evaluated = windows_evaluated(val, c)
+        compressed = min(evaluated, 2**22 // c.seq_len)                               # xz takes seconds for each 10 MB
+        yardsticks = data.compressed_bpb(val.text(compressed))
         print(f"\nvalidation {evaluation['val_loss']:.4f} nats/token = {evaluation['val_bpb']:.4f} bits/byte   ("
               f"{', '.join(f'{name} {bpb:.3f}' for name, bpb in yardsticks.items())} on "
-              f"{'the same text' if some == windows else f'{some:,} of its windows'})")
+              f"{'the same text' if compressed == evaluated else f'{compressed:,} of its windows'})")
         if every_rank_has_all_weights(c, run.world):                  # continue the first lines of held-out documents
             ids = val.shards[0][:4_000_000]
             starts = (ids == data.first_id(val.tokenizer)).nonzero()[0][:3]
@@ -1088,13 +1093,13 @@ def weigh_tokens(weigh, model: "Model", batches, c: Config) -> list:
 
 
 def every_rank_has_all_weights(c: Config, world: parallel.World) -> bool:
-    """As sampling needs."""
+    """Sampling needs that."""
     return c.tp == c.pp == 1 and (c.zero < 3 or world.mesh.dp == 1)
 
 
 def rewarded_answers(gpt, tokenizer, questions, c: Config, numbers, max_tokens: int) -> tuple:
-    """Sample an answer to each question, (ids of its prompt, its row) -> prompts, answers, lists of ids; rewards
-    (n,), float64: nan where the reward says nothing of the prompt."""
+    """Sample an answer to each question, a pair (ids of the prompt, its row). Returns the prompts and the answers,
+    lists of ids, and the rewards (n,), float64: nan where the reward says nothing of the prompt."""
     prompts, rows = zip(*questions, strict=True)
     answers = sample_answers(gpt, tokenizer, prompts, c, numbers, max_tokens)
     reward = data.find_reward(c.reward)
@@ -1151,10 +1156,8 @@ def answers_nll(model: "Model", loader, c: Config, world: parallel.World) -> tor
     shape = loader.num_windows, loader.num_documents + 1
     nll_by_document = torch.zeros(shape, dtype=torch.float64, device=world.device)
     for batch, nll in forward_passes(model, loader, loader.num_windows, c, world):
-        nll = nll.double() * (batch["targets"] >= 0)
-        # += since windows that a rank reads again, unscored, add 0
-        window = batch["window"]
-        nll_by_document[window] += torch.zeros_like(nll_by_document[window]).scatter_add(1, batch["documents"], nll)
+        window = batch["window"]                        # one that a rank reads again, without its targets, adds 0
+        nll_by_document[window] = nll_by_document[window].scatter_add(1, batch["documents"], nll.double())
     return world.sum(nll_by_document).cpu()
 
 
@@ -1171,8 +1174,8 @@ def layout_of(c: Config, dp: int) -> scaling.Layout:
 
 
 def make_bill(c: Config, world: parallel.World, rank_flops: float | None = None) -> dict:
-    """What scaling.py says of this very run: memory, messages, time, cost, and what the law makes of its size. After
-    resolve(). rank_flops: FLOP/s that a rank was measured to reach, where the GPU is not known."""
+    """scaling.py's prediction for this run: memory, messages, time, cost, and how its size compares with the scaling
+    law. c: after resolve(). rank_flops: measured FLOP/s of a rank, where the GPU is not known."""
     program = scaling.Program(item=c.dtype.itemsize, fused_norm=c.gpu is not None or world.device.type != "cpu",
                               flash=c.attention != "reference", master_weights=c.master_weights,
                               document_mask=c.document_mask and c.attention == "sdpa", muon=c.optimizer == "muon")
@@ -1198,7 +1201,7 @@ def dry_run(c: Config, world: parallel.World):
 
 
 def best_rate(work, flops: float, seconds: float) -> float:
-    """FLOP/s of the fastest of some calls of work(), which take about so many seconds."""
+    """FLOP/s of the fastest call of work(), each of which does `flops`. It is called for about so many seconds."""
     times, end = [], time.perf_counter() + seconds
     while not times or time.perf_counter() < end:
         times.append(timeit.timeit(work, number=1))
@@ -1217,14 +1220,14 @@ def time_tokens(c: Config, device) -> float:
     def forward_backward():
         loss, _ = gpt(tokens, tokens)
         loss.backward()
-        loss.detach().item()                                             # an accelerator is waited for
+        loss.item()                                                      # waits for an accelerator
 
     return best_rate(forward_backward, batch * length * net.flops_per_token(one_layer.model, length), 2.0)
 
 
 def peak_flops(c: Config, device) -> tuple[float | None, str]:
-    """FLOP/s to hold MFU against, and its source: scaling.py's table, of the run's own precision. A CPU is measured (it
-    emulates low precisions in float32). A GPU that the table does not have gives no MFU."""
+    """The FLOP/s that are 100 % MFU, and their source: scaling.py's table, at the run's own precision. A CPU is
+    measured (it emulates low precisions in float32). A GPU that is not in the table gives no MFU."""
     if device.type == "cpu":
         a = torch.randn(1024, 1024)
         return best_rate(lambda: a @ a, 2 * 1024**3, 0.3), "measured matmul, fp32"
@@ -1237,8 +1240,8 @@ def peak_flops(c: Config, device) -> tuple[float | None, str]:
 # ---- what a trained model is used for --------------------------------------------------------------------------------
 
 def sample_answers(gpt, tokenizer, prompts, c: Config, numbers, max_tokens: int) -> list:
-    """Continue prompts, lists of ids, all at once -> the new ids of each, at most max_tokens, the mark of an answer's
-    end among them if it came. An answer's random numbers depend on c.seed and its number."""
+    """Continue prompts, lists of ids, all at once -> the new ids of each: at most max_tokens, up to and with the mark
+    that ends an answer. An answer's random numbers depend on c.seed and its number."""
     device, lengths = next(gpt.parameters()).device, [len(prompt) for prompt in prompts]
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
     stop = tokenizer.eos_id if c.objective == "pretrain" else data.end_of_turn(tokenizer)
@@ -1252,7 +1255,7 @@ def sample_answers(gpt, tokenizer, prompts, c: Config, numbers, max_tokens: int)
 
 
 def continuation(gpt, tokenizer, prompt, c: Config, number: int = 0) -> str:
-    """Of one list of ids: decoded, printable."""
+    """The continuation of one prompt, a list of ids, as text that can be printed."""
     (answer,) = sample_answers(gpt, tokenizer, [prompt], c, [number], c.max_new_tokens)
     return tokenizer.decode(answer).encode("utf-8", "replace").decode()
 
@@ -1262,9 +1265,10 @@ def open_run(folder: str, c: Config, flag: str = "out") -> tuple:
     reader, tokenizer = newest_reader(folder, flag), data.load_tokenizer(folder)
     if tokenizer.sha256 != reader.meta["tokenizer_sha256"]:
         raise data.DataError(f"{folder}: its tokenizer is not the one the model was trained with")
-    asked = ("attention", "eval_windows", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    from_flags = {name: getattr(c, name) for name in ("attention", "eval_windows", "max_new_tokens", "temperature",
+                                                      "top_k", "top_p", "seed")}
     saved = dataclasses.replace(saved_config(reader.meta["config"]), compile="off", dp=1, tp=1, pp=1, zero=0,
-                                precision="fp32", out=folder, **{name: getattr(c, name) for name in asked})
+                                precision="fp32", out=folder, **from_flags)
     return reader, tokenizer, saved
 
 
@@ -1281,17 +1285,14 @@ def use(c: Config, world: parallel.World) -> int:
     if c.export is not None:
         export(reader, tokenizer, saved, c.export)
         return 0
-    if c.quantize is not None:
-        gpt = quantized(reader, saved, c, world)
-    else:
-        gpt = make_stage(saved, world.device, read=reader.read)
+    gpt = quantized(reader, saved, c, world) if c.quantize else make_stage(saved, world.device, read=reader.read)
     if c.sample is not None or c.chat:
         print(f"knowledge cutoff {reader.meta['card']['knowledge_cutoff']}", file=sys.stderr)
     if c.sample is not None:
         is_base = saved.objective == "pretrain"
         ids = ([data.first_id(tokenizer)] + tokenizer.encode(c.sample) if is_base else
                data.encode_chat(tokenizer, [{"role": "user", "content": c.sample}], reply=True)[0])
-        print(c.sample * is_base + continuation(gpt, tokenizer, ids, saved))
+        print((c.sample if is_base else "") + continuation(gpt, tokenizer, ids, saved))
     if c.chat:
         chat(gpt, tokenizer, saved)
     if c.pairs is not None:
@@ -1314,7 +1315,7 @@ def export(reader: data.Reader, tokenizer, c: Config, folder: str):
 
 def chat(gpt, tokenizer, c: Config):
     """--chat: a conversation on the terminal, each line a message. When it is too long, its oldest messages are
-    forgotten, but for the newest."""
+    forgotten. The newest always stays."""
     messages = []
     while True:
         try:
@@ -1337,9 +1338,10 @@ def nll_per_token(gpt, prompts, answers) -> torch.Tensor:
 
 
 def write_pairs(gpt, tokenizer, saved: Config, c: Config, world: parallel.World):
-    """--pairs: a row of dpo for each prompt of the run's data, but where its two answers are equal or one is empty. The
-    row's own answer is chosen over a sampled one. With --judge (RLAIF: feedback from another model) two answers are
-    sampled, and chosen is the one that the judge, a model of the same tokenizer, finds more probable per token."""
+    """--pairs: a row of dpo for each prompt of the run's data, up to max_pairs per split. Pairs with equal answers, or
+    with an empty one, are left out. The row's own answer is chosen over a sampled one. With --judge (RLAIF: feedback
+    from another model) two answers are sampled. The judge, a model of the same tokenizer, chooses the answer that it
+    finds more probable per token."""
     if saved.objective == "pretrain":
         raise BadInput(f"pairs must be asked of a run whose data has prompts, {saved.out} is pre-training")
     path, judge = Path(c.pairs), None
@@ -1399,10 +1401,11 @@ def quantized(reader: data.Reader, saved: Config, c: Config, world: parallel.Wor
     batches = [to_device(next(loader), saved, world.device) for _ in range(math.ceil(64 / saved.micro_batch_size))]
     calibration = [{name: batch[name] for name in ("tokens", "documents") if name in batch} for batch in batches]
 
+    @torch.no_grad()
     def measured():
-        with torch.no_grad():
-            return (precision.weight_bytes(model.chunks[0]), evaluate(model, val, saved, world)["val_loss"],
-                    model.chunks[0](**calibration[0]).double())
+        """Bytes of the weights, validation loss, logits of a batch."""
+        return (precision.weight_bytes(model.chunks[0]), evaluate(model, val, saved, world)["val_loss"],
+                model.chunks[0](**calibration[0]).double())
 
     size, loss, logits = measured()
     precision.quantize(model.chunks[0], c.quantize, calibration=calibration)
@@ -1431,13 +1434,13 @@ def parse_config(argv) -> Config:
                     description="\n\n".join(__doc__.split("\n\n")[:2]), argument_default=argparse.SUPPRESS)
     for f in fields(Config):
         choices = f.metadata["choices"]
-        how = {"help": f"{f.metadata['help']} [{getattr(CONFIGS['tiny'], f.name)}]".replace("%", "%%")}
+        settings = {"help": f"{f.metadata['help']} [{getattr(CONFIGS['tiny'], f.name)}]".replace("%", "%%")}
         if f.type is bool:
-            how["action"] = argparse.BooleanOptionalAction
+            settings["action"] = argparse.BooleanOptionalAction
         else:
-            how["type"] = f.type if isinstance(f.type, type) else str
-            how |= {"choices": choices, "metavar": None if choices else how["type"].__name__.upper()}
-        parser.add_argument(flag_of(f.name), **how)
+            parse = f.type if isinstance(f.type, type) else str                                            # str | None
+            settings |= {"type": parse, "choices": choices, "metavar": None if choices else parse.__name__.upper()}
+        parser.add_argument(flag_of(f.name), **settings)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
@@ -1453,9 +1456,9 @@ def parse_config(argv) -> Config:
     config = given.get("config", parent.get("config", "tiny"))
     if config not in CONFIGS:
         raise BadInput(f"config must be one of {', '.join(CONFIGS)}, got {config!r}")
-    stage = dict(OBJECTIVE_DEFAULTS.get(given.get("objective"), {"lr_share": 1.0}))
-    stage["lr"] = stage.pop("lr_share") * CONFIGS[config].lr
-    return derive(dataclasses.replace(CONFIGS[config], **parent | stage | given))
+    defaults = dict(OBJECTIVE_DEFAULTS.get(given.get("objective"), {"lr_share": 1.0}))
+    defaults["lr"] = defaults.pop("lr_share") * CONFIGS[config].lr
+    return derive(dataclasses.replace(CONFIGS[config], **parent | defaults | given))
 
 
 RULES = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, "below": operator.lt}
@@ -1463,8 +1466,8 @@ RULES = {"at_least": operator.ge, "at_most": operator.le, "above": operator.gt, 
 
 @bad_input()
 def derive(c: Config) -> Config:
-    """Check every field by itself and with its fellows, and fill in the model's. What a layout may be, its owners say
-    when the run is built: parallel.py's Mesh, tensor_parallel and schedules."""
+    """Check each field alone and together with others, and fill in those that are derived. Whether a layout is possible
+    is checked when the run is built: by parallel.py's Mesh, tensor_parallel and schedules."""
     for f in fields(Config):
         value = getattr(c, f.name)
         if f.type in (int, float):
@@ -1499,10 +1502,10 @@ def derive(c: Config) -> Config:
             (c.compile == "on" and c.is_zero_bubble, "compile must be off with --pp-schedule zb, got on")):
         if wrong:
             raise BadInput(line)
-    wide = 64 * math.ceil(8 * c.n_embd / 3 / 64) if c.mlp == "swiglu" else 4 * c.n_embd
-    folder = c.config if c.objective == "pretrain" else c.objective
-    c = dataclasses.replace(c, out=c.out or f"out/{folder}", n_kv_head=c.n_kv_head or c.n_head,
-                            head_dim=c.head_dim or c.n_embd // c.n_head, n_ff=c.n_ff or wide)
+    default_n_ff = 64 * math.ceil(8 * c.n_embd / 3 / 64) if c.mlp == "swiglu" else 4 * c.n_embd
+    default_out = f"out/{c.config if c.objective == 'pretrain' else c.objective}"
+    c = dataclasses.replace(c, out=c.out or default_out, n_kv_head=c.n_kv_head or c.n_head,
+                            head_dim=c.head_dim or c.n_embd // c.n_head, n_ff=c.n_ff or default_n_ff)
     _ = c.model                                              # building it checks ModelConfig's own rules
     return c
 
@@ -1562,8 +1565,8 @@ LOST = "lost the other ranks"
 
 
 def launch(c: Config, argv) -> int:
-    """--nproc: torch's agent starts this machine's ranks, each this program again, and ends all when one fails. One
-    line says which, how and at which step; --max-restarts starts all of them again from the checkpoint. Ctrl-C and
+    """--nproc: torch's agent starts this program again as each of this machine's ranks, and ends all when one fails.
+    One line says which, how and at which step. With --max-restarts all start again from the checkpoint. Ctrl-C and
     SIGTERM reach the ranks as SIGINT: they save and end. What a failed rank wrote to stderr stays in OUT/rank-R.err."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -1585,7 +1588,6 @@ def launch(c: Config, argv) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, pass_on)
     for start in range(1, c.max_restarts + 2):
-        codes = dict.fromkeys(range(c.nproc), 0)
         with tempfile.TemporaryDirectory() as folder:
             config = LaunchConfig(
                 min_nodes=1, max_nodes=1, nproc_per_node=c.nproc, run_id=f"train.py-{os.getpid()}", rdzv_backend="c10d",
@@ -1595,9 +1597,9 @@ def launch(c: Config, argv) -> int:
                 elastic_launch(config, sys.executable)(__file__, *argv, *["--resume", "auto"] * (start > 1))
                 return 0
             except ChildFailedError as error:
-                codes |= {rank: failure.exitcode for rank, failure in error.failures.items()}
+                failed = {rank: failure.exitcode for rank, failure in error.failures.items()}
             stderr = {int(path.parent.name): path.read_text().strip() for path in Path(folder).glob("*/*/*/stderr.log")}
-        code, line = blame(c, codes, stderr, bool(stop_signals))
+        code, line = blame(c, dict.fromkeys(range(c.nproc), 0) | failed, stderr, bool(stop_signals))
         if line:
             print(line, file=sys.stderr, flush=True)
         if code != 1 or stop_signals or start > c.max_restarts:
@@ -1606,18 +1608,16 @@ def launch(c: Config, argv) -> int:
 
 
 def blame(c: Config, codes: dict, stderr: dict, asked_to_stop: bool) -> tuple[int, str]:
-    """Exit codes and stderr by rank -> exit code and one line: of the rank that was not ended by the agent, nor lost
-    the others. Where ranks waited in vain until their --timeout, those that the agent ended and that had not said so
-    hang: they are named, and the step."""
+    """Exit codes and stderr by rank -> the exit code and one line of the rank that failed first: the agent did not end
+    it, and it did not lose the others. If ranks waited until their --timeout, those that the agent ended, and that had
+    given no reason, hung: the line names them, and the step."""
     rank = min(codes, key=lambda r: (codes[r] in (0, -signal.SIGTERM), LOST in stderr.get(r, ""), r))
-    code, text, step, where = codes[rank], stderr.get(rank, ""), "", ""
+    code, text, where = codes[rank], stderr.get(rank, ""), ""
     own_lines = [line for line in text.splitlines() if line.startswith("train.py: ")]
     if code in (2, 3):
         return code, "\n".join(own_lines)
     if asked_to_stop and own_lines in ([], ["train.py: interrupted"]):
         return 1, "train.py: stopped before the run had begun"
-    with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
-        step = f", at step {json.loads(Path(c.out, 'metrics.jsonl').read_text().splitlines()[-1])['step']}"
     if text and Path(c.out).is_dir():
         Path(c.out, f"rank-{rank}.err").write_text(text + "\n")
         where = f"; see {c.out}/rank-{rank}.err"
@@ -1631,7 +1631,9 @@ def blame(c: Config, codes: dict, stderr: dict, asked_to_stop: bool) -> tuple[in
     elif code >= 0 and own_lines:
         how = own_lines[-1].removeprefix("train.py: ")
     else:
-        how = f"rank {rank} " + (f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}") + step
+        how = f"rank {rank} " + (f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}")
+        with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
+            how += f", at step {json.loads(Path(c.out, 'metrics.jsonl').read_text().splitlines()[-1])['step']}"
     return 1, f"train.py: {how}{where}"
 
 
@@ -1653,7 +1655,7 @@ class Terminal(io.FileIO):
 
 def main(argv=None) -> int:
     launcher = launcher_pid()
-    if launcher and sys.platform == "linux":                             # a rank does not outlive its launcher
+    if launcher:                                                         # a rank does not outlive its launcher
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)                       # PR_SET_PDEATHSIG
         if os.getppid() != launcher:
             return 1
@@ -1695,12 +1697,13 @@ def run_command(argv) -> int:
     except Exception as error:
         if world is None or world.size == 1:
             raise
-        what = LOST if parallel.is_peer_failure(error) else f"failed with {type(error).__name__}"
-        if what != LOST:
+        lost = parallel.is_peer_failure(error)
+        if not lost:
             traceback.print_exc()
+        what = LOST if lost else f"failed with {type(error).__name__}"
         line = (str(error).splitlines() or [""])[0][:200]
         print(f"train.py: rank {world.rank} {what} at step {world.step}: {line}", file=sys.stderr, flush=True)
-        if what == LOST and "imed out" in line:
+        if lost and "imed out" in line:
             time.sleep(5)                                 # the others wait in vain too, and say so: blame() counts them
         os._exit(1)                                       # a broken group cannot be closed in order
     finally:
