@@ -79,7 +79,7 @@ def compressed(path, raw: bytes):
     return path
 
 
-@pytest.mark.parametrize("kind", ["txt", "txt.gz", "md.zst", "jsonl.gz", "jsonl.zst", "parquet"])
+@pytest.mark.parametrize("kind", ["txt", "x.jsonl.txt", "txt.gz", "md.zst", "jsonl.gz", "jsonl.zst", "parquet"])
 def test_every_kind_of_file_gives_the_same_tokens(plain, tmp_path, kind):
     texts, source = documents(), tmp_path / "src"
     source.mkdir()
@@ -91,7 +91,7 @@ def test_every_kind_of_file_gives_the_same_tokens(plain, tmp_path, kind):
     else:
         for i, text in enumerate(texts):
             path = source / f"{i:03d}.{kind}"
-            path.write_text(text) if kind == "txt" else compressed(path, text.encode())
+            path.write_text(text) if kind.endswith("txt") else compressed(path, text.encode())
     assert content(data.prepare([source], tmp_path / "out", 320)) == content(plain.parent / "prepared")
 
 
@@ -112,7 +112,8 @@ def test_a_large_file_of_text_is_documents_cut_at_line_ends(tmp_path, monkeypatc
     for name, content in (("a.txt", text), ("b.txt", "short\n"), ("c.txt", "")):
         (tmp_path / name).write_text(content)
     dropped = defaultdict(list)
-    read = {name: list(data.read_documents(tmp_path / name, dropped)) for name in ("a.txt", "b.txt", "c.txt")}
+    read = {name: [text for _, text in data.read_documents([tmp_path / name], "text", None, dropped)]
+            for name in ("a.txt", "b.txt", "c.txt")}
     assert "".join(read["a.txt"]) == text and all(1000 <= len(t.encode()) < 1020 for t in read["a.txt"][:-1])
     assert read["b.txt"] == ["short\n"] and read["c.txt"] == [] and dropped == {"empty": [tmp_path / "c.txt"]}
 
@@ -122,7 +123,8 @@ def test_files_are_read_document_by_document(tmp_path):
         for i in range(4000):
             f.write(json.dumps({"text": f"{i} " + "word " * 200}) + "\n")
     tracemalloc.start()
-    size = sum(len(text) for text in data.read_documents(tmp_path / "a.jsonl.gz", defaultdict(list)))
+    files = [tmp_path / "a.jsonl.gz"]
+    size = sum(len(text) for _, text in data.read_documents(files, "text", None, defaultdict(list)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert size > 4e6 and peak < 4e5
@@ -263,7 +265,7 @@ def test_token_files_keep_their_ids(gpt2_like, tmp_path, mark_is):
     of_text = data.prepare([write_lines(tmp_path / "a.jsonl", texts)], tmp_path / "of_text", tokenizer=t)
     expected = {tuple(t.encode(text)) for text in texts}
     for name in ("train.bin", "fineweb_train_000001.bin"):
-        found = [tuple(x.tolist()) for x in data.read_documents(tmp_path / name, {}, tokenizer=t)]
+        found = [tuple(x.tolist()) for _, x in data.read_documents([tmp_path / name], "text", t, {})]
         assert len(found) == 60 and set(found) == expected
         out = data.prepare([tmp_path / name], tmp_path / f"{name}.out", tokenizer=t)
         m, reference = manifest(out), manifest(of_text)
@@ -481,7 +483,7 @@ def test_the_tokenizers_sample_grows_with_its_vocabulary(plain, tmp_path, monkey
 
 
 def test_the_sample_is_of_training_documents_and_no_larger_than_asked_for(plain):
-    read = data.functools.partial(data.read_all, [plain], "text", None)
+    read = data.functools.partial(data.read_documents, [plain], "text", None)
     side, found = data.survey(read, None, 0.3, 5000, math.inf, print)
     sampled, sizes = side >= data.SAMPLE, np.array([len(text) for text in documents()])
     assert found["sample"] == sizes[sampled].sum() and 5000 <= found["sample"] < 5000 + sizes.max()

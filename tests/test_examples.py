@@ -376,6 +376,13 @@ def test_a_bad_row_is_one_line_with_its_number(tokenizer, tmp_path, objective, r
         assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
+def test_a_conversation_may_begin_with_its_answer(tokenizer, tmp_path):
+    """Nobody asked: the opening of the answer is the whole prompt."""
+    assert data.conversation({"messages": [BOT]}, "sft") == ([], ["b"])
+    batch = next(examples(write_rows(tmp_path / "a.jsonl", [{"messages": [BOT], "split": "train"}]), tokenizer))
+    assert ((batch["targets"] >= 0).sum(1) == len(tokenizer.encode("b")) + 1).all()
+
+
 def test_what_is_too_long_is_cut_or_dropped_and_counted(tokenizer, tmp_path):
     long, opening = "x" * 200, len(data.encode_chat(tokenizer, [USER], reply=True)[0])
     cost = len(tokenizer.encode(long))

@@ -395,6 +395,11 @@ def test_a_foreign_sentencepiece_model_is_left_for_the_tokenizer_json_beside_it(
     assert type(data.load_tokenizer(out)) is data.HFTokenizer
     with pytest.raises(data.DataError, match="a tokenizer.model that keeps spaces as they are"):
         data.load_tokenizer(out / "tokenizer.model")
+    (out / "tokenizer.model").write_text("IQ== 0\n")                                                # as tiktoken's is
+    assert type(data.load_tokenizer(out)) is data.HFTokenizer
+    (out / "tokenizer.json").unlink()
+    with pytest.raises(data.DataError, match="not a readable SentencePiece model"):
+        data.load_tokenizer(out)
 
 
 @pytest.fixture(scope="module")

@@ -241,7 +241,7 @@ def test_a_run_goes_on_bit_for_bit_and_in_another_layout(corpus, tmp_path, run_r
     def end(ranks, flags) -> dict:
         assert run_ranks(rerun, ranks, [*argv, *flags.split()]) == [0] * ranks
         reader = data.Reader(newest)
-        tensors = {name: reader.read(name) for name in reader.names()}
+        tensors = {name: reader.read(name) for name in reader.tensors}
         shutil.rmtree(newest)
         return tensors
 

@@ -342,7 +342,7 @@ def test_a_run_goes_on_in_another_layout(corpus, tmp_path, run_ranks):
     events = json.loads((out / "trace.json").read_text())["traceEvents"]
     assert {x["tid"] for x in events} == {0, 1, 2, 3} and len(events) == 4 * 2 * 4
     ours, theirs = (data.newest_checkpoint(x / "checkpoints")[0] for x in (out, plain))
-    for name in theirs.names():
+    for name in theirs.tensors:
         torch.testing.assert_close(ours.read(name), theirs.read(name), rtol=0, atol=1e-4)
 
 

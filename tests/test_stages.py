@@ -34,7 +34,7 @@ def run(*argv) -> tuple[int, str, str]:
 def tensors_of(out) -> dict:
     reader, damaged = data.newest_checkpoint(Path(out, "checkpoints"))
     assert not damaged
-    return {name: reader.read(name) for name in reader.names()}
+    return {name: reader.read(name) for name in reader.tensors}
 
 
 def lines_of(out) -> list[dict]:

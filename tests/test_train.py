@@ -52,7 +52,7 @@ def steps_saved(out) -> list[int]:
 
 def newest_tensors(out) -> dict:
     reader, _ = data.newest_checkpoint(Path(out) / "checkpoints")
-    return {name: reader.read(name) for name in reader.names()}
+    return {name: reader.read(name) for name in reader.tensors}
 
 
 @pytest.fixture(scope="session")
@@ -296,7 +296,7 @@ def test_a_diverged_model_stops_and_is_never_saved(corpus, tmp_path, flags):
     assert all(math.isfinite(x.get("loss", 0)) and math.isfinite(x.get("val_loss", 0)) for x in metrics(out))
     reader, _ = data.newest_checkpoint(out / "checkpoints")
     if reader:
-        assert all(reader.read(name).isfinite().all() for name in reader.names())
+        assert all(reader.read(name).isfinite().all() for name in reader.tensors)
     else:
         assert "there was no checkpoint yet" in stdout
 
