@@ -1186,9 +1186,10 @@ def encode_chat(tokenizer, messages, reply: bool = False) -> tuple[list[int], li
     tokens = [] if tokenizer.bos_id is None else [(tokenizer.bos_id, False)]
 
     def marks(text, answer=False):
-        for n, part in enumerate(MARK.split(text)):            # text between marks, chatml's \n, is part of no answer
-            ids = [mark_id(tokenizer, part)] if n % 2 else tokenizer.encode(part)
-            yield from ((i, answer and n % 2 == 1) for i in ids)
+        for part in filter(None, MARK.split(text)):            # text between marks, chatml's \n, is part of no answer
+            is_mark = MARK.fullmatch(part) is not None
+            yield from ((i, answer and is_mark)
+                        for i in ([mark_id(tokenizer, part)] if is_mark else tokenizer.encode(part)))
 
     for message in messages:
         answer = message["role"] == "assistant"
@@ -1397,7 +1398,7 @@ class Examples(Batches):
     def encode(self, prompt: list[dict], answers: list[str], dropped: Counter):
         """-> for every answer (or, for rl, for the prompt) its ids and targets, (2, n) int32, n <= T + 1: a target is
         the id itself or NO_TARGET. None if it is dropped."""
-        opening, _ = encode_chat(self.tokenizer, prompt, reply=True)
+        opening = [] if self.objective == "sft" else encode_chat(self.tokenizer, prompt, reply=True)[0]
         if self.objective == "rl":
             if self.seq_len - len(opening) < self.seq_len / 4:
                 dropped["prompt leaves less than seq_len / 4"] += 1
@@ -1406,8 +1407,7 @@ class Examples(Batches):
         sides, size = [], self.seq_len + 1
         for answer in answers:
             ids, is_answer = encode_chat(self.tokenizer, [*prompt, {"role": "assistant", "content": answer}])
-            if self.objective == "dpo":                       # earlier answers of a conversation are part of its prompt
-                is_answer[:len(opening)] = [False] * len(opening)
+            is_answer[:len(opening)] = [False] * len(opening)      # dpo: earlier answers are part of the prompt
             sides.append(np.array([ids, np.where(is_answer, ids, NO_TARGET)], np.int32))
         if any((targets[:size] == NO_TARGET).all() for _, targets in sides):
             dropped["answer cut to nothing"] += 1
