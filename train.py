@@ -6,7 +6,7 @@
     python train.py --config 7b --gpu h100 --dp 8 --tp 4 --dry-run       memory, time and cost on 32 GPUs, from anywhere
     python train.py --nproc 4 --tp 2 --pp 2               four ranks: this CPU's cores, or GPUs
     torchrun --nproc-per-node 8 train.py --config small --data FOLDER
-    python train.py --objective sft --init-from out/tiny --data data/instructions.jsonl --out out/sft
+    python train.py --objective sft --init-from out/tiny --data data/instructions.jsonl --seq-len 256 --out out/sft
 
 Pre-training is one loop, and textbook_loop() below is all of it, for one rank. The rest of the file is the same loop on
 many ranks, with runs that survive being killed. Training goes on in stages, each with the weights of the one before:
@@ -288,8 +288,8 @@ LONG = dict(warmup_steps=700, global_batch_size=512, eval_windows=1024, checkpoi
 # From small on about 20 tokens per parameter (Chinchilla, arXiv:2203.15556, Table 3). From medium on the learning rates
 # of GPT-3's Medium, XL (1.3 B) and 6.7 B (arXiv:2005.14165, Table 2.1).
 CONFIGS = {
-    "tiny": Config(vocab_size=4096, seq_len=128, optimizer="muon", lr=6e-3, adamw_lr_ratio=5.0, schedule="wsd",
-                   decay_fraction=0.7, min_lr_ratio=0.0, weight_decay=0.01, beta2=0.99, steps=2100, log_interval=20),
+    "tiny": Config(vocab_size=4096, seq_len=128, optimizer="muon", lr=7.5e-3, momentum=0.9, beta2=0.99, schedule="wsd",
+                   decay_fraction=0.7, min_lr_ratio=0.0, weight_decay=0.01, steps=2000, log_interval=20),
     "small": Config(config="small", **GPT2, **LONG, n_layer=12, n_head=12, n_embd=768, optimizer="muon", lr=1e-2,
                     adamw_lr_ratio=0.36, schedule="wsd", decay_fraction=0.3, min_lr_ratio=0.0, weight_decay=0.0,
                     steps=4800),
@@ -303,11 +303,11 @@ CONFIGS = {
 
 # What a later stage of training changes of a config. lr_share: of the config's learning rate.
 OBJECTIVE_DEFAULTS = {
-    "sft": dict(optimizer="adamw", lr_share=0.25, steps=400, warmup_steps=20, global_batch_size=16, eval_interval=200,
+    "sft": dict(optimizer="adamw", lr_share=0.2, steps=400, warmup_steps=20, global_batch_size=16, eval_interval=200,
                 log_interval=20, micro_batch_size=0),
-    "dpo": dict(optimizer="adamw", lr_share=0.025, steps=80, warmup_steps=10, global_batch_size=32, eval_interval=50,
+    "dpo": dict(optimizer="adamw", lr_share=0.02, steps=80, warmup_steps=10, global_batch_size=32, eval_interval=50,
                 log_interval=10, weight_decay=0.0, micro_batch_size=0),
-    "rl": dict(optimizer="adamw", lr_share=0.075, steps=60, warmup_steps=5, global_batch_size=64, eval_interval=20,
+    "rl": dict(optimizer="adamw", lr_share=0.06, steps=60, warmup_steps=5, global_batch_size=64, eval_interval=20,
                log_interval=5, weight_decay=0.0, micro_batch_size=0, reward="parses"),
 }
 
