@@ -171,11 +171,11 @@ def new_folder(out: Path, key: str = ""):
     what is whole. progress/ inside has the parts of a stream, and in shards.json the list of whole shards."""
     temporary = out.with_name(f".{out.name}.tmp")
     progress = temporary / "progress"
-    if not key or not (progress / "key").exists() or (progress / "key").read_text() != key:
-        shutil.rmtree(temporary, ignore_errors=True)
-        progress.mkdir(parents=True)
-        write_atomic(progress / "key", key)
     try:
+        if not key or not (progress / "key").exists() or (progress / "key").read_text() != key:
+            shutil.rmtree(temporary, ignore_errors=True)
+            progress.mkdir(parents=True)
+            write_atomic(progress / "key", key)
         yield temporary
     except BaseException:
         if not [*progress.glob("*.gz"), *progress.glob("shards.json")]:

@@ -867,3 +867,14 @@ def test_a_range_of_a_box_is_few_boxes(box):
         assert [i for _, a, b in parts for i in range(a, b)] == list(range(lo, hi))
         for part, a, b in parts:
             assert torch.equal(full[tuple(slice(x, y) for x, y, _ in part)].flatten(), local[a:b])
+
+
+def test_a_folder_that_could_not_be_begun_is_removed(tmp_path, monkeypatch):
+    """Interrupted before anything is in it, say."""
+    def interrupted(path, content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "write_atomic", interrupted)
+    with pytest.raises(KeyboardInterrupt), data.new_folder(tmp_path / "out", "key"):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -1324,9 +1324,9 @@ def test_a_run_is_evaluated_and_sampled_as_integers(corpus, plain, capsys):
 
 
 def holds_its_promise(out, capsys, monkeypatch, logits_off, *flags):
-    """int8 within 0.5 %, int4 within 3 % of the float32 loss, as train.py has them, by GPTQ; and better than if it
-    rounded to nearest. (int8's loss is float32's either way.) logits_off: % that rounding moves the logits at most, in
-    either; it grows with depth. A loss within 3 % alone would not tell that a bit is missing."""
+    """int8 within 0.5 %, int4 within 3 % of the float32 loss, as train.py has them, by GPTQ; its logits nearer than if
+    it rounded to nearest. logits_off: % that rounding moves the logits at most, in either; it grows with depth. A loss
+    within 3 % alone would not tell that a bit is missing. Returns how much int4's loss rises: by GPTQ, by rounding."""
     def said(fmt):
         assert train.main(["--out", str(out), "--quantize", fmt, *flags]) == 0
         text = capsys.readouterr().out
@@ -1338,8 +1338,8 @@ def holds_its_promise(out, capsys, monkeypatch, logits_off, *flags):
         with monkeypatch.context() as patch:
             patch.setattr(precision, "quantize", lambda module, fmt, calibration: quantize(module, fmt))
             nearest_loss, nearest_logits = said(fmt)
-        assert logits < nearest_logits < most_logits and abs(loss) < most, fmt
-        assert fmt == "int8" or loss < nearest_loss < most
+        assert logits < nearest_logits < most_logits and max(abs(loss), abs(nearest_loss)) < most, fmt
+    return loss, nearest_loss
 
 
 def test_a_trained_model_stays_what_it_is_as_integers(corpus, tmp_path, capsys, monkeypatch):
@@ -1357,7 +1357,8 @@ def test_the_tiny_model_stays_what_it_is_as_integers(tmp_path, capsys, monkeypat
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     flags = ["--data", str(data.prepare(files, tmp_path / "text", 2048)), "--device", "cpu"]
     assert train.main(["--out", str(tmp_path / "run"), *flags, "--eval-interval", "0"]) == 0
-    holds_its_promise(tmp_path / "run", capsys, monkeypatch, (1.0, 9.0), *flags)
+    loss, nearest_loss = holds_its_promise(tmp_path / "run", capsys, monkeypatch, (1.0, 9.0), *flags)
+    assert loss < nearest_loss                       # in the small model above, both are below 0.2 %, and seeds decide
 
 
 def used_by_two(rank, n, out):
