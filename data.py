@@ -628,7 +628,7 @@ def open_shard(path, verify: bool = True, entry: dict | None = None) -> np.ndarr
 
 # ---- prepare ---------------------------------------------------------------------------------------------------------
 #
-# A large corpus is read document by document. Its text is never all in memory, only some 60 bytes per document:
+# A large corpus is read document by document. In memory are some 60 bytes per document, and the tokenizer's sample:
 #     1. estimate      how large it is, how long it will take                     from the first 2 MB
 #     2. write_down    a stream, hf:, comes once, so it becomes files
 #     3. survey        hash and size of each document; duplicates, sides and the tokenizer's sample follow

@@ -1628,7 +1628,7 @@ def test_torchrun_starts_all_again_from_the_checkpoint(corpus, tmp_path):
     script.write_text(FAULT.format(root=str(ROOT)))
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                            "--max-restarts", "1", str(script), *FAULTY, "--data", str(corpus), "--out", str(out),
-                           "--steps", "12"], capture_output=True, text=True, timeout=180,
+                           "--steps", "12"], capture_output=True, text=True, timeout=400,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "train.py: rank 1 failed with ValueError at step 7: the fan fell off" in done.stderr
