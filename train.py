@@ -282,7 +282,7 @@ class Config:
 GPT2 = dict(norm="layernorm", position="learned", mlp="gelu", bias=True, tie_embeddings=True, vocab_size=50304,
             seq_len=1024)
 LONG = dict(warmup_steps=700, global_batch_size=512, eval_windows=1024, checkpoint_interval=1000)
-# tiny: found by search, tests/bench/RESULTS.md: the best after five minutes on two CPU cores.
+# tiny: found by search, for five minutes on two CPU cores (tests/bench/RESULTS.md).
 # small: a recipe like tiny's. The rates are those of modded-nanogpt's record of 2024-10-10: Muon, a GPT-2 of 124 M, as
 # many tokens per step (github.com/KellerJordan/modded-nanogpt). With this code they are untried.
 # From small on about 20 tokens per parameter (Chinchilla, arXiv:2203.15556, Table 3). From medium on the learning rates

@@ -1311,6 +1311,15 @@ def test_wrong_precisions(corpus, tmp_path, flags, message):
     assert code == 2 and message in stderr and stderr.count("\n") == 1
 
 
+def test_a_mask_has_the_precision_of_the_products():
+    """Once per micro-batch, as the bill counts it (scaling.Program.item), not in the residual stream's float32."""
+    c = train.parse_config([*MINI, "--attention", "sdpa", "--precision", "bf16"])
+    documents = torch.ones(2, 8, dtype=torch.int64)
+    for low_dtype in (None, torch.bfloat16):
+        gpt = train.meta_stage(c, torch.device("cpu"), None, 0, low_dtype)
+        assert gpt.prepare(documents, torch.float32).dtype == (low_dtype or torch.float32)
+
+
 def test_a_run_is_evaluated_and_sampled_as_integers(corpus, plain, capsys):
     argv = ["--out", str(plain), "--data", str(corpus), "--eval-windows", "8"]
     for fmt, most in (("int8", 0.005), ("int4", 0.03)):
