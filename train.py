@@ -34,9 +34,11 @@ checkpoint.
 Exit codes: 0 done, or stopped and saved; 2 bad input; 3 diverged; 1 anything else.
 Source: AdamW (Loshchilov 2019, arXiv:1711.05101); SFT and RLHF (Ouyang 2022, 2203.02155); DPO (Rafailov 2023,
 2305.18290); RLAIF (Bai 2022, 2212.08073).
-First reading: textbook loop - configs - a step - evaluate - build - the run. Later: the objectives after pre-training -
-the bill - what a trained model is used for - command line - ranks, main.
+In this order: the textbook loop - a step - evaluate - build - the run - the objectives after pre-training. There the
+lecture ends. Below are the configs and what surrounds a run: folders, printed lines, costs, uses, the command line.
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
@@ -56,6 +58,7 @@ import tempfile
 import time
 import timeit
 import traceback
+import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -73,7 +76,7 @@ import zero
 
 # ---- the textbook loop -----------------------------------------------------------------------------------------------
 
-def textbook_loop(c: "Config", loader, dtype=torch.float32):
+def textbook_loop(c: Config, loader, dtype=torch.float32):
     """Pre-training on one rank, as on the board. Yields (loss, gradient norm, model) after each step. The tests hold
     every layout of the real loop to this one. A comment names a file that goes further. documents: see data.py."""
     model = net.build(c.model, c.seed, dtype=dtype)                  # parallel.py: a rank builds only its part
@@ -95,14 +98,14 @@ def textbook_loop(c: "Config", loader, dtype=torch.float32):
         yield loss.item(), norm, model                               # scaling.py: how low it gets, what it costs
 
 
-def update_rule(c: "Config", group=None, fused: bool = False):
+def update_rule(c: Config, group=None, fused: bool = False):
     """A function that makes the optimizer of decay_groups(): AdamW; or Muon on the blocks' matrices, and AdamW on the
     rest. group: the ranks that may hold a part of the same matrix."""
     adamw = functools.partial(torch.optim.AdamW, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=fused)
     return adamw if c.optimizer == "adamw" else functools.partial(zero.Muon, rest=adamw, group=group)
 
 
-def decay_groups(model, c: "Config") -> list[dict]:
+def decay_groups(model, c: Config) -> list[dict]:
     """Weight decay acts on matrices, not on biases and norms. p.box (model.py) has the dimensions of the whole
     parameter, also where p is a flat shard of it. lr_ratio: a group's learning rate / lr_at."""
     ratio = {"lr_ratio": c.adamw_lr_ratio if c.optimizer == "muon" else 1.0}
@@ -118,7 +121,7 @@ def decay_groups(model, c: "Config") -> list[dict]:
     return [{"params": [p for p in model.parameters() if kind(p) == k]} | options for k, options in kinds.items()]
 
 
-def lr_at(step: int, c: "Config") -> float:
+def lr_at(step: int, c: Config) -> float:
     """Learning rate of update number `step`, counted from 0: a linear rise, then a cosine, or constant with a linear
     fall at the end (wsd: warmup, stable, decay)."""
     if step < c.warmup_steps:
@@ -130,6 +133,618 @@ def lr_at(step: int, c: "Config") -> float:
     to_come = (c.steps - step) / max(1.0, c.steps * c.decay_fraction)          # above 1: the fall has not begun
     return lowest + (c.lr - lowest) * min(1.0, to_come)
 
+
+# ---- a step ----------------------------------------------------------------------------------------------------------
+
+def to_device(batch, c: Config, device):
+    """The batch on the device; without --document-mask it has no document ids, and attention sees the whole window."""
+    return {name: x.to(device, non_blocking=True) for name, x in batch.items()
+            if c.document_mask or name != "documents"}
+
+
+def train_step(model: Model, optimizer, loader, step: int, c: Config, world: parallel.World, stop_signals=(),
+               on_phase=lambda step, phase: None, scaler: precision.LossScaler | None = None):
+    """One update -> (loss per target, pair or answer, gradient norm before clipping, whether any rank was asked to
+    stop, the objective's statistics). stop_signals: the signals that this rank has received.
+    If the loss or the norm is not finite, no weight changes, and the scaler's scale becomes smaller. Raises
+    FloatingPointError if the scale cannot become smaller, DataError for a batch without any target."""
+    on_phase(step, "data")
+    batches = [to_device(next(loader), c, world.device) for _ in range(c.grad_accum_steps(world.mesh.dp))]
+    # 1. N: how many targets the global batch has (dpo: pairs; rl: answers)
+    N = parallel.all_reduce(sum(b.get("count", (b["targets"] >= 0).sum()) for b in batches), world.mesh.dp_group)
+    on_phase(step, "forward_backward")
+    # in dpo and rl the tokens' weights w_t depend on the model: a pass without gradient sets them (weigh_tokens)
+    weigh, statistic_names = OBJECTIVES.get(c.objective, (None, ()))
+    sums = weigh_tokens(weigh, model, batches, c) if weigh else []
+    # 2. the gradient of scale sum_t w_t nll_t / N by the parameters; micro-batches add up
+    scale = scaler.scale if scaler else 1.0
+    loss_grad = scale / N.double()
+    if c.precision == "fp16":
+        # the head rounds the gradient of the logits to fp16 already in forward (model.py). What becomes 0 there, no
+        # later factor brings back. So scale / N is part of the tokens' weights, and backward starts from 1
+        for batch in batches:
+            batch["weights"] = loss_grad * batch.get("weights", torch.ones_like(batch["targets"], dtype=torch.float32))
+        loss_grad = torch.ones_like(loss_grad)
+    nlls = model.run(batches, loss_grad)
+    # 3. the sum over dp, and over other ranks that hold a part
+    on_phase(step, "reduce")
+    model.finish_gradient_synchronization()
+    parallel.reduce_partial_gradients(parameters_of(optimizer))
+    # 4. one all-reduce of: squared gradient norm (each piece counted once), ranks that were asked to stop, loss, the
+    # objective's statistics
+    total = torch.zeros(3 + len(statistic_names), dtype=torch.float64, device=world.device)
+    total[0] = parallel.squared_norm(p.grad for p in optimizer.owned)
+    total[1] = bool(stop_signals)
+    if model.counts_loss:
+        total[2:] = sum(sums or [nll.double().sum() for nll in nlls]) / N
+    sumsq, stop, loss, *statistics = world.sum(total).tolist()
+    grad_norm = math.sqrt(sumsq) / scale if math.isfinite(sumsq) else math.nan
+    if math.isnan(loss) and not N.item():
+        raise data.DataError(f"data must have a target in every batch, that of step {step + 1} has none; "
+                             f"--seq-len is {c.seq_len}")
+    found_inf = not (math.isfinite(loss) and math.isfinite(grad_norm))
+    # 5. skip the update if they are not finite; 6. else clip, unscale, update
+    if not found_inf:
+        on_phase(step, "update")
+        factor = (c.grad_clip / grad_norm if grad_norm > c.grad_clip > 0 else 1.0) / scale
+        if factor != 1.0:
+            torch._foreach_mul_([p.grad for p in parameters_of(optimizer)], factor)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, c) * group["lr_ratio"]
+        optimizer.step()
+    optimizer.zero_grad()
+    if scaler:
+        scaler.update(found_inf)
+    return loss, grad_norm, stop > 0, dict(zip(statistic_names, statistics, strict=True))
+
+
+# ---- evaluate --------------------------------------------------------------------------------------------------------
+
+class StopAsked(Exception):
+    """A rank was asked to stop while the model was evaluated."""
+
+
+def windows_per_unit(c: Config) -> int:
+    """Windows that no micro-batch may part: a pair of answers, a group of answers."""
+    return {"dpo": 2, "rl": c.group_size}.get(c.objective, 1)
+
+
+def windows_evaluated(loader, c: Config) -> int:
+    """eval_windows, or all, rounded up to whole pairs or groups."""
+    unit = windows_per_unit(c)
+    return min(loader.num_windows, math.ceil((c.eval_windows or loader.num_windows) / unit) * unit)
+
+
+@torch.no_grad()
+def forward_passes(model: Model, loader, windows: int, c: Config, world: parallel.World, stop_signals=()):
+    """Run the first `windows` windows of a split, in micro-batches, each rank its share. Yields (batch, nll) on ranks
+    that count the loss. Raises StopAsked on all ranks if one has received a signal."""
+    num_batches = math.ceil(windows / (world.mesh.dp * c.micro_batch_size))                     # equal on all ranks
+    window_starts = [(i * world.mesh.dp + world.mesh.dp_rank) * c.micro_batch_size for i in range(num_batches)]
+    for i in range(0, num_batches, 2 * c.pp):            # several at a time, so that all stages of a pipeline have work
+        if any(parallel.gather_objects(bool(stop_signals), world.host)):
+            raise StopAsked
+        batches = []
+        for start in window_starts[i:i + 2 * c.pp]:
+            batch = loader.batch(range(start % windows, min(start % windows + c.micro_batch_size, windows)))
+            # all ranks must run equally often: a rank with no windows left reads old ones, without their targets
+            if start >= windows:
+                batch["targets"].fill_(data.NO_TARGET)
+                batch["count"] = torch.tensor(0)
+            batches.append(to_device(batch, c, world.device))
+        nlls = model.run(batches)
+        if model.counts_loss:
+            yield from zip(batches, nlls, strict=True)
+
+
+def evaluate(model: Model, loader, c: Config, world: parallel.World, stop_signals=()) -> dict:
+    """Validation loss in nats per target, and bits per byte of text, over the whole split or eval_windows of it. dpo:
+    the loss per pair, the share of pairs that the model ranks right, the mean margin. Raises StopAsked."""
+    token_bytes = torch.from_numpy(loader.tokenizer.token_bytes).to(world.device)
+    # sums of: targets, loss, bytes of their text, 0 (dpo: pairs, loss, pairs that are ranked right, margins)
+    total = torch.zeros(4, dtype=torch.float64, device=world.device)
+    for batch, nll in forward_passes(model, loader, windows_evaluated(loader, c), c, world, stop_signals):
+        if c.objective == "dpo":
+            total += torch.cat([batch["count"][None], net.preference(batch, nll, c.beta)[1]])
+        else:
+            is_target = batch["targets"] >= 0
+            text_bytes = token_bytes[batch["targets"].clamp(min=0)] * is_target
+            total[:3] += torch.stack([is_target.sum(), nll.double().sum(), text_bytes.sum()])
+    count, loss, *rest = world.sum(total).tolist()
+    if c.objective == "dpo":
+        return {"val_loss": loss / count, "val_accuracy": rest[0] / count, "val_margin": rest[1] / count}
+    # bpb = nats / ln 2 / bytes
+    return {"val_loss": loss / count, "val_bpb": loss / math.log(2) / rest[0], "val_targets": int(count)}
+
+
+# ---- build -----------------------------------------------------------------------------------------------------------
+
+class Model(torch.nn.Module):
+    """This rank's part of the model: its stages (most often one), and `sync`, which sums their gradients over dp."""
+
+    def __init__(self, c: Config, world: parallel.World, read=None, dtype=None):
+        super().__init__()
+        self.c, self.mesh, self.world, dtype = c, world.mesh, world, dtype or c.dtype
+        self.hidden_dtype = torch.promote_types(dtype, torch.float32)
+        # what sums gradients over dp:
+        # - zero 0: DataParallel, below
+        # - zero 1, 2: the optimizer; make_optimizer calls sum_with
+        # - zero 3: each pipeline stage's FullyShard, which make_stage appends to `sync`
+        self.sync, self.no_sync = [], contextlib.nullcontext
+        self.chunks = torch.nn.ModuleList(make_stage(c, world.device, self.mesh, chunk * c.pp + self.mesh.pp_rank, read,
+                                                     dtype, self.sync) for chunk in range(c.stages // c.pp))
+        if c.zero == 0:
+            self.sum_with(parallel.DataParallel(self.chunks, self.mesh.dp_group))
+        self.counts_loss = self.mesh.pp_rank == c.pp - 1 and self.mesh.tp_rank == 0      # tp ranks have equal losses
+        self.on_op = None                                                   # run_schedule's clock
+
+    def sum_with(self, sync):
+        """`sync` sums the gradients over dp: a DataParallel, or at --zero 1 and 2 the optimizer."""
+        self.sync, self.no_sync = [sync], sync.no_sync
+
+    def finish_gradient_synchronization(self):
+        for sync in self.sync:
+            sync.finish_gradient_synchronization()
+
+    def run(self, batches, loss_grad=None) -> list:
+        """Micro-batches through this rank's pipeline stages. loss_grad None: forward only. Else backward too, from
+        loss_grad = d objective / d loss, the same for every micro-batch. Returns a list: nll (B, T) of each
+        micro-batch on the last stage, None on the others."""
+        c, m = self.c, len(batches)
+        used_keys = {"tokens", "targets", "weights", "documents"}
+        batches = [{key: x for key, x in batch.items() if key in used_keys} for batch in batches]
+        order = parallel.forward_only(c.pp, m, len(self.chunks)) if loss_grad is None else pipeline_schedule(c, m)
+
+        def hidden_like(batch):
+            B, T = batch["tokens"].shape
+            T_local = T // (c.tp if c.sequence_parallel else 1)
+            return torch.empty(B, T_local, c.n_embd, dtype=self.hidden_dtype, device=self.world.device)
+
+        return parallel.run_schedule(order, self.chunks, batches, self.mesh.pp_groups, seed=loss_grad,
+                                     hidden_like=hidden_like, no_sync=self.no_sync, on_op=self.on_op, timeout=c.timeout)
+
+
+def pipeline_schedule(c: Config, micro_batches: int) -> list:
+    """Each pipeline rank's operations of a step; with one stage, plain accumulation."""
+    kind = c.pp_schedule if c.pp > 1 else "1f1b"
+    return parallel.SCHEDULES[kind](c.pp, micro_batches, *[c.pp_chunks] * (kind == "interleaved"))
+
+
+def make_stage(c: Config, device, mesh=None, stage: int = 0, read=None, dtype=None, sync=None) -> net.GPT:
+    """Build pipeline stage `stage` on the device; with one stage it is the model. It has this rank's part of a layer.
+
+    Weights come by name from keyed_init, or from read(name, box), a checkpoint's Reader.read. dtype: default c.dtype.
+    In a low precision the modules get its compute policy. No rank ever holds more than its part; at --zero 3 it holds
+    shards, and the FullyShard that gathers them is appended to `sync`.
+    """
+    dtype = dtype or c.dtype
+    low_dtype = dtype if dtype.itemsize == 2 else None
+    gpt = meta_stage(c, device, mesh, stage, low_dtype)
+    # rounded to dtype, then float32 again: float32 masters start from the same values in a sharded and a whole model
+    read = read or (lambda name, box: net.keyed_init(name, box, c.seed, c.model).to(dtype).float())
+    sharded = c.zero == 3 and sync is not None
+    if not sharded:
+        gpt = net.fill(gpt, read, device, dtype)
+    if low_dtype:
+        if c.precision == "fp8":
+            precision.fp8_products(gpt, group=mesh and mesh.tp_group)
+        compute_policy(c, device, low_dtype).applied(gpt)
+        for p in gpt.parameters():
+            p.grad_dtype = torch.float32                                            # gradients accumulate in float32
+    if sharded:
+        master_dtype = torch.float32 if low_dtype and c.master_weights else dtype           # the shards are the masters
+        sync.append(zero.FullyShard(gpt, mesh.dp_group, blocks=gpt.model.layers.values(), compute_dtype=low_dtype,
+                                    reduce_dtype=low_dtype and torch.float32,
+                                    init=lambda p: read(p.full_name, p.box).to(device, master_dtype)))
+    if compiles(c, device):
+        for block in gpt.model.layers.values():     # recomputation and zero.py's gathering stay outside, uncompiled
+            block.run = torch.compile(block.run)
+        if gpt.lm_head is not None and c.tp == 1:
+            gpt.lm_head.softmax = torch.compile(gpt.lm_head.softmax)
+    return gpt
+
+
+def meta_stage(c: Config, device, mesh, stage: int, low_dtype=None) -> net.GPT:
+    """A stage without numbers: torch's meta device has shapes alone. Attention is chosen, the width is split over tp,
+    the depth over pp. Raises ValueError for sizes that the mesh does not divide."""
+    backend = c.attention if device.type == "meta" else flash_attn.resolve_backend(c.attention, device)
+    if backend == "sdpa":                                 # prepare runs once per micro-batch, for all layers (model.py)
+        attention = net.sdpa_attention
+        prepare = lambda documents, dtype: net.document_mask(documents, low_dtype or dtype)
+    else:
+        attention = functools.partial(flash_attn.flash_attention, backend=backend)
+        prepare = lambda documents, _: flash_attn.document_limits(documents)
+    if low_dtype:
+        # RoPE may return q and k in float32: they are cast here, also where "selective" runs the core again in backward
+        attention = compute_policy(c, device, low_dtype).as_operation(attention)
+    with torch.device("meta"):
+        gpt = net.GPT(c.model, attention, recompute=c.recompute, prepare=prepare)
+    if mesh is not None and mesh.tp > 1:
+        parallel.tensor_parallel(gpt, mesh.tp_group, sequence_parallel=c.sequence_parallel)
+    if mesh is not None and mesh.pp > 1:
+        is_first, is_last = stage == 0, stage == c.stages - 1
+        own_layers = parallel.stage_layers(c.n_layer, stage, c.stages)
+        gpt.model.layers = torch.nn.ModuleDict({n: block for n, block in gpt.model.layers.items()
+                                                if int(n) in own_layers})
+        if c.tie_embeddings and (is_first or is_last):     # one weight in two stages: its gradient is the sum of two
+            gpt.lm_head.weight.sum_over = (*getattr(gpt.lm_head.weight, "sum_over", ()), mesh.ends_group)
+        if not is_first:
+            gpt.model.embed_tokens = gpt.model.embed_positions = None
+        if not is_last:
+            gpt.model.norm = gpt.lm_head = None
+    return gpt
+
+
+def compute_policy(c: Config, device, low_dtype) -> precision.ComputePolicy:
+    """On a CPU, low precision is emulated: F.linear gets float32 copies of its input and weight. Not with tp and zb,
+    which must see the tensors themselves (parallel.py: Regather, SplitLinears)."""
+    return precision.ComputePolicy(low_dtype, emulate=device.type == "cpu" and c.tp == 1 and c.pp_schedule != "zb")
+
+
+def compiles(c: Config, device) -> bool:
+    return c.compile == "on" or c.compile == "auto" and device.type != "cpu" and not c.is_zero_bubble
+
+
+def make_optimizer(model: Model, c: Config):
+    """The update rule on what this rank updates. optimizer.owned: the pieces that this rank counts and saves; of
+    replicas, the lowest rank's."""
+    groups, rule = decay_groups(model, c), update_rule(c, model.world.group, fused=True)
+    if c.dtype.itemsize == 2:
+        rule = functools.partial(precision.MasterWeights, optimizer_cls=rule, keep=c.master_weights)
+    if c.zero in (1, 2):
+        optimizer = zero.ShardedOptimizer(groups, rule, group=model.mesh.dp_group, stage=c.zero,
+                                          order=model.parameters())
+        model.sum_with(optimizer)
+    else:
+        optimizer = rule(groups)
+    optimizer.owned = parallel.owned(parameters_of(optimizer), model.world.host)
+    return optimizer
+
+
+def parameters_of(optimizer) -> list:
+    """All that this rank updates. (optimizer.owned leaves out copies that a lower rank counts.)"""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+# ---- the run ---------------------------------------------------------------------------------------------------------
+
+BadInput = scaling.BadInput                        # one line that names the flag, the rule and the value: exit code 2
+
+
+@contextlib.contextmanager
+def bad_input():
+    """While a run is built: a ValueError of another file is bad input too."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
+def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -> int:
+    """Train, or go on training, to c.steps -> exit code. c: after resolve(). on_phase(step, phase) is called as a step
+    proceeds: "data", "forward_backward", "reduce", "update", "evaluate", "checkpoint"."""
+    started, stopping = time.perf_counter(), False
+    with contextlib.ExitStack() as stack:
+        with bad_input():
+            loader, val = open_data(c, world)
+            if world.host is not None:
+                parallel.set_timeout(world.host, c.timeout)           # from here on no rank works for hours alone
+            world.first(lambda: lock_folder(c, stack))
+            run = Run(c, world, loader, val, catch_stop_signals(stack), on_phase, stack)
+        world.say(announcement(run, time.perf_counter() - started))
+        try:
+            while True:
+                if run.is_due(c.eval_interval) or run.step == 0 and c.objective != "pretrain":
+                    try:
+                        run.evaluate()
+                    except StopAsked:                                 # the same command will evaluate this step first
+                        stopping = True
+                if run.is_due(c.checkpoint_interval) or run.is_last_before_decay() or stopping:
+                    run.save(stopping)
+                if stopping:
+                    world.say(f"\nstopped at step {run.step} of {c.steps} and saved; the same command goes on")
+                    return 0
+                if run.step == c.steps:
+                    break
+                stopping = run.take_step()
+        except FloatingPointError as error:
+            world.say(f"step {run.step}: diverged, {error}; {run.newest_saved()}; try a lower --lr than {c.lr}")
+            return 3
+        if world.rank == 0:
+            finish(run)
+    return 0
+
+
+class Run:
+    """A run in progress: its parts, the step it is at, and what happens there. It begins with the newest checkpoint in
+    its folder, or with --init-from, or with the seed. `stack` closes its files."""
+
+    def __init__(self, c: Config, world: parallel.World, loader, val, stop_signals: list, on_phase,
+                 stack: contextlib.ExitStack):
+        self.c, self.world, self.loader, self.val = c, world, loader, val
+        self.stop_signals, self.on_phase, self.folder = stop_signals, on_phase, Path(c.out)
+        self.step = 0                         # updates so far
+        self.skipped = 0                      # those of them whose gradients were not finite: no weight changed
+        self.saved = None                     # the step of the newest checkpoint
+        self.evaluation = None                # the newest: {"step": ..., "val_loss": ..., ...}
+        self.card, self.parent_card = {"wall_seconds": 0.0}, {}
+        self.checkpoints = data.Checkpoints(self.folder / "checkpoints", c.keep_checkpoints, group=world.host,
+                                            first=world.first)
+        reader, read_parent = find_checkpoint(c, self.checkpoints, loader), None
+        if reader is not None:
+            loader.load_state_dict(reader.meta["loader"])
+            self.step, self.card, self.evaluation = (reader.meta[name] for name in ("step", "card", "evaluation"))
+            self.saved, self.parent_card = self.step, reader.meta.get("parent_card", {})
+        if c.init_from and (reader is None or c.objective == "rl"):
+            read_parent, parent_card = open_parent(c, world)
+            if reader is not None and parent_card != self.parent_card:
+                raise BadInput(f"init_from must be as it was when the run in {c.out} began, {c.init_from} has changed")
+            self.parent_card = parent_card
+        self.model = Model(c, world, reader.read if reader else read_parent)
+        self.optimizer = make_optimizer(self.model, c)
+        self.scaler = precision.LossScaler(c.loss_scale) if c.precision == "fp16" and c.loss_scale else None
+        if reader is not None:
+            self.checkpoints.load(self.optimizer, reader)
+            if self.scaler:
+                self.scaler.load_state_dict(reader.meta["loss_scaler"])
+                self.skipped = reader.meta["loss_scaler"]["skipped"]
+        self.batches, self.prompts, self.pretraining_val = loader, None, None
+        if c.objective != "pretrain":
+            open_objective(self, read_parent)
+        self.metrics = None
+        if world.rank == 0:
+            self.write_identity()
+            is_evaluated = self.evaluation and self.evaluation["step"] == self.step
+            # lines up to the checkpoint's step; its evaluation only if the checkpoint holds it: else it is made again
+            self.metrics = stack.enter_context(data.open_metrics(
+                self.folder / "metrics.jsonl", lambda line: line["step"] < self.step or (
+                    line["step"] == self.step and (is_evaluated or "val_loss" not in line))))
+        self.bill = make_bill(c, world)
+        self.peak, self.peak_source = peak_flops(c, world.device)
+        self.first_step = world.step = self.step
+        self.began = time.perf_counter() - self.card["wall_seconds"]
+        self.step_seconds = []                     # of each step since a line was printed
+
+    def log(self, **entry):
+        """A line of metrics.jsonl, which has one per step and one per evaluation. What is not finite becomes null."""
+        if self.metrics:
+            entry = {name: x if math.isfinite(x) else None for name, x in entry.items()}
+            self.metrics.write(json.dumps(entry) + "\n")
+            self.metrics.flush()
+
+    def is_due(self, interval: int) -> bool:
+        return self.step == self.c.steps or self.step > 0 and interval > 0 and self.step % interval == 0
+
+    def is_last_before_decay(self) -> bool:                       # wsd: the next update is the first with a lower rate
+        c, to_go = self.c, self.c.steps - self.step
+        return (c.schedule == "wsd" and self.step > c.warmup_steps
+                and to_go < max(1.0, c.steps * c.decay_fraction) <= to_go + 1)
+
+    def say(self, line: str):
+        self.world.say(f"step {self.step:>{len(str(self.c.steps))}}/{self.c.steps}  {line}")
+
+    def newest_saved(self) -> str:
+        return f"the checkpoint of step {self.saved} is intact" if self.saved else "there was no checkpoint yet"
+
+    def evaluate(self):
+        """Evaluate, unless the checkpoint that was read holds this step's evaluation. Raises StopAsked."""
+        c, world = self.c, self.world
+        if not self.val.num_windows or self.evaluation and self.evaluation["step"] == self.step:
+            return
+        self.on_phase(self.step, "evaluate")
+        found = evaluate(self.model, self.val, c, world, self.stop_signals) if c.objective != "rl" else {}
+        if self.prompts:
+            reward = reward_of_answers(self.model, self.prompts, c, world)
+            if c.objective == "rl":                                  # Checkpoints keeps that of the smallest val_loss
+                if math.isnan(reward):
+                    raise BadInput(f"reward must say something of the prompts in {c.data}, {c.reward} does not")
+                found["val_loss"] = -reward
+            if not math.isnan(reward):
+                found["reward"] = reward
+        if self.pretraining_val:
+            as_text = dataclasses.replace(c, objective="pretrain", eval_windows=64)
+            found["text_loss"] = evaluate(self.model, self.pretraining_val, as_text, world)["val_loss"]
+        self.evaluation = {"step": self.step} | found
+        if not math.isfinite(found["val_loss"]):
+            raise FloatingPointError(f"validation loss {found['val_loss']}")
+        self.log(**self.evaluation)
+        formats = {"val_loss": "{:.4f} nats/token" if c.objective == "pretrain" else "loss {:.4f}",
+                   "val_bpb": "{:.4f} bits/byte", "val_margin": "margin {:.3f}",
+                   "val_accuracy": "{:.1%} of pairs right", "reward": "reward {:.3f}",
+                   "text_loss": "pre-training text {:.4f}"}
+        shown = [name for name in formats if name in found and (name, c.objective) != ("val_loss", "rl")]
+        self.say("validation " + ", ".join(formats[name].format(found[name]) for name in shown))
+
+    def save(self, stopping: bool):
+        """Write a checkpoint, unless this step has one. Refused: weights that are not finite (no later loss would
+        show it after the last update), and the end of a run whose replicas differ."""
+        if self.step == self.saved:
+            return
+        if self.step == self.c.steps == self.skipped:
+            raise FloatingPointError("every step was skipped, no weight has changed")
+        not_finite = sum((~p.detach().isfinite()).any().double() for p in self.model.parameters())
+        if self.world.sum(not_finite).item():
+            raise FloatingPointError("a weight is not finite")
+        if self.step == self.c.steps:
+            parallel.check_replicas(self.model.parameters(), self.world.host)
+        self.on_phase(self.step, "checkpoint")
+        self.card = make_card(self)
+        try:
+            self.checkpoints.save(self.step, self.optimizer, {
+                "step": self.step, "config": dataclasses.asdict(self.c), "loader": self.loader.state_dict(),
+                "card": self.card, "evaluation": self.evaluation, "keep": self.is_last_before_decay(),
+                "parent_card": self.parent_card, "tokenizer_sha256": self.loader.tokenizer.sha256,
+                "loss_scaler": self.scaler and self.scaler.state_dict() | {"skipped": self.skipped}})
+        except data.SaveError as error:
+            if self.step == self.c.steps or stopping:
+                raise
+            self.say(f"{error}; {self.newest_saved()}; the run goes on and tries again")
+            return
+        self.saved = self.step
+        if self.world.rank == 0 and not (self.folder / "config.json").exists():            # it was moved away meanwhile
+            self.write_identity()
+
+    def write_identity(self):
+        """The config and the tokenizer: a checkpoint cannot be used without them."""
+        data.write_atomic(self.folder / "config.json", json.dumps(dataclasses.asdict(self.c), indent=1))
+        self.loader.tokenizer.save(self.folder)
+
+    def take_step(self) -> bool:
+        """One update, logged -> whether any rank was asked to stop."""
+        c, world, scaler, start = self.c, self.world, self.scaler, time.perf_counter()
+        scale, lr, events = {"loss_scale": scaler.scale} if scaler else {}, lr_at(self.step, c), []
+        is_profiled = c.profile and self.step == self.first_step + 2
+        self.model.on_op = (lambda op, asked, began, ended: events.append((op, began, ended))) if is_profiled else None
+        self.step += 1
+        loss, norm, stopping, statistics = train_step(self.model, self.optimizer, self.batches, self.step - 1, c,
+                                                      world, self.stop_signals, self.on_phase, scaler)
+        world.step = self.step
+        self.step_seconds.append(time.perf_counter() - start)
+        if is_profiled:
+            timeline = parallel.executed_timeline(parallel.gather_objects(events, world.host))
+            if world.rank == 0:
+                data.write_atomic(self.folder / "trace.json", json.dumps(parallel.chrome_trace(timeline)))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            if not scaler:
+                raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
+            self.skipped += 1
+        self.log(step=self.step, loss=loss, grad_norm=norm, lr=lr,
+                 tokens_per_s=round(c.tokens_per_step / self.step_seconds[-1], 1), **scale, **statistics)
+        if self.step % c.log_interval == 0 or self.step == c.steps:
+            rate = c.tokens_per_step * len(self.step_seconds) / sum(self.step_seconds)
+            mfu = f"{rate * self.bill['flops_per_token'] / self.peak / world.size:5.1%}" if self.peak else "    -"
+            speed = f"{rate:9,.0f} tok/s  mfu {mfu}"
+            if c.objective == "rl":                                             # how long answers are, varies
+                speed = f"{rate / c.seq_len:7,.1f} answers/s"
+            self.say(f"loss {loss:7.4f}  lr {lr:.2e}  norm {norm:7.3f}  {speed}  {world.peak_memory() / 1e9:5.2f} GB  "
+                     f"eta {scaling.clock((c.steps - self.step) * c.tokens_per_step / rate)}"
+                     + (f"  scale {scale['loss_scale']:g}, {self.skipped} skipped" if scaler else "")
+                     + "".join(f"  {name} {value:.3f}" for name, value in statistics.items()))
+            self.step_seconds.clear()
+        return stopping
+
+
+# ---- after pre-training: the objectives ------------------------------------------------------------------------------
+#
+# model.py has their weights of tokens ("the same loss, other weights"). rl samples, so each of its ranks has the whole
+# model. Its baseline is the mean reward of a group of G answers to one prompt. The answer itself is among them, so the
+# expected gradient is smaller by the factor 1 - 1/G (before the advantage is divided by the group's spread).
+
+# objective -> the function of (batch, nll, config) that weighs tokens, and the names of its statistics
+OBJECTIVES = {
+    "dpo": (lambda batch, nll, c: net.preference(batch, nll, c.beta), ("accuracy", "margin")),
+    "rl": (lambda batch, nll, c: net.policy_gradient(batch, nll, c.kl_coef), ("reward", "kl"))}
+
+
+@torch.no_grad()
+def weigh_tokens(weigh, model: Model, batches, c: Config) -> list:
+    """Give each micro-batch its tokens' weights, from a pass without gradient -> its sums of the loss and the two
+    statistics; on the last pipeline stage, elsewhere []. weigh: of OBJECTIVES."""
+    sums = []
+    for batch, nll in zip(batches, model.run(batches), strict=True):
+        if nll is not None:
+            batch["weights"], sums_of_batch = weigh(batch, nll, c)
+            sums.append(sums_of_batch)
+    return sums
+
+
+def rewarded_answers(gpt, tokenizer, questions, c: Config, numbers, max_tokens: int) -> tuple:
+    """Sample an answer to each question, a pair (ids of the prompt, its row). Returns the prompts and the answers,
+    lists of ids, and the rewards (n,), float64: nan where the reward says nothing of the prompt."""
+    prompts, rows = zip(*questions, strict=True)
+    answers = sample_answers(gpt, tokenizer, prompts, c, numbers, max_tokens)
+    reward = data.find_reward(c.reward)
+    rewards = [data.call_reward(reward, row, tokenizer.decode(ids)) for row, ids in zip(rows, answers, strict=True)]
+    return prompts, answers, torch.tensor(rewards, dtype=torch.float64)
+
+
+def open_objective(run: Run, read_parent):
+    """What an objective also needs: held-out prompts to answer, and the text of pre-training, whose loss shows what is
+    forgotten. Also dpo's reference and rl's answers."""
+    c, world, tokenizer = run.c, run.world, run.loader.tokenizer
+    if every_rank_has_all_weights(c, world):
+        run.prompts = data.Examples(c.data, tokenizer, objective="rl", micro_batch_size=1, seq_len=c.seq_len,
+                                    split="val")
+    text = run.parent_card.get("text")
+    if text and world.first(lambda: Path(text, "manifest.json").exists()):
+        val = data.Loader(text, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
+        if val.num_windows and val.tokenizer.sha256 == tokenizer.sha256:
+            run.pretraining_val = val
+    if c.objective == "rl":
+        start = make_stage(c, world.device, read=read_parent)
+        run.batches = Rollouts(run.loader, run.model.chunks[0], start, c)
+    if c.objective == "dpo":
+        folder, loaders = run.folder / "reference", (run.loader, run.val)
+        if run.saved is None:                                  # the weights are those of the start: the run begins here
+            tables = {loader.split: answers_nll(run.model, loader, c, world) for loader in loaders}
+            world.first(lambda: data.write_tables(folder, tables))
+        reader = data.Reader(folder)
+        for loader in loaders:
+            loader.reference = reader.read(loader.split)
+
+
+class Rollouts:
+    """The loader of reinforcement learning: answers that the model samples as it is now, and what they are worth.
+
+    A batch is dict(tokens, targets, advantage, reward, count, reference). An answer depends on its prompt, the seed,
+    its number, the weights and answer_tokens alone. prompts: data.Examples. start: the starting model.
+    """
+
+    def __init__(self, prompts, gpt, start, c: Config):
+        self.prompts, self.gpt, self.start = prompts, gpt, start
+        self.c = dataclasses.replace(c, temperature=1.0, top_k=0, top_p=1.0)                        # the model itself
+
+    def __next__(self) -> dict:
+        c, loader = self.c, self.prompts
+        # the number of this rank's first answer: read before next(), which advances the position
+        first = (loader.position + loader.dp_rank * loader.micro_batch_size) * c.group_size
+        questions = [question for question in next(loader) for _ in range(c.group_size)]
+        prompts, answers, rewards = rewarded_answers(self.gpt, loader.tokenizer, questions, c,
+                                                     range(first, first + len(questions)), c.answer_tokens)
+        if rewards.isnan().any():
+            raise data.DataError(f"reward must say something of every prompt, {c.reward} does not")
+        # advantage = (reward - mean of its group) / spread of its group; in float64: equal rewards give 0
+        groups = rewards.view(-1, c.group_size)
+        advantage = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)
+        batch = data.rows_of(prompts, answers) | {"reward": rewards, "advantage": advantage.flatten(),
+                                                  "count": torch.tensor(len(rewards))}
+        batch["reference"] = net.nll_of(self.start, batch)
+        return batch
+
+
+def reward_of_answers(model: Model, prompts, c: Config, world: parallel.World) -> float:
+    """Mean reward of an answer to each of up to 64 held-out prompts, those for which the reward says something; nan if
+    there are none. Every rank must have the whole model."""
+    total = torch.zeros(2, dtype=torch.float64, device=world.device)
+    numbers = range(world.rank, min(64, prompts.num_windows), world.size)
+    if numbers:
+        rewards = rewarded_answers(model.chunks[0], prompts.tokenizer, prompts.batch(numbers), c, numbers,
+                                   c.answer_tokens if c.objective == "rl" else c.max_new_tokens)[2]
+        total += torch.stack([rewards.nansum(), (~rewards.isnan()).sum()]).to(world.device)
+    value, count = world.sum(total).tolist()
+    return value / count if count else math.nan
+
+
+@torch.no_grad()
+def answers_nll(model: Model, loader, c: Config, world: parallel.World) -> torch.Tensor:
+    """(windows, documents): for each window and document number, the sum of the answer's nll under the model as it is;
+    equal on every rank. DPO's reference."""
+    shape = loader.num_windows, loader.num_documents + 1
+    nll_by_document = torch.zeros(shape, dtype=torch.float64, device=world.device)
+    for batch, nll in forward_passes(model, loader, loader.num_windows, c, world):
+        window = batch["window"]                        # one that a rank reads again, without its targets, adds 0
+        nll_by_document[window] = nll_by_document[window].scatter_add(1, batch["documents"], nll.double())
+    return world.sum(nll_by_document).cpu()
+
+
+def every_rank_has_all_weights(c: Config, world: parallel.World) -> bool:
+    """Sampling needs that."""
+    return c.tp == c.pp == 1 and (c.zero < 3 or world.mesh.dp == 1)
+
+
+# ---- the lecture ends here -------------------------------------------------------------------------------------------
+#
+# What follows is for looking things up. Each section can be read alone.
 
 # ---- configs ---------------------------------------------------------------------------------------------------------
 
@@ -299,8 +914,6 @@ CONFIGS = {
     "7b": Config(config="7b", **LONG | {"global_batch_size": 1024}, vocab_size=32000, seq_len=4096, n_layer=32,
                  n_head=32, n_embd=4096, n_ff=11008, lr=1.2e-4, steps=32000, micro_batch_size=1, recompute="full"),
 }
-
-
 # What a later stage of training changes of a config. lr_share: of the config's learning rate.
 OBJECTIVE_DEFAULTS = {
     "sft": dict(optimizer="adamw", lr_share=0.2, steps=400, warmup_steps=20, global_batch_size=16, eval_interval=200,
@@ -312,291 +925,7 @@ OBJECTIVE_DEFAULTS = {
 }
 
 
-BadInput = scaling.BadInput                        # one line that names the flag, the rule and the value: exit code 2
-
-
-@contextlib.contextmanager
-def bad_input():
-    """While a run is built: a ValueError of another file is bad input too."""
-    try:
-        yield
-    except ValueError as error:
-        raise BadInput(str(error)) from error
-
-
-# ---- a step ----------------------------------------------------------------------------------------------------------
-
-def to_device(batch, c: Config, device):
-    """The batch on the device; without --document-mask it has no document ids, and attention sees the whole window."""
-    return {name: x.to(device, non_blocking=True) for name, x in batch.items()
-            if c.document_mask or name != "documents"}
-
-
-def train_step(model: "Model", optimizer, loader, step: int, c: Config, world: parallel.World, stop_signals=(),
-               on_phase=lambda step, phase: None, scaler: precision.LossScaler | None = None):
-    """One update -> (loss per target, pair or answer, gradient norm before clipping, whether any rank was asked to
-    stop, the objective's statistics). stop_signals: the signals that this rank has received.
-    If the loss or the norm is not finite, no weight changes, and the scaler's scale becomes smaller. Raises
-    FloatingPointError if the scale cannot become smaller, DataError for a batch without any target."""
-    on_phase(step, "data")
-    batches = [to_device(next(loader), c, world.device) for _ in range(c.grad_accum_steps(world.mesh.dp))]
-    # 1. N: how many targets the global batch has (dpo: pairs; rl: answers)
-    N = parallel.all_reduce(sum(b.get("count", (b["targets"] >= 0).sum()) for b in batches), world.mesh.dp_group)
-    on_phase(step, "forward_backward")
-    # in dpo and rl the tokens' weights w_t depend on the model: a pass without gradient sets them (weigh_tokens)
-    weigh, statistic_names = OBJECTIVES.get(c.objective, (None, ()))
-    sums = weigh_tokens(weigh, model, batches, c) if weigh else []
-    # 2. the gradient of scale sum_t w_t nll_t / N by the parameters; micro-batches add up
-    scale = scaler.scale if scaler else 1.0
-    loss_grad = scale / N.double()
-    if c.precision == "fp16":
-        # the head rounds the gradient of the logits to fp16 already in forward (model.py). What becomes 0 there, no
-        # later factor brings back. So scale / N is part of the tokens' weights, and backward starts from 1
-        for batch in batches:
-            batch["weights"] = loss_grad * batch.get("weights", torch.ones_like(batch["targets"], dtype=torch.float32))
-        loss_grad = torch.ones_like(loss_grad)
-    nlls = model.run(batches, loss_grad)
-    # 3. the sum over dp, and over other ranks that hold a part
-    on_phase(step, "reduce")
-    model.finish_gradient_synchronization()
-    parallel.reduce_partial_gradients(parameters_of(optimizer))
-    # 4. one all-reduce of: squared gradient norm (each piece counted once), ranks that were asked to stop, loss, the
-    # objective's statistics
-    total = torch.zeros(3 + len(statistic_names), dtype=torch.float64, device=world.device)
-    total[0] = parallel.squared_norm(p.grad for p in optimizer.owned)
-    total[1] = bool(stop_signals)
-    if model.counts_loss:
-        total[2:] = sum(sums or [nll.double().sum() for nll in nlls]) / N
-    sumsq, stop, loss, *statistics = world.sum(total).tolist()
-    grad_norm = math.sqrt(sumsq) / scale if math.isfinite(sumsq) else math.nan
-    if math.isnan(loss) and not N.item():
-        raise data.DataError(f"data must have a target in every batch, that of step {step + 1} has none; "
-                             f"--seq-len is {c.seq_len}")
-    found_inf = not (math.isfinite(loss) and math.isfinite(grad_norm))
-    # 5. skip the update if they are not finite; 6. else clip, unscale, update
-    if not found_inf:
-        on_phase(step, "update")
-        factor = (c.grad_clip / grad_norm if grad_norm > c.grad_clip > 0 else 1.0) / scale
-        if factor != 1.0:
-            torch._foreach_mul_([p.grad for p in parameters_of(optimizer)], factor)
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, c) * group["lr_ratio"]
-        optimizer.step()
-    optimizer.zero_grad()
-    if scaler:
-        scaler.update(found_inf)
-    return loss, grad_norm, stop > 0, dict(zip(statistic_names, statistics, strict=True))
-
-
-# ---- evaluate --------------------------------------------------------------------------------------------------------
-
-class StopAsked(Exception):
-    """A rank was asked to stop while the model was evaluated."""
-
-
-def windows_per_unit(c: Config) -> int:
-    """Windows that no micro-batch may part: a pair of answers, a group of answers."""
-    return {"dpo": 2, "rl": c.group_size}.get(c.objective, 1)
-
-
-def windows_evaluated(loader, c: Config) -> int:
-    """eval_windows, or all, rounded up to whole pairs or groups."""
-    unit = windows_per_unit(c)
-    return min(loader.num_windows, math.ceil((c.eval_windows or loader.num_windows) / unit) * unit)
-
-
-@torch.no_grad()
-def forward_passes(model: "Model", loader, windows: int, c: Config, world: parallel.World, stop_signals=()):
-    """Run the first `windows` windows of a split, in micro-batches, each rank its share. Yields (batch, nll) on ranks
-    that count the loss. Raises StopAsked on all ranks if one has received a signal."""
-    num_batches = math.ceil(windows / (world.mesh.dp * c.micro_batch_size))                     # equal on all ranks
-    window_starts = [(i * world.mesh.dp + world.mesh.dp_rank) * c.micro_batch_size for i in range(num_batches)]
-    for i in range(0, num_batches, 2 * c.pp):            # several at a time, so that all stages of a pipeline have work
-        if any(parallel.gather_objects(bool(stop_signals), world.host)):
-            raise StopAsked
-        batches = []
-        for start in window_starts[i:i + 2 * c.pp]:
-            batch = loader.batch(range(start % windows, min(start % windows + c.micro_batch_size, windows)))
-            # all ranks must run equally often: a rank with no windows left reads old ones, without their targets
-            if start >= windows:
-                batch["targets"].fill_(data.NO_TARGET)
-                batch["count"] = torch.tensor(0)
-            batches.append(to_device(batch, c, world.device))
-        nlls = model.run(batches)
-        if model.counts_loss:
-            yield from zip(batches, nlls, strict=True)
-
-
-def evaluate(model: "Model", loader, c: Config, world: parallel.World, stop_signals=()) -> dict:
-    """Validation loss in nats per target, and bits per byte of text, over the whole split or eval_windows of it. dpo:
-    the loss per pair, the share of pairs that the model ranks right, the mean margin. Raises StopAsked."""
-    token_bytes = torch.from_numpy(loader.tokenizer.token_bytes).to(world.device)
-    # sums of: targets, loss, bytes of their text, 0 (dpo: pairs, loss, pairs that are ranked right, margins)
-    total = torch.zeros(4, dtype=torch.float64, device=world.device)
-    for batch, nll in forward_passes(model, loader, windows_evaluated(loader, c), c, world, stop_signals):
-        if c.objective == "dpo":
-            total += torch.cat([batch["count"][None], net.preference(batch, nll, c.beta)[1]])
-        else:
-            is_target = batch["targets"] >= 0
-            text_bytes = token_bytes[batch["targets"].clamp(min=0)] * is_target
-            total[:3] += torch.stack([is_target.sum(), nll.double().sum(), text_bytes.sum()])
-    count, loss, *rest = world.sum(total).tolist()
-    if c.objective == "dpo":
-        return {"val_loss": loss / count, "val_accuracy": rest[0] / count, "val_margin": rest[1] / count}
-    # bpb = nats / ln 2 / bytes
-    return {"val_loss": loss / count, "val_bpb": loss / math.log(2) / rest[0], "val_targets": int(count)}
-
-
-# ---- build -----------------------------------------------------------------------------------------------------------
-
-def pipeline_schedule(c: Config, micro_batches: int) -> list:
-    """Each pipeline rank's operations of a step; with one stage, plain accumulation."""
-    kind = c.pp_schedule if c.pp > 1 else "1f1b"
-    return parallel.SCHEDULES[kind](c.pp, micro_batches, *[c.pp_chunks] * (kind == "interleaved"))
-
-
-def compiles(c: Config, device) -> bool:
-    return c.compile == "on" or c.compile == "auto" and device.type != "cpu" and not c.is_zero_bubble
-
-
-def make_stage(c: Config, device, mesh=None, stage: int = 0, read=None, dtype=None, sync=None) -> net.GPT:
-    """Build pipeline stage `stage` on the device; with one stage it is the model. It has this rank's part of a layer.
-
-    Weights come by name from keyed_init, or from read(name, box), a checkpoint's Reader.read. dtype: default c.dtype.
-    In a low precision the modules get its compute policy. No rank ever holds more than its part; at --zero 3 it holds
-    shards, and the FullyShard that gathers them is appended to `sync`.
-    """
-    dtype = dtype or c.dtype
-    low_dtype = dtype if dtype.itemsize == 2 else None
-    gpt = meta_stage(c, device, mesh, stage, low_dtype)
-    # rounded to dtype, then float32 again: float32 masters start from the same values in a sharded and a whole model
-    read = read or (lambda name, box: net.keyed_init(name, box, c.seed, c.model).to(dtype).float())
-    sharded = c.zero == 3 and sync is not None
-    if not sharded:
-        gpt = net.fill(gpt, read, device, dtype)
-    if low_dtype:
-        if c.precision == "fp8":
-            precision.fp8_products(gpt, group=mesh and mesh.tp_group)
-        compute_policy(c, device, low_dtype).applied(gpt)
-        for p in gpt.parameters():
-            p.grad_dtype = torch.float32                                            # gradients accumulate in float32
-    if sharded:
-        master_dtype = torch.float32 if low_dtype and c.master_weights else dtype           # the shards are the masters
-        sync.append(zero.FullyShard(gpt, mesh.dp_group, blocks=gpt.model.layers.values(), compute_dtype=low_dtype,
-                                    reduce_dtype=low_dtype and torch.float32,
-                                    init=lambda p: read(p.full_name, p.box).to(device, master_dtype)))
-    if compiles(c, device):
-        for block in gpt.model.layers.values():     # recomputation and zero.py's gathering stay outside, uncompiled
-            block.run = torch.compile(block.run)
-        if gpt.lm_head is not None and c.tp == 1:
-            gpt.lm_head.softmax = torch.compile(gpt.lm_head.softmax)
-    return gpt
-
-
-def meta_stage(c: Config, device, mesh, stage: int, low_dtype=None) -> net.GPT:
-    """A stage without numbers: torch's meta device has shapes alone. Attention is chosen, the width is split over tp,
-    the depth over pp. Raises ValueError for sizes that the mesh does not divide."""
-    backend = c.attention if device.type == "meta" else flash_attn.resolve_backend(c.attention, device)
-    if backend == "sdpa":                                 # prepare runs once per micro-batch, for all layers (model.py)
-        attention = net.sdpa_attention
-        prepare = lambda documents, dtype: net.document_mask(documents, low_dtype or dtype)
-    else:
-        attention = functools.partial(flash_attn.flash_attention, backend=backend)
-        prepare = lambda documents, _: flash_attn.document_limits(documents)
-    if low_dtype:
-        # RoPE may return q and k in float32: they are cast here, also where "selective" runs the core again in backward
-        attention = compute_policy(c, device, low_dtype).as_operation(attention)
-    with torch.device("meta"):
-        gpt = net.GPT(c.model, attention, recompute=c.recompute, prepare=prepare)
-    if mesh is not None and mesh.tp > 1:
-        parallel.tensor_parallel(gpt, mesh.tp_group, sequence_parallel=c.sequence_parallel)
-    if mesh is not None and mesh.pp > 1:
-        is_first, is_last = stage == 0, stage == c.stages - 1
-        own_layers = parallel.stage_layers(c.n_layer, stage, c.stages)
-        gpt.model.layers = torch.nn.ModuleDict({n: block for n, block in gpt.model.layers.items()
-                                                if int(n) in own_layers})
-        if c.tie_embeddings and (is_first or is_last):     # one weight in two stages: its gradient is the sum of two
-            gpt.lm_head.weight.sum_over = (*getattr(gpt.lm_head.weight, "sum_over", ()), mesh.ends_group)
-        if not is_first:
-            gpt.model.embed_tokens = gpt.model.embed_positions = None
-        if not is_last:
-            gpt.model.norm = gpt.lm_head = None
-    return gpt
-
-
-def compute_policy(c: Config, device, low_dtype) -> precision.ComputePolicy:
-    """On a CPU, low precision is emulated: F.linear gets float32 copies of its input and weight. Not with tp and zb,
-    which must see the tensors themselves (parallel.py: Regather, SplitLinears)."""
-    return precision.ComputePolicy(low_dtype, emulate=device.type == "cpu" and c.tp == 1 and c.pp_schedule != "zb")
-
-
-class Model(torch.nn.Module):
-    """This rank's part of the model: its stages (most often one), and `sync`, which sums their gradients over dp."""
-
-    def __init__(self, c: Config, world: parallel.World, read=None, dtype=None):
-        super().__init__()
-        self.c, self.mesh, self.world, dtype = c, world.mesh, world, dtype or c.dtype
-        self.hidden_dtype = torch.promote_types(dtype, torch.float32)
-        # what sums gradients over dp:
-        # - zero 0: DataParallel, below
-        # - zero 1, 2: the optimizer; make_optimizer calls sum_with
-        # - zero 3: each pipeline stage's FullyShard, which make_stage appends to `sync`
-        self.sync, self.no_sync = [], contextlib.nullcontext
-        self.chunks = torch.nn.ModuleList(make_stage(c, world.device, self.mesh, chunk * c.pp + self.mesh.pp_rank, read,
-                                                     dtype, self.sync) for chunk in range(c.stages // c.pp))
-        if c.zero == 0:
-            self.sum_with(parallel.DataParallel(self.chunks, self.mesh.dp_group))
-        self.counts_loss = self.mesh.pp_rank == c.pp - 1 and self.mesh.tp_rank == 0      # tp ranks have equal losses
-        self.on_op = None                                                   # run_schedule's clock
-
-    def sum_with(self, sync):
-        """`sync` sums the gradients over dp: a DataParallel, or at --zero 1 and 2 the optimizer."""
-        self.sync, self.no_sync = [sync], sync.no_sync
-
-    def finish_gradient_synchronization(self):
-        for sync in self.sync:
-            sync.finish_gradient_synchronization()
-
-    def run(self, batches, loss_grad=None) -> list:
-        """Micro-batches through this rank's pipeline stages. loss_grad None: forward only. Else backward too, from
-        loss_grad = d objective / d loss, the same for every micro-batch. Returns a list: nll (B, T) of each
-        micro-batch on the last stage, None on the others."""
-        c, m = self.c, len(batches)
-        used_keys = {"tokens", "targets", "weights", "documents"}
-        batches = [{key: x for key, x in batch.items() if key in used_keys} for batch in batches]
-        order = parallel.forward_only(c.pp, m, len(self.chunks)) if loss_grad is None else pipeline_schedule(c, m)
-
-        def hidden_like(batch):
-            B, T = batch["tokens"].shape
-            T_local = T // (c.tp if c.sequence_parallel else 1)
-            return torch.empty(B, T_local, c.n_embd, dtype=self.hidden_dtype, device=self.world.device)
-
-        return parallel.run_schedule(order, self.chunks, batches, self.mesh.pp_groups, seed=loss_grad,
-                                     hidden_like=hidden_like, no_sync=self.no_sync, on_op=self.on_op, timeout=c.timeout)
-
-
-def make_optimizer(model: Model, c: Config):
-    """The update rule on what this rank updates. optimizer.owned: the pieces that this rank counts and saves; of
-    replicas, the lowest rank's."""
-    groups, rule = decay_groups(model, c), update_rule(c, model.world.group, fused=True)
-    if c.dtype.itemsize == 2:
-        rule = functools.partial(precision.MasterWeights, optimizer_cls=rule, keep=c.master_weights)
-    if c.zero in (1, 2):
-        optimizer = zero.ShardedOptimizer(groups, rule, group=model.mesh.dp_group, stage=c.zero,
-                                          order=model.parameters())
-        model.sum_with(optimizer)
-    else:
-        optimizer = rule(groups)
-    optimizer.owned = parallel.owned(parameters_of(optimizer), model.world.host)
-    return optimizer
-
-
-def parameters_of(optimizer) -> list:
-    """All that this rank updates. (optimizer.owned leaves out copies that a lower rank counts.)"""
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-# ---- the run ---------------------------------------------------------------------------------------------------------
+# ---- where a run begins: folders, checkpoints, data ------------------------------------------------------------------
 
 def lock_folder(c: Config, stack: contextlib.ExitStack):
     """Only one process may use out/RUN, until `stack` is closed. A run that was refused leaves no empty folder."""
@@ -615,6 +944,71 @@ def lock_folder(c: Config, stack: contextlib.ExitStack):
             checkpoints.rmdir()
             lock.unlink()
             Path(c.out).rmdir()
+
+
+def find_checkpoint(c: Config, checkpoints: data.Checkpoints, loader) -> data.Reader | None:
+    """The newest checkpoint that this run can go on with; None if there is none at all. Raises BadInput."""
+    steps_before = 0
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):                              # absent, or edited
+        steps_before = int(json.loads(Path(c.out, "config.json").read_text())["steps"])
+    # a wsd run may go back to an older checkpoint to become longer, but not to become shorter than it was
+    reader = checkpoints.newest(lambda meta: c.steps >= steps_before and not refusal(c, meta, loader))
+    if reader is not None and (line := refusal(c, reader.meta, loader)):
+        raise BadInput(line)
+    return reader
+
+
+def refusal(c: Config, meta: dict, loader) -> str:
+    """Why a run with config c cannot go on from the checkpoint of this meta; "" if it can. Each field that affects
+    training must be as it was (a newer field: at its default), and the text the same. But a wsd run may become longer,
+    from a checkpoint that was made before its decay: all updates so far are then those of the longer run."""
+    if c.resume == "never":
+        return f"resume must be auto to go on with the run in {c.out}, got never; name another --out"
+    before, newest_update = saved_config(meta["config"]), max(0, meta["step"] - 1)
+    longer = (c.schedule == "wsd" and c.steps > before.steps
+              and lr_at(newest_update, c) == lr_at(newest_update, before))
+    for f in fields(Config):
+        ours, theirs = getattr(c, f.name), getattr(before, f.name)
+        if f.metadata["affects_training"] and ours != theirs and not (f.name == "steps" and longer):
+            hint = ", or make a --schedule wsd longer before its decay" if f.name == "steps" else ""
+            return (f"{f.name} must be {theirs} to go on with the run in {c.out}, got {ours}; name another --out for a "
+                    f"new run{hint}")
+    if loader.state_dict()["fingerprint"] != meta["loader"]["fingerprint"]:
+        return (f"data must be the text that the run in {c.out} began with, {c.data} is another or has changed; "
+                "name another --out")
+    return ""
+
+
+def open_data(c: Config, world: parallel.World):
+    """Loaders of both splits: of a prepared folder, of text that rank 0 prepares first, or, after pre-training, of
+    conversations, pairs or prompts. A model that comes from elsewhere brings its tokenizer along."""
+    tokenizer = (data.load_tokenizer(parent_folder(c.init_from, c.out)) if c.init_from else
+                 data.find_tokenizer(c.tokenizer) if c.tokenizer else None)
+
+    def prepare():
+        if not Path(c.data, "manifest.json").exists():
+            print(f"data       preparing {c.data}", flush=True)
+        return data.prepare_all(c.data, tokenizer, vocab_size=c.vocab_size, text_field=c.text_field,
+                                log=lambda line: print("           " + line, flush=True))
+
+    shape = dict(micro_batch_size=c.micro_batch_size, seq_len=c.seq_len)
+    ranks = dict(seed=c.seed, dp_rank=world.mesh.dp_rank, dp_size=world.mesh.dp)
+    if c.objective == "pretrain":
+        parts = world.first(prepare)
+        loader = data.open_loader(parts, **shape, **ranks, prefetch=world.device.type == "cuda")
+        val = data.open_loader(parts, **shape, split="val")
+    else:
+        data.find_reward(c.reward)                                       # raises now, not after hours, if there is none
+        if c.objective == "rl":
+            shape["micro_batch_size"] //= c.group_size                                                       # prompts
+        examples = functools.partial(data.Examples, c.data, tokenizer, objective=c.objective, **shape)
+        loader, val = examples(**ranks), examples(split="val")
+    if loader.tokenizer.vocab_size > c.vocab_size:
+        raise BadInput(f"vocab_size must be at least the {loader.tokenizer.vocab_size} of {loader.path}, got "
+                       f"{c.vocab_size}")
+    if tokenizer and loader.tokenizer.sha256 != tokenizer.sha256:
+        raise BadInput(f"data must be prepared with the tokenizer of {c.init_from or c.tokenizer}, {c.data} is not")
+    return loader, val
 
 
 @functools.cache
@@ -676,59 +1070,6 @@ def newest_reader(folder: str, flag: str, first=lambda work: work()) -> data.Rea
     return data.Reader(first(find))
 
 
-def refusal(c: Config, meta: dict, loader) -> str:
-    """Why a run with config c cannot go on from the checkpoint of this meta; "" if it can. Each field that affects
-    training must be as it was (a newer field: at its default), and the text the same. But a wsd run may become longer,
-    from a checkpoint that was made before its decay: all updates so far are then those of the longer run."""
-    if c.resume == "never":
-        return f"resume must be auto to go on with the run in {c.out}, got never; name another --out"
-    before, newest_update = saved_config(meta["config"]), max(0, meta["step"] - 1)
-    longer = (c.schedule == "wsd" and c.steps > before.steps
-              and lr_at(newest_update, c) == lr_at(newest_update, before))
-    for f in fields(Config):
-        ours, theirs = getattr(c, f.name), getattr(before, f.name)
-        if f.metadata["affects_training"] and ours != theirs and not (f.name == "steps" and longer):
-            hint = ", or make a --schedule wsd longer before its decay" if f.name == "steps" else ""
-            return (f"{f.name} must be {theirs} to go on with the run in {c.out}, got {ours}; name another --out for a "
-                    f"new run{hint}")
-    if loader.state_dict()["fingerprint"] != meta["loader"]["fingerprint"]:
-        return (f"data must be the text that the run in {c.out} began with, {c.data} is another or has changed; "
-                "name another --out")
-    return ""
-
-
-def open_data(c: Config, world: parallel.World):
-    """Loaders of both splits: of a prepared folder, of text that rank 0 prepares first, or, after pre-training, of
-    conversations, pairs or prompts. A model that comes from elsewhere brings its tokenizer along."""
-    tokenizer = (data.load_tokenizer(parent_folder(c.init_from, c.out)) if c.init_from else
-                 data.find_tokenizer(c.tokenizer) if c.tokenizer else None)
-
-    def prepare():
-        if not Path(c.data, "manifest.json").exists():
-            print(f"data       preparing {c.data}", flush=True)
-        return data.prepare_all(c.data, tokenizer, vocab_size=c.vocab_size, text_field=c.text_field,
-                                log=lambda line: print("           " + line, flush=True))
-
-    shape = dict(micro_batch_size=c.micro_batch_size, seq_len=c.seq_len)
-    ranks = dict(seed=c.seed, dp_rank=world.mesh.dp_rank, dp_size=world.mesh.dp)
-    if c.objective == "pretrain":
-        parts = world.first(prepare)
-        loader = data.open_loader(parts, **shape, **ranks, prefetch=world.device.type == "cuda")
-        val = data.open_loader(parts, **shape, split="val")
-    else:
-        data.find_reward(c.reward)                                       # raises now, not after hours, if there is none
-        if c.objective == "rl":
-            shape["micro_batch_size"] //= c.group_size                                                       # prompts
-        examples = functools.partial(data.Examples, c.data, tokenizer, objective=c.objective, **shape)
-        loader, val = examples(**ranks), examples(split="val")
-    if loader.tokenizer.vocab_size > c.vocab_size:
-        raise BadInput(f"vocab_size must be at least the {loader.tokenizer.vocab_size} of {loader.path}, got "
-                       f"{c.vocab_size}")
-    if tokenizer and loader.tokenizer.sha256 != tokenizer.sha256:
-        raise BadInput(f"data must be prepared with the tokenizer of {c.init_from or c.tokenizer}, {c.data} is not")
-    return loader, val
-
-
 def catch_stop_signals(stack: contextlib.ExitStack) -> list:
     """A list that Ctrl-C, SIGTERM and SIGHUP fill. The step in progress is finished and saved, then the run ends. A
     second Ctrl-C interrupts at once. (Ranks of --nproc get SIGINT for both. SIGTERM is how their agent ends them.)"""
@@ -743,244 +1084,7 @@ def catch_stop_signals(stack: contextlib.ExitStack) -> list:
     return received
 
 
-def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -> int:
-    """Train, or go on training, to c.steps -> exit code. c: after resolve(). on_phase(step, phase) is called as a step
-    proceeds: "data", "forward_backward", "reduce", "update", "evaluate", "checkpoint"."""
-    started, stopping = time.perf_counter(), False
-    with contextlib.ExitStack() as stack:
-        with bad_input():
-            loader, val = open_data(c, world)
-            if world.host is not None:
-                parallel.set_timeout(world.host, c.timeout)           # from here on no rank works for hours alone
-            world.first(lambda: lock_folder(c, stack))
-            run = Run(c, world, loader, val, catch_stop_signals(stack), on_phase, stack)
-        world.say(announcement(run, time.perf_counter() - started))
-        try:
-            while True:
-                if run.is_due(c.eval_interval) or run.step == 0 and c.objective != "pretrain":
-                    try:
-                        run.evaluate()
-                    except StopAsked:                                 # the same command will evaluate this step first
-                        stopping = True
-                if run.is_due(c.checkpoint_interval) or run.is_last_before_decay() or stopping:
-                    run.save(stopping)
-                if stopping:
-                    world.say(f"\nstopped at step {run.step} of {c.steps} and saved; the same command goes on")
-                    return 0
-                if run.step == c.steps:
-                    break
-                stopping = run.take_step()
-        except FloatingPointError as error:
-            world.say(f"step {run.step}: diverged, {error}; {run.newest_saved()}; try a lower --lr than {c.lr}")
-            return 3
-        if world.rank == 0:
-            finish(run)
-    return 0
-
-
-class Run:
-    """A run in progress: its parts, the step it is at, and what happens there. It begins with the newest checkpoint in
-    its folder, or with --init-from, or with the seed. `stack` closes its files."""
-
-    def __init__(self, c: Config, world: parallel.World, loader, val, stop_signals: list, on_phase,
-                 stack: contextlib.ExitStack):
-        self.c, self.world, self.loader, self.val = c, world, loader, val
-        self.stop_signals, self.on_phase, self.folder = stop_signals, on_phase, Path(c.out)
-        self.step = 0                         # updates so far
-        self.skipped = 0                      # those of them whose gradients were not finite: no weight changed
-        self.saved = None                     # the step of the newest checkpoint
-        self.evaluation = None                # the newest: {"step": ..., "val_loss": ..., ...}
-        self.card, self.parent_card = {"wall_seconds": 0.0}, {}
-        self.checkpoints = data.Checkpoints(self.folder / "checkpoints", c.keep_checkpoints, group=world.host,
-                                            first=world.first)
-        reader, read_parent = self.find_checkpoint(), None
-        if reader is not None:
-            loader.load_state_dict(reader.meta["loader"])
-            self.step, self.card, self.evaluation = (reader.meta[name] for name in ("step", "card", "evaluation"))
-            self.saved, self.parent_card = self.step, reader.meta.get("parent_card", {})
-        if c.init_from and (reader is None or c.objective == "rl"):
-            read_parent, parent_card = open_parent(c, world)
-            if reader is not None and parent_card != self.parent_card:
-                raise BadInput(f"init_from must be as it was when the run in {c.out} began, {c.init_from} has changed")
-            self.parent_card = parent_card
-        self.model = Model(c, world, reader.read if reader else read_parent)
-        self.optimizer = make_optimizer(self.model, c)
-        self.scaler = precision.LossScaler(c.loss_scale) if c.precision == "fp16" and c.loss_scale else None
-        if reader is not None:
-            self.checkpoints.load(self.optimizer, reader)
-            if self.scaler:
-                self.scaler.load_state_dict(reader.meta["loss_scaler"])
-                self.skipped = reader.meta["loss_scaler"]["skipped"]
-        self.batches, self.prompts, self.pretraining_val = loader, None, None
-        if c.objective != "pretrain":
-            self.open_objective(read_parent)
-        self.metrics = None
-        if world.rank == 0:
-            self.write_identity()
-            is_evaluated = self.evaluation and self.evaluation["step"] == self.step
-            # lines up to the checkpoint's step; its evaluation only if the checkpoint holds it: else it is made again
-            self.metrics = stack.enter_context(data.open_metrics(
-                self.folder / "metrics.jsonl", lambda line: line["step"] < self.step or (
-                    line["step"] == self.step and (is_evaluated or "val_loss" not in line))))
-        self.bill = make_bill(c, world)
-        self.peak, self.peak_source = peak_flops(c, world.device)
-        self.first_step = world.step = self.step
-        self.began = time.perf_counter() - self.card["wall_seconds"]
-        self.step_seconds = []                     # of each step since a line was printed
-
-    def find_checkpoint(self) -> data.Reader | None:
-        """The newest checkpoint that this run can go on with; None if there is none at all. Raises BadInput."""
-        c, steps_before = self.c, 0
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):                          # absent, or edited
-            steps_before = int(json.loads((self.folder / "config.json").read_text())["steps"])
-        # a wsd run may go back to an older checkpoint to become longer, but not to become shorter than it was
-        reader = self.checkpoints.newest(lambda meta: c.steps >= steps_before and not refusal(c, meta, self.loader))
-        if reader is not None and (line := refusal(c, reader.meta, self.loader)):
-            raise BadInput(line)
-        return reader
-
-    def open_objective(self, read_parent):
-        """What an objective after pre-training also needs: held-out prompts to answer, and the text of pre-training,
-        whose loss shows what is forgotten. Also dpo's reference and rl's answers."""
-        c, tokenizer = self.c, self.loader.tokenizer
-        if every_rank_has_all_weights(c, self.world):
-            self.prompts = data.Examples(c.data, tokenizer, objective="rl", micro_batch_size=1, seq_len=c.seq_len,
-                                         split="val")
-        text = self.parent_card.get("text")
-        if text and self.world.first(lambda: Path(text, "manifest.json").exists()):
-            val = data.Loader(text, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
-            if val.num_windows and val.tokenizer.sha256 == tokenizer.sha256:
-                self.pretraining_val = val
-        if c.objective == "rl":
-            start = make_stage(c, self.world.device, read=read_parent)
-            self.batches = Rollouts(self.loader, self.model.chunks[0], start, c)
-        if c.objective == "dpo":
-            folder, loaders = self.folder / "reference", (self.loader, self.val)
-            if self.saved is None:                             # the weights are those of the start: the run begins here
-                tables = {loader.split: answers_nll(self.model, loader, c, self.world) for loader in loaders}
-                self.world.first(lambda: data.write_tables(folder, tables))
-            reader = data.Reader(folder)
-            for loader in loaders:
-                loader.reference = reader.read(loader.split)
-
-    def log(self, **entry):
-        """A line of metrics.jsonl, which has one per step and one per evaluation. What is not finite becomes null."""
-        if self.metrics:
-            entry = {name: x if math.isfinite(x) else None for name, x in entry.items()}
-            self.metrics.write(json.dumps(entry) + "\n")
-            self.metrics.flush()
-
-    def is_due(self, interval: int) -> bool:
-        return self.step == self.c.steps or self.step > 0 and interval > 0 and self.step % interval == 0
-
-    def is_last_before_decay(self) -> bool:                       # wsd: the next update is the first with a lower rate
-        c, to_go = self.c, self.c.steps - self.step
-        return (c.schedule == "wsd" and self.step > c.warmup_steps
-                and to_go < max(1.0, c.steps * c.decay_fraction) <= to_go + 1)
-
-    def say(self, line: str):
-        self.world.say(f"step {self.step:>{len(str(self.c.steps))}}/{self.c.steps}  {line}")
-
-    def newest_saved(self) -> str:
-        return f"the checkpoint of step {self.saved} is intact" if self.saved else "there was no checkpoint yet"
-
-    def evaluate(self):
-        """Evaluate, unless the checkpoint that was read holds this step's evaluation. Raises StopAsked."""
-        c, world = self.c, self.world
-        if not self.val.num_windows or self.evaluation and self.evaluation["step"] == self.step:
-            return
-        self.on_phase(self.step, "evaluate")
-        found = evaluate(self.model, self.val, c, world, self.stop_signals) if c.objective != "rl" else {}
-        if self.prompts:
-            reward = reward_of_answers(self.model, self.prompts, c, world)
-            if c.objective == "rl":                                  # Checkpoints keeps that of the smallest val_loss
-                if math.isnan(reward):
-                    raise BadInput(f"reward must say something of the prompts in {c.data}, {c.reward} does not")
-                found["val_loss"] = -reward
-            if not math.isnan(reward):
-                found["reward"] = reward
-        if self.pretraining_val:
-            as_text = dataclasses.replace(c, objective="pretrain", eval_windows=64)
-            found["text_loss"] = evaluate(self.model, self.pretraining_val, as_text, world)["val_loss"]
-        self.evaluation = {"step": self.step} | found
-        if not math.isfinite(found["val_loss"]):
-            raise FloatingPointError(f"validation loss {found['val_loss']}")
-        self.log(**self.evaluation)
-        formats = {"val_loss": "{:.4f} nats/token" if c.objective == "pretrain" else "loss {:.4f}",
-                   "val_bpb": "{:.4f} bits/byte", "val_margin": "margin {:.3f}",
-                   "val_accuracy": "{:.1%} of pairs right", "reward": "reward {:.3f}",
-                   "text_loss": "pre-training text {:.4f}"}
-        shown = [name for name in formats if name in found and (name, c.objective) != ("val_loss", "rl")]
-        self.say("validation " + ", ".join(formats[name].format(found[name]) for name in shown))
-
-    def save(self, stopping: bool):
-        """Write a checkpoint, unless this step has one. Refused: weights that are not finite (no later loss would
-        show it after the last update), and the end of a run whose replicas differ."""
-        if self.step == self.saved:
-            return
-        if self.step == self.c.steps == self.skipped:
-            raise FloatingPointError("every step was skipped, no weight has changed")
-        not_finite = sum((~p.detach().isfinite()).any().double() for p in self.model.parameters())
-        if self.world.sum(not_finite).item():
-            raise FloatingPointError("a weight is not finite")
-        if self.step == self.c.steps:
-            parallel.check_replicas(self.model.parameters(), self.world.host)
-        self.on_phase(self.step, "checkpoint")
-        self.card = make_card(self)
-        try:
-            self.checkpoints.save(self.step, self.optimizer, {
-                "step": self.step, "config": dataclasses.asdict(self.c), "loader": self.loader.state_dict(),
-                "card": self.card, "evaluation": self.evaluation, "keep": self.is_last_before_decay(),
-                "parent_card": self.parent_card, "tokenizer_sha256": self.loader.tokenizer.sha256,
-                "loss_scaler": self.scaler and self.scaler.state_dict() | {"skipped": self.skipped}})
-        except data.SaveError as error:
-            if self.step == self.c.steps or stopping:
-                raise
-            self.say(f"{error}; {self.newest_saved()}; the run goes on and tries again")
-            return
-        self.saved = self.step
-        if self.world.rank == 0 and not (self.folder / "config.json").exists():            # it was moved away meanwhile
-            self.write_identity()
-
-    def write_identity(self):
-        """The config and the tokenizer: a checkpoint cannot be used without them."""
-        data.write_atomic(self.folder / "config.json", json.dumps(dataclasses.asdict(self.c), indent=1))
-        self.loader.tokenizer.save(self.folder)
-
-    def take_step(self) -> bool:
-        """One update, logged -> whether any rank was asked to stop."""
-        c, world, scaler, start = self.c, self.world, self.scaler, time.perf_counter()
-        scale, lr, events = {"loss_scale": scaler.scale} if scaler else {}, lr_at(self.step, c), []
-        is_profiled = c.profile and self.step == self.first_step + 2
-        self.model.on_op = (lambda op, asked, began, ended: events.append((op, began, ended))) if is_profiled else None
-        self.step += 1
-        loss, norm, stopping, statistics = train_step(self.model, self.optimizer, self.batches, self.step - 1, c,
-                                                      world, self.stop_signals, self.on_phase, scaler)
-        world.step = self.step
-        self.step_seconds.append(time.perf_counter() - start)
-        if is_profiled:
-            timeline = parallel.executed_timeline(parallel.gather_objects(events, world.host))
-            if world.rank == 0:
-                data.write_atomic(self.folder / "trace.json", json.dumps(parallel.chrome_trace(timeline)))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            if not scaler:
-                raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
-            self.skipped += 1
-        self.log(step=self.step, loss=loss, grad_norm=norm, lr=lr,
-                 tokens_per_s=round(c.tokens_per_step / self.step_seconds[-1], 1), **scale, **statistics)
-        if self.step % c.log_interval == 0 or self.step == c.steps:
-            rate = c.tokens_per_step * len(self.step_seconds) / sum(self.step_seconds)
-            mfu = f"{rate * self.bill['flops_per_token'] / self.peak / world.size:5.1%}" if self.peak else "    -"
-            speed = f"{rate:9,.0f} tok/s  mfu {mfu}"
-            if c.objective == "rl":                                             # how long answers are, varies
-                speed = f"{rate / c.seq_len:7,.1f} answers/s"
-            self.say(f"loss {loss:7.4f}  lr {lr:.2e}  norm {norm:7.3f}  {speed}  {world.peak_memory() / 1e9:5.2f} GB  "
-                     f"eta {scaling.clock((c.steps - self.step) * c.tokens_per_step / rate)}"
-                     + (f"  scale {scale['loss_scale']:g}, {self.skipped} skipped" if scaler else "")
-                     + "".join(f"  {name} {value:.3f}" for name, value in statistics.items()))
-            self.step_seconds.clear()
-        return stopping
-
+# ---- what a run says of itself ---------------------------------------------------------------------------------------
 
 def make_card(run: Run) -> dict:
     """What the model is made of. Every checkpoint has this card. At the end it is written to card.md."""
@@ -1066,99 +1170,6 @@ def finish(run: Run):
     print(f"\nwall time  {scaling.clock(facts['wall_seconds'])} of training\ncard       {run.folder / 'card.md'}\n"
           f"checkpoint {run.checkpoints.folder / f'step-{c.steps:08d}'}\n"
           f"try it     python train.py --out {c.out} {flag}")
-
-
-# ---- after pre-training: the objectives ------------------------------------------------------------------------------
-#
-# model.py has their weights of tokens ("the same loss, other weights"). rl samples, so each of its ranks has the whole
-# model. Its baseline is the mean reward of a group of G answers to one prompt. The answer itself is among them, so the
-# expected gradient is smaller by the factor 1 - 1/G (before the advantage is divided by the group's spread).
-
-# objective -> the function of (batch, nll, config) that weighs tokens, and the names of its statistics
-OBJECTIVES = {
-    "dpo": (lambda batch, nll, c: net.preference(batch, nll, c.beta), ("accuracy", "margin")),
-    "rl": (lambda batch, nll, c: net.policy_gradient(batch, nll, c.kl_coef), ("reward", "kl"))}
-
-
-@torch.no_grad()
-def weigh_tokens(weigh, model: "Model", batches, c: Config) -> list:
-    """Give each micro-batch its tokens' weights, from a pass without gradient -> its sums of the loss and the two
-    statistics; on the last pipeline stage, elsewhere []. weigh: of OBJECTIVES."""
-    sums = []
-    for batch, nll in zip(batches, model.run(batches), strict=True):
-        if nll is not None:
-            batch["weights"], sums_of_batch = weigh(batch, nll, c)
-            sums.append(sums_of_batch)
-    return sums
-
-
-def every_rank_has_all_weights(c: Config, world: parallel.World) -> bool:
-    """Sampling needs that."""
-    return c.tp == c.pp == 1 and (c.zero < 3 or world.mesh.dp == 1)
-
-
-def rewarded_answers(gpt, tokenizer, questions, c: Config, numbers, max_tokens: int) -> tuple:
-    """Sample an answer to each question, a pair (ids of the prompt, its row). Returns the prompts and the answers,
-    lists of ids, and the rewards (n,), float64: nan where the reward says nothing of the prompt."""
-    prompts, rows = zip(*questions, strict=True)
-    answers = sample_answers(gpt, tokenizer, prompts, c, numbers, max_tokens)
-    reward = data.find_reward(c.reward)
-    rewards = [data.call_reward(reward, row, tokenizer.decode(ids)) for row, ids in zip(rows, answers, strict=True)]
-    return prompts, answers, torch.tensor(rewards, dtype=torch.float64)
-
-
-class Rollouts:
-    """The loader of reinforcement learning: answers that the model samples as it is now, and what they are worth.
-
-    A batch is dict(tokens, targets, advantage, reward, count, reference). An answer depends on its prompt, the seed,
-    its number, the weights and answer_tokens alone. prompts: data.Examples. start: the starting model.
-    """
-
-    def __init__(self, prompts, gpt, start, c: Config):
-        self.prompts, self.gpt, self.start = prompts, gpt, start
-        self.c = dataclasses.replace(c, temperature=1.0, top_k=0, top_p=1.0)                        # the model itself
-
-    def __next__(self) -> dict:
-        c, loader = self.c, self.prompts
-        # the number of this rank's first answer: read before next(), which advances the position
-        first = (loader.position + loader.dp_rank * loader.micro_batch_size) * c.group_size
-        questions = [question for question in next(loader) for _ in range(c.group_size)]
-        prompts, answers, rewards = rewarded_answers(self.gpt, loader.tokenizer, questions, c,
-                                                     range(first, first + len(questions)), c.answer_tokens)
-        if rewards.isnan().any():
-            raise data.DataError(f"reward must say something of every prompt, {c.reward} does not")
-        # advantage = (reward - mean of its group) / spread of its group; in float64: equal rewards give 0
-        groups = rewards.view(-1, c.group_size)
-        advantage = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)
-        batch = data.rows_of(prompts, answers) | {"reward": rewards, "advantage": advantage.flatten(),
-                                                  "count": torch.tensor(len(rewards))}
-        batch["reference"] = net.nll_of(self.start, batch)
-        return batch
-
-
-def reward_of_answers(model: "Model", prompts, c: Config, world: parallel.World) -> float:
-    """Mean reward of an answer to each of up to 64 held-out prompts, those for which the reward says something; nan if
-    there are none. Every rank must have the whole model."""
-    total = torch.zeros(2, dtype=torch.float64, device=world.device)
-    numbers = range(world.rank, min(64, prompts.num_windows), world.size)
-    if numbers:
-        rewards = rewarded_answers(model.chunks[0], prompts.tokenizer, prompts.batch(numbers), c, numbers,
-                                   c.answer_tokens if c.objective == "rl" else c.max_new_tokens)[2]
-        total += torch.stack([rewards.nansum(), (~rewards.isnan()).sum()]).to(world.device)
-    value, count = world.sum(total).tolist()
-    return value / count if count else math.nan
-
-
-@torch.no_grad()
-def answers_nll(model: "Model", loader, c: Config, world: parallel.World) -> torch.Tensor:
-    """(windows, documents): for each window and document number, the sum of the answer's nll under the model as it is;
-    equal on every rank. DPO's reference."""
-    shape = loader.num_windows, loader.num_documents + 1
-    nll_by_document = torch.zeros(shape, dtype=torch.float64, device=world.device)
-    for batch, nll in forward_passes(model, loader, loader.num_windows, c, world):
-        window = batch["window"]                        # one that a rank reads again, without its targets, adds 0
-        nll_by_document[window] = nll_by_document[window].scatter_add(1, batch["documents"], nll.double())
-    return world.sum(nll_by_document).cpu()
 
 
 # ---- the bill --------------------------------------------------------------------------------------------------------
@@ -1430,15 +1441,16 @@ class Parser(argparse.ArgumentParser):
 def parse_config(argv) -> Config:
     """Command line -> Config, checked, with the model's derived fields filled in. What no flag gives is the model's
     that --init-from names, else the stage's (OBJECTIVE_DEFAULTS), else the named config's. Raises BadInput."""
+    types = typing.get_type_hints(Config)
     parser = Parser(prog="train.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
                     description="\n\n".join(__doc__.split("\n\n")[:2]), argument_default=argparse.SUPPRESS)
     for f in fields(Config):
         choices = f.metadata["choices"]
         settings = {"help": f"{f.metadata['help']} [{getattr(CONFIGS['tiny'], f.name)}]".replace("%", "%%")}
-        if f.type is bool:
+        if types[f.name] is bool:
             settings["action"] = argparse.BooleanOptionalAction
         else:
-            parse = f.type if isinstance(f.type, type) else str                                            # str | None
+            parse = types[f.name] if isinstance(types[f.name], type) else str                              # str | None
             settings |= {"type": parse, "choices": choices, "metavar": None if choices else parse.__name__.upper()}
         parser.add_argument(flag_of(f.name), **settings)
     namespace, unknown = parser.parse_known_args(argv)
@@ -1470,7 +1482,7 @@ def derive(c: Config) -> Config:
     is checked when the run is built: by parallel.py's Mesh, tensor_parallel and schedules."""
     for f in fields(Config):
         value = getattr(c, f.name)
-        if f.type in (int, float):
+        if isinstance(f.default, (int, float)):
             if not math.isfinite(value):
                 raise BadInput(f"{f.name} must be a finite number, got {value}")
             for rule, bound in f.metadata["bounds"].items():
