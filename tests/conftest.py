@@ -8,6 +8,8 @@ does not answer in time fails the test, and nobody is left behind.
 
 import argparse
 import atexit
+import contextlib
+import io
 import json
 import math
 import multiprocessing as mp
@@ -68,6 +70,58 @@ def rank_main(pipe):
         except BaseException:
             answer = False, traceback.format_exc()
         pipe.send(answer)
+
+
+def begin(argv, **options):
+    """What a rank of train.py has before its first step: config, world, model, optimizer, loaders of both splits."""
+    c = train.parse_config(argv)
+    world = train.join(c)
+    model = train.Model(c, world, **options)
+    return c, world, model, train.make_optimizer(model, c), *train.open_data(c, world)
+
+
+@contextlib.contextmanager
+def dry_run(argv):
+    """-> config and world of a rank whose companions are not here."""
+    try:
+        c = train.parse_config([*argv, "--dry-run"])
+        world = train.join(c)
+        yield train.resolve(c, world), world
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def outcome(main, *argv) -> tuple[int, str, str]:
+    """main(argv) in this process -> (exit code, stdout, stderr)."""
+    with contextlib.redirect_stdout(io.StringIO()) as o, contextlib.redirect_stderr(io.StringIO()) as e:
+        code = main([str(a) for a in argv])
+    return code, o.getvalue(), e.getvalue()
+
+
+def metrics(out) -> list[dict]:
+    """Lines of metrics.jsonl without the one number that is a clock's."""
+    lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+
+
+def losses(out) -> list[float]:
+    return [x["loss"] for x in metrics(out) if "loss" in x]
+
+
+def newest_tensors(out) -> dict:
+    reader, damaged = data.newest_checkpoint(Path(out, "checkpoints"))
+    assert not damaged
+    return {name: reader.read(name) for name in reader.tensors}
+
+
+def slices(box) -> tuple:
+    return tuple(slice(a, b) for a, b, _ in box)
+
+
+def part_of(whole, box, flat=None):
+    """A rank's piece of a whole tensor: a box of it, or a range of the flattened box."""
+    return whole[slices(box)] if flat is None else whole[slices(box)].flatten()[slice(*flat)]
 
 
 class RankPool:

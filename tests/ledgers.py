@@ -1,9 +1,24 @@
-"""What ZeRO holds in memory, counted while it runs: for tests that compare it with the formula to the byte."""
+"""What is held in memory, counted while it runs: for tests that compare it with a formula."""
 
 from collections import defaultdict
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Largest(TorchDispatchMode):
+    """numel: the most elements of any tensor of this dtype that an operation returned."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype, self.numel = dtype, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        made = [x.numel() for x in tree_leaves(out) if isinstance(x, Tensor) and x.dtype == self.dtype]
+        self.numel = max(self.numel, *made, 0)
+        return out
 
 
 def holdings(sync, optimizer) -> dict:

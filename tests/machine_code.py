@@ -88,7 +88,6 @@ class Op:
 @dataclass
 class Loop:
     ops: Counter  # name -> number in the body
-    at: tuple[int, int]  # first and last instruction's place in assembly(compiled)[0]
     innermost: bool  # no loop with tensor-core instructions inside
     single: int  # instructions in the blocks of code that issue tcgen05 instructions: one warp runs those
 
@@ -125,25 +124,17 @@ class Loop:
 
 @dataclass
 class Report:
-    arch: int
-    num_warps: int  # of a warp-specialised kernel with those the compiler added
     registers: int  # a thread
     stack: int  # bytes a thread: spilled registers
     shared: int  # bytes a block
-    tmem: int  # columns of tensor memory
     blocks: int  # that fit in a multiprocessor at once
     limits: list[str]  # exceeded: why it cannot launch
     loops: list[Loop]
     wgmma_serialized: bool  # each waits for the one before; can be told if a dot takes more than one of them
-    warp_specialized: bool
 
     @property
     def launchable(self) -> bool:
         return not self.limits
-
-    @property
-    def loop_spills(self) -> int:
-        return max((loop.spills for loop in self.loops), default=0)
 
     @property
     def hot(self) -> Loop:
@@ -160,21 +151,16 @@ class Report:
                                             loop.instructions / loop.tensor.total()))
 
 
-def work(loop: Loop, scores: int, flops: int, num_warps: int) -> float:
-    """Tensor-core work of an iteration in tiles: 1, or more if the loop is unrolled or warps repeat each other's work.
+def per_1024(loop: Loop, scores: int, flops: int, num_warps: int) -> float:
+    """Warp instructions issued per 1024 scores, by a loop that computes a tile per iteration.
 
     scores: of a tile, BLOCK_M * BLOCK_N. flops: on tensor cores for one score, 2 * head dim for each of the kernel's
     dots: forward 4 D, dk and dv 8 D, dq 6 D.
     """
-    return loop.flops(num_warps) / (scores * flops)
-
-
-def per_1024(loop: Loop, scores: int, flops: int, num_warps: int, unrolled: int = 1) -> float:
-    """Warp instructions issued per 1024 scores, by a loop that computes `unrolled` tiles an iteration."""
-    if (found := work(loop, scores, flops, num_warps)) < unrolled:
-        raise ValueError(f"an iteration does the work of {found:.3f} tiles: scores, flops or num_warps is wrong")
+    if (tiles := loop.flops(num_warps) / (scores * flops)) < 1:            # more if warps repeat each other's work
+        raise ValueError(f"an iteration does the work of {tiles:.3f} tiles: scores, flops or num_warps is wrong")
     issued = (loop.instructions - loop.single) * num_warps + loop.single
-    return issued * 1024 / (scores * unrolled)
+    return issued * 1024 / scores
 
 
 def cubin_tool(compiled, tool, *flags: str) -> str:
@@ -245,8 +231,7 @@ def find_loops(ops: list[Op], labels: dict[str, int]) -> list[Loop]:
     starts = set(labels.values()) | {i + 1 for i, op in enumerate(ops) if op.targets}
     block = list(accumulate(i in starts for i in range(len(ops))))  # number of the basic block
     single = {block[i] for i in mma if ops[i].name.startswith("UTC")}
-    return [Loop(Counter(ops[i].name for i in body), (min(body), max(body)),
-                 not any(other < body and other & mma for other in bodies),
+    return [Loop(Counter(ops[i].name for i in body), not any(other < body and other & mma for other in bodies),
                  sum(block[i] in single for i in body)) for body in bodies]
 
 
@@ -265,5 +250,5 @@ def analyse(compiled) -> Report:
         limits.append(f"registers: {registers} a thread in {warps} warps")
     ops, labels = assembly(compiled)
     wgmma, arrive = sum("GMMA" in op.name for op in ops), sum(op.name == "WARPGROUP.ARRIVE" for op in ops)
-    return Report(arch, warps, registers, stack, shared, tmem, 0 if limits else min(fit), limits,
-                  find_loops(ops, labels), 0 < wgmma <= arrive, any(op.name.startswith("USETMAXREG") for op in ops))
+    return Report(registers, stack, shared, 0 if limits else min(fit), limits,
+                  find_loops(ops, labels), 0 < wgmma <= arrive)

@@ -2,6 +2,7 @@
 needs: bounded memory, all cores, going on after a kill."""
 
 import gzip
+import io
 import itertools
 import json
 import math
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import zlib
 from collections import defaultdict
 from fractions import Fraction
 from pathlib import Path
@@ -21,7 +23,7 @@ import pytest
 import test_train
 import torch
 from conftest import POOL, ROOT
-from test_data import write_shard
+from test_data import loader, write_shard
 
 import data
 import train
@@ -54,10 +56,6 @@ def manifest(folder) -> dict:
 
 def content(folder) -> dict:
     return {name: manifest(folder)[name] for name in ("splits", "fingerprint", "dropped")}
-
-
-def loader(folder, **kwargs):
-    return data.Loader(folder, **{"micro_batch_size": 4, "seq_len": 32, "seed": 5} | kwargs)
 
 
 # ---- kinds of files
@@ -333,7 +331,6 @@ def test_long_texts_are_encoded_in_parts_without_a_change(tokenizer):
         piece = "".join(rng.choices(odd, k=200))
         for t in (piece, text[(a := rng.randrange(len(text))):a + 3000]):
             assert tokenizer.encode(t) == tokenizer.sp.encode(t)
-    import io
     model = io.BytesIO()                                                     # its pieces end with spaces: it is not cut
     data.sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(documents()), model_writer=model, model_type="bpe", vocab_size=300, byte_fallback=True,
@@ -501,7 +498,8 @@ def test_a_shard_that_comes_in_pieces_is_the_one_written_at_once(tmp_path, monke
         entry = shard.close()
         assert (tmp_path / "b.bin").read_bytes() == (tmp_path / "a.bin").read_bytes() and entry["tokens"] == 1001
         raw = ids.tobytes()
-        assert entry["blocks"] == [data.zlib.crc32(raw[i:i + 64]) for i in range(0, len(raw), 64)]
+        assert entry["blocks"] == [zlib.crc32(raw[i:i + 64]) for i in range(0, len(raw), 64)]
+        assert entry["crc32"] == zlib.crc32(raw)
 
 
 # ---- mixtures

@@ -5,8 +5,8 @@ import math
 import os
 import random
 import re
+import shutil
 import time
-import zlib
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import POOL
+from conftest import POOL, slices
 
 import data
 
@@ -22,12 +22,10 @@ import data
 
 
 CORNERS = ["", " ", "  ", "\n", "\r\n", "\t", "\0", "a\0b", " lead", "trail ", "a  b   c", "\r", "\x0b\x0c",
-           "\u2028\u2029",
-           "\u2581", "a\u2581 \u2581\u2581b", "\u2585", "\u2047", "<s>", "</s><pad><unk>", "<0x41>", "\ufeffx",
-           "\ufffd",
-           "e\u0301", "\u00e9", "\U0001F469\u200d\U0001F469\u200d\U0001F467", "\ud800", "\ud83d\ude00", "\udc00\ud800",
-           "ﬁ①Å",
-           "def f(x):\n\treturn {x!r}\n", "x" * 10000, " " * 5000, "\x7f\x80\x9f\xa0\xad"]
+           "\u2028\u2029", "\u2581", "a\u2581 \u2581\u2581b", "\u2585", "\u2047", "<s>", "</s><pad><unk>", "<0x41>",
+           "\ufeffx", "\ufffd", "e\u0301", "\u00e9", "\U0001F469\u200d\U0001F469\u200d\U0001F467", "\ud800",
+           "\ud83d\ude00", "\udc00\ud800", "ﬁ①Å", "def f(x):\n\treturn {x!r}\n", "x" * 10000, " " * 5000,
+           "\x7f\x80\x9f\xa0\xad"]
 
 
 @pytest.mark.parametrize("text", CORNERS, ids=range(len(CORNERS)))
@@ -465,15 +463,10 @@ def test_state_is_exact_to_the_next_batch(corpus):
         two.load_state_dict(state | {"fingerprint": "0"})
 
 
-def copy_corpus(corpus, to) -> Path:
-    import shutil
-    return Path(shutil.copytree(corpus, to))
-
-
 def test_damage_to_a_prepared_folder_is_named(corpus, tmp_path):
     with pytest.raises(data.DataError, match="nowhere/manifest.json: not a readable manifest"):
         loader("nowhere")
-    folder = copy_corpus(corpus, tmp_path / "c")
+    folder = shutil.copytree(corpus, tmp_path / "c")
     manifest = (folder / "manifest.json").read_text()
     (folder / "manifest.json").write_text(re.sub(r'"tokens": \d', '"tokens": 9', manifest, count=1))
     with pytest.raises(data.DataError, match="manifest.json: its checksum"):
@@ -502,7 +495,7 @@ def replace_val(folder, ids, times=1):
 
 
 def test_an_id_beyond_the_vocabulary_names_the_file(corpus, tmp_path):
-    folder = copy_corpus(corpus, tmp_path / "c")
+    folder = shutil.copytree(corpus, tmp_path / "c")
     ids = data.open_shard(folder / "val-00000.bin").copy()
     ids[40] = 512
     replace_val(folder, ids)
@@ -515,7 +508,7 @@ def test_an_id_beyond_the_vocabulary_names_the_file(corpus, tmp_path):
 
 @pytest.mark.parametrize("tokens, windows", [(33, 1), (64, 1), (65, 2), (32, 0)])
 def test_every_token_that_fits_is_in_a_window(corpus, tmp_path, tokens, windows):
-    folder = copy_corpus(corpus, tmp_path / "c")
+    folder = shutil.copytree(corpus, tmp_path / "c")
     replace_val(folder, data.open_shard(folder / "val-00000.bin")[:tokens].copy(), times=2)
     assert loader(folder, split="val").num_windows == 2 * windows
 
@@ -536,13 +529,8 @@ def random_tiling(rng, box):
     d = rng.choice(wide)
     a, b, size = box[d]
     cut = rng.randrange(a + 1, b)
-    return [part for piece in ((a, cut, size), (cut, b, size)) for part in random_tiling(rng,
-                                                                                         box[:d] + (piece,
-                                                                                                    ) + box[d + 1:])]
-
-
-def slices(box):
-    return tuple(slice(a, b) for a, b, _ in box)
+    return [part for piece in ((a, cut, size), (cut, b, size))
+            for part in random_tiling(rng, box[:d] + (piece,) + box[d + 1:])]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -592,14 +580,15 @@ def test_every_damage_to_a_checkpoint_is_found_and_named(tmp_path):
         path = folder / file
         whole = path.read_bytes()
         variants = [whole[:n] for n in (0, 4, 20, len(whole) - 1)]
-        variants += [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1:] for i in range(0, len(whole), 3)]
+        variants += [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1:] for i in range(0, len(whole), 2)]
         for raw in variants:
             path.write_bytes(raw)
             try:
                 reader = data.Reader(folder)
                 reader.verify()
                 # what is still accepted is what was saved: a flip in white space, say
-                assert torch.equal(reader.read("w"), torch.ones(4, 3)) and reader.meta == {"value": 1.0}
+                assert torch.equal(reader.read("w"), torch.ones(4, 3)) and reader.read("s") == 1
+                assert reader.meta == {"value": 1.0}
             except data.DataError as error:
                 assert file in str(error) and "\n" not in str(error)
             else:
@@ -608,16 +597,6 @@ def test_every_damage_to_a_checkpoint_is_found_and_named(tmp_path):
     (folder / "rank-00000.safetensors").unlink()
     with pytest.raises(data.DataError, match="rank-00000.safetensors: damaged or missing"):
         data.Reader(folder).verify()
-
-
-def test_a_flipped_bit_in_the_numbers_is_never_loaded(tmp_path):
-    path = simple_checkpoint(tmp_path / "c") / "rank-00000.safetensors"
-    whole = path.read_bytes()
-    first = 8 + int.from_bytes(whole[:8], "little")
-    for i in range(first, len(whole)):
-        path.write_bytes(whole[:i] + bytes([whole[i] ^ 128]) + whole[i + 1:])
-        with pytest.raises(data.DataError, match="does not match its checksum"):
-            data.Reader(tmp_path / "c").verify()
 
 
 def test_the_newest_intact_checkpoint_is_found(tmp_path):
@@ -683,7 +662,7 @@ def test_a_manifest_that_a_person_changed_is_named(tmp_path, change, message):
     lambda m: m.pop("tokenizer"), lambda m: m.update(splits=[]), lambda m: m["splits"]["train"].update(shards=7),
     lambda m: m["tokenizer"].update(file=None), lambda m: m["splits"]["train"]["shards"][0].pop("file")], ids=range(5))
 def test_a_prepared_folder_that_a_person_changed_is_named(corpus, tmp_path, change):
-    folder = copy_corpus(corpus, tmp_path / "text")
+    folder = shutil.copytree(corpus, tmp_path / "text")
     reseal(folder, change)
     with pytest.raises(data.DataError, match="text/manifest.json: a field is missing or of another type") as error:
         loader(folder)
@@ -696,8 +675,8 @@ def test_a_prepared_folder_that_a_person_changed_is_named(corpus, tmp_path, chan
 def test_a_checkpoint_holds_the_step_of_its_name_and_copies_are_not_touched(tmp_path):
     for step in (2, 4):
         simple_checkpoint(tmp_path / f"step-{step:08d}", step)
-    data.shutil.copytree(tmp_path / "step-00000004", tmp_path / "step-00000006")
-    data.shutil.copytree(tmp_path / "step-00000004", tmp_path / "step-00000004.mybackup")
+    shutil.copytree(tmp_path / "step-00000004", tmp_path / "step-00000006")
+    shutil.copytree(tmp_path / "step-00000004", tmp_path / "step-00000004.mybackup")
     (tmp_path / ".notes.tmp").mkdir()
     (tmp_path / ".step-00000001.tmp").mkdir()                                   # a rotation that was killed
     reader, damaged = data.newest_checkpoint(tmp_path)
@@ -851,22 +830,17 @@ def test_a_start_reads_no_tokens_and_a_window_is_verified_when_it_is_read(tmp_pa
         loader(folder, seq_len=16)
 
 
-def test_crc_of_a_shard_is_zlibs(corpus):
-    entry = data.read_sealed(corpus / "manifest.json", "tokens")["splits"]["val"]["shards"][0]
-    assert zlib.crc32((corpus / entry["file"]).read_bytes()[32:]) == entry["crc32"]
-
-
 @pytest.mark.parametrize("box", [(), ((0, 5, 5),), ((2, 5, 9), (1, 4, 6)), ((0, 3, 3), (2, 4, 4), (1, 4, 8))])
 def test_a_range_of_a_box_is_few_boxes(box):
     """All ranges of a slice, in order, by at most 2 ndim - 1 boxes."""
     full = torch.arange(math.prod(n for *_, n in box)).view([n for *_, n in box])
-    local = full[tuple(slice(a, b) for a, b, _ in box)].flatten()
+    local = full[slices(box)].flatten()
     for lo, hi in itertools.combinations_with_replacement(range(len(local) + 1), 2):
         parts = list(data.boxes(box, lo, hi))
         assert len(parts) <= max(1, 2 * len(box) - 1)
         assert [i for _, a, b in parts for i in range(a, b)] == list(range(lo, hi))
         for part, a, b in parts:
-            assert torch.equal(full[tuple(slice(x, y) for x, y, _ in part)].flatten(), local[a:b])
+            assert torch.equal(full[slices(part)].flatten(), local[a:b])
 
 
 def test_a_folder_that_could_not_be_begun_is_removed(tmp_path, monkeypatch):

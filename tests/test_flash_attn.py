@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from bench import bench_gpu
 from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -125,17 +126,6 @@ def test_tiled_and_reference_equal_the_oracle(causal, window, documents, T, S, m
             assert (a - b).abs().nan_to_num(0 if name == "lse" else torch.inf).max() < 1e-12, (backend, name)
 
 
-@pytest.mark.parametrize("causal, window, documents", [x for x in OPTIONS if x[2] != "packed"])
-def test_gradcheck(causal, window, documents, monkeypatch):
-    monkeypatch.setattr(flash_attn, "TILE", 4)
-    T, S = (4, 6) if window == 1 else (6, 6)                              # no empty rows: gradcheck cannot take -inf
-    q, k, v, _, _, ids = make(1, 2, 1, T, S, 2, documents=documents)
-    if ids is not None and T != S:
-        ids = ids.sort(1).values * 0
-    q, k, v = (x.contiguous().requires_grad_() for x in (q, k, v))
-    assert torch.autograd.gradcheck(lambda *qkv: FlashAttentionTorch.apply(*qkv, causal, 0.4, window, ids), (q, k, v))
-
-
 def test_sdpa_is_the_outside_oracle():
     q, k, v, do, _, _ = make(2, 4, 2, 37, 37, 16, EXACT)
     for backend in flash_attn.BACKENDS:
@@ -172,7 +162,14 @@ def case_list(n, seed):
     return cases
 
 
-def check_case(monkeypatch, B, H, K, T, S, D, causal, window, documents, m, n, tma, seed):
+needs_interpreter = pytest.mark.skipif(not flash_attn.INTERPRET, reason="float64 kernels run in the interpreter alone")
+
+
+@needs_interpreter
+@pytest.mark.parametrize("B, H, K, T, S, D, causal, window, documents, m, n, tma, seed", [
+    (1, 2, 1, 20, 50, 16, True, None, None, 16, 16, False, 0), *case_list(32, 1),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in case_list(260, 2))])
+def test_kernels_equal_tiled(monkeypatch, B, H, K, T, S, D, causal, window, documents, m, n, tma, seed):
     tile(monkeypatch, m, n, tma)
     *tensors, ids = make(B, H, K, T, S, D, documents=documents, seed=seed)
     options = causal, 0.3, window, ids
@@ -181,29 +178,18 @@ def check_case(monkeypatch, B, H, K, T, S, D, causal, window, documents, m, n, t
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12, msg=lambda msg, name=name: f"{name}: {msg}")
 
 
-needs_interpreter = pytest.mark.skipif(not flash_attn.INTERPRET, reason="float64 kernels run in the interpreter alone")
+BIG = [(113, 203), (128, 217), (108, 256), (1, 147), (64, 800), (255, 256)]                                     # T, S
+HEADS = [(32, True), (59, False), (80, True), (96, False), (111, True), (128, False), (256, True)]           # D, causal
 
 
-@needs_interpreter
-@pytest.mark.parametrize("case", [(1, 2, 1, 20, 50, 16, True, None, None, 16, 16, False, 0), *case_list(32, 1)])
-def test_kernels_equal_tiled(case, monkeypatch):
-    check_case(monkeypatch, *case)
-
-
-@pytest.mark.slow
-@needs_interpreter
-@pytest.mark.parametrize("case", case_list(260, 2))
-def test_kernels_equal_tiled_many(case, monkeypatch):
-    check_case(monkeypatch, *case)
-
-
-BIG = [(113, 203), (128, 217), (108, 256), (1, 147), (64, 800), (255, 256)]
-
-
-def check_rounding(monkeypatch, dtype, T, S, D, causal, m=64, n=64):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("T, S, D, causal", [
+    (113, 203, 40, True), (64, 70, 64, False),
+    *(pytest.param(*size, *head, marks=pytest.mark.slow) for size, head in itertools.product(BIG, HEADS))])
+def test_rounding(dtype, T, S, D, causal, monkeypatch):
     """Our error against float64 is at most 2x (gradients 3x) that of plain torch in the same dtype, plus a tiny
     constant: plain torch may hit a result exactly."""
-    tile(monkeypatch, m, n)
+    tile(monkeypatch, 64, 64)
     *tensors, _ = make(1, 2, 1, T, S, D, dtype)
     options = causal, D ** -0.5, None, None
     plain = lambda q, k, v, c, *_: flash_attention(q, k, v, causal=c, backend="reference", return_lse=True)
@@ -213,21 +199,6 @@ def check_rounding(monkeypatch, dtype, T, S, D, causal, m=64, n=64):
         there = exact[i].isfinite()
         error, bound = ((x[i].double() - exact[i])[there].abs().max().item() for x in (ours, theirs))
         assert error <= (3 if i > 1 else 2) * bound + 2e-6, (name, error, bound)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("T, S, D, causal", [(113, 203, 40, True), (64, 70, 64, False)])
-def test_rounding(dtype, T, S, D, causal, monkeypatch):
-    check_rounding(monkeypatch, dtype, T, S, D, causal)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("T, S", BIG)
-@pytest.mark.parametrize("D, causal", [(32, True), (59, False), (80, True), (96, False), (111, True), (128, False),
-                                       (256, True)])
-def test_rounding_many(dtype, T, S, D, causal, monkeypatch):
-    check_rounding(monkeypatch, dtype, T, S, D, causal)
 
 
 def test_a_very_negative_lse_shows_missing_tail_masks(monkeypatch):
@@ -714,32 +685,21 @@ def test_triton_where_it_cannot_run(monkeypatch, tmp_path):
         assert "the others are torch, sdpa, reference" in str(error.value)
 
 
-def run_bench(script, *flags):
+@pytest.mark.skipif(flash_attn.triton is None, reason="no triton package here")
+@pytest.mark.parametrize("command", ["bench_flash_static.py --quick", *(pytest.param(command, marks=pytest.mark.slow)
+                                     for command in ("bench_flash_static.py", "bench_launch.py --quick"))])
+def test_machine_code_and_launches(command):
+    """In processes of their own: here kernels are interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    answer = subprocess.run([sys.executable, f"tests/bench/{script}.py", *flags], cwd=ROOT, env=environment,
+    answer = subprocess.run([sys.executable, *command.split()], cwd=ROOT / "tests" / "bench", env=environment,
                             capture_output=True, text=True)
     assert answer.returncode == 0, answer.stdout + answer.stderr
 
 
-@pytest.mark.skipif(flash_attn.triton is None, reason="no triton package here")
-@pytest.mark.parametrize("script", ["bench_flash_static", pytest.param("bench_launch", marks=pytest.mark.slow)])
-def test_machine_code_and_launches(script):
-    """In processes of their own: here kernels are interpreted."""
-    run_bench(script, "--quick")
-
-
-@pytest.mark.slow
-def test_machine_code_of_every_configuration():
-    run_bench("bench_flash_static")
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without one")
 def test_bench_gpu_needs_one():
-    spec = importlib.util.spec_from_file_location("bench_gpu", ROOT / "tests/bench/bench_gpu.py")
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
     with pytest.raises(SystemExit, match="bench_gpu.py measures a GPU, and torch finds none here"):
-        bench.main([])
+        bench_gpu.main([])
 
 
 # ---- break it: planted errors turn these tests red -------------------------------------------------------------------

@@ -11,12 +11,15 @@ import sys
 import pytest
 import sentencepiece
 import torch
+import torch.nn.functional as F
+from conftest import slices
 from test_data import CORNERS
+from test_model import random_model
 
 import data
 import model as net
 import parallel
-from model import GPT, ModelConfig, build, fill
+from model import GPT, ModelConfig, fill
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,14 +35,6 @@ SETTINGS = {
     "gpt2": ModelConfig(**SMALL | {"n_kv_head": 4, "head_dim": 5}, **GPT2, tie_embeddings=True),
     "gpt2-untied": ModelConfig(**SMALL | {"n_kv_head": 4, "head_dim": 5}, **GPT2)}
 TOKENS = torch.randint(0, 512, (2, 17), generator=torch.Generator().manual_seed(1))
-
-
-def random_model(config) -> GPT:
-    """Every parameter random: norms of ones and biases of zeros hide mistakes."""
-    model, generator = build(config), torch.Generator().manual_seed(0)
-    for p in model.parameters():
-        p.data = torch.randn(p.shape, generator=generator) * 0.3 + (p.ndim == 1)
-    return model
 
 
 def read_folder(folder, config, dtype=torch.float32):
@@ -58,13 +53,8 @@ def read_folder(folder, config, dtype=torch.float32):
     return fill(model, by_halves, dtype=dtype)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(corpus):
-    return data.Tokenizer(corpus / "tokenizer.model")
-
-
 def export(config, out, tokenizer, **kwargs):
-    weights = {p.full_name: p.detach() for p in random_model(config).parameters()}
+    weights = {p.full_name: p.detach() for p in random_model(config).float().parameters()}
     hf = net.config_to_hf(config, bos_token_id=1, eos_token_id=2, pad_token_id=3)
     return data.export_folder(out, hf, net.hf_tensors(config, weights.__getitem__), tokenizer, **kwargs)
 
@@ -76,7 +66,8 @@ def export(config, out, tokenizer, **kwargs):
                                                    ("gpt2", 9000)])
 def test_an_exported_folder_gives_our_logits_and_comes_back_bitwise(tmp_path, tokenizer, name, max_shard_bytes):
     config = SETTINGS[name]
-    out, ours = export(config, tmp_path / "hf", tokenizer, max_shard_bytes=max_shard_bytes), random_model(config)
+    out = export(config, tmp_path / "hf", tokenizer, max_shard_bytes=max_shard_bytes)
+    ours = random_model(config).float()
     theirs, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()) and next(theirs.parameters()).dtype == torch.float32
     with torch.no_grad():
@@ -147,13 +138,40 @@ def test_settings_of_no_family_are_not_exported(change, message):
 
 
 def theirs_of(config: ModelConfig):
-    """A model that transformers itself made, with random weights."""
+    """A model that transformers itself made, with random weights. Their RMSNorm computes in float32 whatever it is
+    given: here in what it is given."""
     hf = transformers.AutoConfig.for_model(**net.config_to_hf(config))
     theirs = transformers.AutoModelForCausalLM.from_config(hf)
     generator = torch.Generator().manual_seed(3)
     for p in theirs.parameters():
-        p.data = torch.randn(p.shape, generator=generator) * 0.3
+        p.data = torch.randn(p.shape, generator=generator) * (0.3 if p.ndim > 1 else 0.5)
+    for module in theirs.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = lambda x, m=module: F.rms_norm(x, m.weight.shape, m.weight, m.variance_epsilon)
     return theirs.eval()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-bias", "qwen3", "gpt2"])
+def test_logits_and_gradients_equal_hugging_faces(name):
+    config, theirs = SETTINGS[name], theirs_of(SETTINGS[name]).double()
+    assert net.config_from_hf(theirs.config.to_dict()) == config
+    with torch.device("meta"):
+        ours = GPT(config)
+    fill(ours, net.hf_reader(theirs.state_dict().__getitem__, config), dtype=torch.float64)
+    targets = TOKENS.roll(1, 1).index_fill(1, torch.tensor([3]), -1)
+    logits, expected = ours(TOKENS), theirs(TOKENS).logits
+    assert (logits - expected).abs().max() < 1e-9 and expected.std() > 0.5
+    # the gradient of a loss in every weight, read from theirs by the same map
+    F.cross_entropy(expected.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="sum").backward()
+    ours(TOKENS, targets)[0].backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters(remove_duplicate=False)}
+    read = net.hf_reader(gradients.__getitem__, config)
+    for p in ours.parameters():
+        g = read(p.full_name, p.box)
+        assert (p.grad - g).abs().max() < 1e-9 * max(1.0, g.abs().max().item()), p.full_name
+        if p.ndim > 1 and "embed" not in p.full_name:                           # a slice of a tensor is read as a slice
+            box = ((1, 3, p.shape[0]), (2, 5, p.shape[1]))
+            assert torch.equal(read(p.full_name, box), g[1:3, 2:5])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -189,8 +207,7 @@ def test_their_models_are_split_as_they_are(run_ranks):
         assert our_loss == pytest.approx(loss, rel=1e-12) and ours.keys() == grads.keys()
         torch.testing.assert_close(our_logits, logits, rtol=0, atol=1e-12)
         for name, (grad, box) in ours.items():
-            part = tuple(slice(a, b) for a, b, _ in box)
-            torch.testing.assert_close(grad, grads[name][0][part], rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(grad, grads[name][0][slices(box)], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied"])

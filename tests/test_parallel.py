@@ -22,7 +22,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import POOL, ROOT, as_program
+from conftest import POOL, ROOT, as_program, begin, losses, newest_tensors, part_of, slices
+from test_zero import Odd, batch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -118,12 +119,8 @@ def in_ranks(corpus, model, flags: str, *more) -> list[str]:
 def trained(rank, n, argv, steps, dtype: torch.dtype | None = torch.float64):
     """`steps` steps as train.py takes them -> [(loss, norm), ...], this rank's pieces of the weights, an evaluation,
     and of the last step the calls to other ranks, what they should be, and the executed operations."""
-    c = train.parse_config(argv)
-    world = train.join(c)
-    model, mesh = train.Model(c, world, dtype=dtype), world.mesh
-    optimizer, ledger, losses, ops = train.make_optimizer(model, c), CommLedger(mesh.axes), [], []
-    loader = data.Loader(c.data, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, seed=c.seed,
-                         dp_rank=mesh.dp_rank, dp_size=mesh.dp)
+    c, world, model, optimizer, loader, val = begin(argv, dtype=dtype)
+    mesh, ledger, losses, ops = world.mesh, CommLedger(world.mesh.axes), [], []
     for step in range(steps):
         if step == steps - 1:
             model.on_op = lambda op, *clocks: ops.append(op)
@@ -133,7 +130,6 @@ def trained(rank, n, argv, steps, dtype: torch.dtype | None = torch.float64):
     ledger.__exit__(None, None, None)
     parallel.check_replicas(model.parameters(), world.host)
     formula = predicted_calls(c, model, mesh)
-    val = data.Loader(c.data, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
     pieces = [(p.full_name, p.box, getattr(p, "flat", None), p.detach()) for p in model.parameters()]
     return losses, pieces, train.evaluate(model, val, c, world), (ledger.calls, formula, mesh.place(rank), ops)
 
@@ -153,10 +149,8 @@ def differences(ours, pieces, losses, weights):
     loss, norm = (max(abs(a[i] - b[i]) for a, b in zip(ours, losses, strict=True)) for i in (0, 1))
     worst = 0.0
     for name, box, flat, p in pieces:
-        expected = weights[name][tuple(slice(a, b) for a, b, _ in box)]
-        expected = expected if flat is None else expected.flatten()[slice(*flat)]
         if p.numel():
-            worst = max(worst, (p - expected).abs().max().item())
+            worst = max(worst, (p - part_of(weights[name], box, flat)).abs().max().item())
     return loss, norm, worst
 
 
@@ -325,10 +319,6 @@ def rerun(rank, n, argv):
 def test_a_run_goes_on_in_another_layout(corpus, tmp_path, run_ranks):
     """Checkpoints are pieces by name: written by tp 2 x pp 2, read by four ranks that share all parameters, read by
     others, and by one process."""
-    def metrics(out):
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        return [x["loss"] for x in lines if "loss" in x]
-
     argv = [*TINY, *MODELS["llama tied"], "--data", str(corpus), "--steps", "4", "--checkpoint-interval", "2",
             "--keep-checkpoints", "9", "--eval-windows", "1", "--max-new-tokens", "1", "--global-batch-size", "4"]
     plain, out = tmp_path / "plain", tmp_path / "out"
@@ -338,12 +328,12 @@ def test_a_run_goes_on_in_another_layout(corpus, tmp_path, run_ranks):
         if newest.exists():
             shutil.rmtree(newest)
         assert run_ranks(rerun, 4, [*argv, "--out", str(out), *flags.split()]) == [0] * 4
-        assert metrics(out) == pytest.approx(metrics(plain), abs=2e-5)
+        assert losses(out) == pytest.approx(losses(plain), abs=2e-5)
     events = json.loads((out / "trace.json").read_text())["traceEvents"]
     assert {x["tid"] for x in events} == {0, 1, 2, 3} and len(events) == 4 * 2 * 4
-    ours, theirs = (data.newest_checkpoint(x / "checkpoints")[0] for x in (out, plain))
-    for name in theirs.tensors:
-        torch.testing.assert_close(ours.read(name), theirs.read(name), rtol=0, atol=1e-4)
+    ours, theirs = newest_tensors(out), newest_tensors(plain)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-4)
 
 
 def test_the_third_step_is_profiled(corpus, tmp_path):
@@ -432,13 +422,8 @@ class HostWaits(TorchFunctionMode):
 def host_waits(rank, n, corpus, layouts):
     found = []
     for flags in layouts:
-        c = train.parse_config([*TINY, *MODELS["llama"], "--n-layer", "2", "--global-batch-size", "4", "--data",
-                                str(corpus), *flags.split()])
-        world = train.join(c)
-        model = train.Model(c, world)
-        optimizer = train.make_optimizer(model, c)
-        loader = data.Loader(c.data, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, seed=c.seed,
-                             dp_rank=world.mesh.dp_rank, dp_size=world.mesh.dp)
+        c, world, model, optimizer, loader, _ = begin([*TINY, *MODELS["llama"], *SHALLOW, "--global-batch-size", "4",
+                                                       "--data", str(corpus), *flags.split()])
         batches = itertools.cycle([next(loader) for _ in range(c.grad_accum_steps(world.mesh.dp))])
         for step in range(2):
             with HostWaits() as host:
@@ -687,35 +672,10 @@ def test_the_trace_and_the_drawing_hold_every_operation():
 
 # ---- each part alone, on modules that are not ours, beside torch's ---------------------------------------------------
 
-class Odd(nn.Module):
-    """Tied, frozen, unused and rank-dependent parameters, and a buffer."""
-
-    def __init__(self, seed):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.inp, self.mid, self.out = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 6)
-        self.frozen, self.unused, self.some = nn.Linear(8, 8), nn.Linear(3, 3), nn.Linear(8, 8)
-        self.tied = nn.Linear(8, 8)
-        self.tied.weight = self.mid.weight
-        self.register_buffer("shift", torch.zeros(8))
-        for x in (*self.parameters(), self.shift):
-            x.data = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-        self.frozen.requires_grad_(False)
-
-    def forward(self, x, some=True):
-        x = torch.tanh(self.inp(x)) + self.shift
-        x = torch.tanh(self.tied(torch.tanh(self.mid(x)))) + self.frozen(x)
-        return self.out(x + self.some(x) if some else x)
-
-
-def odd_batch(step, rank, micro):
-    return torch.randn(5, 6, generator=torch.Generator().manual_seed(step * 100 + rank * 10 + micro),
-                       dtype=torch.float64)
-
-
 def train_odd(rank, n, how, steps=4):
     """Two micro-batches a step; on one rank alone a layer is used. -> weights, calls made in backward."""
-    module = Odd(seed=rank)                                                  # different: the broadcast is tested
+    module = Odd(seed=rank)                                        # different, and its buffer: the broadcast is tested
+    module.shift += rank
     group = dist.group.WORLD if n > 1 else None
     if how == "ours":
         model = DataParallel(module, group, bucket_mb=0.0006, reduce="mean")
@@ -731,8 +691,8 @@ def train_odd(rank, n, how, steps=4):
         some = rank == 0
         with ledger if how == "ours" else torch.enable_grad():
             with model.no_sync() if how != "plain" else torch.enable_grad():
-                model(odd_batch(step, rank, 0), some).square().sum().backward()
-            loss = model(odd_batch(step, rank, 1), some).square().sum()
+                model(*batch(step, rank)[:2], some).backward()
+            loss = model(*batch(step, rank + 2)[:2], some)
             ledger.phase = "backward"
             loss.backward()
             ledger.phase = "finish"
@@ -741,7 +701,7 @@ def train_odd(rank, n, how, steps=4):
             if how == "plain":
                 parallel.all_reduce_gradients(model, group)
                 for p in model.parameters():
-                    p.grad = p.grad and p.grad / n if p.grad is None else p.grad / n
+                    p.grad = None if p.grad is None else p.grad / n
         optimizer.step()
         optimizer.zero_grad()
     return dict((model if how == "plain" else module).named_parameters()), ledger.calls
@@ -912,8 +872,8 @@ def tensor_parallel_mlp(rank, n, how):
     y.backward(upstream)
     parallel.reduce_partial_gradients(mlp.parameters())
     full = (lambda t: t.full_tensor()) if how == "torch" else (lambda t: t)
-    return y.detach(), x.grad, [full(p.grad).detach() for p in mlp.parameters()], [getattr(p, "box", None) for p in
-                                                                                   mlp.parameters()]
+    return (y.detach(), x.grad, [full(p.grad).detach() for p in mlp.parameters()],
+            [getattr(p, "box", None) for p in mlp.parameters()])
 
 
 def test_tensor_parallel_linears_are_torchs(run_ranks):
@@ -927,7 +887,7 @@ def test_tensor_parallel_linears_are_torchs(run_ranks):
             torch.testing.assert_close(our_y, part(y), rtol=0, atol=1e-12)
             torch.testing.assert_close(our_dx, part(dx), rtol=0, atol=1e-12)
             for g, full, box in zip(our_grads, grads, boxes, strict=True):
-                torch.testing.assert_close(g, full[tuple(slice(a, b) for a, b, _ in box)], rtol=0, atol=1e-12)
+                torch.testing.assert_close(g, full[slices(box)], rtol=0, atol=1e-12)
 
 
 def kept_and_cast(rank, n, sequence_parallel):
@@ -1272,13 +1232,9 @@ def test_frozen_parts(run_ranks):
 
 
 def started_in_backward(rank, n, corpus, flags):
-    c = train.parse_config([*TINY, *MODELS["llama"], "--data", str(corpus), *flags.split()])
-    world = train.join(c)
-    small = functools.partial(DataParallel, bucket_mb=0.01)
-    parallel.DataParallel, kept = small, DataParallel
-    model = train.Model(c, world)
-    parallel.DataParallel = kept
-    loader = data.Loader(c.data, micro_batch_size=1, seq_len=c.seq_len, dp_rank=world.mesh.dp_rank, dp_size=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parallel, "DataParallel", functools.partial(DataParallel, bucket_mb=0.01))
+        c, world, model, _, loader, _ = begin([*TINY, *MODELS["llama"], "--data", str(corpus), *flags.split()])
     model.run([train.to_device(next(loader), c, world.device) for _ in range(4)], 1.0)
     return model.sync[0].started, len(model.sync[0].buckets)
 
@@ -1548,17 +1504,16 @@ def test_the_launcher_passes_signals_on_and_is_not_outlived(program):
 
 
 @pytest.mark.slow
-def test_a_save_that_fails_after_ctrl_c_is_said(corpus, tmp_path):
-    out = tmp_path / "run"
-    command = [*FAULTY, "--checkpoint-interval", "0", "--data", str(corpus), "--out", str(out), "--nproc", "2"]
-    launcher = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *command], stdout=subprocess.DEVNULL,
-                                stderr=subprocess.PIPE, text=True)
+def test_a_save_that_fails_after_ctrl_c_is_said(program):
+    out, start, said = program
+    launcher = start("--nproc", "2", "--checkpoint-interval", "0")
     wait_for(lambda: steps_done(out) > 2)
     (out / "checkpoints").rmdir()
     (out / "checkpoints").write_text("")
-    launcher.send_signal(signal.SIGINT)
-    said = launcher.communicate(timeout=60)[1]
-    assert launcher.returncode == 1 and said.count("\n") == 1 and "cannot be written, rank 0: Not a directory" in said
+    os.kill(launcher.pid, signal.SIGINT)
+    launcher.join(60)
+    assert launcher.exitcode == 1 and said("stderr").count("\n") == 1
+    assert "cannot be written, rank 0: Not a directory" in said("stderr")
 
 
 def test_the_rank_that_is_blamed_is_the_one_that_failed_first(tmp_path):

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from bench import bench_precision
+from conftest import begin, losses, metrics, newest_tensors, outcome, part_of
 from test_parallel import CALM, MODELS, TINY
-from test_train import MINI, metrics, newest_tensors, run
+from test_train import MINI, run
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import _get_current_function_mode_stack
@@ -429,14 +430,8 @@ def test_loss_scaling_is_torchs_grad_scaler(steps=50):
     assert scaler.state_dict() == state
 
 
-def test_the_scale_grows_backs_off_and_has_a_floor_and_a_ceiling():
-    scaler = LossScaler(4.0, growth_interval=2, min_scale=1.0)
-    seen = []
-    for found_inf in (False, True, False, False, False, True, False, False):
-        scaler.update(found_inf)
-        seen.append(scaler.scale)
-    assert seen == [4, 2, 2, 4, 4, 2, 2, 4]
-    scaler.update(True)
+def test_the_scale_has_a_floor_and_a_ceiling():
+    scaler = LossScaler(2.0, min_scale=1.0)
     scaler.update(True)
     with pytest.raises(FloatingPointError, match="loss scale must not fall below 1, gradients overflow at 1"):
         scaler.update(True)
@@ -685,8 +680,7 @@ def test_blocks_compile_once_and_whole_under_the_policy(flags, monkeypatch):
 @pytest.mark.parametrize("emulate", (False, True))
 def test_recomputation_changes_no_bit(kind, recompute, emulate, monkeypatch):
     """What runs again in backward runs as it ran: as a GPU has it (emulate False) and as a CPU has it."""
-    policy = precision.ComputePolicy
-    monkeypatch.setattr(precision, "ComputePolicy", lambda low, **x: policy(low, **x | {"emulate": emulate}))
+    monkeypatch.setattr(precision, "ComputePolicy", lambda low, **x: ComputePolicy(low, **x | {"emulate": emulate}))
     found = []
     for flag in ("none", recompute):
         c = train.parse_config([*TINY, *MODELS["llama"], "--n-layer", "1", "--precision", kind, "--recompute", flag])
@@ -701,7 +695,7 @@ def test_recomputation_changes_no_bit(kind, recompute, emulate, monkeypatch):
 @pytest.mark.parametrize("backend", ("sdpa", "torch"))
 def test_attention_sees_low_numbers_though_the_rotation_promotes(emulate, recompute, backend, monkeypatch):
     """q, k and v, in forward and where it runs again; emulated: float32 tensors of bfloat16 numbers."""
-    policy, seen = precision.ComputePolicy, []
+    seen = []
     place, name = (net, "sdpa_attention") if backend == "sdpa" else (train.flash_attn, "flash_attention")
     core = getattr(place, name)
 
@@ -711,7 +705,7 @@ def test_attention_sees_low_numbers_though_the_rotation_promotes(emulate, recomp
         return core(*qkv, **options)
 
     monkeypatch.setattr(place, name, attention)
-    monkeypatch.setattr(precision, "ComputePolicy", lambda low, **x: policy(low, **x | {"emulate": emulate}))
+    monkeypatch.setattr(precision, "ComputePolicy", lambda low, **x: ComputePolicy(low, **x | {"emulate": emulate}))
     c = train.parse_config([*TINY, *MODELS["llama"], "--precision", "bf16", "--recompute", recompute, "--attention",
                             backend])
     model = train.make_stage(c, torch.device("cpu"), dtype=torch.bfloat16)
@@ -891,12 +885,6 @@ def test_ranks_agree_on_fp8_scales(run_ranks):
 
 # ---- integers --------------------------------------------------------------------------------------------------------
 
-def test_packing():
-    codes = torch.randint(16, (5, 12), dtype=torch.uint8)
-    packed = precision.pack(codes)
-    assert packed.shape == (5, 6) and packed.dtype == torch.uint8 and torch.equal(precision.unpack(packed), codes)
-
-
 @pytest.mark.parametrize("fmt, levels, group", (("int8", 255, 40), ("int4", 15, 16)))
 def test_nearest_codes_are_the_nearest(fmt, levels, group):
     """No weight is off by more than half a step of its row or group, and the ends of its range are within reach."""
@@ -1038,12 +1026,8 @@ def test_what_cannot_be_quantized(options, message):
 
 def trained(rank, n, argv, scaled=None, steps=3):
     """Steps as train.py takes them -> losses and norms, and this rank's pieces of the float32 weights."""
-    c = train.parse_config(argv)
-    world = train.join(c)
-    model = train.Model(c, world)
-    optimizer, scaler = train.make_optimizer(model, c), LossScaler() if scaled or c.precision == "fp16" else None
-    loader = data.Loader(c.data, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, seed=c.seed,
-                         dp_rank=world.mesh.dp_rank, dp_size=world.mesh.dp)
+    c, world, model, optimizer, loader, _ = begin(argv)
+    scaler = LossScaler() if scaled or c.precision == "fp16" else None
     losses = [train.train_step(model, optimizer, loader, step, c, world, scaler=scaler)[:2] for step in range(steps)]
     parallel.check_replicas(model.parameters(), world.host)
     return losses, [(p.full_name, p.box, getattr(p, "flat", None), optimizer.state[p].get("master", p).detach())
@@ -1054,10 +1038,7 @@ def distance(ours, pieces, losses, weights):
     """Largest difference of a loss, of a norm; root of the mean square of the weights' differences. (Their maximum says
     little: a gradient that is all rounding moves Adam by a whole learning rate.)"""
     loss, norm = (max(abs(a[i] - b[i]) for a, b in zip(ours, losses, strict=True)) for i in (0, 1))
-    off = []
-    for name, box, flat, p in pieces:
-        expected = weights[name][tuple(slice(a, b) for a, b, _ in box)]
-        off.append(p.flatten() - expected.flatten()[slice(*(flat or (0, p.numel())))])
+    off = [(p - part_of(weights[name], box, flat)).flatten() for name, box, flat, p in pieces]
     return loss, norm, torch.cat(off).square().mean().sqrt().item()
 
 
@@ -1131,10 +1112,6 @@ def test_low_precision_in_any_layout_is_the_same_run(corpus, run_ranks, kind, ra
 
 # ---- train.py --------------------------------------------------------------------------------------------------------
 
-def losses(out):
-    return [x["loss"] for x in metrics(out) if "loss" in x]
-
-
 @pytest.fixture(scope="session")
 def plain(corpus, tmp_path_factory):
     """A run in float32."""
@@ -1194,9 +1171,7 @@ def test_an_endless_skip_ends_with_a_line(corpus, tmp_path):
 def test_the_scale_is_there_before_unlikely_words_underflow(corpus):
     """A head of large weights, sure of most words: the gradient of a logit, w p in fp16, is 0 where w p <= 2^-25, and
     w holds the scale. (Were it multiplied on later, w would be 1.)"""
-    c = train.parse_config([*MINI, "--data", str(corpus), "--precision", "fp16"])
-    world = train.join(c)
-    model = train.Model(c, world)
+    c, world, model, optimizer, loader, _ = begin([*MINI, "--data", str(corpus), "--precision", "fp16"])
     head, seen = model.chunks[0].lm_head, []
     with torch.no_grad():
         head.weight *= 60
@@ -1209,8 +1184,7 @@ def test_the_scale_is_there_before_unlikely_words_underflow(corpus):
         return nll, dz
 
     head.softmax = watched
-    loader = data.Loader(corpus, micro_batch_size=4, seq_len=32, seed=0)
-    train.train_step(model, train.make_optimizer(model, c), loader, 0, c, world, scaler=LossScaler())
+    train.train_step(model, optimizer, loader, 0, c, world, scaler=LossScaler())
     zeros, with_scale, without = (torch.cat(x).double().mean().item() for x in zip(*seen, strict=True))
     assert zeros == pytest.approx(with_scale, rel=0.02) and 0.001 < 2 * with_scale < without
 
@@ -1219,13 +1193,10 @@ def weights_that_stay(corpus, *flags):
     """Three late steps of train.py's, of a small learning rate -> shares of float32 masters, or of weights without
     them, that the third does not move: counted, and predicted from Adam's moments."""
     late = ["--precision", "bf16", "--lr", "1e-4", "--warmup-steps", "0", "--weight-decay", "0"]
-    c = train.parse_config([*MINI, "--data", str(corpus), *late, *flags])
-    world = train.join(c)
-    model = train.Model(c, world)
-    optimizer, seen = train.make_optimizer(model, c), {}
+    c, world, model, optimizer, loader, _ = begin([*MINI, "--data", str(corpus), *late, *flags])
+    seen = {}
     weights = {p: optimizer.state[p].get("master", p) for p in train.parameters_of(optimizer)}
     optimizer.register_step_pre_hook(lambda *_: seen.update({p: w.detach().clone() for p, w in weights.items()}))
-    loader = data.Loader(corpus, micro_batch_size=4, seq_len=32, seed=0)
     for step in range(3):
         train.train_step(model, optimizer, loader, step, c, world)
     still, predicted = [], []
@@ -1257,15 +1228,12 @@ def test_fp16_without_a_scale_loses_gradients(corpus):
     zeros = {}
     for name, kind, scale, clip in (("fp32", "fp32", None, 1), ("scaled", "fp16", 2.0**4, 1),
                                     ("clipped", "fp16", 2.0**4, 0.1), ("unscaled", "fp16", 2.0**-12, 1)):
-        c = train.parse_config([*MINI, "--data", str(corpus), "--precision", kind, "--grad-clip", str(clip)])
-        world = train.join(c)
-        model = train.Model(c, world)
-        optimizer = train.make_optimizer(model, c)
+        c, world, model, optimizer, loader, _ = begin([*MINI, "--data", str(corpus), "--precision", kind,
+                                                       "--grad-clip", str(clip)])
         scaler = scale and LossScaler(scale)
         seen = []
         optimizer.register_step_pre_hook(
             lambda o, *_, seen=seen: seen.extend(p.grad.clone() for p in train.parameters_of(o)))
-        loader = data.Loader(corpus, micro_batch_size=4, seq_len=32, seed=0)
         norm = train.train_step(model, optimizer, loader, 0, c, world, scaler=scaler)[1]
         seen = torch.cat([x.flatten() for x in seen])
         assert 0.2 < norm < 1 and seen.norm().item() == pytest.approx(min(norm, clip), rel=1e-5)
@@ -1320,16 +1288,16 @@ def test_a_mask_has_the_precision_of_the_products():
         assert gpt.prepare(documents, torch.float32).dtype == (low_dtype or torch.float32)
 
 
-def test_a_run_is_evaluated_and_sampled_as_integers(corpus, plain, capsys):
-    argv = ["--out", str(plain), "--data", str(corpus), "--eval-windows", "8"]
+def test_a_run_is_evaluated_and_sampled_as_integers(corpus, plain):
+    argv = ["--out", plain, "--data", corpus, "--eval-windows", "8", "--quantize"]
     for fmt, most in (("int8", 0.005), ("int4", 0.03)):
-        assert train.main([*argv, "--quantize", fmt]) == 0
-        said = capsys.readouterr().out
+        code, said, _ = outcome(train.main, *argv, fmt)
+        assert code == 0
         before, after = re.search(r"validation (\S+) -> (\S+) nats", said).groups()
         assert abs(float(after) / float(before) - 1) < most and f"{fmt}  " in said
         assert before == f"{[x['val_loss'] for x in metrics(plain) if 'val_loss' in x][-1]:.4f}"
-    assert train.main([*argv, "--quantize", "int8", "--sample", "def f(", "--max-new-tokens", "5"]) == 0
-    assert "\ndef f(" in capsys.readouterr().out
+    code, said, _ = outcome(train.main, *argv, "int8", "--sample", "def f(", "--max-new-tokens", "5")
+    assert code == 0 and "\ndef f(" in said
 
 
 def holds_its_promise(out, capsys, monkeypatch, logits_off, *flags):
@@ -1391,13 +1359,10 @@ def test_several_ranks_sample_but_do_not_quantize(plain, run_ranks):
     (["--precision", "fp16", "--no-master-weights"], (2, 4, 8))])
 def test_the_memory_that_is_predicted_is_there(corpus, flags, each):
     """Bytes of weights, gradients and states after a step."""
-    c = train.parse_config([*MINI, "--data", str(corpus), "--micro-batch-size", "8", *flags])
-    world = train.join(c)
-    model = train.Model(c, world)
-    optimizer = train.make_optimizer(model, c)
+    c, world, model, optimizer, loader, _ = begin([*MINI, "--data", str(corpus), "--micro-batch-size", "8", *flags])
     held = []
     optimizer.register_step_post_hook(lambda o, *_: held.extend(p.grad for p in train.parameters_of(o)))
-    train.train_step(model, optimizer, data.Loader(corpus, micro_batch_size=8, seq_len=32, seed=0), 0, c, world)
+    train.train_step(model, optimizer, loader, 0, c, world)
     states = [x for state in optimizer.state.values() for x in state.values() if x.ndim]
     n, predicted = net.num_params(c.model), train.make_bill(c, world)["memory_bytes"]
     for name, tensors, size in (("parameters", list(model.parameters()), each[0]), ("gradients", held, each[1]),
@@ -1410,11 +1375,10 @@ def fp8_group_and_gradients(rank, n, argv):
     c = train.parse_config([*argv, "--precision", "fp8", "--tp", "2"])
     model = train.Model(c, world := train.join(c))
     agree = model.chunks[0].model.layers["0"].mlp.up_proj.weight.product.keywords["group"] is world.mesh.tp_group
-    c = train.parse_config([*argv, "--precision", "bf16", "--no-master-weights", "--dp", "2", "--zero", "3"])
-    model = train.Model(c, world := train.join(c))
-    optimizer, seen = train.make_optimizer(model, c), []
+    c, world, model, optimizer, loader, _ = begin([*argv, "--precision", "bf16", "--no-master-weights", "--dp", "2",
+                                                   "--zero", "3"])
+    seen = []
     optimizer.register_step_pre_hook(lambda o, *_: seen.extend((p.dtype, p.grad.dtype) for p in train.parameters_of(o)))
-    loader = data.Loader(c.data, micro_batch_size=1, seq_len=c.seq_len, dp_rank=rank, dp_size=2)
     train.train_step(model, optimizer, loader, 0, c, world)
     return agree, set(seen)
 

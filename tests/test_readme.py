@@ -7,13 +7,12 @@ import re
 import runpy
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 import train
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "tests" / "bench" / "RESULTS.md").read_text()
 LINES = re.sub(r"```(python|mermaid).*?```", "", README, flags=re.DOTALL).splitlines()

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -17,6 +18,7 @@ import published
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import dry_run
 from ledgers import MemoryLedger, holdings
 from published import MUENNIGHOFF, PF_DAY, SARDANA, isoflop_runs
 from test_model import SETTINGS, random_tokens
@@ -309,12 +311,16 @@ def test_ruined_runs_hardly_count():
         assert ruined[name] == pytest.approx(clean[name], rel=0.1)
 
 
+def noisy_grid(budgets=7, sizes=16, noise=0.003, seed=0):
+    """Besiroglu's law at some budgets, at sizes around the best of each."""
+    rng, C = np.random.default_rng(seed), np.geomspace(1e18, 1e22, budgets)
+    return [(N, c / (6 * N), chinchilla_loss(N, c / (6 * N)) * math.exp(noise * rng.standard_normal()))
+            for c in C for N in np.geomspace(3e7, 3e10, sizes) if 1 / 8 < N / compute_optimal(c).N < 8]
+
+
 def planted():
-    """Besiroglu's law at 9 budgets, 0.5 % of noise, every 30th run ruined."""
-    rng = np.random.default_rng(1)
-    exact = np.array([(N, C / (6 * N), chinchilla_loss(N, C / (6 * N))) for C in np.geomspace(1e18, 1e22, 9)
-                      for N in np.geomspace(3e7, 3e10, 24) if 1 / 8 < N / compute_optimal(C).N < 8])
-    runs = exact * np.exp([0, 0, 0.005] * rng.standard_normal((len(exact), 1)))
+    """Every 30th run ruined."""
+    runs = np.array(noisy_grid(9, 24, 0.005, seed=1))
     runs[::30, 2] *= 1.1
     return runs
 
@@ -418,12 +424,6 @@ def test_envelope():
     assert low < scaling.exponents(BESIROGLU)[0] < high
     with pytest.raises(ValueError, match="envelope: needs at least 3 values of N .* got 1"):
         fit_envelope([(1e6, 1e7, 4.0), (1e6, 1e8, 3.0), (1e7, 1e8, 2.9), (1e8, 1e8, 2.8)])
-
-
-def noisy_grid():
-    rng, C = np.random.default_rng(0), np.geomspace(1e18, 1e22, 7)
-    return [(N, c / (6 * N), chinchilla_loss(N, c / (6 * N)) * math.exp(0.003 * rng.standard_normal()))
-            for c in C for N in np.geomspace(3e7, 3e10, 16) if 1 / 8 < N / compute_optimal(c).N < 8]
 
 
 def with_budgets(low=-0.07, high=0.35, law=LOPSIDED, budgets=(1e18, 2e18, 4e18, 8e18, 1.6e19, 3.2e19)):
@@ -920,14 +920,8 @@ def test_train_takes_the_printed_commands(shape, gpu, n, options):
         words = e["command"].split()
         argv, layout = words[words.index("train.py") + 1:], Layout(**e["layout"])
         assert words[0] == "torchrun" and layout.ranks == n and words[-2:] == ["--data", "data/mycorpus"]
-        try:
-            c = train.parse_config([*argv, "--dry-run"])
-            world = train.join(c)
-            c = train.resolve(c, world)
+        with dry_run(argv) as (c, world):
             train.meta_stage(c, torch.device("meta"), world.mesh, c.stages - 1)
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
         assert scaling.shape_of(c.model) == shape and world.size == n and layout_of(c, n) == layout
         assert e["memory_bytes"]["total"] <= scaling.USABLE_MEMORY * GPUS[gpu].memory
 
@@ -947,19 +941,10 @@ def test_layouts_are_those_that_train_takes():
             at = Layout(dp, tp, pp, way, v, b, 12 // (dp * b), 0, again)
             words = scaling.command(shape, at, "fp32", GPUS["l4"], 1).split("train.py ")[1].split()
             words[words.index("--global-batch-size") + 1] = "12"                             # where 12 is no multiple
-            try:
-                c = train.parse_config([*words, "--dry-run"])
-                world = train.join(c)
-                c = train.resolve(c, world)
-                with train.bad_input():
-                    for stage in range(c.stages):
-                        train.meta_stage(c, torch.device("meta"), world.mesh, stage)
+            with contextlib.suppress(train.BadInput), dry_run(words) as (c, world), train.bad_input():
+                for stage in range(c.stages):
+                    train.meta_stage(c, torch.device("meta"), world.mesh, stage)
                 taken.add(at)
-            except train.BadInput:
-                pass
-            finally:
-                if dist.is_initialized():
-                    dist.destroy_process_group()
     assert planned == taken and len(taken) > 10 and {x.schedule for x in taken} == {"1f1b", "zb", "interleaved"}
 
 
@@ -1244,11 +1229,6 @@ def answer(capsys, line) -> dict:
     return json.loads(out)
 
 
-def test_a_plan_names_what_cannot_be_fixed():
-    with pytest.raises(scaling.BadInput, match="fixed must name dp, tp, pp, .*, got micro_batches"):
-        scaling.plan(scaling.shape_for(7e9, 2048), "h100", 8, micro_batches=8)
-
-
 def test_a_plan(capsys):
     found = answer(capsys, "--params 2e9 --tokens 4e10 --gpu a100 --n-gpus 8")
     bill, shape = found["layouts"][0], Shape(**found["shape"])
@@ -1263,10 +1243,12 @@ def test_a_plan(capsys):
     assert bill["layout"] == dataclasses.asdict(Layout(2, 2, 4, "interleaved", 3, 2, 256, 1, "full", False))
 
 
-@pytest.mark.parametrize("tokens", [-5, 0, math.nan])
-def test_a_plan_of_no_tokens(tokens):
-    with pytest.raises(scaling.BadInput, match=f"tokens must be above 0, got {tokens}"):
-        scaling.plan(scaling.shape_for(1e9), "h100", 8, tokens=tokens)
+@pytest.mark.parametrize("options, message", [
+    *(({"tokens": tokens}, f"tokens must be above 0, got {tokens}") for tokens in (-5, 0, math.nan)),
+    ({"micro_batches": 8}, "fixed must name dp, tp, pp, .*, got micro_batches")])
+def test_what_cannot_be_planned(options, message):
+    with pytest.raises(scaling.BadInput, match=message):
+        scaling.plan(scaling.shape_for(1e9), "h100", 8, **options)
 
 
 def test_mfu_is_of_the_precisions_peak():
@@ -1286,12 +1268,6 @@ def test_the_text(capsys):
     code, out, _ = call(capsys, *"plan --params 7e9 --gpu h100 --n-gpus 8 --zero 3 --price 2".split())
     assert code == 0 and "at $2.00 per GPU-hour (as given)" in out and "torchrun" in out and "zero 3" in out
     assert max(map(len, out.split("first  ")[0].splitlines())) <= 120
-    for line in ("--params 1e12 --tokens 2e13 --gpu b200 --n-gpus 8192 --tp 8 --pp 8 --zero 3",
-                 "--params 5e5 --tokens 1e3 --gpu gb200 --n-gpus 1",
-                 "--params 7e9 --tokens 1e18 --gpu t4 --n-gpus 64 --pp 8"):
-        code, out, _ = call(capsys, "plan", *line.split())                          # small and large numbers stay apart
-        head, *lines = out.split("\n\n")[2].splitlines()
-        assert code == 0 and lines and {len(x.split()) for x in lines} == {13} and "s per step" in head, out
 
 
 @pytest.mark.parametrize("line, message", [
@@ -1334,12 +1310,14 @@ def test_many_runs_are_fitted_with_a_word(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags", [
-    "--params 5e5 --tokens 1e18 --n-gpus 1 --seq-len 1 --global-batch-size 1", "--params 5e5 --tokens 1e3 --n-gpus 1",
-    "--params 1e12 --tokens 1e18 --n-gpus 8192 --price 10000"])
+    "--gpu h100 --params 5e5 --tokens 1e18 --n-gpus 1 --seq-len 1 --global-batch-size 1",
+    "--gpu gb200 --params 5e5 --tokens 1e3 --n-gpus 1", "--gpu t4 --params 7e9 --tokens 1e18 --n-gpus 64 --pp 8",
+    "--gpu h100 --params 1e12 --tokens 1e18 --n-gpus 8192 --price 10000"])
 def test_columns_of_a_plan_do_not_run_together(flags, capsys):
     """Tiny and huge values: a cell per column in every row, and each ends where its column's name ends."""
-    assert scaling.main(["plan", "--gpu", "h100", *flags.split()]) == 0
-    names, *rows = capsys.readouterr().out.split("\n\n")[2].replace("s per step", "s-per-step").splitlines()
+    code, out, _ = call(capsys, "plan", *flags.split())
+    names, *rows = out.split("\n\n")[2].replace("s per step", "s-per-step").splitlines()
+    assert code == 0 and rows
     for row in rows:
         assert len(row.split()) == len(names.split()) == 13 and len(row) == len(names)
         assert all(row[match.end() - 1] != " " for match in list(re.finditer(r"\S+", names))[1:])

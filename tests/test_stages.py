@@ -1,7 +1,6 @@
 """SFT, DPO and reinforcement learning as train.py runs them: equal to their textbook formulas, in any layout the same
 run, resumed bit for bit; where models come from and what they are used for."""
 
-import contextlib
 import io
 import itertools
 import json
@@ -14,6 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bench import bench_probe
+from conftest import metrics, newest_tensors, outcome
+from test_parallel import differences
 
 import data
 import model as net
@@ -26,20 +27,7 @@ QUICK = """--global-batch-size 8 --steps 8 --warmup-steps 2 --eval-interval 4 --
 
 def run(*argv) -> tuple[int, str, str]:
     """train.main in this process -> (exit code, stdout, stderr)."""
-    with contextlib.redirect_stdout(io.StringIO()) as o, contextlib.redirect_stderr(io.StringIO()) as e:
-        code = train.main([str(a) for a in argv])
-    return code, o.getvalue(), e.getvalue()
-
-
-def tensors_of(out) -> dict:
-    reader, damaged = data.newest_checkpoint(Path(out, "checkpoints"))
-    assert not damaged
-    return {name: reader.read(name) for name in reader.tensors}
-
-
-def lines_of(out) -> list[dict]:
-    lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in lines]
+    return outcome(train.main, *argv)
 
 
 @pytest.fixture(scope="module")
@@ -229,10 +217,7 @@ def test_any_layout_is_the_same_stage(files, base, run_ranks, objective, ranks, 
     for ours, pieces, our_evaluation in run_ranks(staged, ranks, [*argv, *flags.split()], 3):
         assert torch.tensor(ours).sub(torch.tensor(losses)).abs().max() < 1e-10
         assert our_evaluation == pytest.approx(evaluation, rel=1e-9)
-        for name, box, flat, p in pieces:
-            expected = weights[name][tuple(slice(a, b) for a, b, _ in box)]
-            expected = expected if flat is None else expected.flatten()[slice(*flat)]
-            assert not p.numel() or (p - expected).abs().max() < 1e-10, name
+        assert max(differences(ours, pieces, losses, weights)) < 1e-10
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -242,7 +227,7 @@ def test_a_stage_trains_and_goes_on_bit_for_bit(files, base, tmp_path, objective
     out, argv = tmp_path / "run", stage(files, base, objective)
     code, printed, error = run(*argv, "--out", out)
     assert code == 0, error
-    lines, whole = lines_of(out), tensors_of(out)
+    lines, whole = metrics(out), newest_tensors(out)
     names = {"sft": {"val_bpb", "reward"}, "dpo": {"val_accuracy", "val_margin", "reward"}, "rl": {"reward"}}[objective]
     evaluations = [line for line in lines if "val_loss" in line]
     assert [line["step"] for line in evaluations] == [0, 4, 8]                      # also before the first step
@@ -258,9 +243,9 @@ def test_a_stage_trains_and_goes_on_bit_for_bit(files, base, tmp_path, objective
     assert str(files[objective]) in card["sources"] and len(card["sources"]) > 1 and "--- answer ---" in printed
     shutil.rmtree(out / "checkpoints" / "step-00000008")                                              # killed before it
     assert run(*argv, "--out", out)[0] == 0
-    again = tensors_of(out)
+    again = newest_tensors(out)
     assert again.keys() == whole.keys() and all(torch.equal(again[name], whole[name]) for name in whole)
-    assert lines_of(out) == lines
+    assert metrics(out) == lines
 
 
 def test_a_stage_goes_on_when_its_parent_is_gone(files, base, tmp_path):
@@ -309,9 +294,9 @@ def test_a_wsd_run_is_made_longer_as_if_it_had_been_so_from_the_start(corpus, tm
         code, printed, error = run(*argv, "--out", tmp_path / folder, "--steps", steps)
         assert code == 0, error
     assert "goes on from an earlier one" in printed and "resuming   at step 5 of 12" in printed
-    short, long = tensors_of(tmp_path / "short"), tensors_of(tmp_path / "long")
+    short, long = newest_tensors(tmp_path / "short"), newest_tensors(tmp_path / "long")
     assert all(torch.equal(short[name], long[name]) for name in long)
-    assert lines_of(tmp_path / "short")[-3:] == lines_of(tmp_path / "long")[-3:]
+    assert metrics(tmp_path / "short")[-3:] == metrics(tmp_path / "long")[-3:]
     assert list((tmp_path / "short" / "checkpoints").glob("unused-step-00000008-*"))            # nothing is thrown away
     for wrong in (["--steps", "10"], ["--steps", "16", "--lr", "0.1"]):              # shorter; longer, but another run
         names = sorted((tmp_path / "short" / "checkpoints").iterdir())
@@ -345,10 +330,10 @@ def test_a_model_goes_to_hugging_face_and_back(files, base, tmp_path):
         argv = stage(files, parent, "sft", "--steps", "1", "--out", tmp_path / f"from-{parent.name}")
         code, _, error = run(*argv, "--seq-len", "64")
         assert code == 0, error
-    ours, theirs = (tensors_of(tmp_path / f"from-{name}") for name in ("run", "hf"))
+    ours, theirs = (newest_tensors(tmp_path / f"from-{name}") for name in ("run", "hf"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    first, second = (lines_of(tmp_path / f"from-{name}")[0]["val_loss"] for name in ("run", "hf"))
-    assert first == second and lines_of(tmp_path / "from-hf")[0]["step"] == 0
+    first, second = (metrics(tmp_path / f"from-{name}")[0]["val_loss"] for name in ("run", "hf"))
+    assert first == second and metrics(tmp_path / "from-hf")[0]["step"] == 0
     code, _, error = run("--out", base, "--export", tmp_path / "hf", "--device", "cpu")
     assert code == 2 and "exists" in error and error.count("\n") == 1
 
@@ -358,7 +343,7 @@ def test_pre_training_goes_on_with_another_text(base, corpus, tmp_path):
     argv = ["--init-from", base, "--data", tmp_path / "more.txt", "--out", tmp_path / "run", *QUICK]
     code, _, error = run(*argv)
     assert code == 0, error
-    lines = [line for line in lines_of(tmp_path / "run") if "loss" in line]
+    lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.2 and lines[0]["loss"] < math.log(512) - 0.2
     assert data.load_tokenizer(tmp_path / "run").sha256 == data.load_tokenizer(base).sha256
     code, _, error = run(*argv[:2], "--data", "stdlib", "--n-layer", "3", "--out", tmp_path / "other")

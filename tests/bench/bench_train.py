@@ -71,9 +71,8 @@ def main():
     for N, C, V in ((2048, 128, 2048), (4096, 768, 50304)):
         times = alternate(head_variants(N, C, V), 15 if V < 10000 else 5)
         for name, t in times.items():
-            peak = int(subprocess.run([sys.executable, __file__, "--peak", name, str(N), str(C), str(V)],
-                                      capture_output=True,
-                                      text=True, check=True).stdout)
+            command = [sys.executable, __file__, "--peak", name, str(N), str(C), str(V)]
+            peak = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             print(f"{f'{N} x {C} x {V}':<36} {name:<12} {t:8.4f} {t / times['plain']:6.2f} "
                   f"{6 * N * C * V / t / 1e9:8.1f} {peak / 1e6:8.1f}")
 
@@ -99,9 +98,8 @@ def main():
 
     commands = {"import torch": [sys.executable, "-c", "import torch"],
                 "train.py --help": [sys.executable, str(ROOT / "train.py"), "--help"]}
-    for name, t in alternate({n: (lambda a=a: subprocess.run(a, capture_output=True, check=True)) for n,
-                              a in commands.items()},
-                             5).items():
+    runs = {name: (lambda a=a: subprocess.run(a, capture_output=True, check=True)) for name, a in commands.items()}
+    for name, t in alternate(runs, 5).items():
         print(f"{name:<18} {t:5.2f} s")
 
 
