@@ -31,9 +31,8 @@ Three things differ from the textbook, because other files need them:
   * Attention is a function that is handed in, the head is a module, layers are a dictionary: other files replace them
     from outside. Nothing below knows of devices, ranks or precision.
 
-Map: ModelConfig - norms, RoPE, attention, MLP, Block - the loss and Head - GPT - keyed_init, fill, build - counting -
-other weights in the same loss (SFT, DPO, RL) - Hugging Face folders: configs and weights, in and out - demo. Not here:
-tiling of attention, splitting over ranks, number formats.
+Map: ModelConfig - parts of a block - the loss - GPT - weights by name - counting - SFT, DPO, RL - Hugging Face - demo.
+Not here: tiling of attention, splitting over ranks, number formats.
 
 Sources: Vaswani 2017 (arXiv:1706.03762); GPT-2 (Radford 2019); RMSNorm (1910.07467); RoPE (2104.09864); SwiGLU
 (2002.05202); GQA (2305.13245); QK-norm as in Qwen3 (2505.09388); Llama 2 (2307.09288).
@@ -41,6 +40,7 @@ Sources: Vaswani 2017 (arXiv:1706.03762); GPT-2 (Radford 2019); RMSNorm (1910.07
 run: python model.py
 """
 
+import functools
 import hashlib
 import math
 import re
@@ -116,29 +116,22 @@ def apply_rope(x, cos, sin):
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)                       # (B, T, H, D)
 
 
-def document_mask(documents, dtype, causal: bool = True):
-    """Ids (B, T) -> what is added to the scores, (B, 1, T, T): 0 where a query may see a key of its own document (at or
-    before itself, if causal), -inf elsewhere. A document is a run of equal ids: one that comes back begins a new
-    document. GPT makes the mask once per micro-batch, and all layers share it."""
+def document_mask(documents, dtype):
+    """Ids (B, T) -> what is added to the scores, (B, 1, T, T): 0 where a query may see a key (of its own document, at
+    or before itself), -inf elsewhere. A document is a run of equal ids: one that comes back begins a new document."""
     number = F.pad((documents[:, 1:] != documents[:, :-1]).cumsum(1), (1, 0))                        # 7 7 3 7: 0 0 1 2
-    visible = number[:, None, :, None] == number[:, None, None, :]                                   # (B, 1, T, T)
-    visible = visible.tril() if causal else visible
+    visible = (number[:, None, :, None] == number[:, None, None, :]).tril()                          # (B, 1, T, T)
     return torch.zeros(visible.shape, dtype=dtype, device=documents.device).masked_fill(~visible, -math.inf)
 
 
-def sdpa_attention(q, k, v, *, causal=True, documents=None):
-    """Default attention: torch's. q (B, H, T, D); k, v (B, K, S, D) -> (B, H, T, D).
-
-    Query i sits at key position i + S - T (the last query sees the last key). documents, where T = S: ids (B, T), or
-    the mask that document_mask made of them.
-    """
+def sdpa_attention(q, k, v, *, documents=None):
+    """Default attention: torch's, causal. q (B, H, T, D); k, v (B, K, S, D) -> (B, H, T, D). Query i sits at key
+    position i + S - T (the last query sees the last key). documents: what document_mask returned; then T = S."""
     T, S, mask = q.shape[-2], k.shape[-2], documents
-    if documents is not None and documents.ndim == 2:
-        mask = document_mask(documents, q.dtype, causal)
-    elif documents is None and causal and 1 < T < S:
+    if mask is None and 1 < T < S:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    square = causal and T == S and mask is None
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=square, enable_gqa=q.shape[1] != k.shape[1])
+    is_causal = mask is None and T == S
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
 class KVCache:
@@ -155,7 +148,7 @@ class KVCache:
         return k, v
 
 
-RECOMPUTE = dict(use_reentrant=False, preserve_rng_state=False)        # checkpoint's; nothing here draws random numbers
+RECOMPUTE = dict(use_reentrant=False, preserve_rng_state=False)     # checkpoint's options: nothing draws random numbers
 
 
 class Attention(nn.Module):
@@ -164,16 +157,15 @@ class Attention(nn.Module):
     The number of heads is read off the projections' outputs, so a tensor-parallel rank that holds fewer runs this code.
     """
 
-    def __init__(self, config: ModelConfig, attention, recompute: bool):
+    def __init__(self, c: ModelConfig, attention):
         super().__init__()
-        c = config
         self.q_proj = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=c.bias)
         self.k_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
         self.v_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.bias)
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=c.bias)
         self.q_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
-        self.attention, self.head_dim, self.recompute = attention, c.head_dim, recompute
+        self.attention, self.head_dim = attention, c.head_dim
 
     def forward(self, x, rope=None, documents=None, cache=None):
         q, k, v = (project(x) for project in (self.q_proj, self.k_proj, self.v_proj))
@@ -184,28 +176,22 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                      # (B, H | K, T, D), views
         if cache is not None:
             k, v = cache.extend(self, k, v)                                                    # (B, K, S, D)
-        if self.recompute and torch.is_grad_enabled():            # "selective": keep q, k, v, and run attention again
-            o = checkpoint(self.attention, q, k, v, causal=True, documents=documents, **RECOMPUTE)
-        else:
-            o = self.attention(q, k, v, causal=True, documents=documents)                      # (B, H, T, D)
+        o = self.attention(q, k, v, documents=documents)                                       # (B, H, T, D)
         return self.o_proj(o.transpose(1, 2).flatten(2))                                       # (B, T, C)
 
 
 class MLP(nn.Module):
     """SwiGLU: W_down(silu(W_gate x) * W_up x), or GELU: W_down gelu(W_up x). (B, T, C) -> (B, T, C)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, c: ModelConfig):
         super().__init__()
-        c = config
-        if c.mlp == "swiglu":
-            self.gate_proj = nn.Linear(c.n_embd, c.n_ff, bias=c.bias)
+        self.gate_proj = nn.Linear(c.n_embd, c.n_ff, bias=c.bias) if c.mlp == "swiglu" else None
         self.up_proj = nn.Linear(c.n_embd, c.n_ff, bias=c.bias)
         self.down_proj = nn.Linear(c.n_ff, c.n_embd, bias=c.bias)
-        self.swiglu = c.mlp == "swiglu"
 
     def forward(self, x):
         up = self.up_proj(x)                                                                   # (B, T, F)
-        inner = F.silu(self.gate_proj(x)) * up if self.swiglu else F.gelu(up, approximate="tanh")
+        inner = F.gelu(up, approximate="tanh") if self.gate_proj is None else F.silu(self.gate_proj(x)) * up
         return self.down_proj(inner)                                                           # (B, T, C)
 
 
@@ -215,18 +201,20 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, attention, recompute: str):
         super().__init__()
+        if recompute == "selective":
+            attention = functools.partial(checkpoint, attention, **RECOMPUTE)
         self.input_layernorm = make_norm(config)
-        self.self_attn = Attention(config, attention, recompute == "selective")
+        self.self_attn = Attention(config, attention)
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
         self.recompute = recompute == "full"
 
     def forward(self, x, rope=None, documents=None, cache=None):
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.run, x, rope, documents, **RECOMPUTE)   # no cache: generate() has no gradients
+        if self.recompute:                                                 # without gradients this calls self.run alone
+            return checkpoint(self.run, x, rope, documents, cache, **RECOMPUTE)
         return self.run(x, rope, documents, cache)
 
-    def run(self, x, rope, documents, cache=None):
+    def run(self, x, rope, documents, cache):
         x = x + self.self_attn(self.input_layernorm(x), rope, documents, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -343,12 +331,12 @@ class GPT(nn.Module):
     layers; what is left keeps its names. Parameters are named as in Hugging Face's Llama and know which piece they are:
     `full_name`, the name in the single-process model, and `box`, one (start, stop, size) per dimension.
 
-    Every layer calls attention(q, k, v, causal=, documents=); documents is what prepare(ids, dtype of x) made of the
-    batch's ids, once per micro-batch. prepare None: document_mask for the default attention, else the ids themselves.
+    Every layer calls attention(q, k, v, documents=), which is causal. documents is what prepare(ids, dtype of x) made
+    of the batch's ids, once per micro-batch; without prepare, document_mask for the default attention, else the ids.
     Parameters are allocated, not initialised: build(config, seed) does both.
     """
 
-    def __init__(self, config: ModelConfig, attention=sdpa_attention, head=Head, recompute: str = "none", prepare=None):
+    def __init__(self, config: ModelConfig, attention=sdpa_attention, recompute: str = "none", prepare=None):
         super().__init__()
         if recompute not in ("none", "selective", "full"):
             raise ValueError(f"recompute must be one of none, selective, full, got {recompute!r}")
@@ -359,7 +347,7 @@ class GPT(nn.Module):
         self.model.embed_positions = nn.Embedding(c.seq_len, c.n_embd) if c.position == "learned" else None
         self.model.layers = nn.ModuleDict({str(i): Block(c, attention, recompute) for i in range(c.n_layer)})
         self.model.norm = make_norm(c)
-        self.lm_head = head(c)
+        self.lm_head = Head(c)
         if c.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         for name, p in self.named_parameters():
@@ -422,12 +410,12 @@ class GPT(nn.Module):
         generators = [torch.Generator(tokens.device).manual_seed(s) for s in seeds]
         prompt, tokens = tokens, tokens[:, :first]
         ends = torch.tensor(lengths, device=tokens.device)
-        context, cache = tokens[:, -self.config.seq_len:], KVCache()
+        start, cache = max(0, first - self.config.seq_len), KVCache()                        # the context's first token
         ended = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         for position in range(first, max(lengths) + max_new_tokens):
-            if context.shape[1] > self.config.seq_len:
-                context, cache = context[:, -max(1, self.config.seq_len // 2):], KVCache()
-            unread = context[:, cache.length:] if use_cache else context
+            if position - start > self.config.seq_len:
+                start, cache = position - max(1, self.config.seq_len // 2), KVCache()
+            unread = tokens[:, start + cache.length:]
             logits = self(unread, cache=cache if use_cache else None)[:, -1]                   # (B, V)
             if vocab_size is not None:
                 logits[:, vocab_size:] = -math.inf
@@ -440,7 +428,7 @@ class GPT(nn.Module):
             if stop is not None:
                 token = token.masked_fill(ended[:, None], stop)
                 ended |= (token[:, 0] == stop) & (position >= ends)
-            tokens, context = torch.cat((tokens, token), 1), torch.cat((context, token), 1)
+            tokens = torch.cat((tokens, token), 1)
             if stop is not None and bool(ended.all()):
                 break
         return tokens
@@ -464,13 +452,6 @@ def sample_token(logits, temperature, top_k, top_p, generators):
 # ---- weights by name -------------------------------------------------------------------------------------------------
 
 CHUNK = 2**20      # elements drawn by one generator
-
-
-def init_std(full_name: str, config: ModelConfig) -> float:
-    """Standard deviation of a weight at the start (GPT-2): 0.02, and 0.02 / sqrt(2 n_layer) where a block adds to the
-    residual stream: the sum of 2 n_layer terms should not grow with depth."""
-    residual = full_name.endswith(("o_proj.weight", "down_proj.weight"))
-    return 0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02
 
 
 def keyed_init(full_name: str, box, seed: int, config: ModelConfig) -> torch.Tensor:
@@ -502,7 +483,9 @@ def keyed_init(full_name: str, box, seed: int, config: ModelConfig) -> torch.Ten
             values = values[inside]
         out[filled:filled + len(values)] = values
         filled += len(values)
-    return torch.from_numpy(out.reshape(shape)) * init_std(full_name, config)
+    # as GPT-2. o_proj and down_proj add to the residual stream: a sum of 2 n_layer terms should not grow with depth
+    adds = full_name.endswith(("o_proj.weight", "down_proj.weight"))
+    return torch.from_numpy(out.reshape(shape)) * (0.02 / math.sqrt(2 * config.n_layer) if adds else 0.02)
 
 
 def fill(module: nn.Module, read, device="cpu", dtype=torch.float32) -> nn.Module:
@@ -535,28 +518,20 @@ def build(config: ModelConfig, seed: int = 0, device="cpu", dtype=torch.float32,
 
 # ---- counting --------------------------------------------------------------------------------------------------------
 
-def block_matrices(c: ModelConfig) -> int:
-    """Weights of one block that take part in matrix products."""
-    return 2 * c.n_embd * c.head_dim * (c.n_head + c.n_kv_head) + (3 if c.mlp == "swiglu" else 2) * c.n_embd * c.n_ff
-
-
 def num_params(config: ModelConfig) -> int:
     """Parameters, all of them, the tied weight once."""
-    c = config
-    norm = c.n_embd * (2 if c.norm == "layernorm" and c.bias else 1)
-    biases = c.head_dim * (c.n_head + 2 * c.n_kv_head) + c.n_embd + (2 if c.mlp == "swiglu" else 1) * c.n_ff + c.n_embd
-    block = block_matrices(c) + (biases if c.bias else 0) + 2 * norm + (2 * c.head_dim if c.qk_norm else 0)
-    tables = c.vocab_size * (1 if c.tie_embeddings else 2) + (c.seq_len if c.position == "learned" else 0)
-    return c.n_layer * block + norm + tables * c.n_embd
+    with torch.device("meta"):
+        return sum(p.numel() for p in GPT(config).parameters())
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> int:
+def flops_per_token(c: ModelConfig, seq_len: int) -> int:
     """FLOPs of forward and backward for one token: 6 per matrix weight (the embedding is a look-up, the head a
     product), plus attention's two products over seq_len keys, 12 n_layer H D T. The full square is counted, as in
     PaLM's MFU (arXiv:2204.02311, appendix B); a causal kernel can skip half of that term."""
-    c = config
+    projections = 2 * c.n_embd * c.head_dim * (c.n_head + c.n_kv_head)                         # q and o, k and v
+    mlp = (3 if c.mlp == "swiglu" else 2) * c.n_embd * c.n_ff
     attention = 12 * c.n_layer * c.n_head * c.head_dim * seq_len
-    return 6 * (c.n_layer * block_matrices(c) + c.vocab_size * c.n_embd) + attention
+    return 6 * (c.n_layer * (projections + mlp) + c.vocab_size * c.n_embd) + attention
 
 
 # ---- the same loss, other weights: SFT, DPO, reinforcement learning --------------------------------------------------
@@ -579,9 +554,8 @@ def reinforce_loss(log_p, advantage):
     return -(advantage * log_p).mean()
 
 
-# The same gradients, as weights of tokens. A function takes (batch, nll (B, T), a coefficient) and returns two things:
-# the weights (B, T), and a tensor of three sums over the batch, the loss and two statistics. nll comes from a pass
-# without gradient.
+# The same gradients, as weights of tokens: (batch, nll (B, T), a coefficient) -> the weights (B, T), and a tensor of
+# three sums over the batch, the loss and two statistics. nll comes from a pass without gradient.
 
 def preference(batch, nll, beta: float):
     """DPO (Rafailov 2023, arXiv:2305.18290, eq. 7). Rows 2u and 2u + 1 hold the chosen and the rejected answers to the
@@ -662,30 +636,31 @@ def config_from_hf(hf: dict) -> ModelConfig:
         require(name, get(name), None, 0, "absent")
     for name in ONE:
         require(name, get(name), None, 1)
-    require("sliding_window", get("use_sliding_window", True) and get("sliding_window"), None, 0, "absent")
-    require("layer_types", next((t for t in get("layer_types") or () if t != "full_attention"), None), None,
-            "full_attention")
+    if get("use_sliding_window", True):
+        require("sliding_window", get("sliding_window"), None, 0, "absent")
+    for layer_type in get("layer_types") or ():
+        require("layer_types", layer_type, "full_attention")
     # rotary angles stand under three names
     rope = {"rope_theta": get("rope_theta") or 10000.0} | (get("rope_scaling") or {}) | (get("rope_parameters") or {})
     require("rope_type", rope.pop("rope_type", rope.pop("type", None)), None, "default")
     require("partial_rotary_factor", rope.pop("partial_rotary_factor", get("partial_rotary_factor")), None, 1)
-    require("rope_parameters", next((name for name in rope if name != "rope_theta"), None), None, "rope_theta alone")
-    bias = get("attention_bias") or False
-    if kind == "gpt2":
-        require("activation_function", get("activation_function"), None, "gelu_pytorch_tanh", "gelu_new")
-    else:
-        require("hidden_act", get("hidden_act"), None, "swish", "silu")
-        require("attention_bias", get("attention_bias"), *((None, False) if kind == "qwen3" else (None, False, True)))
-        require("mlp_bias", get("mlp_bias", False), bias)
+    for name in rope:
+        require("rope_parameters", name, "rope_theta", "rope_theta alone")
     names = HF_FIELDS[kind]
     C, H = (get(names[ours], 1) for ours in ("n_embd", "n_head"))
     if kind == "gpt2":
+        require("activation_function", get("activation_function"), None, "gelu_pytorch_tanh", "gelu_new")
         common = dict(norm="layernorm", position="learned", mlp="gelu", bias=True, n_kv_head=H, head_dim=C // H)
         default = {"n_inner": 4 * C, "tie_word_embeddings": True}
     else:
+        require("hidden_act", get("hidden_act"), None, "swish", "silu")
+        require("mlp_bias", get("mlp_bias", False), get("attention_bias") or False)
         common = {"qk_norm": kind == "qwen3"}
         default = {"num_key_value_heads": H, "attention_bias": False, "tie_word_embeddings": False}
-        default |= {"head_dim": C // H} if kind == "llama" else {}
+        if kind == "llama":
+            default["head_dim"] = C // H
+        else:
+            require("attention_bias", get("attention_bias"), None, False)
     given = default | {name: value for name, value in hf.items() if value is not None} | rope
     for name in names.values():
         if name not in given:
@@ -693,13 +668,12 @@ def config_from_hf(hf: dict) -> ModelConfig:
     return ModelConfig(**common, **{ours: given[theirs] for ours, theirs in names.items()})
 
 
-def config_to_hf(config: ModelConfig, **token_ids) -> dict:
+def config_to_hf(c: ModelConfig, **token_ids) -> dict:
     """The config.json of this model, as a dict. token_ids: bos_token_id, eos_token_id, pad_token_id, each int or None.
 
     The family follows from the norms: LayerNorm is GPT-2's; RMSNorm with QK-norm is Qwen3's, without it Llama's.
     Raises ValueError, one line with the fields, where the family has no such model.
     """
-    c = config
     kind = "gpt2" if c.norm == "layernorm" else "qwen3" if c.qk_norm else "llama"
     needed = {"gpt2": dict(position="learned", mlp="gelu", bias=True, qk_norm=False, n_kv_head=c.n_head,
                            n_embd=c.n_head * c.head_dim),
@@ -783,13 +757,12 @@ def demo():
     for name, config in settings.items():
         print(f"{name + ', 4 layers of 128':<58} {'measured':>14} | {'predicted':>14} | rel. error")
         model = build(config)
-        row("parameters", sum(p.numel() for p in model.parameters()), num_params(config))
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             loss, _ = model(tokens, targets)
             loss.backward()
-        row("FLOPs a token, forward and backward", counter.get_total_flops() / tokens.numel(),
+        row("FLOPs per token, forward and backward", counter.get_total_flops() / tokens.numel(),
             flops_per_token(config, 128))
-        row("loss of the untrained model, nats a token | log V", loss.item() / tokens.numel(), math.log(2048), 0.01)
+        row("loss of the untrained model, nats per token | log V", loss.item() / tokens.numel(), math.log(2048), 0.01)
         prompt = tokens[:2, :5]
         cached, plain = (model.generate(prompt, 150, seed=1, use_cache=use) for use in (True, False))
         row("sampled tokens that differ with and without the cache", int((cached != plain).sum()), 0)

@@ -164,7 +164,6 @@ class MasterWeights(torch.optim.Optimizer):
     """An optimizer for low-precision parameters. It updates float32 copies of them, the masters, and rounds them back.
 
         optimizer = MasterWeights(model.to(torch.bfloat16).parameters(), torch.optim.AdamW, lr=1e-3)
-        loss.backward(); optimizer.step(); optimizer.zero_grad()
 
     params         tensors or parameter groups. Each trained one of less than 32 bits has a master. The others are
                    updated as they are
@@ -182,11 +181,7 @@ class MasterWeights(torch.optim.Optimizer):
         self.keep, self.rounding, self.generator = keep, rounding, generator
         super().__init__(params, kwargs)
         self.inner = optimizer_cls(self.param_groups, **kwargs)
-        self.share()
-
-    def share(self):
-        """The optimizer inside has our groups and states, and we have its defaults."""
-        self.inner.param_groups, self.inner.state, self.defaults = self.param_groups, self.state, self.inner.defaults
+        self.defaults = self.inner.defaults
 
     def add_param_group(self, param_group: dict):
         super().add_param_group(param_group)
@@ -209,32 +204,29 @@ class MasterWeights(torch.optim.Optimizer):
         try:
             yield
         finally:
-            masters = [p.data for p in params]
-            for p, data, master in zip(params, rounded, masters, strict=True):
-                p.data = data
+            for p, data in zip(params, rounded, strict=True):
+                master, p.data = p.data, data
                 if self.keep:
                     self.state[p]["master"] = master
-            if self.rounding == "stochastic":
-                masters = [cast(m, NAMES[p.dtype], "stochastic", generator=self.generator)
-                           for p, m in zip(params, masters, strict=True)]
-            if params:
-                torch._foreach_copy_(params, masters)                                       # p.copy_(m), all at once
+                if self.rounding == "stochastic":
+                    master = cast(master, NAMES[p.dtype], "stochastic", generator=self.generator)
+                p.copy_(master)
 
     @torch.no_grad()
     def step(self):
+        self.inner.param_groups, self.inner.state = self.param_groups, self.state       # it works on those of this one
         with self.as_masters([p for p in self.low_parameters() if p.grad is not None]):
             self.inner.step()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict):
-        """state_dict: what state_dict() returned. The masters in it are rounded into the parameters. Raises ValueError
-        for one without masters, and as torch does for groups that do not fit."""
+        """The parameters become the masters of state_dict, rounded. Raises ValueError for a state_dict without masters,
+        and as torch does for groups that do not fit."""
         params, states = self.low_parameters(), state_dict["state"].values()
         if self.keep and sum("master" in state for state in states) < len(params):
             raise ValueError("state_dict must hold the master of every parameter, it does not")
         with self.as_masters(params):                       # torch casts a state to its parameter's dtype: float32 here
             super().load_state_dict(state_dict)
-            self.share()
             for p in params if self.keep else ():
                 p.copy_(self.state[p].pop("master"))
 
@@ -244,7 +236,7 @@ class MasterWeights(torch.optim.Optimizer):
 
 class LossScaler:
     """The loss scale S, and how it moves: as torch.amp.GradScaler's does. Its state has GradScaler's names. It holds no
-    tensors. Scale and factors should be powers of two: then scaling loses no bit.
+    tensors. init_scale should be a power of two: then scaling loses no bit.
 
         scale = scaler.scale;  (loss * scale).backward()                     update() may change scaler.scale
         norm = |grad| / scale;  found_inf = norm is not finite;  scaler.update(found_inf)
@@ -253,18 +245,13 @@ class LossScaler:
     update() raises FloatingPointError where S would fall below min_scale: then a smaller scale is no help.
     """
 
+    growth_factor, backoff_factor, min_scale = 2.0, 0.5, 2.0**-14
     saved = "scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"     # GradScaler's names
 
-    def __init__(self, init_scale: float = 2.0**16, growth_factor: float = 2.0, backoff_factor: float = 0.5,
-                 growth_interval: int = 2000, min_scale: float = 2.0**-14):
-        for name, ok, rule in (("init_scale", min_scale <= init_scale < math.inf, f"be finite, at least {min_scale}"),
-                               ("growth_factor", growth_factor > 1, "be above 1"),
-                               ("backoff_factor", 0 < backoff_factor < 1, "lie between 0 and 1"),
-                               ("growth_interval", growth_interval >= 1, "be at least 1")):
-            if not ok:
-                raise ValueError(f"{name} must {rule}, got {locals()[name]}")
-        self.scale, self.growth_factor, self.backoff_factor = init_scale, growth_factor, backoff_factor
-        self.growth_interval, self.min_scale, self._growth_tracker = growth_interval, min_scale, 0
+    def __init__(self, init_scale: float = 2.0**16, growth_interval: int = 2000):
+        if not self.min_scale <= init_scale < math.inf:
+            raise ValueError(f"init_scale must be finite, at least {self.min_scale}, got {init_scale}")
+        self.scale, self.growth_interval, self._growth_tracker = init_scale, growth_interval, 0
 
     def update(self, found_inf: bool):
         if found_inf:                                                                       # S is too large
@@ -388,27 +375,23 @@ class ComputePolicy(TorchFunctionMode):
         recomputation runs again in backward enters the policy by itself. The module can be pickled and copied."""
         for part in module.modules():
             part.policy = self
-            mix_in(Governed, part)
+            if not isinstance(part, Governed):
+                part.__class__ = mixed(Governed, type(part))
         return module
 
 
 class Mixed(type):
-    """The type of the classes that mix_in() makes."""
+    """The type of the classes that mixed() makes."""
 
 
 @functools.cache
 def mixed(mixin: type, cls: type) -> type:
-    """One class for all modules of cls: so torch.compile compiles a block once, and not once per layer."""
+    """cls with the methods of mixin before its own. One class for all modules of cls: so torch.compile compiles a block
+    once, and not once per layer."""
     return Mixed(mixin.__name__ + cls.__name__, (mixin, cls), {})
 
 
 copyreg.pickle(Mixed, lambda cls: (mixed, cls.__bases__))      # pickle cannot find them by a name: it makes them again
-
-
-def mix_in(mixin: type, module: nn.Module):
-    """Put the methods of mixin before those of the module's own class, for this module alone, and once."""
-    if not isinstance(module, mixin):
-        module.__class__ = mixed(mixin, type(module))
 
 
 class Governed:
@@ -463,7 +446,7 @@ class Fp8Product(torch.autograd.Function):
         scale_x, scale_w = fp8_scales("e4m3", x, weight, group=group)
         x8, w8 = encode(x, scale_x, "e4m3"), encode(weight, scale_w, "e4m3")
         ctx.save_for_backward(x8, scale_x, weight, scale_w)
-        ctx.group, ctx.dtypes = group, (x.dtype, weight.dtype)
+        ctx.group = group
         return fp8_matmul(x8, w8.T, scale_x * scale_w, x.dtype)
 
     @staticmethod
@@ -474,9 +457,9 @@ class Fp8Product(torch.autograd.Function):
         dy8, dx, dw = encode(dy, scale_dy, "e5m2"), None, None
         if ctx.needs_input_grad[0]:
             w8 = encode(weight, scale_w, "e4m3")
-            dx = fp8_matmul(dy8, w8, scale_dy * scale_w, ctx.dtypes[0])                     # dy W
+            dx = fp8_matmul(dy8, w8, scale_dy * scale_w, dy.dtype)                          # dy W
         if ctx.needs_input_grad[1]:
-            dw = fp8_matmul(dy8.T, x8, scale_dy * scale_x, ctx.dtypes[1])                   # dy^T x
+            dw = fp8_matmul(dy8.T, x8, scale_dy * scale_x, weight.dtype)                    # dy^T x
         return dx, dw, None
 
 
@@ -496,27 +479,26 @@ def matrices(module: nn.Module, leave_out=()) -> dict:
             and not isinstance(part, nn.Embedding) and not any(word in name for word in leave_out)}
 
 
-def fp8_products(module: nn.Module, *, leave_out=("embed", "lm_head"), **options) -> list:
+def fp8_products(module: nn.Module, *, leave_out=("embed", "lm_head"), group=None) -> list:
     """Give the weights of a module's linear layers fp8_linear as their `product`: under a ComputePolicy they are
-    multiplied by it, in any class that calls F.linear. Returns these weights. options: fp8_linear's.
+    multiplied by it, in any class that calls F.linear. Returns these weights. group: fp8_linear's.
 
-    leave_out: words in the names of layers to leave as they are; by default the head, since the loss is most sensitive
-    to logits. Weights whose sizes are no multiples of 16 are left as they are, too. Call it again on a deepcopy of the
-    module: torch copies no attributes of parameters. (Pickle keeps them.)
+    Layers whose name contains a word of leave_out are left as they are: the head, since the loss is most sensitive to
+    logits. So are weights whose sizes are no multiples of 16. After a deepcopy call it again: torch's copies lose it.
     """
     weights = [part.weight for part in matrices(module, leave_out).values()]
     weights = [weight for weight in weights if not any(size % 16 for size in weight.shape)]
     for weight in weights:
-        weight.product = functools.partial(fp8_linear, **options)
+        weight.product = functools.partial(fp8_linear, group=group)
     return weights
 
 
 # ---- integers for inference ------------------------------------------------------------------------------------------
 
 def grid(w: Tensor, max_code: int):
-    """w (out, n) -> scale bf16, zero uint8, (out,) each: in every row w = (code - zero) scale, codes 0 ... max_code go
+    """w (..., n) -> scale bf16, zero uint8, (...) each: in every row w = (code - zero) scale, codes 0 ... max_code go
     from its smallest number to its largest. 0 has a code."""
-    lowest, highest = w.amin(1).clamp(max=0), w.amax(1).clamp(min=0)
+    lowest, highest = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
     # bfloat16 may round the scale down by 2^-8 of it. The largest number would then be out of reach: so 2^-8 more
     scale = ((highest - lowest) / max_code * (1 + 2**-8)).clamp(min=2.0**-100).bfloat16()
     return scale, (-lowest / scale).round().to(torch.uint8)
@@ -527,30 +509,20 @@ def nearest_code(w, scale, zero, max_code: int) -> Tensor:
     return (w / scale.to(w.dtype) + zero).round().clamp(0, max_code).to(torch.uint8)
 
 
-def decode(codes, scale, zero) -> Tensor:
-    """w = (code - zero) scale. codes (out, groups x size) uint8; scale bf16 and zero uint8 (out, groups) -> float32."""
-    codes = codes.view(*scale.shape, -1)                                                    # (out, groups, size)
-    return ((codes.float() - zero[..., None].float()) * scale[..., None].float()).flatten(1)
-
-
 def round_to_nearest(w: Tensor, max_code: int, group_size: int):
-    """w (out, in) -> codes (out, in) uint8, scale, zero (out, groups): every code by itself. A row has one grid
-    per group_size columns."""
-    codes, scales, zeros = [], [], []
-    for part in w.split(group_size, 1):                                                     # (out, group_size)
-        scale, zero = grid(part, max_code)
-        codes.append(nearest_code(part, scale[:, None], zero[:, None], max_code))
-        scales.append(scale)
-        zeros.append(zero)
-    return torch.cat(codes, 1), torch.stack(scales, 1), torch.stack(zeros, 1)
+    """w (out, in) -> codes (out, groups x group_size) uint8, scale, zero (out, groups): every code by itself. A row has
+    one grid per group_size columns."""
+    w = F.pad(w, (0, -w.shape[1] % group_size)).unflatten(1, (-1, group_size))              # (out, groups, group_size)
+    scale, zero = grid(w, max_code)
+    return nearest_code(w, scale[..., None], zero[..., None], max_code).flatten(1), scale, zero
 
 
-def gptq(w: Tensor, gram: Tensor, max_code: int, group_size: int, damping: float = 0.01):
+def gptq(w: Tensor, gram: Tensor, max_code: int, group_size: int):
     """As round_to_nearest, but one column after the other: the columns to its right make up for the error of rounding
     it. gram (in, in) = X X^T of calibration inputs X (in, positions). (Frantar 2022, algorithm 1, without blocks)"""
     w, diagonal = w.double().clone(), gram.diagonal()
     # a gram that can be inverted, also where inputs repeat each other, or where one is always 0
-    gram = gram.double() + torch.diag(damping * diagonal.mean() + (diagonal == 0).double())
+    gram = gram.double() + torch.diag(0.01 * diagonal.mean() + (diagonal == 0).double())
     # U^T U = (X X^T)^-1
     U = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True)
     codes, scales, zeros = [], [], []
@@ -581,7 +553,9 @@ class Quantized:
     @property
     def weight(self) -> Tensor:
         codes = unpack(self.codes) if self.packed else self.codes
-        return decode(codes, self.scale, self.zero)[:, :self.columns].to(self.dtype)
+        codes = codes.view(*self.scale.shape, -1).float()                                   # (out, groups, size)
+        w = (codes - self.zero[..., None]) * self.scale[..., None].float()
+        return w.flatten(1)[:, :self.columns].to(self.dtype)
 
     def _apply(self, change, recurse=True):
         """.half(), .to(dtype): the dtype that weights are decoded to changes. The scales stay bfloat16."""
@@ -599,8 +573,8 @@ def quantize(module: nn.Module, fmt: str, *, calibration=None, group_size: int =
     calibration  batches: dicts of the module's arguments. With them GPTQ chooses the codes, from the inputs that each
                  layer sees while none is quantized. None: each weight is rounded to nearest
 
-    Raises ValueError for another format, an odd group_size, a module without matrices, a calibration without batches
-    or one that does not reach every layer, NaN or infinities. Then nothing is changed.
+    Raises ValueError for another format, an odd group_size, a module without matrices, a calibration that does not
+    reach every layer, NaN or infinities. Then nothing is changed.
     """
     if fmt not in ("int8", "int4"):
         raise ValueError(f"fmt must be int8 or int4, got {fmt!r}")
@@ -621,10 +595,10 @@ def quantize(module: nn.Module, fmt: str, *, calibration=None, group_size: int =
         codes, scale, zero = (round_to_nearest(w, max_code, size) if grams is None else
                               gptq(w, grams[name], max_code, size))
         if fmt == "int4":
-            codes = pack(F.pad(codes, (0, -columns % size)))                                # to whole groups
+            codes = pack(F.pad(codes, (0, -codes.shape[1] % size)))                         # to whole groups
         del part._parameters["weight"]
         part.columns, part.dtype, part.packed = columns, w.dtype, fmt == "int4"
-        mix_in(Quantized, part)
+        part.__class__ = mixed(Quantized, type(part))
         for key, value in (("codes", codes), ("scale", scale), ("zero", zero)):
             part.register_buffer(key, value)
     return module
@@ -632,25 +606,19 @@ def quantize(module: nn.Module, fmt: str, *, calibration=None, group_size: int =
 
 def gram_matrices(module, parts: dict, calibration) -> dict:
     """{name: X X^T (in, in) of the inputs X (in, positions) that the part sees, summed over the batches, float64}."""
-    grams, hooks, batches = {}, [], 0
-    for name, part in parts.items():
-        def collect(_, args, kwargs, name=name):
-            x = (*args, *kwargs.values())[0].double()
-            x = x.reshape(-1, x.shape[-1])                                                  # (positions, in)
-            grams[name] = grams.get(name, 0) + x.T @ x
-        hooks.append(part.register_forward_pre_hook(collect, with_kwargs=True))
-    try:
+    grams = {}
+    with contextlib.ExitStack() as hooks:                                                   # removed at its end
+        for name, part in parts.items():
+            def collect(_, args, kwargs, name=name):
+                x = (*args, *kwargs.values())[0].double()
+                x = x.reshape(-1, x.shape[-1])                                              # (positions, in)
+                grams[name] = grams.get(name, 0) + x.T @ x
+            hooks.enter_context(part.register_forward_pre_hook(collect, with_kwargs=True))
         for batch in calibration:
             module(**batch)
-            batches += 1
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not batches:
-        raise ValueError("calibration must hold at least one batch, got none")
     for name, part in parts.items():
         if name not in grams:
-            raise ValueError(f"calibration must reach every layer, {name} saw no input")
+            raise ValueError(f"calibration must reach every layer, {name or type(part).__name__} saw no input")
         if not grams[name].isfinite().all():
             raise ValueError(f"calibration must be finite, what {name or type(part).__name__} saw is not")
     return grams
@@ -696,6 +664,7 @@ class Problem:
         scaler = LossScaler(init_scale, growth_interval=50) if init_scale else None
         skipped, zeros = 0, []
         for step, x in enumerate(self.batches):
+            optimizer.zero_grad()
             optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / self.steps)
             scale = scaler.scale if scaler else 1.0
             (self.loss(student, x) * (scale / self.batch_rows)).backward()
@@ -708,16 +677,15 @@ class Problem:
                 optimizer.step()
                 zeros.append(share(g == 0 for g in grads))
             skipped += found_inf
-            tensors = [*params, *grads, *(x for state in optimizer.state.values() for x in state.values())]
-            optimizer.zero_grad()
+        tensors = [*params, *grads, *(x for state in optimizer.state.values() for x in state.values())]
+        size = sum(x.nbytes for x in tensors if x.numel() > 1) / sum(p.numel() for p in params)  # without Adam's counts
         with torch.no_grad():
             loss = self.loss(student, self.held_out).item() / len(self.held_out)
-        return student, {"loss": loss, "zeros": sum(zeros[-50:]) / 50, "skipped": skipped, "bytes": sum(
-            x.nbytes for x in tensors if x.numel() > 1) / sum(p.numel() for p in params)}
+        return student, {"loss": loss, "zeros": sum(zeros[-50:]) / 50, "skipped": skipped, "bytes": size}
 
 
 def share(masks) -> float:
-    """Of what is True."""
+    """The share of entries that are True."""
     return torch.cat([x.flatten() for x in masks]).double().mean().item()
 
 

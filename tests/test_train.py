@@ -458,9 +458,9 @@ def test_layers_share_one_mask_in_low_precision_too(corpus, monkeypatch):
     """Made in bf16: a mask in float32 would be cast anew by every layer."""
     seen, plain = [], net.sdpa_attention
 
-    def watched(q, k, v, *, causal, documents):
+    def watched(q, k, v, *, documents):
         seen.append((documents.data_ptr(), documents.dtype, q.dtype))
-        return plain(q, k, v, causal=causal, documents=documents)
+        return plain(q, k, v, documents=documents)
 
     monkeypatch.setattr(net, "sdpa_attention", watched)
     c = train.parse_config([*MINI, "--data", str(corpus), "--precision", "bf16", "--attention", "sdpa",
