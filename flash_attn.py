@@ -3,21 +3,21 @@
     s = q k^T * sm_scale        p = softmax(s)        o = p v             q (T, D); k, v (S, D); s, p (T, S); o (T, D)
 
 The products are cheap; the matrix between them is not. At T = S = 8192 one head's s is 134 MB in half precision. The
-textbook program below moves it ten times forward and thirteen times backward over the memory bus (HBM). The bus moves
-one number in the time that tensor cores take for hundreds of multiplications. So: never write s. Three ideas.
+textbook program below reads or writes such a matrix in the GPU's memory (HBM) ten times forward and thirteen times
+backward. While HBM moves one number, tensor cores do hundreds of multiplications. So: never write s. Three ideas.
 
 1. Tiling. A program takes BLOCK_M queries and walks over the keys, BLOCK_N at a time. The tile of scores lives in
    registers and on-chip memory (SRAM) and is dropped. HBM sees q, o and one number per row; k, v once per program.
 
-2. Online softmax. A softmax needs the maximum and the sum of its row, and the whole row is never there. Keep both as
-   the scores come:
+2. Online softmax. A softmax needs the maximum m and the sum l of its row, and the whole row is never there. Start with
+   m = -inf, l = 0, o = 0, and correct all three with every tile of scores:
 
        m' = max(m, max_j s_j)     alpha = exp(m - m')     l' = alpha l + sum_j exp(s_j - m')
                                                           o' = alpha o + sum_j exp(s_j - m') v_j
-   from m = -inf, l = 0, o = 0 on. At the end the output is o / l, and lse = m + log l.  Nothing is approximated.
+   At the end the output is o / l, and lse = m + log l.  Nothing is approximated.
 
-3. Recomputation. Backward needs p again. Keeping p would be the matrix again. So p is computed again, tile by tile,
-   from q, k and the one number per row that forward kept:  p_ij = exp(s_ij - lse_i).  dx is the loss's gradient by x:
+3. Recomputation. Backward needs p, and to keep p would be to keep a matrix. So it computes p again, tile by tile, from
+   q, k and the one number per row that forward kept:  p_ij = exp(s_ij - lse_i).  With dx = d loss / d x:
 
        dv = p^T do      dp = do v^T      ds = p * (dp - delta)      dq = ds k * sm_scale      dk = ds^T q * sm_scale
        delta_i = sum_j p_ij dp_ij = sum_d do_id o_id                      (Dao 2022, section 3.1 and appendix B)
@@ -32,11 +32,12 @@ one number in the time that tensor cores take for hundreds of multiplications. S
 
 Which keys a query sees. Query i sits at key position i + S - T: the last query sits at the last key. With every mask
 here (causal, sliding window, packed documents) a query sees *an interval of keys*, and a key is seen by *an interval of
-queries*. A tile outside the interval of every row is skipped. A tile inside all of them needs no mask. Only the tiles
-at the edges compare positions with the intervals.
+queries*. From one position to the next an interval never moves back, so a tile's first and last position tell what the
+tile sees. A tile of keys that no row sees is skipped. One that all rows see whole needs no mask. The others, at the
+edges, compare positions with the intervals.
 
-Where it rounds. p = exp(s - lse) subtracts two numbers of the size of the scores. With |s| in the thousands and float32
-p's relative error is some |s| 2^-22. The textbook's backward does not have this error: it kept p.
+Where it rounds. p = exp(s - lse) subtracts two numbers of the size of the scores, so in float32 p's relative error is
+some |s| 2^-22. The textbook's backward does not have this error: it kept p.
 
 What it costs, T = S, forward / backward:  FLOPs 4 T^2 D / 10 T^2 D per head (recomputing s is the fifth product; two
 separate backward kernels make it seven: 14 T^2 D), halved by causality. Memory O(T).
@@ -78,20 +79,14 @@ def accumulator(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def heads(*tensors):
-    """(B, n, D) is one head: (B, 1, n, D)."""
-    return [x if x.ndim == 4 else x[:, None] for x in tensors]
-
-
 # ---- the plain version -----------------------------------------------------------------------------------------------
 
 def attention_reference(q, k, v, *, causal, sm_scale=None, window=None, documents=None, return_lse=False):
     """The textbook, in any dtype, differentiated by autograd. Arguments as flash_attention -> o, or (o, lse).
 
-    HBM traffic beside q, k, v, o: 10 passes over a (B, H, T, S) matrix forward, 13 back: dp = do v^T 1, dv 1, the
+    HBM traffic besides q, k, v, o: 10 passes over a (B, H, T, S) matrix forward, 13 back: dp = do v^T 1, dv 1, the
     masks' gradients 2 and 2, softmax's 3, the scale's 2, dq 1, dk 1.
     """
-    shape, (q, k, v) = q.shape, heads(q, k, v)
     heads_per_kv = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(heads_per_kv, 1), v.repeat_interleave(heads_per_kv, 1)
     masked = ~visible(q, k, causal, window, documents)                       # causal: True where j > i + S - T
@@ -100,8 +95,8 @@ def attention_reference(q, k, v, *, causal, sm_scale=None, window=None, document
     s = s.masked_fill(masked, -math.inf)                                        # read 1, write 1
     p = s.softmax(-1)                                                           # read 1, write 1; NaN in an empty row
     p = p.masked_fill(masked, 0)                                                # so: read 1, write 1
-    o = (p @ v).view(shape)                                                     # read 1
-    return (o, s.logsumexp(-1).view(shape[:-1]).to(accumulator(q.dtype))) if return_lse else o
+    o = p @ v                                                                   # read 1
+    return (o, s.logsumexp(-1).to(accumulator(q.dtype))) if return_lse else o
 
 
 # ---- online softmax --------------------------------------------------------------------------------------------------
@@ -121,8 +116,8 @@ def online_softmax(s, v):
 
 # ---- causal tiles: the algorithm without options ---------------------------------------------------------------------
 #
-# One head, T queries and T keys. A tile right of the diagonal is skipped: half of the work. The tile on the diagonal
-# takes a mask; the others need none. The rest of the file is this, for more heads, more masks and on a GPU.
+# One head, T queries and T keys. Tiles right of the diagonal, half of the work, are skipped. Only the tile on the
+# diagonal needs a mask. The rest of the file is this, for more heads, more masks and on a GPU.
 
 def causal_forward(q, k, v, block):
     """q, k, v (T, D) -> o (T, D), lse (T)."""
@@ -148,7 +143,7 @@ def causal_forward(q, k, v, block):
 
 
 def causal_backward(do, q, k, v, o, lse, block):
-    """do (T, D), and what forward had and gave -> dq, dk, dv (T, D)."""
+    """do (T, D), forward's inputs and results -> dq, dk, dv (T, D)."""
     scale = q.shape[1] ** -0.5
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     delta = (do * o).sum(1)
@@ -201,8 +196,8 @@ if triton is not None:
 
     @triton.jit
     def _sees(limits, position, n, other, before, after):
-        """What positions of one side, n long, see of the side that is `other` long: [start, stop). Without limits each
-        sees `before` positions before its own place and `after` after it. Else limits has the answer."""
+        """[start, stop) that positions of one side, of length n, see of the other side, of length `other`. It is read
+        from limits. Without limits each sees `before` positions before its own place and `after` after it."""
         position = tl.minimum(position, n - 1)                                      # beyond the end: as the last one
         if limits is None:
             place = position + other - n
@@ -213,9 +208,8 @@ if triton is not None:
 
     @triton.jit
     def _walk(limits, first, n, other, before, after, BLOCK: tl.constexpr, STEP: tl.constexpr):
-        """For positions first, first + 1, ... first + BLOCK - 1 -> lo, full_lo, full_hi, hi: whole tiles are in
-        [full_lo, full_hi), all that any position sees in [lo, hi). Intervals never move back: the first position and
-        the last one tell of those between."""
+        """Of a program at positions first to first + BLOCK - 1 -> lo, full_lo, full_hi, hi. [lo, hi) holds all that any
+        of the positions sees. Each position sees all of [full_lo, full_hi), the whole tiles."""
         first_start, first_stop = _sees(limits, first, n, other, before, after)
         last_start, last_stop = _sees(limits, first + BLOCK - 1, n, other, before, after)
         lo, hi = first_start // STEP * STEP, last_stop
@@ -443,20 +437,24 @@ def flash_attention(q, k, v, *, causal=True, sm_scale=None, window=None, documen
     k, v         (B, H_kv, S, D), H a multiple of H_kv.  (B, T, D) for all three is one head
     causal       query i, which sits at key position i + S - T, sees keys up to there
     sm_scale     default 1 / sqrt(D)
-    window       only the last `window` keys up to there: a window looks back alone, causal or not
+    window       only the last `window` keys up to there, whether causal or not
     documents    (B, max(T, S)) int ids. The last T are the queries', the last S the keys'. Attention stays in a run of
                  equal ids: an id that comes back after another begins a new document. Or what limits() made of ids,
                  causal and window, (2, B, T + S) int32: made once per batch, for all layers
     return_lse   also lse (B, H, T), float32 (float64 for float64): log sum exp of a row's scaled scores
     backend      "triton" (an NVIDIA GPU, or TRITON_INTERPRET=1), "torch" (tiled), "sdpa" (torch's own; gives no lse),
-                 "reference". "auto": triton on an NVIDIA GPU, elsewhere sdpa, or torch for return_lse. On a CPU sdpa is
-                 given window and documents as a matrix: from T = 2048 on torch is several times faster there
+                 "reference". "auto": triton on an NVIDIA GPU, elsewhere sdpa, or torch for return_lse. On a CPU, with a
+                 window or documents, torch is several times faster than sdpa from T = 2048 on
     -> o (B, H, T, D) as q, or (o, lse). A query that sees no key gets o = 0, lse = -inf and no gradient.
 
     Raises ValueError for a wrong argument, RuntimeError for a backend that cannot run here. Under autocast the inputs
     are cast as for torch's own attention. No tensor is kept from call to call, so any stream may call it. The first
     call of a shape compiles and times kernels: it must come before a CUDA graph captures that shape.
     """
+    if q.ndim == k.ndim == v.ndim == 3:                                                                    # one head
+        result = flash_attention(q[:, None], k[:, None], v[:, None], causal=causal, sm_scale=sm_scale, window=window,
+                                 documents=documents, return_lse=return_lse, backend=backend)
+        return tuple(x[:, 0] for x in result) if return_lse else result[:, 0]
     device = q.device.type
     backend = resolve_backend(backend, q.device, return_lse)
     if not isinstance(window, int) and isinstance(window, numbers.Integral):                     # NumPy's whole numbers
@@ -464,33 +462,52 @@ def flash_attention(q, k, v, *, causal=True, sm_scale=None, window=None, documen
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         low_dtype = torch.get_autocast_dtype(device)
         q, k, v = (x.to(low_dtype) if x.dtype in DTYPES[:3] else x for x in (q, k, v))
-    if backend in FUNCTIONS:
-        o, lse = FUNCTIONS[backend].apply(q, k, v, causal, sm_scale, window, documents)
-        return (o, lse) if return_lse else o
-    check((q, k, v, documents), causal, sm_scale, window, backend)
+    check(q, k, v, sm_scale, window, documents, backend)
     if backend == "sdpa":
         return sdpa(q, k, v, causal, sm_scale, window, documents)
-    return attention_reference(q, k, v, causal=causal, sm_scale=sm_scale, window=window, documents=documents,
-                               return_lse=return_lse)
+    if backend == "reference":
+        return attention_reference(q, k, v, causal=causal, sm_scale=sm_scale, window=window, documents=documents,
+                                   return_lse=return_lse)
+    o, lse = FlashAttention.apply(q, k, v, causal, sm_scale, window, documents, backend)
+    return (o, lse) if return_lse else o
 
 
-# These two call a backend. `attend` and `differentiate`, below, call them. Where numbers are computed now, they do so
-# directly. Where torch.compile makes a graph, or shapes alone are asked, they do so through operators of torch.library.
+class FlashAttention(torch.autograd.Function):
+    """Backends torch and triton -> o, lse. Kept for backward: q, k, v, o and one number per row; never s or p.
 
-def run_forward(q, k, v, causal, sm_scale, window, limits, backend):
-    forward = BACKENDS[backend][0]
-    if q.ndim == 4:
-        return forward(q, k, v, causal, sm_scale, window, limits)
-    o, lse = forward(*heads(q, k, v), causal, sm_scale, window, limits)
-    return o[:, 0], lse[:, 0]
+    Where torch.compile makes a graph, or only shapes are asked for, the backend is called through an operator of
+    torch.library: torch.compile does not trace what is inside.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, causal, sm_scale, window, documents, backend):
+        if documents is not None:
+            documents = limits(q.shape[2], k.shape[2], causal, window, documents).contiguous()
+        sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
+        ctx.options, ctx.backend = (bool(causal), sm_scale, window), backend
+        if computes_now(q):
+            o, lse = BACKENDS[backend][0](q, k, v, *ctx.options, documents)
+        else:
+            o, lse = torch.ops.flash_attn.forward.default(q, k, v, *ctx.options, documents, backend)
+        ctx.save_for_backward(q, k, v, o, lse, documents)
+        ctx.set_materialize_grads(False)
+        return o, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do, dlse):
+        q, k, v, o, lse, limits = ctx.saved_tensors
+        do = torch.zeros_like(o) if do is None else do
+        inputs = do, dlse, q, k, v, o, lse, *ctx.options, limits
+        if computes_now(q):
+            grads = BACKENDS[ctx.backend][1](*inputs)
+        else:
+            grads = torch.ops.flash_attn.backward.default(*inputs, ctx.backend)
+        return *grads, *[None] * 5
 
 
-def run_backward(do, dlse, q, k, v, o, lse, causal, sm_scale, window, limits, backend):
-    do, *qkvo = heads(do, q, k, v, o)
-    if q.ndim == 3:
-        lse, dlse = lse[:, None], None if dlse is None else dlse[:, None]
-    grads = BACKENDS[backend][1](do, dlse, *qkvo, lse, causal, sm_scale, window, limits)
-    return tuple(grads) if q.ndim == 4 else tuple(dx[:, 0] for dx in grads)
+def computes_now(q) -> bool:
+    return not torch.compiler.is_compiling() and type(q) is Tensor and not q.is_meta
 
 
 def is_dense(shape, stride) -> bool:
@@ -507,8 +524,8 @@ library = torch.library.Library("flash_attn", "DEF")
 library.define(f"forward(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor, Tensor)")
 library.define(f"backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {OPTIONS})"
                " -> (Tensor, Tensor, Tensor)")
-library.impl("forward", run_forward, "CompositeExplicitAutograd")
-library.impl("backward", run_backward, "CompositeExplicitAutograd")
+library.impl("forward", lambda *args: BACKENDS[args[-1]][0](*args[:-1]), "CompositeExplicitAutograd")
+library.impl("backward", lambda *args: BACKENDS[args[-1]][1](*args[:-1]), "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("flash_attn::forward", lib=library)
@@ -521,67 +538,19 @@ def _(do, dlse, q, k, v, *_):
     return tuple(torch.empty_like(dense(x)) for x in (q, k, v))
 
 
-def computes_now(q) -> bool:
-    return not torch.compiler.is_compiling() and type(q) is Tensor and not q.is_meta
-
-
-def attend(ctx, q, k, v, causal, sm_scale, window, documents, backend):
-    """Forward of both Functions. Kept for backward: q, k, v, o and a number per row; never s or p."""
-    check((q, k, v, documents), causal, sm_scale, window, backend)
-    if documents is not None:
-        documents = limits(q.shape[-2], k.shape[-2], causal, window, documents).contiguous()     # intervals now
-    sm_scale = q.shape[-1] ** -0.5 if sm_scale is None else float(sm_scale)
-    ctx.options, ctx.backend = (bool(causal), sm_scale, window), backend
-    run = run_forward if computes_now(q) else torch.ops.flash_attn.forward.default
-    o, lse = run(q, k, v, *ctx.options, documents, backend)
-    ctx.save_for_backward(q, k, v, o, lse, documents)
-    ctx.set_materialize_grads(False)
-    return o, lse
-
-
-def differentiate(ctx, do, dlse):
-    q, k, v, o, lse, limits = ctx.saved_tensors
-    do = torch.zeros_like(o) if do is None else do
-    run = run_backward if computes_now(q) else torch.ops.flash_attn.backward.default
-    return *run(do, dlse, q, k, v, o, lse, *ctx.options, limits, ctx.backend), *[None] * 4
-
-
-class FlashAttentionTorch(torch.autograd.Function):
-    """(o, lse) = FlashAttentionTorch.apply(q, k, v, causal, sm_scale, window, documents): tiles in torch, any dtype."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, causal=True, sm_scale=None, window=None, documents=None):
-        return attend(ctx, q, k, v, causal, sm_scale, window, documents, "torch")
-
-    backward = staticmethod(torch.autograd.function.once_differentiable(differentiate))
-
-
-class FlashAttentionTriton(FlashAttentionTorch):
-    """The same by the Triton kernels."""
-
-    @staticmethod
-    def forward(ctx, q, k, v, causal=True, sm_scale=None, window=None, documents=None):
-        return attend(ctx, q, k, v, causal, sm_scale, window, documents, resolve_backend("triton", q.device))
-
-
-FUNCTIONS = {"torch": FlashAttentionTorch, "triton": FlashAttentionTriton}
-
-
 def sdpa(q, k, v, causal, sm_scale, window, documents):
-    """torch's own attention; what it has no argument for, it is given as a matrix."""
-    shape, (q, k, v) = q.shape, heads(q, k, v)
+    """torch's own attention. It has an argument for a causal square alone; another mask it is given as a matrix."""
     T, S = q.shape[2], k.shape[2]
     needs_matrix = window is not None or documents is not None or causal and 1 < T != S
     mask = visible(q, k, causal, window, documents) if needs_matrix else None
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and T == S and mask is None, scale=sm_scale,
-                                          enable_gqa=q.shape[1] != k.shape[1]).view(shape)
+                                          enable_gqa=q.shape[1] != k.shape[1])
 
 
 # ---- masks in general ------------------------------------------------------------------------------------------------
 #
-# A mask is an interval per query, and an interval per key. From one position to the next an interval may move on and
-# never back, so the first and the last position of a tile tell what the tile sees. Another mask of this kind, a prefix
-# or a chunk: change `interval`, and hand over the limits. Every backend reads them.
+# A mask is an interval per query and an interval per key. For another mask of this kind, a prefix or a chunk, change
+# `interval` and pass what limits() returns as `documents`: every backend reads it.
 
 def reach(T, S, causal, window):
     """How many keys before and after its own place a query sees: (before, after). A key sees (after, before)."""
@@ -617,8 +586,7 @@ def limits(T, S, causal=True, window=None, documents=None, device=None) -> Tenso
 
 
 def document_limits(documents: Tensor) -> Tensor:
-    """ids (B, T) -> limits of causal attention in a batch of packed documents. train.py's prepare calls it, once per
-    micro-batch."""
+    """ids (B, T) -> limits of causal attention to packed documents. train.py makes them once per micro-batch."""
     return limits(documents.shape[1], documents.shape[1], documents=documents)
 
 
@@ -631,11 +599,8 @@ def visible(q, k, causal, window, documents) -> Tensor:
 
 
 def tiles(start: Tensor, stop: Tensor, block: int, step: int) -> Tensor:
-    """What a program that holds `block` positions walks over in steps of `step`: (B or 1, blocks, 4) ints.
-
-    (lo, full_lo, full_hi, hi): in [lo, hi) are all tiles that anyone sees, in [full_lo, full_hi) those that all see
-    whole. lo, full_lo, full_hi are multiples of step, and _walk computes the same.
-    """
+    """_walk for all programs, each of which owns `block` positions and walks in steps of `step`: lo, full_lo, full_hi,
+    hi of each, (B or 1, programs, 4) ints. All but hi are multiples of step."""
     n = start.shape[-1]
     top = torch.arange(0, n, block, device=start.device)                                              # first of a block
     end = (top + block - 1).clamp(max=n - 1)                                                          # its last one
@@ -656,16 +621,16 @@ TILE = 256
 def tile_plan(q, k, causal, window, documents):
     """What forward and backward share -> a list of (batch, K/V head, queries, walk), and masked() and fold(), below."""
     (B, T), (K, S) = q.shape[::2], k.shape[1:3]
-    start, stop = limits(T, S, causal, window, documents, q.device)[:, :, :T]                         # (B or 1, T) each
-    walks = tiles(start, stop, TILE, TILE).tolist()
+    start, stop = limits(T, S, causal, window, documents, q.device)[:, :, :T].expand(2, B, T)              # (B, T) each
     work = [(b, h, slice(i * TILE, min((i + 1) * TILE, T)), walk)
-            for b in range(B) for i, walk in enumerate(walks[b % len(walks)]) for h in range(K)]
+            for b, walks in enumerate(tiles(start, stop, TILE, TILE).tolist())
+            for i, walk in enumerate(walks) for h in range(K)]
 
-    @functools.lru_cache(maxsize=16)                       # the heads come one after the other
+    @functools.lru_cache(maxsize=16)                       # the heads of a tile come one after the other
     def masked(b, i, j):
         """True where query i, i + 1, ... must not see key j, j + 1, ...: (rows, columns) bool."""
         rows, columns = slice(i, i + TILE), torch.arange(j, min(j + TILE, S), device=q.device)
-        return (columns < start[b % len(walks), rows, None]) | (columns >= stop[b % len(walks), rows, None])
+        return (columns < start[b, rows, None]) | (columns >= stop[b, rows, None])
 
     def fold(x):                                                            # (B, H, n, D) -> (B, K, group, n, D)
         return x.to(accumulator(q.dtype)).unflatten(1, (K, -1)).contiguous()
@@ -707,7 +672,7 @@ def flash_forward_torch(q, k, v, causal, sm_scale, window, documents):
         # o = o / l, lse = m + log l; an empty row has l = 0 and m = -inf
         of[b, h, :, rows] = (acc / l_i.masked_fill(l_i == 0, 1)).view_as(of[b, h, :, rows])
         lse[b, h, :, rows] = ((m_i + l_i.log2()) / LOG2E).view_as(lse[b, h, :, rows])
-    return torch.empty_like(q).copy_(of.flatten(1, 2)), lse.flatten(1, 2)
+    return torch.empty_like(dense(q)).copy_(of.flatten(1, 2)), lse.flatten(1, 2)
 
 
 @undisturbed
@@ -740,14 +705,13 @@ def flash_backward_torch(do, dlse, q, k, v, o, lse, causal, sm_scale, window, do
             dk_j.addmm_(ds, q_i)
         dqf[b, h, :, rows] = dq_i.mul_(sm_scale).view_as(dqf[b, h, :, rows])
     dkf /= LOG2E                                                                    # q_i carried sm_scale * LOG2E
-    return tuple(torch.empty_like(x).copy_(dx) for x, dx in ((q, dqf.flatten(1, 2)), (k, dkf), (v, dvf)))
+    return tuple(torch.empty_like(dense(x)).copy_(dx) for x, dx in ((q, dqf.flatten(1, 2)), (k, dkf), (v, dvf)))
 
 
 # ---- launching and tuning the kernels --------------------------------------------------------------------------------
 #
-# Python takes as long to ask tensors for shapes and strides as a GPU takes to run a kernel of a short sequence. So it
-# asks once per shape: `launch` keeps the compiled kernel, its grid, and the arguments that follow the tensors. A call
-# makes two tensors forward and four backward, and looks its launches up.
+# On a short sequence a kernel takes a GPU no longer than Python takes to work out its arguments. So `launch` keeps, per
+# kind of call, the compiled kernel on its grid and the arguments behind the tensors. `described` tells the kinds apart.
 
 def flash_forward_triton(q, k, v, causal, sm_scale, window, limits):
     """-> o as q, lse (B, H, T)."""
@@ -786,11 +750,11 @@ MAX_LAUNCHES = 4096    # then all are forgotten: in generation every token is a 
 
 def launch(name, call, matrices, vectors):
     """Run a kernel. call: what `described` says. At the first call of its kind Triton compiles, and autotune times."""
-    known = LAUNCHES.get((name, call))
-    if known is None or known[2]:                 # memory for the descriptors that a kernel makes; set per thread
+    compiled, rest, tma = LAUNCHES.get((name, call), (None, (), True))
+    if tma:                                       # memory for the descriptors that a kernel makes; set per thread
         triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
-    if known:
-        return known[0](*matrices, *vectors, *known[1])
+    if compiled:
+        return compiled(*matrices, *vectors, *rest)
     if len(LAUNCHES) >= MAX_LAUNCHES:
         LAUNCHES.clear()
     (q, k), (causal, sm_scale, window, *_) = matrices[:2], call
@@ -882,53 +846,48 @@ INTERPRETED = {torch.float16, torch.float32, torch.float64}       # and bfloat16
 OTHERS = "the others are torch, sdpa, reference"
 
 
-def check(tensors, *options):
-    """Raises ValueError (an argument) or RuntimeError (a backend that cannot run it): one line, before anything.
-    tensors: q, k, v, documents. options: causal, sm_scale, window, backend."""
-    if not isinstance(tensors[3], Tensor | None):
-        raise ValueError(f"documents must be a tensor, got {type(tensors[3]).__name__}")
-    rules = check_rules.__wrapped__ if torch.compiler.is_compiling() else check_rules
-    rules(*[x if x is None else (x.shape, x.dtype, x.device) for x in tensors], *options)
-
-
-@functools.lru_cache(maxsize=4096, typed=True)                        # what was right once is not asked again
-def check_rules(q, k, v, documents, causal, sm_scale, window, backend):
-    """q, k, v, documents: (shape, dtype, device) each."""
-    shape, dtype, device = q
-    for name, (its_shape, its_dtype, its_device) in (("q", q), ("k", k), ("v", v)):
-        if len(its_shape) not in (3, 4) or len(its_shape) != len(shape) or min(its_shape) < 1:
-            raise ValueError(f"{name} must be (B, H, T, D), or all (B, T, D), and not empty, got {tuple(its_shape)}")
-        if its_dtype not in DTYPES or its_dtype != dtype:
+def check(q, k, v, sm_scale, window, documents, backend):
+    """Raises ValueError (an argument) or RuntimeError (a backend that cannot run it): one line, before anything."""
+    dtype, device = q.dtype, q.device
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4 or x.numel() == 0:
+            raise ValueError(f"{name} must be (B, H, T, D), or all (B, T, D), and not empty, got {tuple(x.shape)}")
+        if x.dtype != dtype or dtype not in DTYPES:
             raise ValueError("q, k, v must be of one floating-point dtype, float16, bfloat16, float32 or float64, got "
-                             f"{dtype} and {name} {its_dtype}")
-        if its_device != device:
-            raise ValueError(f"q, k, v must be on one device, got {device} and {name} on {its_device}")
-    (B, *_, T, D), (_, *_, S, _) = shape, k[0]
-    if k[0] != v[0] or k[0][0] != B or k[0][-1] != D:
-        raise ValueError(f"k and v must be (B, H_kv, S, D) with the B and D of q {tuple(shape)}, "
-                         f"got {tuple(k[0])} and {tuple(v[0])}")
-    if len(shape) == 4 and shape[1] % k[0][1]:
-        raise ValueError(f"q's heads must be a multiple of k's, got {shape[1]} and {k[0][1]}")
+                             f"{dtype} and {name} {x.dtype}")
+        if x.device != device:
+            raise ValueError(f"q, k, v must be on one device, got {device} and {name} on {x.device}")
+    (B, H, T, D), (_, K, S, _) = q.shape, k.shape
+    if not k.shape == v.shape == (B, K, S, D):
+        raise ValueError(f"k and v must be (B, H_kv, S, D) with the B and D of q {tuple(q.shape)}, "
+                         f"got {tuple(k.shape)} and {tuple(v.shape)}")
+    if H % K:
+        raise ValueError(f"q's heads must be a multiple of k's, got {H} and {K}")
     if D > 256:
         raise ValueError(f"head_dim must be at most 256, got {D}")
     if sm_scale is not None and not (isinstance(sm_scale, int | float) and 2**-126 <= sm_scale < math.inf):
         raise ValueError(f"sm_scale must be a number above 0 and finite in float32, got {sm_scale!r}")
     if window is not None and (not isinstance(window, int | torch.SymInt) or isinstance(window, bool) or window < 1):
         raise ValueError(f"window must be at least 1 key, a whole number, or None, got {window!r}")
+    if not isinstance(documents, Tensor | None):
+        raise ValueError(f"documents must be a tensor, got {type(documents).__name__}")
     if documents is not None:
-        its_shape, its_dtype, its_device = documents
-        is_ids = its_shape == (B, max(T, S)) and not (its_dtype.is_floating_point or its_dtype.is_complex)
-        is_limits = its_shape == (2, B, T + S) and its_dtype == torch.int32 and window is None
-        if not (is_ids or is_limits) or its_device != device:
+        shape, kind = documents.shape, documents.dtype
+        is_ids = shape == (B, max(T, S)) and not (kind.is_floating_point or kind.is_complex)
+        is_limits = shape == (2, B, T + S) and kind == torch.int32 and window is None
+        if not (is_ids or is_limits) or documents.device != device:
             raise ValueError(f"documents must be ids ({B}, {max(T, S)}) of whole numbers, or limits (2, {B}, {T + S}) "
-                             f"int32 with window None, on {device}, got {tuple(its_shape)} {its_dtype} on {its_device} "
+                             f"int32 with window None, on {device}, got {tuple(shape)} {kind} on {documents.device} "
                              f"with window {window}")
-    for wrong, rule in ((not INTERPRET and dtype == torch.float64, "runs float64 only under TRITON_INTERPRET=1"),
-                        (INTERPRET and dtype not in INTERPRETED, "the interpreter computes with the bits of "
-                         f"{dtype}, not its values"),
-                        (max(B, shape[-3]) > 65535, f"a grid takes B and H up to 65535, got {tuple(shape)}")):
-        if backend == "triton" and wrong:
-            raise RuntimeError(f"backend triton: {rule}; {OTHERS}")
+    if backend != "triton":
+        return
+    if dtype == torch.float64 and not INTERPRET:
+        raise RuntimeError(f"backend triton: runs float64 only under TRITON_INTERPRET=1; {OTHERS}")
+    if INTERPRET and dtype not in INTERPRETED:
+        raise RuntimeError(f"backend triton: the interpreter computes with the bits of {dtype}, not its values; "
+                           f"{OTHERS}")
+    if max(B, H) > 65535:
+        raise RuntimeError(f"backend triton: a grid takes B and H up to 65535, got {tuple(q.shape)}; {OTHERS}")
 
 
 def resolve_backend(backend: str, device: torch.device, return_lse=False) -> str:
@@ -965,7 +924,7 @@ def demo():
     print(f"    online softmax, against softmax(s) v                         {error:.1e}")
     assert error < 1e-12
     q, k, v, do = (draw(50, 8).requires_grad_() for _ in range(4))
-    o = attention_reference(q[None], k[None], v[None], causal=True)[0]
+    o = attention_reference(q[None, None], k[None, None], v[None, None], causal=True)[0, 0]
     tiled = causal_forward(q, k, v, 16)
     pairs = zip((tiled[0], *causal_backward(do, q, k, v, *tiled, 16)), (o, *torch.autograd.grad(o, (q, k, v), do)),
                 strict=True)
@@ -978,16 +937,14 @@ def demo():
     if INTERPRET or device == "cuda":
         cases += [("triton", 49, causal, dtype) for causal in (False, True) for dtype in (torch.float32, torch.float16)]
     for backend, T, causal, dtype in cases:
-        exact = [draw(1, 2, T, 32).to(dtype).double() for _ in range(4)]
-        results = {}
-        for name, kind, how in (("exact", torch.float64, "reference"), ("plain", dtype, "reference"),
-                                ("ours", dtype, backend)):
-            q, k, v, do = (x.to(kind, copy=True).requires_grad_() for x in exact)
+        inputs, results = [draw(1, 2, T, 32).to(dtype) for _ in range(4)], []
+        for kind, how in ((torch.float64, "reference"), (dtype, "reference"), (dtype, backend)):    # exact, plain, ours
+            q, k, v, do = (x.to(kind, copy=True).requires_grad_() for x in inputs)
             o = flash_attention(q, k, v, causal=causal, backend=how)
-            results[name] = [x.double() for x in (o, *torch.autograd.grad(o, (q, k, v), do))]
+            results.append([x.double() for x in (o, *torch.autograd.grad(o, (q, k, v), do))])
         cells = []
-        for i, (truth, plain, ours) in enumerate(zip(*results.values(), strict=True)):
-            error, bound = ((x - truth).abs().max().item() for x in (ours, plain))
+        for i, (exact, plain, ours) in enumerate(zip(*results, strict=True)):
+            error, bound = ((x - exact).abs().max().item() for x in (ours, plain))
             cells.append(f"{error / bound:7.2f}")
             assert error <= (3 if i else 2) * bound + 1e-6, (backend, T, causal, dtype)
         print(f"    {backend:<7} T {T:<4} {'causal' if causal else 'full':<7} {str(dtype)[6:]:<38}", *cells)

@@ -1,21 +1,22 @@
 """One training run on many processors: data, tensor, sequence and pipeline parallelism, written out.
 
-A model of 7 billion parameters needs 16 bytes each while AdamW trains it in float32: 112 GB, before an activation. One
-80 GB GPU cannot hold it, and alone it would need years for its tokens. There are three things to cut:
+AdamW in float32 needs 16 bytes per parameter. A model of 7 billion parameters needs 112 GB, and activations besides: no
+80 GB GPU can hold it, and one alone would need years for its tokens. There are three things to cut:
 
     the batch       data parallelism    every rank holds all weights and a part of the batch; gradients are summed
     the width       tensor parallelism  every rank holds a part of each matrix; partial products are summed
     the depth       pipeline            every rank holds some layers; hidden states travel from rank to rank
 
-A rank has a place in a mesh pp x dp x tp; tp changes fastest, so that ranks that talk most share a node. Whatever the
-mesh, the run is the same: sums are split, never redefined (a mean of means is not the mean). What differs is who sends
-what. n ranks are in the group, each has Psi parameters. A micro-batch is B x T tokens, a token C numbers:
+A rank has a place in a mesh pp x dp x tp. tp changes fastest, so that the ranks that talk most share a node. In every
+mesh the run is the same: sums are split, never redefined (a mean of means is not the mean). What differs is who sends
+what, here in a group of n ranks that hold Psi parameters each, for micro-batches of B x T tokens, C numbers per token:
 
     axis    when                      what                                       numbers that a rank sends (in a ring)
     dp      backward                  all-reduce of the gradients                2 (n-1)/n Psi
-    tp      a layer, forward; back    2 all-reduces; 2 (g and f, below)          2 (n-1)/n B T C each
-    tp+sp   the same                  an all-gather and a reduce-scatter in the  (n-1)/n B T C each
-                                      place of each; 2 all-gathers more in
+    tp      a layer                   2 all-reduces in forward (g, below) and    2 (n-1)/n B T C each
+                                      2 in backward (f)
+    tp+sp   a layer                   an all-gather and a reduce-scatter for     (n-1)/n B T C each
+                                      each of the 4; 2 all-gathers more in
                                       backward, since only shards are kept
     tp      loss                      max; sum of exponentials, target's logit   2 (n-1)/n 3 B T, and not B T V
     pp      boundary, micro-batch     a hidden state there, its gradient back    B T C each (B T C / tp with sp)
@@ -31,22 +32,22 @@ rows of the input, and a pair of linears needs one sum:
 Sequence parallelism (Korthikanti 2022, 2205.05198): an all-reduce is a reduce-scatter and an all-gather. Between g and
 the next f every rank needs only its T/n positions, so norms and residuals, and what they keep, are split too.
 
-Pipeline. p stages, m micro-batches. A stage waits while the pipe fills and drains: the bubble. A schedule is data, each
-rank's list of operations: F forward, B backward (or its part for the input alone), W the weights' part:
+Pipeline. p stages, m micro-batches. A stage waits while the pipe fills and drains: the bubble. A schedule is data: each
+rank's list of operations. F is forward, B backward. Where backward is split, B is the input's part, W the weights':
 
     gpipe         all F, then all B                      bubble (p-1)/m of the ideal time    m micro-batches stored
     1f1b          one F, one B                           the same                            p at most
-    interleaved   v chunks of layers a rank              (p-1)/(v m)                         p (1 + (p-1)/(p v))
+    interleaved   v chunks of layers per rank            (p-1)/(v m)                         p (1 + (p-1)/(p v))
     zero_bubble   B sends the input's gradient at once,  (p-1)(F + B - W) / (m (F + B + W))  p at most (ZB-H1)
                   W fills the waits                      where F, B, W are their times
     (Huang 2018, 1811.06965; Narayanan 2021, 2104.04473; Qi 2023, 2401.10241)
 
-A parameter knows its piece: full_name; box, a (start, stop, size) per dimension; and sum_over: groups over which
-its gradient is partial besides dp (norms under sequence parallelism, a weight tied across stages).
+A parameter knows which piece it is: full_name; box, a (start, stop, size) per dimension. sum_over: groups, besides dp,
+whose ranks have parts of its gradient (of norms under sequence parallelism, of a weight that two stages share).
 
 Map: groups and collectives - three short forms - Mesh - data parallel - tensor parallel - schedules, simulate -
-run_schedule - global quantities - World - CommLedger - demo. Not here: sharded optimizer states, context parallelism,
-experts.
+run_schedule - global quantities - World - CommLedger - demo. Not here: sharded optimizer states (zero.py), context
+parallelism, experts.
 
 run: python parallel.py        (starts its own ranks)
 """
@@ -56,12 +57,11 @@ import functools
 import itertools
 import math
 import os
-import re
 import resource
 import time
 import zlib
 from collections import defaultdict, deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -146,42 +146,38 @@ def all_reduce_gradients(module: nn.Module, group):
 
 
 class Exchange(torch.autograd.Function):
-    """Forward y = there(x), backward dx = back(dy). keep: x is saved (the class Regather, below, reads it)."""
+    """y = forward_op(x), dx = backward_op(dy). keep: x is saved, so that regather(), below, can make y again. An
+    all-reduce writes in place, so it gets a copy: autograd's own tensors must not change."""
 
     @staticmethod
-    def forward(ctx, x, there, back, keep=False):
-        ctx.back = back
+    def forward(ctx, x, forward_op, backward_op, keep=False):
+        ctx.backward_op = backward_op
         if keep:
             ctx.save_for_backward(x)
-        return there(x)
+            ctx.forward_op, ctx.readers, ctx.gathered = forward_op, 0, None
+        return forward_op(x)
 
     @staticmethod
     def backward(ctx, dy):
-        return ctx.back(dy), None, None, None
-
-
-def f_and_g(group, sequence_parallel: bool):
-    """What f does in forward, and g in forward; in backward each does what the other does in forward. With sequence
-    parallelism f goes from (B, T/n, C) to (B, T, C), and g back."""
-    if sequence_parallel:
-        return lambda x: all_gather(x, group, 1), lambda x: reduce_scatter(x, group, 1)
-    return lambda x: x.view_as(x), lambda x: all_reduce(x.clone(memory_format=torch.contiguous_format), group)
+        return ctx.backward_op(dy), None, None, None
 
 
 def copy_to_tp_region(x: Tensor, group, sequence_parallel: bool = False) -> Tensor:
-    """f: forward identity, backward all-reduce; or forward all-gather, backward reduce-scatter."""
-    there, back = f_and_g(group, sequence_parallel)
-    return Exchange.apply(x, there, back, sequence_parallel)
+    """f: forward identity, backward all-reduce. With sequence parallelism (B, T/n, C) -> (B, T, C)."""
+    if sequence_parallel:
+        return Exchange.apply(x, lambda x: all_gather(x, group, 1), lambda dy: reduce_scatter(dy, group, 1), True)
+    return Exchange.apply(x, lambda x: x, lambda dy: all_reduce(dy.clone(memory_format=torch.contiguous_format), group))
 
 
 def reduce_from_tp_region(x: Tensor, group, sequence_parallel: bool = False) -> Tensor:
-    """g: forward all-reduce, backward identity; or forward reduce-scatter, backward all-gather."""
-    back, there = f_and_g(group, sequence_parallel)
-    return Exchange.apply(x, there, back)
+    """g: forward all-reduce, backward identity. With sequence parallelism (B, T, C) -> (B, T/n, C)."""
+    if sequence_parallel:
+        return Exchange.apply(x, lambda x: reduce_scatter(x, group, 1), lambda dy: all_gather(dy, group, 1))
+    return Exchange.apply(x, lambda x: all_reduce(x.clone(memory_format=torch.contiguous_format), group), lambda dy: dy)
 
 
 def two_linears(x: Tensor, A: Tensor, B: Tensor, group) -> Tensor:
-    """Tensor parallelism: gelu(x A^T) B^T. A (H/n, C) and B (C, H/n) are this rank's parts of a width H, x is whole.
+    """Tensor parallelism: gelu(x A^T) B^T. x is whole. A (H/n, C), B (C, H/n) are this rank's parts of the width H.
     tensor_parallel() builds this into a model."""
     h = F.gelu(F.linear(copy_to_tp_region(x, group), A))                                 # (..., H/n)
     return reduce_from_tp_region(F.linear(h, B), group)                                  # (..., C)
@@ -191,25 +187,24 @@ def two_stages(stage: nn.Module, inputs, targets, loss, group) -> list:
     """A pipeline of two ranks (gpipe): all micro-batches forward, then all backward. stage: this rank's half of the
     model; inputs, targets: a tensor per micro-batch, on both ranks; hidden states look like inputs. -> the losses, on
     the second rank. run_schedule() does this for any schedule."""
-    second, pairs = rank(group) == 1, []
-    for x, target in zip(inputs, targets, strict=True):
-        if second:
-            x = torch.empty_like(x)
-            dist.recv(x, group=group, group_src=0)                                       # a hidden state
-            y = loss(stage(x.requires_grad_()), target)
-        else:
-            y = stage(x)
-            dist.send(y.detach(), group=group, group_dst=1)
-        pairs.append((x, y))
-    for x, y in pairs:
-        if second:
-            y.backward()
-            dist.send(x.grad, group=group, group_dst=0)                                  # and its gradient back
-        else:
+    if rank(group) == 0:
+        outputs = []
+        for x in inputs:
+            outputs.append(stage(x))
+            dist.send(outputs[-1].detach(), group=group, group_dst=1)                    # a hidden state
+        for y in outputs:
             dy = torch.empty_like(y)
-            dist.recv(dy, group=group, group_src=1)
+            dist.recv(dy, group=group, group_src=1)                                      # and its gradient back
             y.backward(dy)
-    return [y.detach() for _, y in pairs] if second else []
+        return []
+    hidden_states, losses = [torch.empty_like(x) for x in inputs], []
+    for x, target in zip(hidden_states, targets, strict=True):
+        dist.recv(x, group=group, group_src=0)
+        losses.append(loss(stage(x.requires_grad_()), target))
+    for x, y in zip(hidden_states, losses, strict=True):
+        y.backward()
+        dist.send(x.grad, group=group, group_dst=0)
+    return [y.detach() for y in losses]
 
 
 # ---- which rank is where ---------------------------------------------------------------------------------------------
@@ -220,37 +215,37 @@ class Mesh:
     - dp 0 takes what is left of the world.
     - dp_group, tp_group, pp_group: the ranks that differ from this one in that coordinate alone; None where the degree
       is 1. A degree that is the whole world has the world's own group.
-    - With pp > 1, else None: pp_groups, two more groups of the pipeline's ranks, for messages to lower ranks and to
-      higher ones, so that each ordered pair of ranks has a channel of its own; ends_group, its first and last rank.
+    - pp_groups: two more groups of the pipeline's ranks, for messages to lower and to higher ranks. So each ordered
+      pair of ranks has a channel of its own. ends_group: its first and last rank. None if pp is 1.
+    - axes: the groups by name, for CommLedger.
     - timeout: seconds that a rank waits for the others of a group made here. The world's own was set when it was made.
 
     Without dist.init_process_group() the world is this rank. Raises ValueError for degrees that do not multiply to it.
     """
 
     def __init__(self, dp: int = 0, tp: int = 1, pp: int = 1, timeout: float = 600):
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        rest = dp or max(1, world // max(1, tp * pp))
-        if min(rest, tp, pp) < 1 or rest * tp * pp != world:
-            n = rest * tp * pp
-            there = f"is 1; start them with --nproc {n}, or torchrun" if world == 1 else f"are {world}"
-            raise ValueError(f"dp x tp x pp must be the number of ranks: {rest} x {tp} x {pp} is {n}, there {there}")
-        self.dp, self.tp, self.pp, self.world = rest, tp, pp, dist.group.WORLD
-        self.pp_groups = self.ends_group = None
-        grid = torch.arange(world, device="cpu").view(pp, rest, tp)
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
+        dp = dp or max(1, world_size // max(1, tp * pp))
+        n = dp * tp * pp
+        if min(dp, tp, pp) < 1 or n != world_size:
+            there = f"is 1; start them with --nproc {n}, or torchrun" if world_size == 1 else f"are {world_size}"
+            raise ValueError(f"dp x tp x pp must be the number of ranks: {dp} x {tp} x {pp} is {n}, there {there}")
+        self.dp, self.tp, self.pp, world = dp, tp, pp, dist.group.WORLD
 
-        def new_group(along):
+        def new_group(lines):
             """The group of this rank's line; None if it is in no line. Every rank makes all groups, in one order."""
-            return dist.new_subgroups_by_enumeration(along, timeout=timedelta(seconds=timeout))[0]
+            return dist.new_subgroups_by_enumeration(lines, timeout=timedelta(seconds=timeout))[0]
 
-        lines = [grid.movedim(dim, -1).flatten(0, 1).tolist() for dim in range(3)]          # of ranks, along pp, dp, tp
+        grid = torch.arange(n, device="cpu").view(pp, dp, tp)
+        pp_lines, dp_lines, tp_lines = (grid.movedim(dim, -1).flatten(0, 1).tolist() for dim in range(3))
         self.pp_group, self.dp_group, self.tp_group = (
-            None if n == 1 else self.world if n == world else new_group(along)
-            for n, along in zip(grid.shape, lines, strict=True))
+            None if degree == 1 else world if degree == n else new_group(lines)
+            for degree, lines in ((pp, pp_lines), (dp, dp_lines), (tp, tp_lines)))
+        self.pp_groups = self.ends_group = None
         if pp > 1:
-            self.pp_groups = [new_group(lines[0]), new_group(lines[0])]
-            self.ends_group = new_group([[line[0], line[-1]] for line in lines[0]])
-        # names for CommLedger; a group of all ranks is the world itself
-        self.axes = {"world": self.world, "dp": self.dp_group, "tp": self.tp_group, "pp": self.pp_groups,
+            self.pp_groups = [new_group(pp_lines), new_group(pp_lines)]
+            self.ends_group = new_group([[line[0], line[-1]] for line in pp_lines])
+        self.axes = {"world": world, "dp": self.dp_group, "tp": self.tp_group, "pp": self.pp_groups,
                      "ends": self.ends_group}
 
     dp_rank = property(lambda self: rank(self.dp_group))
@@ -265,50 +260,41 @@ class Mesh:
 # ---- data parallelism ------------------------------------------------------------------------------------------------
 
 class Bucket:
-    """Parameters whose gradients lie in one flat tensor, for one all-reduce. missing: not ready; work: that call."""
+    """Parameters whose gradients lie in one flat tensor, for one all-reduce."""
 
-    def __init__(self, params: list[nn.Parameter], dtype):
-        self.params, self.dtype, self.missing, self.flat, self.work = params, dtype, set(params), None, None
-
-    @functools.cached_property
-    def views(self) -> dict:
-        """{parameter: its place in flat}, made at the first backward, not while the model is built."""
-        sizes = [p.numel() for p in self.params]
-        self.flat = torch.zeros(sum(sizes), dtype=self.dtype, device=self.params[0].device)
-        return {p: part.view_as(p) for p, part in zip(self.params, self.flat.split(sizes), strict=True)}
+    def __init__(self, params: list[nn.Parameter]):
+        self.params, self.missing = params, set(params)                          # missing: whose gradient is not ready
+        self.flat = self.work = None                               # work: the all-reduce of flat, while it is running
 
 
 class DataParallel(nn.Module):
-    """Any module on every rank of a group, each with its part of the batch: gradients become their sum (or mean).
+    """Any module on every rank of a group, each with its part of the batch: gradients become their sum.
 
-        model = DataParallel(module, group)             unlike torch's DDP: a sum, and a line after backward
+        model = DataParallel(module, group)             unlike torch's DDP: a sum, no mean, and a line after backward
         loss = model(x); loss.backward()
         model.finish_gradient_synchronization()
         optimizer.step(); optimizer.zero_grad()
 
         1  at construction   parameters and buffers are broadcast from the group's rank 0
-        2  backward          a bucket is full when all its gradients are ready. They are copied into it, and its
-                             all-reduce starts, next to the rest of backward. Buckets start in one order, the one with
-                             the last parameter first: so all ranks issue the same calls in the same order
+        2  backward          when all gradients of a bucket are ready, they are copied into it, and its all-reduce
+                             starts, next to the rest of backward. All ranks start the buckets in one order: the one
+                             with the last parameter first
         3  finish_gradient_synchronization()   starts the other buckets, waits for all; p.grad are views of the buckets
 
-    - bucket_mb: MB (1e6 bytes) per bucket. reduce: "sum" | "mean". A bucket's memory stays.
-    - Gradients of micro-batches within no_sync() stay local and are added up.
-    - A parameter without a gradient on a rank counts as zero there. Freeze what is never used: an optimizer decays a
-      weight whose gradient is zero. Its bucket, and all buckets after it, are sent only after backward.
+    - bucket_mb: MB (1e6 bytes) per bucket. Its memory stays. Gradients within no_sync() are added up, and not sent.
+    - A parameter without a gradient on a rank counts as zero there. Its bucket, and all buckets after it, are sent only
+      after backward. Freeze what is never used: an optimizer decays a weight whose gradient is zero.
     - Call zero_grad() after each step: gradients are sums over ranks already, and would be summed again.
     - If a batch is to be skipped, all ranks skip it: finish_gradient_synchronization(), then zero_grad().
-    Raises ValueError for another reduce or a bucket_mb not above 0, RuntimeError for what the backend cannot broadcast.
+    Raises ValueError for a bucket_mb not above 0, RuntimeError for what the backend cannot broadcast.
     """
 
-    def __init__(self, module: nn.Module, group=None, bucket_mb: float = 25, reduce: str = "sum"):
+    def __init__(self, module: nn.Module, group=None, bucket_mb: float = 25):
         super().__init__()
-        if reduce not in ("sum", "mean"):
-            raise ValueError(f"reduce must be sum or mean, got {reduce!r}")
         if not bucket_mb > 0:
             raise ValueError(f"bucket_mb must be above 0, got {bucket_mb}")
-        self.module, self.group, self.reduce = module, group, reduce
-        self.synchronize, self.buckets, self.bucket_of, self.started = True, [], {}, 0
+        self.module, self.group, self.synchronize = module, group, True
+        self.buckets, self.started = [], 0                                           # how many buckets are on their way
         if group is None:
             return
         for name, x in (*module.named_parameters(), *module.named_buffers()):
@@ -321,12 +307,11 @@ class DataParallel(nn.Module):
             dtype = p.grad_dtype or p.dtype
             filling[dtype].append(p)
             if sum(x.numel() for x in filling[dtype]) * dtype.itemsize >= bucket_mb * 1e6:
-                self.buckets.append(Bucket(filling.pop(dtype), dtype))
-        self.buckets += [Bucket(params, dtype) for dtype, params in filling.items()]
+                self.buckets.append(Bucket(filling.pop(dtype)))
+        self.buckets += map(Bucket, filling.values())
         for bucket in self.buckets:
             for p in bucket.params:
-                self.bucket_of[p] = bucket
-                p.register_post_accumulate_grad_hook(self.ready)
+                p.register_post_accumulate_grad_hook(functools.partial(self.ready, bucket))
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
@@ -339,92 +324,112 @@ class DataParallel(nn.Module):
         finally:
             self.synchronize = before
 
-    def ready(self, p):
+    def ready(self, bucket: Bucket, p):
         """p.grad is complete."""
-        bucket = self.bucket_of[p]
+        name = getattr(p, "full_name", "a parameter")
         if p.grad.is_sparse:
-            raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} must not have a sparse gradient, it has")
+            raise RuntimeError(f"{name} must not have a sparse gradient, it has")
         if bucket.work is not None:
-            raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} got a second gradient after its bucket was "
-                               "sent: within a step, all backward passes but the last belong in no_sync()")
-        if not self.synchronize:
-            return
-        bucket.missing.discard(p)
-        while self.started < len(self.buckets) and not self.buckets[self.started].missing:
-            self.start()
+            raise RuntimeError(f"{name} got a second gradient after its bucket was sent: within a step, all backward "
+                               "passes but the last belong in no_sync()")
+        if self.synchronize:
+            bucket.missing.discard(p)
+            while self.started < len(self.buckets) and not self.buckets[self.started].missing:
+                self.start_next()
 
-    def start(self):
+    def start_next(self):
         """Copy the next bucket's gradients into it, start its all-reduce."""
-        bucket, self.started = self.buckets[self.started], self.started + 1
-        for p, view in bucket.views.items():
-            if p.grad is None:
-                view.zero_()
-            elif p.grad.data_ptr() != view.data_ptr():
-                view.copy_(p.grad)
-            p.grad = view                                                      # and what was there is freed
+        bucket = self.buckets[self.started]
+        self.started += 1
+        sizes = [p.numel() for p in bucket.params]
+        if bucket.flat is None:
+            bucket.flat = gradient(bucket.params[0]).new_empty(sum(sizes))
+        for p, part in zip(bucket.params, bucket.flat.split(sizes), strict=True):
+            p.grad = part.view_as(p).copy_(gradient(p))             # if p.grad is this view already, nothing is copied
         bucket.work = dist.all_reduce(bucket.flat, group=self.group, async_op=True)
 
     def finish_gradient_synchronization(self):
         while self.started < len(self.buckets):
-            self.start()
+            self.start_next()
         for bucket in self.buckets:
             bucket.work.wait()
-            if self.reduce == "mean":
-                bucket.flat /= size(self.group)
             bucket.work, bucket.missing = None, set(bucket.params)
         self.started = 0
 
 
 # ---- tensor and sequence parallelism ---------------------------------------------------------------------------------
 
-# a function marked so runs as it is in a model that torch.compile compiles: a break between two compiled parts. (The
-# public torch.compiler.disable does the same, but imports for seconds.)
+# torch.compile leaves such a function alone. (The public torch.compiler.disable does so too, but imports for seconds.)
 uncompiled = torch._disable_dynamo
 
 
 def shard(p: nn.Parameter, dim: int, group, shards: dict) -> nn.Parameter:
-    """This rank's equal part of p along dim, with p's attributes and its own box; shards: those made already."""
+    """This rank's part of p along dim, with p's attributes and its own box. shards: {parameter: its part}, so that tied
+    parameters stay tied."""
     if p not in shards:
-        part = p.shape[dim] // size(group)
-        offset = rank(group) * part
-        new = nn.Parameter(p.detach().narrow(dim, offset, part).clone(), requires_grad=p.requires_grad)
-        new.__dict__.update(p.__dict__)
-        start, _, full = p.box[dim]
-        new.box = (*p.box[:dim], (start + offset, start + offset + part, full), *p.box[dim + 1:])
-        shards[p] = new
+        length = p.shape[dim] // size(group)
+        start = rank(group) * length
+        part = nn.Parameter(p.detach().narrow(dim, start, length).clone(), requires_grad=p.requires_grad)
+        part.__dict__.update(p.__dict__)
+        part.box = (*p.box[:dim], (start, start + length, p.shape[dim]), *p.box[dim + 1:])
+        shards[p] = part
     return shards[p]
 
 
 class ParallelModule(nn.Module):
-    """A module's twin with this rank's part of its matrix: box says which. Tied matrices stay tied (shards)."""
+    """A module's twin with this rank's part of its matrix."""
 
     dim, lacks = 0, ()                                    # the matrix is split along dim; what the module must not have
 
-    def __init__(self, module: nn.Module, group=None, sequence_parallel: bool = False, shards: dict | None = None):
+    def __init__(self, module: nn.Module, group, sequence_parallel: bool, shards: dict):
         super().__init__()
-        shards = {} if shards is None else shards
-        self.weight, bias = shard(module.weight, self.dim, group, shards), getattr(module, "bias", None)
-        self.bias = bias if self.dim or bias is None else shard(bias, 0, group, shards)
         self.group, self.sequence_parallel = group, sequence_parallel
+        self.weight, self.bias = shard(module.weight, self.dim, group, shards), getattr(module, "bias", None)
+        if self.bias is not None and self.dim == 0:
+            self.bias = shard(self.bias, 0, group, shards)
+
+
+def regather(x: Tensor):
+    """A context in which autograd does not save x (B, T, C), if x is f's output under sequence parallelism. pack keeps
+    its shape alone: f has the shard. unpack: the first linear whose backward wants x runs f's forward again, the last
+    one frees the result."""
+    f, address = x.grad_fn, x.data_ptr()
+    if not hasattr(f, "gathered"):
+        return contextlib.nullcontext()
+
+    def pack(saved: Tensor):
+        if saved.data_ptr() != address:                                                                    # the weight
+            return saved
+        f.readers += 1
+        return saved.shape
+
+    def unpack(packed):
+        if isinstance(packed, Tensor):
+            return packed
+        if f.gathered is None:
+            f.gathered = f.forward_op(*f.saved_tensors)
+        gathered = f.gathered.view(packed)
+        f.readers -= 1
+        if f.readers == 0:
+            f.gathered = None
+        return gathered
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 class ColumnParallelLinear(ParallelModule):
-    """y_r = x W_r^T + b_r: this rank's part of the outputs. x (B, T, C) comes from f -> (B, T, out/n).
-
-    nn.Linear stores W as (out, in): W_r (out/n, C) and b_r (out/n) are its rows. The column layers of a module (q, k,
-    v; or gate, up) share its input: f stands once, before that module (put_f_before)."""
-
-    regather = None            # a Regather while the module around this runs; None without sequence parallelism
+    """y_r = x W_r^T + b_r: this rank's part of the outputs. x (B, T, C) comes from f -> (B, T, out/n). nn.Linear stores
+    W as (out, in): W_r (out/n, C) and b_r (out/n) are rows. The column layers of a module (q, k, v; or gate, up) share
+    its input: f stands once, before that module (put_f_before)."""
 
     @uncompiled
     def forward(self, x):
-        with self.regather.hooks() if self.regather else contextlib.nullcontext():
+        with regather(x):
             return F.linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(ParallelModule):
     """y = g(x_r W_r^T) + b: x_r (B, T, in/n) is this rank's part of the inputs -> (B, T, C), or its shard (B, T/n, C).
-
     W_r (C, in/n): columns of W; b is whole, and added once, after the sum."""
 
     dim = 1
@@ -436,7 +441,7 @@ class RowParallelLinear(ParallelModule):
 
 
 class VocabParallelEmbedding(ParallelModule):
-    """A rank holds V/n rows: other tokens give 0 here and their row elsewhere; g adds. tokens (B, T) -> (B, T, C), or
+    """A rank holds V/n rows. A token whose row another rank holds gives 0 here; g adds. tokens (B, T) -> (B, T, C), or
     the shard (B, T/n, C)."""
 
     lacks = ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse")
@@ -455,16 +460,17 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         nll = log l + m - z_target                          dz_r = w (exp(z_r - m) / l - [target here])
 
     w is the token's weight; [target here] is 1 at the target's column, else 0. A rank sends m, l, z_target per token.
-    forward takes `rows` tokens at a time, and their gradients at once. f's backward sums the ranks' dx_r = dz_r W_r.
+    forward takes `rows` tokens at a time, and computes their gradients too, so that their logits need not be kept. f's
+    backward sums the ranks' dx_r = dz_r W_r.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, weights, group, rows, with_grad):
         W, lo, acc = weight.to(x.dtype), weight.box[0][0], weights.dtype
-        ctx.dtypes, nll, dx, dw = (x.dtype, weight.dtype), [], [], torch.zeros_like(W, dtype=acc) if with_grad else None
+        nll, dx, dw = [], [], torch.zeros_like(W, dtype=acc) if with_grad else None
         for x_i, target, w in zip(*(t.split(rows) for t in (x, targets[:, None], weights[:, None])), strict=True):
-            is_own, w = (target >= lo) & (target < lo + len(W)), w * (target >= 0)                    # (rows, 1)
-            local = (target - lo).masked_fill(~is_own, 0)
+            is_target, is_own = target >= 0, (target >= lo) & (target < lo + len(W))                    # (rows, 1)
+            w, local = w * is_target, (target - lo).masked_fill(~is_own, 0)
             # z = x W^T - m
             z = (x_i @ W.T).to(acc)                                                                     # (rows, V/n)
             z -= all_reduce(z.amax(1, keepdim=True), group, dist.ReduceOp.MAX)
@@ -472,7 +478,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
             z_target = z.gather(1, local) * is_own
             p = z.exp_()
             l, z_target = all_reduce(torch.stack((p.sum(1, keepdim=True), z_target)), group)
-            nll.append((l.log() - z_target) * (target >= 0))
+            nll.append((l.log() - z_target) * is_target)
             if with_grad:
                 # dz = w (p / l - [target here])
                 dz = p.mul_(w / l).scatter_add_(1, local, -w * is_own).to(W.dtype)
@@ -480,6 +486,7 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
                 dw += dz.T @ x_i
         nll = torch.cat(nll)[:, 0]
         if with_grad:
+            ctx.dtypes = x.dtype, weight.dtype
             ctx.save_for_backward(torch.cat(dx), dw)
         ctx.mark_non_differentiable(nll)
         return (weights * nll).sum(), nll
@@ -512,55 +519,17 @@ class VocabParallelHead(ParallelModule):
         return loss, nll.view(targets.shape)
 
 
-class Regather:
-    """Sequence parallelism keeps no gathered sequence for backward. The linears after f would save its output (B, T,
-    C). pack: when autograd saves a tensor that is f's output (same memory, same version), only its shape is kept; f has
-    the shard. unpack: the first linear whose backward wants it gathers the shard again; the last lets it go."""
-
-    def __init__(self, whole: Tensor, group):
-        self.f, self.group, self.readers, self.again = whole.grad_fn, group, 0, None
-        self.f_output = whole.data_ptr(), whole.numel(), whole._version
-
-    def hooks(self):                    # made anew: one that is kept would be a cycle with self, for the collector
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
-
-    def pack(self, t: Tensor):
-        if (t.data_ptr(), t.numel(), t._version) != self.f_output:
-            return t                                                           # a weight, or no longer what f has given
-        self.readers += 1
-        return t.shape
-
-    def unpack(self, packed):
-        if isinstance(packed, Tensor):
-            return packed
-        if self.again is None:
-            self.again = all_gather(*self.f.saved_tensors, self.group, 1)
-        whole, self.readers = self.again.view(packed), self.readers - 1
-        if self.readers == 0:
-            self.again = None
-        return whole
-
-
 def put_f_before(module: nn.Module, columns: list, group, sequence_parallel: bool):
-    """f of the first argument of `module`, once for the column layers in it, which alone read it."""
+    """Put f before `module`, on its first argument, which the column layers in the module alone read."""
     @uncompiled
     def before_forward(_, args, kwargs):
         name = None if args else next(iter(kwargs))
         # cast here, so that what is sent, and what is kept, is what the layers multiply
         x = (args[0] if args else kwargs[name]).to(columns[0].weight.dtype)
-        whole = copy_to_tp_region(x, group, sequence_parallel)
-        if sequence_parallel and whole.grad_fn:                # where x needs no gradient, f has saved nothing
-            regather = Regather(whole, group)
-            for column in columns:
-                column.regather = regather
-        return ((whole, *args[1:]), kwargs) if args else (args, kwargs | {name: whole})
-
-    def after_forward(*_):
-        for column in columns:
-            column.regather = None
+        x = copy_to_tp_region(x, group, sequence_parallel)
+        return ((x, *args[1:]), kwargs) if args else (args, kwargs | {name: x})
 
     module.register_forward_pre_hook(before_forward, with_kwargs=True)
-    module.register_forward_hook(after_forward, always_call=True)
 
 
 LINEARS = {"column": ColumnParallelLinear, "row": RowParallelLinear}
@@ -578,10 +547,10 @@ def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN, sequence_para
         column, row, vocab, head   the classes above
         partial                    works on the heads between a column and a row: its gradient is a part, sum_over
         positions                  an embedding of positions: under sequence parallelism each rank takes its own
-    sequence_parallel: the sequence is split between a row layer and the next column layer: (B, T/n, C). The model must
-    take T from the tokens, not from hidden states: ours does, transformers' do not. The vocab embedding
-    splits the sequence; a model without one must be fed this rank's positions alone. The gradients of all whole
-    parameters are then parts too, and sum_over says so; reduce_partial_gradients() adds them up.
+    sequence_parallel: between a row layer and the next column layer hidden states are (B, T/n, C).
+        - The model must take T from the tokens, not from hidden states: ours does, transformers' do not.
+        - The vocab embedding splits the sequence; a model without one must be fed this rank's positions alone.
+        - All whole parameters get parts of their gradients too: sum_over, reduce_partial_gradients().
     Raises ValueError, naming the module, for sizes and heads that the group's size does not divide, a module that is
     no linear or embedding, and a pattern of your plan that meets nothing.
     """
@@ -590,9 +559,9 @@ def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN, sequence_para
         p.__dict__.setdefault("box", tuple((0, length, length) for length in p.shape))
     n, shards, modules = size(group), {}, dict(model.named_modules())
     met = {name: pattern for name in list(modules)[1:] for pattern in reversed(plan) if fnmatchcase(name, pattern)}
-    if not met or plan is not PLAN and set(plan) - set(met.values()):
-        raise ValueError("plan must meet a module with each pattern, "
-                         f"{', '.join(sorted(set(plan) - set(met.values())))} meets none")
+    unmet = sorted(set(plan) - set(met.values()))
+    if not met or unmet and plan is not PLAN:
+        raise ValueError(f"plan must meet a module with each pattern, {', '.join(unmet)} meets none")
     for name, pattern in met.items():
         module, style, (parent, _, child) = modules[name], plan[pattern], name.rpartition(".")
         parent = modules[parent]
@@ -619,14 +588,15 @@ def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN, sequence_para
             setattr(parent, child, twin(module, group, sequence_parallel, shards))
     for name, module in model.named_modules():
         columns, rows = ([x for x in module.children() if isinstance(x, twin)] for twin in LINEARS.values())
+        if not columns:
+            continue
         planned = {p for x in module.modules() if isinstance(x, ParallelModule) for p in x.parameters()}
         strange = [name for name, p in module.named_parameters()
                    if p not in planned and getattr(p, "sum_over", ()) != (group,)]
-        if columns and (strange or not rows):
+        if strange or not rows:
             raise ValueError(f"{name or type(module).__name__}: a module with column layers must have a row layer and "
                              f"no parameter outside the plan, got {strange[0] if strange else 'no row layer'}")
-        if columns:
-            put_f_before(module, columns, group, sequence_parallel)
+        put_f_before(module, columns, group, sequence_parallel)
     if sequence_parallel:
         for p in set(model.parameters()) - set(shards.values()):
             p.sum_over = (group,)
@@ -636,7 +606,7 @@ def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN, sequence_para
 # ---- pipeline schedules are data -------------------------------------------------------------------------------------
 
 class Op(NamedTuple):
-    """F forward, B backward, W the weights' part of it. Chunk c of rank r is stage c * p + r of p * v."""
+    """F forward, B backward, W the weights' part of it. Chunk c of rank r is stage c p + r of all p v."""
     kind: str
     micro_batch: int
     chunk: int = 0
@@ -677,17 +647,16 @@ def interleaved(p: int, m: int, v: int = 2) -> list[list[Op]]:
 
 
 def zero_bubble(p: int, m: int) -> list[list[Op]]:
-    """ZB-H1: 1f1b whose B is the input's gradient alone. Rank r does W of micro-batch i after B of i + r, so rank 0 at
-    once, the last rank p - 1 micro-batches later: as many micro-batches are stored on every rank as 1f1b stores on the
-    first, and W fills the waits at the end."""
-    schedule = []
+    """ZB-H1: 1f1b whose B is the input's gradient alone. Rank r does W of micro-batch i after B of i + r: rank 0 at
+    once, the last rank p - 1 micro-batches later. So each rank stores as many micro-batches as the first one of 1f1b,
+    and the W that are left fill the waits at the end."""
+    schedule = [[] for _ in range(p)]
     for r, ops in enumerate(one_f_one_b(p, m)):
-        late = []
         for op in ops:
-            late.append(op)
+            schedule[r].append(op)
             if op.kind == "B" and op.micro_batch >= r:
-                late.append(Op("W", op.micro_batch - r))
-        schedule.append(late + [Op("W", i) for i in range(max(0, m - r), m)])
+                schedule[r].append(Op("W", op.micro_batch - r))
+        schedule[r] += [Op("W", i) for i in range(max(0, m - r), m)]
     return schedule
 
 
@@ -700,37 +669,39 @@ SCHEDULES = {"gpipe": gpipe, "1f1b": one_f_one_b, "interleaved": interleaved, "z
 
 
 def stage_layers(n_layer: int, s: int, num_stages: int) -> range:
-    """The layers of stage s: it begins with layer s n_layer // num_stages. Raises ValueError for a stage without any.
-    """
+    """The layers of stage s, s n_layer // num_stages the first. Raises ValueError if a stage would have none."""
     if num_stages > n_layer:
         raise ValueError(f"pp must leave each stage a layer: pp x chunks is {num_stages}, n_layer {n_layer}")
     return range(s * n_layer // num_stages, (s + 1) * n_layer // num_stages)
 
 
 class Message(NamedTuple):
-    """What an operation of another stage waits for: F for a hidden state, B for its gradient."""
-    kind: str
+    """What an operation of another stage waits for."""
+    kind: str                        # F: a hidden state, B: its gradient
     micro_batch: int
     stage: int                       # that it goes to
-    source: int                      # ranks of the pipeline; equal where both stages are on one rank
+    source: int                      # ranks of the pipeline
     target: int
 
     goes_up = property(lambda self: self.target > self.source)
 
 
 def with_messages(schedule) -> list[list[tuple]]:
-    """The timetable: for each rank and operation (op, the Message that it needs, the Message that is its result)."""
+    """The timetable: for each rank and operation (op, the Message that it needs, the Message that is its result), or
+    None: the first stage's F needs none, and its B has none."""
     p = len(schedule)
     stages = range(p * (1 + max(op.chunk for ops in schedule for op in ops)))
 
-    def between(op, sender, receiver):
+    def message(op, sender, receiver):
         if sender in stages and receiver in stages and op.kind != "W":
             return Message(op.kind, op.micro_batch, receiver, sender % p, receiver % p)
 
-    timetable = []
+    timetable = [[] for _ in range(p)]
     for r, ops in enumerate(schedule):
-        placed = [(op, op.chunk * p + r, -1 if op.kind == "B" else 1) for op in ops]          # op, stage, direction
-        timetable.append([(op, between(op, s - way, s), between(op, s, s + way)) for op, s, way in placed])
+        for op in ops:
+            stage = op.chunk * p + r
+            step = -1 if op.kind == "B" else 1                                        # backward goes down the stages
+            timetable[r].append((op, message(op, stage - step, stage), message(op, stage, stage + step)))
     return timetable
 
 
@@ -739,59 +710,55 @@ class Timeline:
     events: list             # for each rank: [(op, start, end), ...]
     duration: float
     bubble: float            # share of the ranks' time in which nothing runs
-    stored: list = ()        # for each rank, on paper: the most micro-batches x chunks stored at once
+    stored: list             # for each rank: the most micro-batches x chunks stored at once
 
 
 def simulate(schedule, forward: float = 1.0, backward: float = 1.0, weight: float = 1.0, p2p: float = 0.0) -> Timeline:
     """Run a schedule on paper. Costs of F, of the input's and of the weights' part of the backward (a schedule without
-    W does both in B), and the delay of a message between ranks.
-
-    Raises ValueError, naming the operations, if the schedule is not complete, out of order, or waits for itself.
-    """
+    W does both in B), and the delay of a message. Raises ValueError, naming the operations, if the schedule is not
+    complete, out of order, or waits for itself."""
     kinds = {op.kind for op in schedule[0]}
     m, chunks = (1 + max(op[i] for ops in schedule for op in ops) for i in (1, 2))
-    split = "W" in kinds
     expected = {Op(*each) for each in itertools.product(kinds, range(m), range(chunks))}
     for r, ops in enumerate(schedule):
         if set(ops) != expected or len(ops) != len(expected):
             wrong = [str(op) for op in expected.symmetric_difference(ops)] or ["one twice"]
             raise ValueError(f"schedule must hold each operation once, rank {r} differs in {', '.join(wrong[:4])}")
-    cost = {"F": forward, "B": backward + (0 if split else weight), "W": weight}
+    cost = {"F": forward, "B": backward if "W" in kinds else backward + weight, "W": weight}
     timetable, events = with_messages(schedule), [[] for _ in schedule]
-    arrived, done, free, moved = {None: 0.0}, set(), [0.0] * len(schedule), True
-    while moved:
+    ready, free, moved = {None: 0.0}, [0.0] * len(schedule), True    # when a message, a result is there; a rank is free
+    while moved:                                          # each rank runs until it must wait, until no rank can go on
         moved = False
         for r, line in enumerate(timetable):
             for op, needs, result in line[len(events[r]):]:
-                before = op._replace(kind={"B": "F", "W": "B"}.get(op.kind))       # the micro-batch's operation before
-                if needs not in arrived or before.kind and (r, before) not in done:
+                before = None if op.kind == "F" else (r, op._replace(kind={"B": "F", "W": "B"}[op.kind]))
+                if needs not in ready or before not in ready:
                     break
-                start = max(free[r], arrived[needs])
-                free[r] = start + cost[op.kind]
+                start = max(free[r], ready[needs])
+                free[r] = ready[r, op] = start + cost[op.kind]
                 events[r].append((op, start, free[r]))
-                done.add((r, op))
                 if result is not None:
-                    arrived[result] = free[r] + p2p * (result.source != result.target)
+                    ready[result] = free[r] + p2p
                 moved = True
     stuck = [f"rank {r} at {ops[len(events[r])]}" for r, ops in enumerate(schedule) if len(events[r]) < len(ops)]
     if stuck:
         raise ValueError(f"schedule must not wait for itself: {', '.join(stuck)}")
-    stored = [max(itertools.accumulate({"F": 1, "B": split - 1, "W": -1}[op.kind] for op in ops)) for ops in schedule]
-    return replace(executed_timeline(events), stored=stored)
+    return executed_timeline(events)
 
 
 def executed_timeline(clocks: list) -> Timeline:
-    """(op, start, end) of each rank, by a clock that the ranks share, from 0 on."""
+    """Of each rank's (op, start, end), by a clock that the ranks share. The timeline begins at 0."""
     zero = min(start for line in clocks for _, start, _ in line)
     events = [[(op, start - zero, end - zero) for op, start, end in line] for line in clocks]
     duration = max(end for line in events for *_, end in line)
     busy = sum(end - start for line in events for _, start, end in line)
-    return Timeline(events, duration, 1 - busy / (len(events) * duration))
+    last = "W" if any(op.kind == "W" for op, _, _ in events[0]) else "B"              # it frees the micro-batch
+    stored = [max(itertools.accumulate((op.kind == "F") - (op.kind == last) for op, _, _ in line)) for line in events]
+    return Timeline(events, duration, 1 - busy / (len(events) * duration), stored)
 
 
 def draw(timeline: Timeline, width: int = 100) -> str:
-    """The timeline as text, a line a rank: an operation's letter repeated (small in odd micro-batches), dots where it
-    waits."""
+    """As text, a line per rank: the letters of its operations (small in odd micro-batches), dots where it waits."""
     lines = []
     for r, events in enumerate(timeline.events):
         line = ["."] * width
@@ -812,10 +779,10 @@ def chrome_trace(timeline: Timeline) -> dict:
 # ---- running a schedule ----------------------------------------------------------------------------------------------
 
 class SplitLinear(torch.autograd.Function):
-    """y = x W^T + b whose backward gives dx alone; the weights' part waits in a queue: (parameter, gradient later)."""
+    """y = x W^T + b whose backward gives dx alone. The weights' part joins a queue: (parameter, () -> its gradient)."""
 
     @staticmethod
-    def forward(ctx, x, parameters, queue):                    # a tuple: autograd does not see them, nor their hooks
+    def forward(ctx, x, parameters, queue):       # parameters is a tuple: autograd does not see them, nor their hooks
         ctx.save_for_backward(x)
         ctx.parameters, ctx.queue = parameters, queue
         return F.linear(x, *parameters)
@@ -823,10 +790,10 @@ class SplitLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        x, (weight, bias), queue = ctx.saved_tensors[0].detach(), ctx.parameters, ctx.queue      # x without its graph
-        queue.append((weight, lambda: (dy.flatten(0, -2).T @ x.flatten(0, -2).to(dy.dtype)).to(weight.dtype)))
+        x, (weight, bias) = ctx.saved_tensors[0].detach(), ctx.parameters                         # x without its graph
+        ctx.queue.append((weight, lambda: (dy.flatten(0, -2).T @ x.flatten(0, -2).to(dy.dtype)).to(weight.dtype)))
         if bias is not None and bias.requires_grad:
-            queue.append((bias, lambda: dy.flatten(0, -2).sum(0).to(bias.dtype)))
+            ctx.queue.append((bias, lambda: dy.flatten(0, -2).sum(0).to(bias.dtype)))
         return (dy @ weight.to(dy.dtype)).to(x.dtype), None, None
 
 
@@ -838,26 +805,27 @@ class SplitLinears(TorchFunctionMode):
         self.queue = queue
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if (function is F.linear and not kwargs and isinstance(args[1], nn.Parameter) and args[1].requires_grad
-                and args[0].requires_grad):
-            return SplitLinear.apply(args[0], (*args[1:], None)[:2], self.queue)
+        if function is F.linear and not kwargs:
+            x, weight, bias = (*args, None)[:3]
+            if isinstance(weight, nn.Parameter) and weight.requires_grad and x.requires_grad:
+                return SplitLinear.apply(x, (weight, bias), self.queue)
         return function(*args, **(kwargs or {}))
 
 
 class Channels:
     """Messages of a pipeline rank. A pair of ranks has one channel each way. Receives are posted in the sender's order,
-    read off the timetable (with_messages): no tags, no handshakes.
+    read off the timetable (with_messages): no tags, no handshakes. like(micro_batch) is an empty tensor for a message.
 
-    coming     by source rank: messages that it will send to us, in its order
-    arriving   receives that are posted; sending: sends that may not be done; to_self: from a stage of this rank
-    receipts   of a message: all that its sender received since its message before. Ours are freed when it arrives
+    coming     {source rank: the messages that it has yet to send to us, in its order}
+    arriving   receives that are posted        sending   sends that may not be done
+    receipts   {message: all that its sender received between its message to us before and this one}. When this one
+               arrives, so have our messages among those: they are freed
     """
 
-    def __init__(self, timetable, groups, timeout: float):
-        self.groups, self.timeout = groups, timedelta(seconds=timeout)
+    def __init__(self, timetable, groups, like, timeout: float):
+        self.groups, self.like, self.timeout = groups, like, timedelta(seconds=timeout)
         self.rank = 0 if groups is None else rank(groups[0])
-        self.coming, self.receipts = defaultdict(deque), {}
-        self.arriving, self.sending, self.to_self = {}, {}, {}
+        self.coming, self.receipts, self.arriving, self.sending = defaultdict(deque), {}, {}, {}
         for source, line in enumerate(timetable):
             received = []                                                           # by it, since its message before
             for _, needs, result in line:
@@ -867,38 +835,27 @@ class Channels:
                     self.receipts[result], received = received, []
 
     def send(self, x: Tensor, message: Message):
-        if message.target == self.rank:
-            self.to_self[message] = x
-        else:
-            x = x.contiguous()
-            self.sending[message] = x, self.start(dist.isend, x, message.target, message)
+        x = x.contiguous()
+        self.sending[message] = x, self.start(dist.isend, x, message.target, message)
 
-    def post(self, message: Message, like):
-        """Start to receive, up to this message. like(micro_batch) gives an empty tensor of its shape."""
-        while message.source != self.rank and message not in self.arriving:
+    def post(self, message: Message):
+        """Start to receive all that this message's source sends us up to it."""
+        while message not in self.arriving:
             first = self.coming[message.source].popleft()
-            x = like(first.micro_batch)
+            x = self.like(first.micro_batch)
             self.arriving[first] = x, self.start(dist.irecv, x, first.source, first)
 
-    def post_ahead(self, message: Message, result: Message | None, like):
-        """Post the receive of the next operation before the present one runs: the message travels meanwhile. But not if
-        the present result leaves in the same group: calls of a group run in order, so it would wait for the receive."""
-        if result is None or result.goes_up != message.goes_up:
-            self.post(message, like)
-
-    def receive(self, message: Message, like) -> Tensor:
-        if message in self.to_self:
-            return self.to_self.pop(message)
-        self.post(message, like)
+    def receive(self, message: Message) -> Tensor:
+        self.post(message)
         x = self.wait(*self.arriving.pop(message))
         for sent in self.receipts[message]:
             if sent in self.sending:                                             # gloo's are not done until waited for
                 self.wait(*self.sending.pop(sent))
         return x
 
-    def start(self, what, x, peer: int, message):
+    def start(self, isend_or_irecv, x, peer: int, message):
         # always as a batch of one: for a single send NCCL warns, and may make a communicator for each pair
-        return dist.batch_isend_irecv([dist.P2POp(what, x, group=self.groups[message.goes_up],
+        return dist.batch_isend_irecv([dist.P2POp(isend_or_irecv, x, group=self.groups[message.goes_up],
                                                   group_peer=peer)])[0]
 
     def wait(self, x, work):
@@ -911,26 +868,25 @@ class Channels:
             self.wait(*sent)
 
 
-def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_like=None, no_sync=contextlib.nullcontext,
-                 on_op=None, timeout: float = 600) -> list:
+def run_schedule(schedule, chunks, batches, groups=None, *, loss_grad=1.0, hidden_like=None,
+                 no_sync=contextlib.nullcontext, on_op=None, timeout: float = 600) -> list:
     """Run this rank's operations of a schedule -> nll of each micro-batch on the last stage's rank, None elsewhere.
 
     chunks       this rank's stages: callables, chunk(hidden=..., **batch) -> hidden, and of the last stage (loss, nll)
     batches      for each micro-batch a dict of tensors, the same on every rank of the pipeline
     groups       Mesh.pp_groups; None for p = 1 (then a schedule is plain gradient accumulation)
-    seed         (nothing random) where backward starts: the gradient of each loss. In train.py loss scale / N, or 1
+    loss_grad    where backward starts: the gradient of each loss. In train.py loss scale / N, or 1
     hidden_like  batch -> an empty tensor like the hidden state between stages
-    no_sync      context around every gradient that is not its parameter's last (DataParallel.no_sync). In a split
-                 schedule a linear's weights get their gradient in W, all other parameters in B. A parameter used in
-                 both ways is not supported
-    on_op        on_op(op, asked, start, end): clocks before waiting for its input, before and after it ran
+    no_sync      context around every gradient that is not its parameter's last (DataParallel.no_sync). A W computes
+                 the gradients of linears' weights, its B all others. A parameter in both is not supported
+    on_op        on_op(op, start, end): the clock before and after an operation ran
     timeout      seconds that a message may take
 
-    A schedule without B evaluates. A hidden state that was sent is freed when the next message from its receiver says
-    that it has come, its graph is kept for backward.
+    A schedule without B evaluates. A hidden state that was sent is freed when a later message from its receiver shows
+    that it has arrived; its graph is kept for backward.
     """
     timetable = with_messages(schedule)
-    channels = Channels(timetable, groups, timeout)
+    channels = Channels(timetable, groups, lambda i: hidden_like(batches[i]), timeout)
     mine = timetable[channels.rank]
     kinds = {op.kind for op, _, _ in mine}
     final = {(op.kind, op.chunk): op for op, _, _ in mine}                 # of each chunk: the last B, the last W
@@ -947,13 +903,13 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
             torch.accelerator.current_stream().synchronize()
         return time.perf_counter()
 
-    like = lambda i: hidden_like(batches[i])
-    for (op, needs, result), (_, next_needs, _) in zip(mine, [*mine[1:], (None, None, None)], strict=True):
-        asked = clock()
+    for (op, needs, result), (_, next_needs, _) in itertools.pairwise([*mine, (None, None, None)]):
         kind, i, c = op
-        received = None if needs is None else channels.receive(needs, like)
-        if next_needs is not None:
-            channels.post_ahead(next_needs, result, like)
+        received = None if needs is None else channels.receive(needs)
+        # the next operation's message travels while this one runs. But calls of a group run in order: if this result
+        # leaves in the same group, it would wait for that message
+        if next_needs is not None and (result is None or result.goes_up != next_needs.goes_up):
+            channels.post(next_needs)
         start = clock()
         if kind == "F":
             hidden = None if received is None else received.requires_grad_("B" in kinds)
@@ -965,7 +921,7 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
                 channels.send(out.detach(), result)
             if "B" in kinds:
                 edge = torch.autograd.graph.get_gradient_edge(out) if out.requires_grad else None       # None: frozen
-                graphs[i, c] = hidden, edge, torch.ones_like(out).mul_(seed) if result is None else None
+                graphs[i, c] = hidden, edge, torch.ones_like(out).mul_(loss_grad) if result is None else None
             del out
         elif kind == "B":
             hidden, edge, gradient = graphs.pop((i, c))
@@ -980,7 +936,7 @@ def run_schedule(schedule, chunks, batches, groups=None, *, seed=1.0, hidden_lik
                 parameter, later = parts.pop()
                 backward(parameter, later(), op != final["W", c] or any(x is parameter for x, _ in parts))
         if on_op is not None:
-            on_op(op, asked, start, clock())
+            on_op(op, start, clock())
     channels.finish()
     return nlls
 
@@ -992,8 +948,9 @@ def reduce_partial_gradients(params):
     is the same on all ranks: that of their ranks' numbers."""
     partial = defaultdict(list)
     for p in params:
-        for group in {*getattr(p, "sum_over", ())} - {None} if p.requires_grad else ():
-            partial[group].append(gradient(p))
+        for group in getattr(p, "sum_over", ()):
+            if p.requires_grad and group is not None:
+                partial[group].append(gradient(p))
     for group, gradients in sorted(partial.items(), key=lambda x: dist.get_process_group_ranks(x[0])):
         flat = all_reduce(torch.cat([g.flatten() for g in gradients]), group)
         for g, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
@@ -1001,15 +958,13 @@ def reduce_partial_gradients(params):
 
 
 def piece(p) -> tuple:
-    """What a tensor is a piece of, and which: equal on replicas alone. flat: see zero.py."""
+    """Which piece of which tensor this is: equal on replicas alone. flat: see zero.py."""
     return p.full_name, p.box, getattr(p, "flat", None)
 
 
 def owned(params, group=None) -> list:
-    """Those of this rank's parameters that no lower rank of the group holds: each piece once over all ranks.
-
-    Raises ValueError, naming the tensor, if the different pieces do not have as many elements as the tensor.
-    """
+    """Those of this rank's parameters that no lower rank of the group holds: each piece once over all ranks. Raises
+    ValueError, naming the tensor, if the different pieces do not have as many elements as the tensor."""
     params = list(params)
     everyone = gather_objects([piece(p) for p in params], group)
     covered, wanted = defaultdict(int), {}
@@ -1024,16 +979,15 @@ def owned(params, group=None) -> list:
 
 
 def squared_norm(tensors) -> Tensor | float:
-    """Sum of squares, a float64 scalar. Of owned gradients, over the world: the square of the global norm."""
+    """Sum of squares, in float64. Summed over all ranks' owned gradients it is the square of the global norm."""
     tensors = list(tensors)
     if not tensors:
         return 0.0                                              # a tensor would be copied to the device, and waited for
-    norms = torch._foreach_norm(tensors)
-    return torch.stack([n.double() for n in norms]).square().sum()
+    return torch.stack(torch._foreach_norm(tensors)).double().square().sum()
 
 
 def check_replicas(params, group=None):
-    """Raises RuntimeError naming the parameter and two ranks whose copies of the same piece differ in a bit."""
+    """Raises RuntimeError, with the parameter and two ranks, if their copies of one piece differ in a bit."""
     mine = [(piece(p), zlib.crc32(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())) for p in params]
     seen = {}
     for r, pieces in enumerate(gather_objects(mine, group)):
@@ -1048,7 +1002,7 @@ def check_replicas(params, group=None):
 def find_device(name: str, local_rank: int) -> torch.device:
     """The device of a name, with this rank's index; "auto": the accelerator that is here, else the CPU. Raises
     ValueError for one that does not work."""
-    if name == "auto":            # not Apple's: it has no float64 for the sums of a step, and is untried
+    if name == "auto":            # but not Apple's: it has no float64 for the sums of a step, and is untried
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         name = accelerator.type if accelerator and accelerator.type != "mps" else "cpu"
     try:
@@ -1085,7 +1039,7 @@ def ranks_of_environment() -> tuple[int, int, int]:
 
 
 class World:
-    """This process among all ranks of a run, before anything is split.
+    """This process among all ranks of a run.
 
     rank, size   its number, and how many there are: torchrun's RANK and WORLD_SIZE; without them it is alone
     device       this rank's accelerator, or the CPU
@@ -1102,34 +1056,32 @@ class World:
                  fake: bool = False):
         self.rank, self.size, local_rank = ranks_of_environment()
         self.step, self.device = 0, find_device(device, local_rank)
-        if fake and self.size == 1:
-            self.size = max(1, dp) * tp * pp
         if dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
         elif self.size > 1:
-            pretend = fake and "RANK" not in os.environ
-            self.join("fake" if pretend else dist.get_default_backend_for_device(self.device), timeout)
+            self.join(timedelta(seconds=timeout))
+        elif fake and (n := max(1, dp) * tp * pp) > 1:
+            from torch.testing._internal.distributed.fake_pg import FakeStore
+            self.size = n
+            dist.init_process_group("fake", rank=0, world_size=n, store=FakeStore())
         self.group = dist.group.WORLD if self.size > 1 else None
         self.host = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if self.group and not fake else None
         self.mesh = Mesh(dp, tp, pp, timeout)
         if self.host is not None:
             dist.barrier(group=self.host)      # all are connected: a rank that leaves at a fault breaks nothing
 
-    def join(self, backend: str, seconds: float):
-        timeout = timedelta(seconds=seconds)
-        if backend == "fake":
-            from torch.testing._internal.distributed.fake_pg import FakeStore
-            dist.init_process_group("fake", rank=0, world_size=self.size, store=FakeStore())
-            return
-        # torchrun's store outlives its ranks: ranks that start again must not read the addresses of those before them
+    def join(self, timeout: timedelta):
+        """Meet the ranks that torchrun started."""
         try:
             store, *_ = next(dist.rendezvous("env://", timeout=timeout))
         except (dist.DistStoreError, dist.DistNetworkError, OSError, ValueError) as error:
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise ValueError(f"MASTER_ADDR:MASTER_PORT must be where all ranks can meet, {place}: "
                              f"{str(error).splitlines()[0]:.120}") from None
+        # torchrun's store outlives its ranks: ranks that start again must not read the addresses of those before them
         store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=self.rank, world_size=self.size,
+        dist.init_process_group(dist.get_default_backend_for_device(self.device), timeout=timeout, store=store,
+                                rank=self.rank, world_size=self.size,
                                 device_id=None if self.device.type == "cpu" else self.device)
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -1165,10 +1117,10 @@ class World:
 
 
 def is_peer_failure(error: Exception) -> bool:
-    """Whether another rank failed, and not this one: gloo and NCCL raise so when a connection breaks or a message does
+    """Whether another rank failed, and not this one: what gloo and NCCL raise if a connection breaks or a message does
     not come."""
-    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or bool(re.search(
-        "gloo|NCCL|Connection (closed|reset)|Timed out", str(error))))
+    return isinstance(error, RuntimeError) and (isinstance(error, dist.DistError) or any(
+        words in str(error) for words in ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out")))
 
 
 # ---- the ledger ------------------------------------------------------------------------------------------------------
@@ -1178,7 +1130,7 @@ COLLECTIVES = {"allreduce_": "all_reduce", "_allgather_base_": "all_gather", "_r
 
 
 class Call(NamedTuple):
-    """One call: bytes is the payload, that is the whole tensor (all ranks' parts together)."""
+    """One call. bytes is the payload: the whole tensor, all ranks' parts together."""
     axis: str
     phase: str
     collective: str
@@ -1196,10 +1148,8 @@ class Call(NamedTuple):
 
 
 class CommLedger(TorchDispatchMode):
-    """Inside, every torch.distributed call of this thread is counted, in backward and hooks too.
-
-    axes: {name: group or groups}. phase is yours to set: "forward", "backward", ... calls: the sequence of Calls.
-    """
+    """Inside, every torch.distributed call of this thread is counted, in backward and hooks too. axes: {name: group or
+    groups}. phase is yours to set: "forward", "backward", ... calls: the sequence of Calls."""
 
     def __init__(self, axes: dict):
         super().__init__()
@@ -1220,33 +1170,29 @@ class CommLedger(TorchDispatchMode):
             return
         group, name = dist.ProcessGroup.unbox(args[group_place]), COLLECTIVES.get(name, name)
         whole = max(tensors, key=Tensor.numel)                           # gathered, or to be scattered: all parts
+        peer = args[group_place + 1] if name in ("send", "recv") else None
         self.calls.append(Call(self.names.get(group.group_name, group.group_name), self.phase, name, whole.nbytes,
-                               group.size(), tuple(whole.shape), whole.dtype,
-                               args[group_place + 1] if name in ("send", "recv") else None))
+                               group.size(), tuple(whole.shape), whole.dtype, peer))
 
     def total(self, field: str = "bytes", **where) -> float:
-        """Sum of bytes, wire, or calls over the calls with these attributes: total("wire", axis="tp")."""
-        chosen = [x for x in self.calls if all(getattr(x, k) == v for k, v in where.items())]
-        return len(chosen) if field == "calls" else sum(getattr(x, field) for x in chosen)
+        """Sum of bytes or wire over the calls with these attributes: total("wire", axis="tp")."""
+        return sum(getattr(x, field) for x in self.calls if all(getattr(x, k) == v for k, v in where.items()))
 
 
 # ---- demo ------------------------------------------------------------------------------------------------------------
 
 def start_ranks(run, n: int):
-    """run(rank, init_method) on n processes of this machine; or here, in one of those that torchrun started."""
+    """run(rank, init_method) on n processes of this machine."""
     import tempfile
 
     import torch._dynamo  # noqa: F401 (or each rank's first optimizer would)
-    if "RANK" in os.environ:
-        del os.environ["WORLD_SIZE"]                                         # until the ranks have met, each is alone
-        return run(int(os.environ.pop("RANK")), "env://")
     with tempfile.TemporaryDirectory() as folder:                             # nothing has run here yet: a fork is safe
         torch.multiprocessing.start_processes(run, (f"file://{folder}/store",), n, start_method="fork")
 
 
 def demo():
     """The claims of this file, measured | predicted | error, asserted, on steps that train.py takes: four ranks on this
-    CPU. Starts its own ranks, or is one of four that torchrun started."""
+    CPU."""
     import scaling
     import train
 

@@ -300,7 +300,7 @@ class Model(torch.nn.Module):
             T_local = T // (c.tp if c.sequence_parallel else 1)
             return torch.empty(B, T_local, c.n_embd, dtype=self.hidden_dtype, device=self.world.device)
 
-        return parallel.run_schedule(order, self.chunks, batches, self.mesh.pp_groups, seed=loss_grad,
+        return parallel.run_schedule(order, self.chunks, batches, self.mesh.pp_groups, loss_grad=loss_grad,
                                      hidden_like=hidden_like, no_sync=self.no_sync, on_op=self.on_op, timeout=c.timeout)
 
 
@@ -377,7 +377,7 @@ def meta_stage(c: Config, device, mesh, stage: int, low_dtype=None) -> net.GPT:
 
 def compute_policy(c: Config, device, low_dtype) -> precision.ComputePolicy:
     """On a CPU, low precision is emulated: F.linear gets float32 copies of its input and weight. Not with tp and zb,
-    which must see the tensors themselves (parallel.py: Regather, SplitLinears)."""
+    which must see the tensors themselves (parallel.py: regather, SplitLinears)."""
     return precision.ComputePolicy(low_dtype, emulate=device.type == "cpu" and c.tp == 1 and c.pp_schedule != "zb")
 
 
@@ -594,7 +594,7 @@ class Run:
         c, world, scaler, start = self.c, self.world, self.scaler, time.perf_counter()
         scale, lr, events = {"loss_scale": scaler.scale} if scaler else {}, lr_at(self.step, c), []
         is_profiled = c.profile and self.step == self.first_step + 2
-        self.model.on_op = (lambda op, asked, began, ended: events.append((op, began, ended))) if is_profiled else None
+        self.model.on_op = (lambda *event: events.append(event)) if is_profiled else None
         self.step += 1
         loss, norm, stopping, statistics = train_step(self.model, self.optimizer, self.batches, self.step - 1, c,
                                                       world, self.stop_signals, self.on_phase, scaler)

@@ -5,54 +5,46 @@ Data parallelism keeps a whole copy of the model states on every rank. With mixe
     2 (fp16 weight)  +  2 (fp16 gradient)  +  K = 12 (fp32 weight, two fp32 moments)   =  16 bytes
 
 so 7.5 billion parameters need 120 GB on each of 64 GPUs, 64 times the same. Yet a rank that updates one 64th of the
-weights needs one 64th of the moments; a gradient is needed until it is summed, a weight while its layer runs. ZeRO
-(Rajbhandari 2020, arXiv:1910.02054, Figure 1) keeps a shard of each and sends the rest when it is needed. Psi
-parameters, n ranks, m micro-batches a step:
+weights needs one 64th of the moments. A gradient is needed until it is summed, a weight while its layer runs. ZeRO
+(Rajbhandari 2020, arXiv:1910.02054, Figure 1) keeps a shard of each on a rank, and sends the rest when it is needed.
+Psi parameters, n ranks, m micro-batches per step (the paper has m = 1):
 
-    stage  splits               bytes a rank                       7.5 B on 64   a rank sends, x Psi (n-1)/n
-    0      nothing              (2 + 2 + K) Psi                      120 GB      2        all-reduce
-    1      optimizer states     (2 + 2) Psi + K Psi / n             31.4 GB      2        reduce-scatter, all-gather
-    2      and gradients        2 Psi + (2 + K) Psi / n             16.6 GB      m + 1    m reduce-scatters, all-gather
-    3      and parameters       (2 + 2 + K) Psi / n                  1.9 GB      3 m      2 all-gathers and a
-                                                                                          reduce-scatter each
-    (the paper's 2, 2, 2, 3 Psi are m = 1: an all-reduce is a reduce-scatter and an all-gather)
+    stage  splits               bytes per rank                 7.5 B on 64   a rank sends, x Psi (n-1)/n
+    0      nothing              (2 + 2 + K) Psi                  120 GB      2        all-reduce
+    1      optimizer states     (2 + 2) Psi + K Psi / n         31.4 GB      2        reduce-scatter, all-gather
+    2      and gradients        2 Psi + (2 + K) Psi / n         16.6 GB      m + 1    m reduce-scatters, all-gather
+    3      and parameters       (2 + 2 + K) Psi / n              1.9 GB      3 m      m reduce-scatters, 2 m all-gathers
 
-The lesson is when each buffer is freed. A step of two micro-batches of a model of three layers. Time runs to the right.
-w: weights, g: gradients. 1, 2, 3: the layer. = is a whole layer in memory, - this rank's shard of it, > a message:
+The lesson is when each buffer is freed. Here are two micro-batches of three layers. Time runs to the right. w: weights,
+g: gradients. 1, 2, 3: the layer. = is a whole layer in memory, - this rank's shard of it, > a message:
 
                    forward    backward            forward    backward            step
     stage 1   w    =====================================================================>   gathered at the end
               g               3===================================3==>----------------      whole from the first
                                  2===================================2==>-------------      gradient to the last
-                                    1===================================1==>----------
+                                    1===================================1==>----------      (if m = 1: as stage 2)
     stage 2   w    =====================================================================>   gathered at the end
               g               3==>--------------------------------3==>----------------      whole until it is sent
                                  2==>--------------------------------2==>-------------
                                     1==>--------------------------------1==>----------
     stage 3   w    >1>2>3=    >3>2>1==            >1>2>3=    >3>2>1==                       whole while it runs, and
-              g               3==>--------------------------------3==>----------------      the next one ahead of it
-                                 2==>--------------------------------2==>-------------
-                                    1==>--------------------------------1==>----------
+              g    as at stage 2                                                            the next one ahead of it
 
-With a single micro-batch stages 1 and 2 are the same.
-
-Everything lies in buckets: parameters side by side in a flat row, padded so that n divides it; the r-th of n equal
-slices is rank r's. The optimizer sees, for each parameter, the part that lies in the slice, as a view. An elementwise
-optimizer cannot tell the difference.
-
-Muon can: its update needs whole matrices. So each matrix has one owner among the ranks that hold a part of it. In every
-step the pieces go to the owner, it computes the update, and each rank gets its part back.
+A bucket is a flat row: parameters side by side, padded so that n divides it. The r-th of n equal slices is rank r's.
+The optimizer sees, for each parameter, a view of the part that lies in the slice. An elementwise optimizer computes the
+same. Muon needs whole matrices: one rank, a matrix's owner, gets all parts, and sends each rank its part of the update.
 
     symbol   in code                     shape, dtype
     Psi      num_params                  parameters of the model
     n, r     size(group), rank(group)    ranks that share the model states, and which of them this is
-    -        Bucket.weights              stage 1, 2: (n * slice,) the parameters; stage 3: (slice,), in their dtype
+    -        Bucket.row                  (n * slice,) the parameters; at stage 3 only while their block runs
+    -        Bucket.weights              (slice,) this rank's part of them
     -        Bucket.grads, sending       (n * slice,) gradients, arriving, or on their way; None most of the time
     -        Bucket.total                (slice,) their sum over ranks and micro-batches
     -        shard.box, flat = (lo, hi)  elements lo ... hi - 1, row by row, of the slice `box` of the matrix (model.py)
 
-Map: formulas - the three stages on the board - Bucket - GradientShards (what the stages share) - ShardedOptimizer (1,
-2) - FullyShard (3) - Muon - the global norm - demo. Not here: offloading, sharded activations.
+Map: formulas - the stages on the board - Bucket - GradientShards (what the stages share) - ShardedOptimizer (1, 2) -
+FullyShard (3) - Muon - the global norm - demo. Not here: offloading, sharded activations.
 
 run: python zero.py        (starts its own ranks)
 """
@@ -61,7 +53,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import is_dataclass
 from typing import NamedTuple
 
@@ -69,7 +61,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 # ---- the formulas ----------------------------------------------------------------------------------------------------
 
@@ -87,13 +79,12 @@ def memory_per_rank(num_params: float, stage: int, dp: int, *, param_bytes: floa
 
 
 def comm_volume(num_params: float, stage: int, dp: int, micro_batches: int = 1) -> dict:
-    """Numbers that a rank sends in a step, by collective, as a ring or directly: {"all_reduce", "reduce_scatter",
-    "all_gather"}. (Rajbhandari 2020, Section 7, is micro_batches = 1)"""
+    """Numbers that a rank sends in a step: {"all_reduce", "reduce_scatter", "all_gather"}. An all-reduce is a
+    reduce-scatter and an all-gather. (Rajbhandari 2020, Section 7, is micro_batches = 1)"""
     memory_per_rank(num_params, stage, dp)                                                             # is it a stage?
-    part = num_params * (dp - 1) / dp
-    return {"all_reduce": 2 * part if stage == 0 else 0,
-            "reduce_scatter": part * {0: 0, 1: 1}.get(stage, micro_batches),
-            "all_gather": part * {0: 0, 1: 1, 2: 1, 3: 2 * micro_batches}[stage]}
+    m, part = micro_batches, num_params * (dp - 1) / dp
+    return {"all_reduce": (2, 0, 0, 0)[stage] * part, "reduce_scatter": (0, 1, m, m)[stage] * part,
+            "all_gather": (0, 1, 1, 2 * m)[stage] * part}
 
 
 # ---- the three stages on the board: a parameter at a time, nothing overlaps ------------------------------------------
@@ -176,9 +167,12 @@ class PlainShardedLinear(torch.autograd.Function):
 
 # ---- parameters side by side -----------------------------------------------------------------------------------------
 
+storage = lambda x: x.untyped_storage()._cdata                                # of x, and of all views of it
+
+
 class Bucket:
     """Parameters in one flat row of n equal slices; slice r is rank r's. Gradients are put into a row of the same
-    layout, which is reduced by one message and freed."""
+    layout. One message reduces it, then it is freed."""
 
     exchange_on = ("cpu",)        # device types where slices are exchanged and then summed, instead of a reduce-scatter
 
@@ -188,11 +182,11 @@ class Bucket:
         self.start = dict(zip(params, starts, strict=True))
         self.slice = -(-numel // size(group))                                   # rounded up: the last slices are padded
         self.length = self.slice * size(group)
-        self.weights = self.grads = self.sending = self.received = self.out = self.work = self.total = None
-        self.total_dtype = self.grad_dtype
+        self.row = self.weights = None
+        self.grads = self.sending = self.received = self.out = self.work = self.total = None
 
-    device = property(lambda self: self.params[0].device)
     grad_dtype = property(lambda self: self.params[0].grad_dtype or self.params[0].dtype)
+    total_dtype = property(lambda self: torch.promote_types(self.weights.dtype, self.grad_dtype))
 
     def view(self, row: Tensor, p: Tensor) -> Tensor:
         """p's place in a whole row."""
@@ -213,9 +207,9 @@ class Bucket:
         offset = self.start[p] - rank(self.group) * self.slice
         return row[offset + lo:offset + hi]
 
-    def shard(self, p: Tensor, row: Tensor) -> nn.Parameter:
-        """What this rank updates of p: a view of its slice, with p's attributes and flat."""
-        new = nn.Parameter(self.part(row, p), requires_grad=p.requires_grad)
+    def shard(self, p: Tensor) -> nn.Parameter:
+        """What this rank updates of p: a view of weights, with p's attributes and flat."""
+        new = nn.Parameter(self.part(self.weights, p), requires_grad=p.requires_grad)
         new.__dict__.update({"box": tuple((0, n, n) for n in p.shape)} | p.__dict__)
         new.flat, new.sharded, new.grad_dtype = self.flat(p), True, self.total_dtype
         return new
@@ -227,7 +221,7 @@ class Bucket:
         if p.grad.is_sparse:
             raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} must not have sparse gradients, it has")
         if self.grads is None:
-            self.grads = torch.empty(self.length, dtype=self.grad_dtype, device=self.device)
+            self.grads = self.row.new_empty(self.length, dtype=self.grad_dtype)
         view = self.view(self.grads, p)
         if p.grad.data_ptr() != view.data_ptr():
             view.copy_(p.grad)
@@ -236,7 +230,7 @@ class Bucket:
     def send(self):
         """Start the reduce-scatter of what has arrived."""
         if self.grads is None:                                                       # none here; others may have some
-            self.grads = torch.zeros(self.length, dtype=self.grad_dtype, device=self.device)
+            self.grads = self.row.new_empty(self.length, dtype=self.grad_dtype)
         for p in self.params:
             if p.grad is None:
                 self.view(self.grads, p).zero_()
@@ -246,7 +240,7 @@ class Bucket:
             self.out = self.sending
             return
         self.out = self.sending.new_empty(self.slice)
-        if self.device.type in self.exchange_on:                 # gloo's reduce-scatter takes twice the time of this
+        if self.row.device.type in self.exchange_on:             # gloo's reduce-scatter takes twice the time of this
             self.received = torch.empty_like(self.sending)
             self.work = dist.all_to_all_single(self.received, self.sending, group=self.group, async_op=True)
         else:
@@ -295,13 +289,13 @@ class GradientShards:
 
         1  a gradient that is ready is copied into its bucket's row
         2  a bucket that is full is sent, but never before those ahead of it: all ranks issue the same calls in the same
-           order. One is under way at a time; it is received, and its row freed, when the next one is ready to go
-        3  finish_gradient_synchronization()   sends every bucket that has not left yet, once per backward pass,
-                                               receives it, and gives each shard its gradient
+           order. One is under way at a time. When the next one is full, it is received and its row freed
+        3  finish_gradient_synchronization() sends the buckets that are left, and gives each shard its gradient
 
-    Backward may be called several times per step. Every rank must call it equally often. Outside no_sync() each call
-    sends every bucket once, with all that has come since. A parameter without a gradient counts as zero. Freeze what is
-    never used: until finish_gradient_synchronization() its bucket, and those behind it, cannot leave.
+    Backward may be called several times per step, equally often on every rank. Outside no_sync() each call sends every
+    bucket once, with all that has come since. A parameter without a gradient counts as zero. Freeze what is never used:
+    until finish_gradient_synchronization() its bucket, and those after it, cannot leave. All ranks together give up a
+    step by zero_grad().
     """
 
     def watch(self, buckets: list[Bucket], shards: dict, group, reduce: str):
@@ -309,28 +303,29 @@ class GradientShards:
         self.buckets, self.shards, self.group, self.mean = buckets, shards, group, reduce == "mean"
         self.bucket_of = {p: bucket for bucket in buckets for p in bucket.params}
         self.synchronize = True
-        self.arrivals, self.sent, self.flying = {}, 0, None     # {p: gradients}, sends of a step; bucket on its way
+        self.arrivals, self.sent = Counter(), 0               # in this step: {p: gradients that came}, buckets sent
+        self.flying = None                                    # the bucket that is under way
         for p in self.bucket_of:
             p.register_post_accumulate_grad_hook(self.ready)
+
+    next_bucket = property(lambda self: self.buckets[self.sent % len(self.buckets)])
 
     def ready(self, p):
         """p.grad is complete."""
         self.bucket_of[p].take(p)
-        self.arrivals[p] = self.arrivals.get(p, 0) + self.synchronize                # + 0 inside no_sync()
-        while True:
-            passes, number = divmod(self.sent, len(self.buckets))      # the next bucket: its sends so far, its number
-            if any(self.arrivals.get(x, 0) <= passes for x in self.buckets[number].params):
-                return
+        self.arrivals[p] += self.synchronize                                                    # + 0 inside no_sync()
+        # a bucket is full when each of its parameters has had a gradient since it was last sent
+        while all(self.arrivals[x] > self.sent // len(self.buckets) for x in self.next_bucket.params):
             self.send()
 
     def send(self):
-        """The next bucket."""
+        """Send the next bucket."""
         self.receive()
-        self.flying, self.sent = self.buckets[self.sent % len(self.buckets)], self.sent + 1
+        self.flying, self.sent = self.next_bucket, self.sent + 1
         self.flying.send()
 
     def send_all(self):
-        """Every bucket, as often as there were passes."""
+        """Send every bucket, once per backward pass."""
         while self.sent < max([1, *self.arrivals.values()]) * len(self.buckets):
             self.send()
         self.receive()
@@ -341,11 +336,8 @@ class GradientShards:
             self.flying = None
 
     def finish_gradient_synchronization(self):
-        if not self.buckets:
-            return
         for p, bucket in self.bucket_of.items():                         # are they still views of the bucket's rows?
-            homes = {x.untyped_storage()._cdata for x in (bucket.weights, getattr(bucket, "row", bucket.weights))}
-            if not homes.issuperset(x.untyped_storage()._cdata for x in (p, self.shards[p])):
+            if not {storage(p), storage(self.shards[p])} <= {storage(bucket.row), storage(bucket.weights)}:
                 raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} must not be moved or cast once it is "
                                    "sharded: to(), half(), ... come before")
         self.send_all()
@@ -355,17 +347,16 @@ class GradientShards:
         self.forget()
 
     def forget(self):
-        """Gradients that are under way."""
+        """Drop the gradients of this step that are in no shard yet."""
         self.receive()
-        self.arrivals, self.sent = {}, 0
+        self.arrivals, self.sent = Counter(), 0
         for bucket in self.buckets:
             bucket.grads = bucket.total = None
         for p in self.bucket_of:
             p.grad = None
 
     def zero_grad(self, set_to_none: bool = True):
-        """The shards' gradients, and those of a step that is given up before finish_gradient_synchronization(), after
-        as many backward passes on every rank."""
+        """Clear the shards' gradients, and those that are under way. Every rank must have made as many passes."""
         super().zero_grad(set_to_none)
         if self.arrivals:                                                   # other ranks may have sent more of them
             self.send_all()
@@ -388,21 +379,19 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
 
     params          parameters or parameter groups, as for any optimizer. All take the values of the group's rank 0.
                     Trained ones become views of flat rows. One that is frozen now must stay frozen
-    optimizer_cls   any callable (params, **kwargs) -> an elementwise optimizer; kwargs are its own
-    group           None: this process is alone, whatever others there are
+    optimizer_cls   a callable (params, **kwargs) -> an elementwise optimizer, or Muon; kwargs are its own
     stage           1: gradients are added up within no_sync(), and sent during the last micro-batch's backward
                     2: every micro-batch's are sent during its backward, and freed. no_sync() does nothing
     reduce          "sum" | "mean" over the group
     bucket_mb       MB (1e6 bytes) of gradients per bucket
     order           the parameters in the order of their use, if params is another: gradients come in the reverse
 
-    - param_groups, state and state_dict() are those of the optimizer inside: of this rank's shards, which carry the
-      parameters' attributes and flat. By these data.py's checkpoints write and read them, on any number of ranks.
-    - The module's own p.grad is None after finish_gradient_synchronization(): clear and clip what the optimizer has.
+    - param_groups and state are those of the optimizer inside: of this rank's shards, which carry the parameters'
+      attributes and flat. By these data.py's checkpoints write and read them, on any number of ranks.
+    - The module's own p.grad is None after finish_gradient_synchronization(): clear and clip the shards' gradients.
       torch.amp.GradScaler would see one rank's inf alone.
-    - All ranks give up a batch together: optimizer.zero_grad().
-    - An optimizer that is not elementwise would compute something else from a part of a tensor. (Muon, below, asks the
-      other ranks.) Four of torch's are known and refused. Others are not recognised, nor one that clips by its norm.
+    - Four of torch's optimizers are known to need whole tensors, and refused. Others are not recognised, nor is one
+      that clips by its own norm.
     Raises ValueError for these four, a group without this rank, parameters that are sharded; RuntimeError for step()
     before finish_gradient_synchronization(), sparse gradients, a parameter that was frozen, or not there, before.
     """
@@ -421,15 +410,15 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
         if len(order) != len(whole) or set(order) != set(whole):
             raise ValueError(f"order must hold each of the {len(whole)} parameters once, got another {len(order)}")
         check(group, reduce, order)
-        for p in order:
-            if size(group) > 1:
-                dist.broadcast(p.detach(), group_src=0, group=group)
+        for p in order if size(group) > 1 else ():
+            dist.broadcast(p.detach(), group_src=0, group=group)
         buckets, shards, self.stage = make_buckets([p for p in order if p.requires_grad], group, bucket_mb), {}, stage
         for bucket in buckets:
-            bucket.weights = torch.zeros(bucket.length, dtype=bucket.params[0].dtype, device=bucket.device)
+            bucket.row = bucket.params[0].new_zeros(bucket.length, requires_grad=False)
+            bucket.weights = bucket.own(bucket.row)
             for p in bucket.params:
-                p.data = bucket.view(bucket.weights, p).copy_(p.data)
-                p.sharded, shards[p] = True, bucket.shard(p, bucket.own(bucket.weights))
+                p.data = bucket.view(bucket.row, p).copy_(p.data)
+                p.sharded, shards[p] = True, bucket.shard(p)
         self.watch(buckets, shards, group, reduce)
         self.inner = optimizer_cls([options | {"params": [shards.get(p, p) for p in options["params"]]}
                                     for options in self.param_groups], **kwargs)
@@ -452,16 +441,13 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
         if self.arrivals:
             raise RuntimeError("gradients must be summed before the update: call finish_gradient_synchronization() "
                                "between backward and step()")
-        for p in itertools.chain(*(options["params"] for options in self.param_groups)):
+        for p in (p for options in self.param_groups for p in options["params"]):
             if p.requires_grad and not getattr(p, "sharded", False):
                 raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} must be given at construction, and not "
                                    "frozen then, to be updated")
         self.inner.step()
         for bucket in self.buckets if size(self.group) > 1 else ():
-            dist.all_gather_single(bucket.weights, bucket.own(bucket.weights), group=self.group)
-
-    def state_dict(self) -> dict:
-        return self.inner.state_dict()
+            dist.all_gather_single(bucket.row, bucket.weights, group=self.group)
 
     def load_state_dict(self, state_dict: dict):
         self.inner.load_state_dict(state_dict)
@@ -471,15 +457,15 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
 # ---- stage 3 ---------------------------------------------------------------------------------------------------------
 
 class Unit(Bucket):
-    """The parameters of a block: at rest a shard of each; all of them while a forward or a backward runs there.
+    """The parameters of a block: at rest a shard of each; all of them while a forward or a backward runs there. The
+    whole ones are views of row, whose memory is freed and filled again. Autograd keeps such views for backward.
 
-    The whole ones are views of a row. Its memory is freed, and comes back filled. Autograd keeps some views for
-    backward: no memory until then. A visit is one forward of a block, and later its backward. holders: the visits that
-    need the row now. There can be several: a block may be used twice, and a parameter by two blocks."""
+    A visit is one forward of a block, and later its backward. holders: the visits that need the row now. There can be
+    several: a block may be used twice, and a parameter by two blocks."""
 
     def __init__(self, params, places, group, compute_dtype, reduce_dtype, init):
         super().__init__(params, group)
-        self.places, self.holders, self.arriving, self.whole = places, set(), None, True
+        self.places, self.holders, self.arriving = places, set(), None
         for p in params:
             if p.is_meta:
                 attributes = p.__dict__
@@ -493,20 +479,20 @@ class Unit(Bucket):
             self.part(self.weights, p).copy_(p.detach().flatten()[slice(*self.flat(p))])
             # through .data p keeps its own version: autograd does not see that the row is filled again
             p.data, p.grad_dtype = self.view(self.row, p), reduce_dtype or self.weights.dtype
-        self.total_dtype = torch.promote_types(self.weights.dtype, self.grad_dtype)
-        self.shards = {p: self.shard(p, self.weights) for p in params}
+        self.shards = {p: self.shard(p) for p in params}
         self.free()
 
-    def swap(self, replacements):
-        """Make the modules hold replacements[p] in the place of p."""
-        for p, places in zip(self.params, self.places, strict=True):
+    whole = property(lambda self: self.row.untyped_storage().nbytes() > 0)
+
+    def show(self, tensors):
+        """The modules have these in the place of the params."""
+        for x, places in zip(tensors, self.places, strict=True):
             for module, name in places:
-                module._parameters[name] = replacements[p]
+                module._parameters[name] = x
 
     def gather(self):
         """Start to gather the row."""
         if not self.whole:
-            self.whole = True
             self.row.untyped_storage().resize_(self.length * self.row.itemsize)
             self.own(self.row).copy_(self.weights)                                            # in the compute dtype
             if size(self.group) > 1:
@@ -521,16 +507,15 @@ class Unit(Bucket):
         self.gather()
         self.arrive()
         self.holders.add(visit)
-        self.swap({p: p for p in self.params})
+        self.show(self.params)
 
     def free(self, visit=None):
-        """visit needs the row no longer; by default, no visit does."""
-        self.holders = self.holders - {visit} if visit else set()
+        """visit needs the row no longer. When no visit does, the memory is freed."""
+        self.holders.discard(visit)
         if self.whole and not self.holders:
             self.arrive()
             self.row.untyped_storage().resize_(0)
-            self.whole = False
-            self.swap(self.shards)
+            self.show(self.shards.values())
 
 
 class Leave(torch.autograd.Function):
@@ -561,58 +546,51 @@ class FullyShard(GradientShards, nn.Module):
         before_forward    this block          the next block
         after_forward                                              this block
         before_backward   this block, again   the block before
-        after_backward                                             this block             its gradients, as they come
+        after_backward                                             this block             its gradients
 
-    group           None: this process is alone
-    blocks          modules to gather as one (default: the members of each ModuleList and ModuleDict). Any other module
-                    with parameters of its own, an embedding or a head, is one by itself. In a block within a block each
-                    parameter belongs to the inner one. A parameter that two blocks share is gathered for either
+    blocks          modules to gather as one (default: the members of each ModuleList and ModuleDict). A parameter is
+                    of the innermost block around it. Outside of these, the module that holds it is a block by itself:
+                    an embedding, a head. A parameter that two blocks share is gathered for either
     compute_dtype   of the gathered parameters, and of the float inputs of forward() (default: the parameters' own)
     reduce_dtype    of gradients on the wire (default: the parameters' own). They are added up in shards
     reduce          "sum" | "mean" over the group
     init            called for each parameter on the meta device, gives its values, the same on every rank: no rank ever
                     holds the whole model. Real parameters, and buffers, become those of the group's rank 0
 
-    - At rest modules hold the shards (1-d, with the parameters' attributes and flat), so parameters() and an optimizer
-      see these. The optimizer updates them: there is nothing to gather until the next forward.
+    - At rest modules hold the shards (1-d, with the parameters' attributes and flat). An optimizer of parameters()
+      updates these: there is nothing to gather until the next forward.
     - With recomputation inside a block there is one gather in forward and one in backward.
-    - A batch is given up, by all ranks, with model.zero_grad().
     What it asks of a module:
-    - Parameters are used in the forward of the block, or module, that holds them. requires_grad stays what it was.
-    - All ranks run the same blocks in the same order. The next block is the next one defined; in another order results
-      are the same, but a block too many may be in memory.
+    - Parameters are used in the forward of their block. requires_grad stays what it was.
+    - All ranks run the same blocks in the same order. In another order than they are defined in, results are the same,
+      but a block too many may be in memory.
     - Every tensor that carries a gradient out of a block is in its return value (in tuples, lists, dicts, dataclasses),
       and not changed in place by others. No second derivatives.
     Raises ValueError for a block that is not in the module, a group without this rank, sharded parameters, meta ones
-    without init; RuntimeError for a requires_grad that has changed; TypeError for a deepcopy: use
-    dict(model.full_parameters()).
+    without init; RuntimeError for a requires_grad that has changed; TypeError for a deepcopy.
     """
 
     def __init__(self, module: nn.Module, group=None, *, blocks=None, compute_dtype=None, reduce_dtype=None,
                  reduce: str = "sum", init=None):
         super().__init__()
         check(group, reduce, module.parameters())
-        paths = dict(module.named_modules(remove_duplicate=False))
         if blocks is None:
-            lists = [x for x in paths.values() if isinstance(x, nn.ModuleList | nn.ModuleDict)]
+            lists = [x for x in module.modules() if isinstance(x, nn.ModuleList | nn.ModuleDict)]
             blocks = [block for x in lists for block in x.children()]
         blocks = set(blocks)
-        for strange in blocks - set(paths.values()):
+        for strange in blocks - set(module.modules()):
             raise ValueError(f"blocks must be in the module, {type(strange).__name__} is not")
         if init is None and any(p.is_meta for p in module.parameters()):
             raise ValueError("init must give the values of parameters on the meta device, got None")
         for name, p in module.named_parameters():
             p.__dict__.setdefault("full_name", name)
-            p.__dict__.setdefault("box", tuple((0, length, length) for length in p.shape))
-        # who gathers a parameter: the innermost block around it, or the module that holds it
-        places, owners = defaultdict(dict), defaultdict(dict)
-        for path, submodule in paths.items():
-            parts = path.split(".") if path else []
-            above = [paths[".".join(parts[:n])] for n in range(len(parts), -1, -1)]
-            owner = next((x for x in above if x in blocks), submodule)
+        places, owners = defaultdict(dict), defaultdict(dict)      # p -> where modules have it; the blocks that use it
+        block_at = {}                                              # path -> the innermost block around it
+        for path, submodule in module.named_modules(remove_duplicate=False):
+            block = block_at[path] = submodule if submodule in blocks else block_at.get(path.rpartition(".")[0])
             for name, p in submodule._parameters.items():
                 if p is not None:
-                    places[p][submodule, name] = owners[p][owner] = True
+                    places[p][submodule, name] = owners[p][submodule if block is None else block] = True
         alike = defaultdict(list)                                  # what makes a unit -> its parameters
         for p, modules in owners.items():
             alike[tuple(modules), p.dtype, p.device, p.requires_grad, getattr(p, "sum_over", ())].append(p)
@@ -624,19 +602,17 @@ class FullyShard(GradientShards, nn.Module):
                     dist.broadcast(x, group_src=0, group=group)
             except RuntimeError as error:
                 raise RuntimeError(f"{name}, {x.dtype}, could not be broadcast: {error}") from error
-        self.compute_dtype, self.units, self.visits = compute_dtype, [], []
-        self.needs = defaultdict(list)                             # module -> its units
+        self.module, self.compute_dtype, self.units = module, compute_dtype, []
+        units_of = defaultdict(list)                               # block -> its units
         for (modules, *_), params in alike.items():
             unit = Unit(params, [list(places[p]) for p in params], group, compute_dtype, reduce_dtype, init)
             self.units.append(unit)
-            for owner in modules:
-                self.needs[owner].append(unit)
-        self.order = [x for x in module.modules() if x in self.needs]
-        for place, owner in enumerate(self.order):
-            owner.register_forward_pre_hook(functools.partial(self.before_forward, place), with_kwargs=True,
-                                            prepend=True)
-            owner.register_forward_hook(functools.partial(self.after_forward, place), always_call=True)
-        self.module = module
+            for block in modules:
+                units_of[block].append(unit)
+        used = [block for block in module.modules() if block in units_of]
+        self.needs = [units_of[block] for block in used]           # the units of each block, in the order of definition
+        for place, block in enumerate(used):
+            block.forward = functools.partial(self.run_block, place, block, block.forward)
         self.watch([unit for unit in reversed(self.units) if unit.params[0].requires_grad],
                    {p: shard for unit in self.units for p, shard in unit.shards.items()}, group, reduce)
 
@@ -656,62 +632,49 @@ class FullyShard(GradientShards, nn.Module):
     def free_unused(self):
         """What was gathered ahead, and not used after all."""
         for unit in self.units:
-            if not unit.holders:
-                unit.free()
+            unit.free()
 
     def prefetch(self, place: int):
-        for unit in self.needs[self.order[place]] if 0 <= place < len(self.order) else ():
+        for unit in self.needs[place] if 0 <= place < len(self.needs) else ():
             unit.gather()
 
-    def before_forward(self, place, module, args, kwargs):
-        """Before a block's forward."""
-        visit = object()
-        self.gather_for(place, visit, place + 1)
-        leaves, spec = tree_flatten((args, kwargs))
-        differentiable = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
-        if torch.is_grad_enabled() and differentiable:
-            done = functools.partial(self.after_backward, place, visit)
-            inputs = Leave.apply(done, *(leaves[i] for i in differentiable))
-            for i, x in zip(differentiable, inputs, strict=True):
-                leaves[i] = x
-        self.visits.append((visit, bool(differentiable)))                       # a stack: a block may lie in a block
-        return tree_unflatten(leaves, spec)
+    def run_block(self, place, block, forward, /, *args, **kwargs):
+        """What a block's forward becomes: forward() between the four moments."""
+        units, visit = self.needs[place], object()
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
+        has_leave = bool(inputs)
 
-    def after_forward(self, place, module, args, out):
-        """After it. Its outputs' gradients tell when its backward begins."""
-        visit, has_leave = self.visits.pop()
-        self.release(place, visit)
-        before_backward = functools.partial(self.before_backward, place, visit, has_leave)
-        rows = {unit.row.untyped_storage()._cdata for unit in self.units}
+        def hold(next_place):
+            again = any(unit.holders for unit in units)                          # a forward that a backward repeats
+            for unit in units:
+                unit.hold(visit)
+            if not again:
+                self.prefetch(next_place)
+
+        def release():
+            for unit in units:
+                unit.free(visit)
+
+        def before_backward(_):                                # a gradient has come to an output
+            hold(place - 1)
+            if not has_leave:                                  # no input has a gradient (embedding): freed at the end
+                torch.autograd.Variable._execution_engine.queue_callback(release)
+
+        hold(place + 1)                                        # before_forward
+        try:
+            if inputs:
+                leaves = iter(Leave.apply(release, *inputs))   # after_backward: gradients have left the inputs
+                args, kwargs = tree_map_only(Tensor, lambda x: next(leaves) if x.requires_grad else x, (args, kwargs))
+            out = forward(*args, **kwargs)
+        finally:
+            release()                                          # after_forward
         for x in tree_leaves(vars(out) if is_dataclass(out) else out):
-            if isinstance(x, Tensor) and x.untyped_storage()._cdata in rows:
-                raise RuntimeError(f"{type(module).__name__} must not return its parameter, which is freed now: name "
+            if isinstance(x, Tensor) and any(storage(x) == storage(unit.row) for unit in units):
+                raise RuntimeError(f"{type(block).__name__} must not return its parameter, which is freed now: name "
                                    "the module that uses it in blocks")
             if isinstance(x, Tensor) and x.requires_grad:
                 x.register_hook(before_backward)
-
-    def before_backward(self, place, visit, has_leave, _):
-        """A gradient has come to its output."""
-        self.gather_for(place, visit, place - 1)
-        if not has_leave:                                     # no input has a gradient (embedding): freed at the end
-            engine = torch.autograd.Variable._execution_engine
-            engine.queue_callback(functools.partial(self.after_backward, place, visit))
-
-    def after_backward(self, place, visit):
-        """A gradient has left its inputs (Leave)."""
-        self.release(place, visit)
-
-    def gather_for(self, place, visit, next_place):
-        units = self.needs[self.order[place]]
-        again = any(unit.holders for unit in units)                          # a forward that a backward repeats
-        for unit in units:
-            unit.hold(visit)
-        if not again:
-            self.prefetch(next_place)
-
-    def release(self, place, visit):
-        for unit in self.needs[self.order[place]]:
-            unit.free(visit)
+        return out
 
     def finish_gradient_synchronization(self):
         super().finish_gradient_synchronization()
@@ -722,6 +685,7 @@ class FullyShard(GradientShards, nn.Module):
     def forget(self):
         super().forget()
         for unit in self.units:
+            unit.holders.clear()
             unit.free()
 
     @torch.no_grad()
@@ -752,10 +716,9 @@ def orthogonalize(U: Tensor, steps: int = 5) -> Tensor:
     """U = W S V^T (rows, columns) with its singular values S moved near 1: about W V^T, the nearest matrix with
     orthogonal rows or columns. All directions of a gradient count alike, also one that is rarely seen.
 
-    phi(s) = a s + b s^3 + c s^5 acts on every singular value at once, by products alone, since phi(W S V^T) =
-    W phi(S) V^T = (a + b U U^T + c (U U^T)^2) U. It is steep at 0, and does not settle at 1: values that begin above a
-    500th of the norm of U end between 0.68 and 1.21. In U's dtype, float32 at least. (Newton-Schulz iteration; Jordan
-    2024, https://kellerjordan.github.io/posts/muon/)
+    phi(s) = a s + b s^3 + c s^5 acts on every singular value at once, by products alone: phi(W S V^T) = W phi(S) V^T =
+    (a + b U U^T + c (U U^T)^2) U. It is steep at 0, and does not settle at 1: values above a 500th of U's norm end
+    between 0.68 and 1.21. In U's dtype, float32 at least. (Newton-Schulz; https://kellerjordan.github.io/posts/muon/)
     """
     a, b, c = POLYNOMIAL
     X = U.to(torch.promote_types(U.dtype, torch.float32))
@@ -805,14 +768,12 @@ def piece_of(p: Tensor, number: int) -> Piece:
 
 def assemble(parts: dict[Piece, Tensor]) -> Tensor:
     """All pieces of a matrix -> the matrix."""
-    boxes = {}                                                                # box -> its elements in a row
-    for piece, x in parts.items():
-        row = boxes.setdefault(piece.box, x.new_empty(math.prod(b - a for a, b, _ in piece.box)))
-        row[piece.lo:piece.hi] = x
-    matrix = x.new_empty(piece.whole)
-    for piece in parts:
-        place = piece.view(matrix)
-        place.copy_(boxes[piece.box].view(place.shape))
+    first, x = next(iter(parts.items()))
+    matrix = x.new_empty(first.whole)
+    for _, group in itertools.groupby(sorted(parts), key=lambda piece: piece.box):
+        pieces = list(group)                                                  # of one box, from its first element on
+        box = pieces[0].view(matrix)
+        box.copy_(torch.cat([parts[piece] for piece in pieces]).view(box.shape))
     return matrix
 
 
@@ -821,29 +782,27 @@ def cut(matrix: Tensor, piece: Piece) -> Tensor:
 
 
 def plan_exchange(everyone: list[list[Piece]]) -> tuple[dict, list, list]:
-    """everyone[r]: what rank r holds. Every rank makes the same plan of it: {matrix: its owner}, and two lists of
-    (piece, source rank, target rank): each piece to its matrix's owner once, and from the owner to all that hold it.
+    """everyone[r]: what rank r holds. Every rank makes the same plan: {matrix: its owner}, and two lists of (piece,
+    source rank, target rank): each piece to its matrix's owner once, and from the owner to all that hold it.
 
-    The owner is one of the matrix's holders, the one with the fewest FLOPs so far; the most expensive matrix is given
-    away first. Raises ValueError for pieces that do not make the matrix.
-    """
+    The most expensive matrix is given away first, to the one of its holders with the fewest FLOPs so far. Raises
+    ValueError for pieces that do not make the matrix."""
     holders = defaultdict(lambda: defaultdict(list))                          # name -> piece -> ranks
     for r, pieces in enumerate(everyone):
         for piece in pieces:
             if piece.lo < piece.hi:
                 holders[piece.name][piece].append(r)
-    flops = {}
-    for name, pieces in holders.items():
-        elements, shape = sum(piece.hi - piece.lo for piece in pieces), next(iter(pieces)).whole
-        if elements != math.prod(shape):
-            raise ValueError(f"{name}: the pieces of the group's ranks must make its {math.prod(shape)} elements, they "
-                             f"make {elements}")
-        flops[name] = orthogonalize_flops(*shape)
+    flops = {name: orthogonalize_flops(*next(iter(pieces)).whole) for name, pieces in holders.items()}
     owners, load, to_owner, to_holders = {}, [0] * len(everyone), [], []
     for name in sorted(holders, key=lambda name: (-flops[name], name)):
-        owner = owners[name] = min(sorted(set().union(*holders[name].values())), key=load.__getitem__)
+        pieces = holders[name]
+        elements, needed = sum(piece.hi - piece.lo for piece in pieces), math.prod(next(iter(pieces)).whole)
+        if elements != needed:
+            raise ValueError(f"{name}: the pieces of the group's ranks must make its {needed} elements, they make "
+                             f"{elements}")
+        owner = owners[name] = min(sorted(set().union(*pieces.values())), key=load.__getitem__)
         load[owner] += flops[name]
-        for piece, ranks in sorted(holders[name].items()):
+        for piece, ranks in sorted(pieces.items()):
             to_owner.append((piece, owner if owner in ranks else ranks[0], owner))
             to_holders += [(piece, owner, r) for r in ranks]
     return owners, to_owner, to_holders
@@ -851,23 +810,18 @@ def plan_exchange(everyone: list[list[Piece]]) -> tuple[dict, list, list]:
 
 def exchange(routes: list, pieces: dict[Piece, Tensor], like: Tensor, group) -> dict[Piece, Tensor]:
     """routes: (piece, source rank, target rank), the same list on all ranks. pieces: what this rank has, of the dtype
-    and device of `like`. -> what comes to this rank, each a row. One message from a rank to another, if any."""
-    me, arrived = rank(group), {}
-    outgoing, incoming = defaultdict(list), defaultdict(list)
+    and device of `like`. -> what comes to this rank, each a row."""
+    me, arrived, calls = rank(group), {}, []
     for piece, source, target in routes:
-        if source == target == me:
-            arrived[piece] = pieces[piece].flatten()
-        elif source == me:
-            outgoing[target].append(pieces[piece].flatten())
-        elif target == me:
-            incoming[source].append(piece)
-    rows = {source: like.new_empty(sum(x.hi - x.lo for x in expected)) for source, expected in incoming.items()}
-    calls = [dist.P2POp(dist.isend, torch.cat(parts), group=group, group_peer=r) for r, parts in outgoing.items()]
-    calls += [dist.P2POp(dist.irecv, row, group=group, group_peer=r) for r, row in rows.items()]
+        if me in (source, target):
+            row = pieces[piece].flatten() if source == me else like.new_empty(piece.hi - piece.lo)
+            if target == me:
+                arrived[piece] = row
+            if source != target:
+                call, peer = (dist.isend, target) if source == me else (dist.irecv, source)
+                calls.append(dist.P2POp(call, row, group=group, group_peer=peer))
     for work in dist.batch_isend_irecv(calls) if calls else ():
         work.wait()
-    for source, expected in incoming.items():
-        arrived |= zip(expected, rows[source].split([x.hi - x.lo for x in expected]), strict=True)
     return arrived
 
 
@@ -877,9 +831,9 @@ class Muon(torch.optim.Optimizer):
         groups = [{"params": matrices, "muon": True}, {"params": others}]
         optimizer = Muon(groups, functools.partial(torch.optim.AdamW, lr=3e-3), group=group, lr=0.02)
 
-    A step of the ranks that hold parts of a matrix, or copies of it:
+    Ranks hold parts of a matrix, or copies of it; one of them is its owner. A step:
         1  each, on its piece:     M = mu M + g, U = g + mu M
-        2  each                    sends its piece of U to the owner, one of them
+        2  each                    sends its piece of U to the owner
         3  the owner alone         orthogonalizes U
         4  the owner               sends each its piece of O
         5  each, on its piece:     p -= lr (scale O + wd p)
@@ -890,10 +844,8 @@ class Muon(torch.optim.Optimizer):
     lr, momentum, weight_decay   of the groups with "muon", unless a group has its own
 
     Elements sent for a matrix of m n: 2 m n (R - 1)/R if R ranks share it, m n (R - 1) if R ranks have a copy each.
-    With copies each rank could orthogonalize its own. That takes 5 (4 m^2 n + 2 m^3) FLOPs (m <= n), at least 20 m per
-    element. One owner is cheaper where 20 m / (FLOP/s) > 4 bytes / (bytes/s). On H100s (67 TFLOP/s in float32, 50 GB/s
-    of network) this holds above m = 270: almost everywhere. So there always is one.
-
+    Each could orthogonalize its own copy, with at least 20 m FLOPs per element (m <= n). One owner is cheaper where
+    20 m / (FLOP/s) > 4 bytes / (bytes/s): on H100s (67 TFLOP/s in float32, 50 GB/s of network) above m = 270.
     state[p] has one moment, "momentum"; AdamW has two. A matrix whose gradient is None, on all ranks, stays as it is.
     Raises ValueError for what is not a matrix, and for pieces that do not make one: a group that is too small.
     """
@@ -903,32 +855,27 @@ class Muon(torch.optim.Optimizer):
         groups = list(params)
         self.group, self.rest = group, rest([x for x in groups if not x.get("muon")] or [{"params": []}])
         super().__init__(groups, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        matrices = [p for x in self.matrix_groups() for p in x["params"]]
+        matrices = [p for x in self.param_groups if x.get("muon") for p in x["params"]]
         self.pieces = {p: piece_of(p, number) for number, p in enumerate(matrices)}
         dtype = functools.reduce(torch.promote_types, (p.dtype for p in matrices), torch.float32)
         self.like = torch.empty(0, dtype=dtype, device=matrices[0].device if matrices else None)
-        everyone = [list(self.pieces.values())]
+        everyone = [list(self.pieces.values())] * size(group)
         if size(group) > 1:
-            everyone = [None] * size(group)
-            dist.all_gather_object(everyone, list(self.pieces.values()), group=group)
-        self.owners, to_owner, to_holders = plan_exchange(everyone)
+            dist.all_gather_object(everyone, everyone[0], group=group)
+        owners, *self.routes = plan_exchange(everyone)
         # several ranks exchange all matrices at once; one alone takes a matrix at a time, and holds no more than its U
-        rounds = [set(self.owners)] if size(group) > 1 else [{name} for name in self.owners]
-        self.rounds = [[[x for x in routes if x[0].name in names] for routes in (to_owner, to_holders)]
-                       for names in rounds]
-
-    def matrix_groups(self) -> list[dict]:
-        return [x for x in self.param_groups if x.get("muon")]
+        self.rounds = [set(owners)] if size(group) > 1 else [{name} for name in owners]
 
     @torch.no_grad()
     def step(self):
         self.rest.param_groups = [x for x in self.param_groups if not x.get("muon")]
         self.rest.state = self.state
         self.rest.step()
-        options = {self.pieces[p]: (p, x) for x in self.matrix_groups() for p in x["params"]}
+        options = {self.pieces[p]: (p, x) for x in self.param_groups if x.get("muon") for p in x["params"]}
         without = {piece.name for piece, (p, _) in options.items() if p.grad is None}
-        for routes in self.rounds:
-            to_owner, to_holders = ([x for x in r if x[0].name not in without] for r in routes)
+        for names in self.rounds:
+            chosen = names - without
+            to_owner, to_holders = ([x for x in routes if x[0].name in chosen] for routes in self.routes)
             # 1  each
             updates = {piece: self.momentum(*options[piece]) for piece, _, r in to_holders if r == rank(self.group)}
             # 2  to the owners
@@ -974,14 +921,8 @@ def clip_grad_norm_(shards, max_norm: float, group=None) -> float:
 # ---- demo ------------------------------------------------------------------------------------------------------------
 
 def demo():
-    """The claims of this file, measured | formula | error, asserted: four ranks on this CPU, in seconds. Starts its own
-    ranks, or is one of four that torchrun started."""
+    """The claims of this file, measured | formula, asserted: four ranks on this CPU, in seconds."""
     import parallel
-
-    # Rajbhandari 2020, Table 1 and Figure 1: GB (1e9 bytes) of model states a rank, as printed (some cut, not rounded)
-    published = {(7.5e9, 1, 64): 31.4, (7.5e9, 2, 64): 16.6, (7.5e9, 3, 64): 1.88, (7.5e9, 3, 1024): 0.12,
-                 (128e9, 1, 1024): 513, (128e9, 2, 256): 263, (128e9, 3, 64): 32, (1e12, 1, 64): 4187,
-                 (1e12, 2, 1024): 2013, (1e12, 3, 1024): 15.6}
 
     def train(stage, group, muon=False):
         """Two steps of two micro-batches on each of four ranks -> weights, bytes that a rank keeps at most, bytes sent
@@ -1002,13 +943,13 @@ def demo():
         def weigh():
             """What is kept between two micro-batches, and after the last. (At its peak a rank also has buffers.)"""
             updated = [p for options in optimizer.param_groups for p in options["params"]]
-            kinds = {"parameters": updated if stage == 3 else model.parameters(),
+            kinds = {"parameters": model.parameters(),
                      "gradients": [p.grad for p in (*updated, *model.parameters())]
-                     + [getattr(x, name) for x in sync.buckets for name in (("grads", "total") if stage else ["flat"])],
+                     + [getattr(bucket, "total", None) for bucket in sync.buckets],
                      "states": [x for state in optimizer.state.values() for x in state.values() if x.ndim]}
             for kind, tensors in kinds.items():
-                storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors if x is not None}
-                most[kind] = max(most[kind], sum(x.nbytes() for x in storages.values()))
+                sizes = {storage(x): x.untyped_storage().nbytes() for x in tensors if x is not None}
+                most[kind] = max(most[kind], sum(sizes.values()))
 
         for step in range(2):
             with parallel.CommLedger({"dp": group}) as wire:
@@ -1022,48 +963,29 @@ def demo():
                 optimizer.step()
             optimizer.zero_grad()
         weights = dict(sync.full_parameters() if stage == 3 else model.named_parameters())
-        sent, own = (sum(x.wire for x in wire.calls if x.dtype == torch.float64 and (x.collective == "send") == to_one)
-                     for to_one in (False, True))
-        return weights, most, sent, own
+        return weights, most, wire.total("wire"), wire.total("wire", collective="send")
 
     def run(r, store):
         torch.set_num_threads(1)
         say = print if r == 0 else (lambda *_: None)
-        alone, muon_alone = (train(0, None, muon)[0] for muon in (False, True))     # the runs that all others must be
+        alone = [train(0, None, muon)[0] for muon in (False, True)]                 # the runs that all others must be
         dist.init_process_group("gloo", init_method=store, rank=r, world_size=4)
         psi, n, m = 10 * 1024, 4, 2
         say(f"{psi:,} parameters, 4 ranks, {m} micro-batches, float64 (8 + 8 + 16 bytes per parameter)\n"
-            "bytes of a rank: measured | formula | error\nstage  " + "".join(f"{x:<27}" for x in (
-                "parameters", "gradients", "states", "sent")) + "off AdamW by")
+            "bytes of a rank: measured | formula\nstage  " + "".join(f"{x:<20}" for x in (
+                "parameters", "gradients", "states", "sent", "sent by Muon")) + "off one process by")
         for stage in range(4):
-            weights, most, sent, _ = train(stage, dist.group.WORLD)
+            adamw, most, sent, _ = train(stage, dist.group.WORLD)
+            muon, *_, sent_by_muon = train(stage, dist.group.WORLD, muon=True)
             formula = memory_per_rank(psi, stage, n, param_bytes=8, grad_bytes=8, state_bytes=16)
-            formula["gradients"] *= 1 + (stage == 0)         # DataParallel's buckets, and gradients that are added up
+            # Muon's eight matrices: at stage 0 the owner sends n - 1 copies; else n - 1 parts come to it, and go back
+            copies = n - 1 if stage == 0 else 2 * (n - 1) / n
             row = [(most[kind], formula[kind]) for kind in most]
-            row.append((sent, 8 * sum(comm_volume(psi, stage, n, m).values())))
-            error = max((weights[name] - p).abs().max().item() for name, p in alone.items())
-            say(f"{stage:<7}" + "".join(f"{f'{a:,.0f} | {b:,.0f} | {a - b:,.0f}':<27}" for a, b in row)
-                + f"{error:.0e}")
-            assert error < 1e-12 and all(a == b for a, b in row), (stage, row)
-
-        say("\nMuon on the eight matrices in the middle; bytes that it sends of a rank: measured | formula; off one "
-            "process by")
-        for stage in range(4):
-            weights, _, _, sent = train(stage, dist.group.WORLD, muon=True)
-            # stage 0: the owner sends n - 1 copies; else n - 1 parts come to it, and go back
-            formula = 8 * 8 * 1024 / n * (n - 1 if stage == 0 else 2 * (n - 1) / n)
-            error = max((weights[name] - p).abs().max().item() for name, p in muon_alone.items())
-            say(f"{stage:<7}{f'{sent:,.0f} | {formula:,.0f}':<27}{error:.0e}")
-            assert error < 1e-12 and sent == formula, (stage, sent, formula, error)
-
-        say("\nmodel states of the paper (Table 1), 2 + 2 + 12 bytes a parameter, GB a rank: formula | published")
-        for (params, stage, dp), gb in published.items():
-            ours = memory_per_rank(params, stage, dp)["total"] / 1e9
-            say(f"{params / 1e9:>6,g} B on {dp:>4} ranks, stage {stage}: {ours:,.2f} | {gb:,g}")
-            assert abs(ours - gb) < 1 if gb > 200 else abs(ours - gb) < 0.06
-        assert memory_per_rank(7.5e9, 0, 64)["total"] == 120e9
-        for stage, factor in enumerate((2, 2, 2, 3)):                                           # the paper's, Section 7
-            assert sum(comm_volume(psi, stage, n).values()) == factor * psi * (n - 1) / n
+            row += [(sent, 8 * sum(comm_volume(psi, stage, n, m).values())), (sent_by_muon, 8 * 8 * 1024 / n * copies)]
+            error = max((ours[name] - p).abs().max().item()
+                        for ours, expected in zip((adamw, muon), alone, strict=True) for name, p in expected.items())
+            say(f"{stage:<7}" + "".join(f"{f'{a:,.0f} | {b:,.0f}':<20}" for a, b in row) + f"{error:.0e}")
+            assert error < 1e-12 and all(a == b for a, b in row), (stage, row, error)
         dist.destroy_process_group()
 
     parallel.start_ranks(run, 4)

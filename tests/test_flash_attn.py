@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 import flash_attn
 import model as net
 import train
-from flash_attn import FlashAttentionTorch, FlashAttentionTriton, attention_reference, flash_attention
+from flash_attn import attention_reference, flash_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXACT = torch.float32 if DEVICE == "cuda" else torch.float64                     # what all backends run
@@ -32,6 +32,15 @@ KERNELS = ("_attn_fwd", "_bwd_dkdv", "_bwd_dq")
 if flash_attn.INTERPRET:
     interpreter.install()
     flash_attn.INTERPRETED.add(torch.bfloat16)
+
+
+def attend(backend, q, k, v, causal=True, sm_scale=None, window=None, documents=None, module=flash_attn):
+    """flash_attention with all arguments by place -> o, lse."""
+    return module.flash_attention(q, k, v, causal=causal, sm_scale=sm_scale, window=window, documents=documents,
+                                  return_lse=True, backend=backend)
+
+
+tiled, kernels = functools.partial(attend, "torch"), functools.partial(attend, "triton")
 
 
 def oracle(q, k, v, causal, sm_scale, window, documents):
@@ -103,8 +112,8 @@ def test_causal_tiles_are_flash_attention(T):
     q, k, v, do = (x[0, 0].contiguous() for x in make(1, 1, 1, T, T, 8)[:4])
     o, lse = flash_attn.causal_forward(q, k, v, 16)
     ours = o, lse, *flash_attn.causal_backward(do, q, k, v, o, lse, 16)
-    expected = gradients(lambda *qkv: (x[0] for x in FlashAttentionTorch.apply(*(x[None] for x in qkv))),
-                         q, k, v, do, torch.zeros(T, dtype=q.dtype))
+    expected = gradients(lambda *qkv: (x[0] for x in tiled(*(x[None] for x in qkv))), q, k, v, do,
+                         torch.zeros(T, dtype=q.dtype))
     for name, a, b in zip(("o", "lse", "dq", "dk", "dv"), ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12, msg=lambda msg, name=name: f"{name}: {msg}")
 
@@ -119,9 +128,7 @@ def test_tiled_and_reference_equal_the_oracle(causal, window, documents, T, S, m
     options = causal, 0.3, window, ids
     expected = gradients(oracle, *tensors, *options)
     for backend in ("torch", "reference"):
-        ours = gradients(lambda q, k, v, causal, sm_scale, window, ids, b=backend: flash_attention(
-            q, k, v, causal=causal, sm_scale=sm_scale, window=window, documents=ids, return_lse=True, backend=b),
-            *tensors, *options)
+        ours = gradients(functools.partial(attend, backend), *tensors, *options)
         for name, a, b in zip(("o", "lse", "dq", "dk", "dv"), ours, expected, strict=True):
             assert (a - b).abs().nan_to_num(0 if name == "lse" else torch.inf).max() < 1e-12, (backend, name)
 
@@ -173,7 +180,7 @@ def test_kernels_equal_tiled(monkeypatch, B, H, K, T, S, D, causal, window, docu
     tile(monkeypatch, m, n, tma)
     *tensors, ids = make(B, H, K, T, S, D, documents=documents, seed=seed)
     options = causal, 0.3, window, ids
-    ours, expected = (gradients(f.apply, *tensors, *options) for f in (FlashAttentionTriton, FlashAttentionTorch))
+    ours, expected = (gradients(f, *tensors, *options) for f in (kernels, tiled))
     for name, a, b in zip(("o", "lse", "dq", "dk", "dv"), ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12, msg=lambda msg, name=name: f"{name}: {msg}")
 
@@ -194,7 +201,7 @@ def test_rounding(dtype, T, S, D, causal, monkeypatch):
     options = causal, D ** -0.5, None, None
     plain = lambda q, k, v, c, *_: flash_attention(q, k, v, causal=c, backend="reference", return_lse=True)
     exact = gradients(plain, *(x.double() for x in tensors), *options)
-    theirs, ours = (gradients(f, *tensors, *options) for f in (plain, FlashAttentionTriton.apply))
+    theirs, ours = (gradients(f, *tensors, *options) for f in (plain, kernels))
     for i, name in enumerate(("o", "lse", "dq", "dk", "dv")):
         there = exact[i].isfinite()
         error, bound = ((x[i].double() - exact[i])[there].abs().max().item() for x in (ours, theirs))
@@ -206,8 +213,7 @@ def test_a_very_negative_lse_shows_missing_tail_masks(monkeypatch):
     tile(monkeypatch, 16, 16)
     q, k, v, do, dlse, _ = make(1, 1, 1, 20, 20, 16, torch.float32)
     q, k = q.abs() * 10, -k.abs() * 10
-    ours, expected = (gradients(f.apply, q, k, v, do, dlse, False, 1.0, None, None) for f in
-                      (FlashAttentionTriton, FlashAttentionTorch))
+    ours, expected = (gradients(f, q, k, v, do, dlse, False, 1.0, None, None) for f in (kernels, tiled))
     assert expected[1].max() < -300
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
@@ -411,7 +417,7 @@ def test_a_second_launch_is_told_what_the_first_was(launched, monkeypatch):
         k = k.contiguous() if k_stride else k
         q = torch.empty(q.numel() + shift, dtype=dtype)[shift:].view(q.shape).copy_(q)
         x = [t.requires_grad_() for t in (q, k, v)]
-        o, lse = FlashAttentionTriton.apply(*x, causal, scale, window, ids)
+        o, lse = kernels(*x, causal, scale, window, ids)
         torch.autograd.grad((o, lse)[:1 + (scale > 0.3)], x, (do, torch.ones_like(lse))[:1 + (scale > 0.3)])
         done = list(launched)
         launched.clear()
@@ -512,15 +518,15 @@ def test_rows_that_see_nothing_take_no_gradient(monkeypatch):
     Nothing of it may reach the keys."""
     tile(monkeypatch, 16, 16)
     q, k, v, do, dlse, _ = make(1, 2, 1, 20, 12, 8)
-    for function in (FlashAttentionTorch, FlashAttentionTriton)[:2 if flash_attn.INTERPRET else 1]:
+    for function in (tiled, kernels)[:2 if flash_attn.INTERPRET else 1]:
         x = [t.detach().requires_grad_() for t in (q, k, v)]
-        o, lse = function.apply(*x, True, 0.3)
+        o, lse = function(*x, True, 0.3)
         empty = lse.isinf()
         assert empty.any() and (o[empty] == 0).all()
         dlse = dlse.masked_fill(empty, torch.nan)
         got = torch.autograd.grad((o, lse), x, (do, dlse))
         y = [t.detach().requires_grad_() for t in (q[:, :, 8:], k, v)]
-        expected = torch.autograd.grad(function.apply(*y, True, 0.3), y, (do[:, :, 8:], dlse[:, :, 8:]))
+        expected = torch.autograd.grad(function(*y, True, 0.3), y, (do[:, :, 8:], dlse[:, :, 8:]))
         assert (got[0][:, :, :8] == 0).all()
         for a, b in zip((got[0][:, :, 8:], *got[1:]), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
@@ -532,7 +538,7 @@ def test_large_scores_round_as_said():
     options = True, 1.0, None, None
     plain = functools.partial(flash_attention, causal=True, sm_scale=1.0, backend="reference", return_lse=True)
     exact = gradients(lambda q, k, v, *_: plain(q, k, v), *(x.double() for x in (q, k, v, do, dlse)), *options)
-    ours = gradients(FlashAttentionTorch.apply, q, k, v, do, dlse, *options)
+    ours = gradients(tiled, q, k, v, do, dlse, *options)
     largest = (q @ k.mT).abs().max().item()
     assert largest > 1000
     assert (ours[4] - exact[4]).abs().max() < largest * 2**-22 * do.abs().sum()
@@ -545,7 +551,7 @@ def test_one_head_lse_and_decode():
     o, lse = flash_attention(q[:, 0], k[:, 0], v[:, 0], return_lse=True)
     assert o.shape == (2, 9, 8) and lse.shape == (2, 9)
     torch.testing.assert_close(o, attention_reference(q, k, v, causal=True)[:, 0])
-    torch.testing.assert_close(FlashAttentionTorch.apply(q[:, 0], k[:, 0], v[:, 0])[0], o)
+    torch.testing.assert_close(tiled(q[:, 0], k[:, 0], v[:, 0])[0], o)
     for backend in flash_attn.BACKENDS:                                   # the last query alone: a decode step
         torch.testing.assert_close(flash_attention(q[:, :, -1:], k, v, backend=backend)[:, 0, 0], o[:, -1])
 
@@ -556,13 +562,13 @@ def test_operator_compile_checkpoint_autocast(backend):
     q, k, v, do, _, ids = make(1, 2, 1, 20, 20, 8, torch.float32, "packed")
     q, k, v = (x.requires_grad_() for x in (q, k, v))
     mask, qkv = flash_attn.document_limits(ids), [x.detach() for x in (q, k, v)]
-    torch.library.opcheck(torch.ops.flash_attn.forward.default, (*qkv, True, 0.3, None, mask, "torch"))
-    o, lse = (x.detach() for x in FlashAttentionTorch.apply(q, k, v, True, 0.3, None, ids))
-    for dlse in (lse * 0, None):
+    o, lse = (x.detach() for x in tiled(q, k, v, True, 0.3, None, ids))
+    for inputs, dlse in ((qkv, lse * 0), (qkv, None), ([x.mT.contiguous().mT for x in qkv], None)):
+        torch.library.opcheck(torch.ops.flash_attn.forward.default, (*inputs, True, 0.3, None, mask, "torch"))
         torch.library.opcheck(torch.ops.flash_attn.backward.default,
-                              (do, dlse, *qkv, o, lse, True, 0.3, None, mask, "torch"))
+                              (do, dlse, *inputs, o, lse, True, 0.3, None, mask, "torch"))
     compiled = functools.partial(torch.compile, backend=backend)
-    apply = lambda q, k, v: FlashAttentionTorch.apply(q, k, v, True, None, None, ids)[0]
+    apply = lambda q, k, v: tiled(q, k, v, True, None, None, ids)[0]
     torch.testing.assert_close(compiled(apply)(q, k, v), apply(q, k, v))
     f = lambda q, k, v: flash_attention(q.sin(), k, v, documents=ids, backend="torch") * 2
     plain = f(q, k, v), *torch.autograd.grad(f(q, k, v), (q, k, v), do)
@@ -649,7 +655,7 @@ def test_bad_input_is_one_line(q, k, v, options, message):
     right = torch.zeros(2, 8, dtype=torch.long)
     for good in ({}, {"window": 1}, {"window": np.int64(1)}, {"documents": right},
                  {"documents": flash_attn.document_limits(right)}):
-        flash_attention(X, X, X, **good)                                  # what was right once is not asked again
+        flash_attention(X, X, X, **good)
     with pytest.raises(ValueError, match=message) as error:
         flash_attention(q, k, v, **options)
     assert "\n" not in str(error.value)
@@ -738,11 +744,11 @@ def test_a_planted_error_turns_red(what, monkeypatch, tmp_path):
     monkeypatch.setattr(module, "TILE", 16)
     tile(monkeypatch, 16, 16)
     monkeypatch.setattr(module, "PINNED", flash_attn.PINNED)
-    function = module.FlashAttentionTriton if what.startswith("triton") else module.FlashAttentionTorch
+    function = functools.partial(attend, "triton" if what.startswith("triton") else "torch", module=module)
     worst = 0.0
     for causal, documents in ((True, None), (True, "mixed"), (False, "mixed")):
         inputs, expected = planted_case(causal, documents)
-        ours = gradients(function.apply, *inputs)
+        ours = gradients(function, *inputs)
         worst = max(worst, *((a - b).abs().nan_to_num(0).max().item() for a, b in zip(ours, expected, strict=True)))
         if worst > 1e-3:
             break

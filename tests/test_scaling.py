@@ -721,7 +721,7 @@ def executed(rank, n, argv):
             given.append(tokens)
             yield {"tokens": tokens, "targets": tokens}
 
-    def after(op, asked, *clocks):
+    def after(op, *clocks):
         ops.append(op)
         gc.collect()
         mine = given + [p for p in model.parameters()] + [p.grad for p in model.parameters()]
