@@ -78,7 +78,6 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import numbers
 import os
 import re
@@ -87,11 +86,10 @@ import shutil
 import struct
 import sys
 import sysconfig
-import threading
 import time
 import warnings
 import zlib
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from fractions import Fraction
 from pathlib import Path
 
@@ -102,9 +100,9 @@ import torch
 FORMAT_VERSION = 1
 SUFFIXES = (".parquet", *(kind + packed for kind in (".txt", ".md", ".py", ".jsonl") for packed in ("", ".gz", ".zst")))
 JSONL = tuple(suffix for suffix in SUFFIXES if ".jsonl" in suffix)
-TEXT_BYTES = 2**26                   # a larger file of text is cut into documents of this size
+TEXT_BYTES = 2**24                   # a larger file of text is cut into documents of this size
 PART_BYTES = 2**25                   # a stream from the network is written to disk in parts of this size
-POOL_BYTES = 2**25                   # from so much text on, all cores encode
+LARGE_BYTES = 2**25                  # from so much text on, preparing says first how long it takes
 NO_TARGET = -1                       # in targets: nothing to predict here
 ROLES = ("system", "user", "assistant")
 
@@ -220,23 +218,6 @@ def read_sealed(path, kind: str) -> dict:
 
 # ---- sources ---------------------------------------------------------------------------------------------------------
 
-def is_run(folder: Path) -> bool:
-    """A folder that training wrote; its metrics and cards are no text to train on."""
-    return (folder / "checkpoints").is_dir() and (folder / "config.json").exists()
-
-
-def files_under(folder: Path):
-    """Every file below a folder, through symbolic links too, without hidden ones and without runs."""
-    seen = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(root) in seen or is_run(Path(root)):
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(root))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(root, name) for name in names if not name.startswith("."))
-
-
 def source_files(sources) -> list[Path]:
     """Sorted files behind names of files, folders and globs. ["stdlib"]: this Python's own library, without its tests.
     Raises DataError for a name that matches no file of SUFFIXES. Token files, .bin, are read where a name or a glob
@@ -248,10 +229,13 @@ def source_files(sources) -> list[Path]:
     files = set()
     for source in map(str, sources):
         need(source.strip(), "source must be a name of files", source)
-        paths = [Path(source)] if Path(source).exists() else [
-            path for path in map(Path, glob.glob(source, recursive=True)) if not is_run(path.parent)]
-        found = {file for path in paths for file in (files_under(path) if path.is_dir() else [path])
-                 if (file.name.endswith(SUFFIXES) or file == path and file.suffix == ".bin") and file.is_file()}
+        named = [source] if Path(source).exists() else glob.glob(source, recursive=True)
+        # below a folder: through symbolic links, without hidden files
+        below = [file for path in named for file in glob.glob(glob.escape(path) + "/**", recursive=True)]
+        found = {Path(file) for file in named if file.endswith((*SUFFIXES, ".bin"))}
+        found |= {Path(file) for file in below if file.endswith(SUFFIXES)}
+        # what a run wrote, its metrics and its card, is no text
+        found = {file for file in found if file.is_file() and not (file.parent / "checkpoints").is_dir()}
         if not found:
             prepared = (" (it holds tokens already)" if Path(source, "manifest.json").exists() else
                         " (its manifest.json is missing: prepare it again)" if list(Path(source).glob("*.bin")) else "")
@@ -351,30 +335,39 @@ def open_stream(source: str, field: str):
     return rows
 
 
+def chunks_of(items, size: int, length=len):
+    """Lists of items, each list of at least `size` in length together, but for the last."""
+    chunk, total = [], 0
+    for item in items:
+        chunk.append(item)
+        total += length(item)
+        if total >= size:
+            yield chunk
+            chunk, total = [], 0
+    if chunk:
+        yield chunk
+
+
 def write_down(source: str, folder: Path, field: str, most_bytes: float, log) -> list[Path]:
     """A stream comes once, and preparing reads it again: so it is written down, in parts of PART_BYTES, each whole or
-    absent. Called again, it goes on after the last part. -> the parts, .jsonl.gz."""
+    absent, until there are most_bytes. Called again, it goes on after the last part. -> the parts, .jsonl.gz."""
     name = re.sub(r"\W+", "-", source)
     parts = sorted(folder.glob(f"{name}.*.jsonl.gz"))                 # NAME.DOCUMENTS.BYTES, as many as up to its end
     count, size = map(int, parts[-1].name.split(".")[1:3]) if parts else (0, 0)
-    if (folder / f"{name}.end").exists():
+    if (folder / f"{name}.end").exists() or size >= most_bytes:
         return parts
-    lines, first, started = [], size, time.monotonic()
+    first, started = size, time.monotonic()
     with name_in_errors(source, "cannot be read",
                         ": hf: takes a folder, or a data set on huggingface.co, which needs the network"):
-        rows = open_stream(source, field)
-        for row in itertools.chain(rows.skip(count) if count else rows, [None]):                         # None: the end
-            if row is not None:
-                lines.append(json.dumps({field: row[field]}) + "\n")
-                count, size = count + 1, size + len(lines[-1])
-            if lines and (row is None or size - first >= PART_BYTES or size >= most_bytes):
-                parts.append(folder / f"{name}.{count:012d}.{size:015d}.jsonl.gz")
-                write_atomic(parts[-1], gzip.compress("".join(lines).encode(), 1, mtime=0))
-                log(f"{source}: {count:,} documents, {size / 1e6:,.0f} MB read, "
-                    f"{(size - first) / 1e6 / (time.monotonic() - started):.1f} MB/s")
-                lines, first, started = [], size, time.monotonic()
+        lines = (json.dumps({field: row[field]}) + "\n" for row in open_stream(source, field).skip(count))
+        for part in chunks_of(lines, PART_BYTES):
+            count, size = count + len(part), size + sum(map(len, part))
+            parts.append(folder / f"{name}.{count:012d}.{size:015d}.jsonl.gz")
+            write_atomic(parts[-1], gzip.compress("".join(part).encode(), 1, mtime=0))
+            log(f"{source}: {count:,} documents, {size / 1e6:,.0f} MB read, "
+                f"{(size - first) / 1e6 / (time.monotonic() - started):.1f} MB/s")
             if size >= most_bytes:
-                break
+                return parts
     write_atomic(folder / f"{name}.end", "")
     return parts
 
@@ -544,6 +537,13 @@ class Tokenizer:
                 ids += itertools.chain.from_iterable(self.sp.encode(self.SHORT.findall(part)))
         return ids
 
+    def encode_batch(self, texts) -> list[list[int]]:
+        """encode() of each text, on all cores: SentencePiece encodes a list in threads."""
+        cut = [[] if self.AS_BYTES.search(text) or not self.can_cut else self.SHORT.findall(text) for text in texts]
+        ids = iter(self.sp.encode([part for parts in cut for part in parts]))
+        return [[i for part in itertools.islice(ids, len(parts)) for i in part] if parts else self.encode(text)
+                for text, parts in zip(texts, cut, strict=True)]
+
     def decode(self, ids) -> str:
         """The text behind ids; marks give nothing; bytes that are no UTF-8 (a model may write them) give U+FFFD."""
         raw = b"".join(self.bytes[i] for i in ids)
@@ -575,32 +575,13 @@ MAGIC, HEADER = b"LLMTOKEN", struct.Struct("<8sIIQII")        # 32 bytes
 BLOCK = 2**20                                                 # bytes that have a checksum of their own in the manifest
 
 
-class ShardWriter:
-    """A shard that is written as its ids come. close() -> {"tokens", "crc32", "blocks": CRC32 of every BLOCK bytes};
-    then it is on disk."""
-
-    def __init__(self, path, dtype):
-        self.path, self.dtype, self.tokens, self.crc, self.blocks, self.in_block = path, np.dtype(dtype), 0, 0, [], 0
-        self.file = open(path, "wb")
-        self.file.write(bytes(HEADER.size))
-
-    def write(self, ids: np.ndarray):
-        raw = ids.astype(self.dtype.newbyteorder("<")).data.cast("B")
-        self.file.write(raw)
-        self.crc, self.tokens = zlib.crc32(raw, self.crc), self.tokens + len(ids)
-        while len(raw):
-            part = raw[:BLOCK - self.in_block]
-            self.blocks.append(zlib.crc32(part, self.blocks.pop() if self.in_block else 0))
-            raw, self.in_block = raw[len(part):], (self.in_block + len(part)) % BLOCK
-
-    def close(self) -> dict:
-        head = HEADER.pack(MAGIC, FORMAT_VERSION, self.dtype.itemsize, self.tokens, self.crc, 0)
-        self.file.seek(0)
-        self.file.write(head[:28] + struct.pack("<I", zlib.crc32(head[:28])))
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        return {"tokens": self.tokens, "crc32": self.crc, "blocks": self.blocks}
+def write_shard(path: Path, ids: np.ndarray) -> dict:
+    """Write ids (n,) uint16 or uint32 as a shard -> what the manifest says of it."""
+    ids, size = np.ascontiguousarray(ids, ids.dtype.newbyteorder("<")), BLOCK // ids.itemsize
+    head = HEADER.pack(MAGIC, FORMAT_VERSION, ids.itemsize, len(ids), crc := zlib.crc32(ids), 0)[:28]
+    write_atomic(path, b"".join([head, struct.pack("<I", zlib.crc32(head)), ids]))
+    blocks = [zlib.crc32(ids[start:start + size]) for start in range(0, len(ids), size)]
+    return {"file": path.name, "tokens": len(ids), "crc32": crc, "blocks": blocks}
 
 
 def open_shard(path, verify: bool = True, entry: dict | None = None) -> np.ndarray:
@@ -628,15 +609,16 @@ def open_shard(path, verify: bool = True, entry: dict | None = None) -> np.ndarr
 
 # ---- prepare ---------------------------------------------------------------------------------------------------------
 #
-# A large corpus is read document by document. In memory are some 60 bytes per document, and the tokenizer's sample:
+# A large corpus is read document by document. In memory are some 60 bytes per document, the tokenizer's sample, and a
+# shard, three times while it is written:
 #     1. estimate      how large it is, how long it will take                     from the first 2 MB
 #     2. write_down    a stream, hf:, comes once, so it becomes files
 #     3. survey        hash and size of each document; duplicates, sides and the tokenizer's sample follow
 #     4. Tokenizer.train on the sample
-#     5. write_shards  text to tokens on all cores, shard by shard; what was killed goes on with its whole shards
+#     5. write_shards  text to tokens on all cores, shard by shard
 
 def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fraction: float = 0.05,
-            sample_bytes: int = 0, shard_tokens: int = 2**27, tokenizer=None, text_field: str = "text",
+            sample_bytes: int = 0, shard_tokens: int = 2**25, tokenizer=None, text_field: str = "text",
             max_tokens: int = 0, knowledge_cutoff: str = "", log=lambda line: None) -> Path:
     """Text to a folder of tokenizer, train-*.bin, val-*.bin and manifest.json -> the folder. Raises DataError.
 
@@ -655,9 +637,8 @@ def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fracti
     sample_bytes = sample_bytes or 8_000_000 * max(2048, 0 if tokenizer else vocab_size) // 2048
     stamps = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files] + streams
     vocabulary = tokenizer.sha256 if tokenizer else (vocab_size, ROLES)
-    settings = (FORMAT_VERSION, vocabulary, val_fraction, sample_bytes, shard_tokens)
-    settings += () if (text_field, max_tokens) == ("text", 0) else (text_field, max_tokens)  # older folders' keys stay
-    settings += (knowledge_cutoff,) if knowledge_cutoff else ()
+    settings = (FORMAT_VERSION, vocabulary, val_fraction, sample_bytes, shard_tokens, text_field, max_tokens,
+                knowledge_cutoff)
     key = hashlib.sha256(repr((stamps, settings)).encode()).hexdigest()[:16]
     name = re.sub(r"\W+", "-", Path(sources[0]).stem).strip("-") or "text"
     out = Path(out) if out else Path("data") / f"{name}-{key}"
@@ -715,7 +696,7 @@ def num_cores() -> int:
 def estimate(files, streams, tokenizer, vocab_size: int, field: str, max_tokens: int, log) -> float:
     """Say how large and how long it will be, from the first 2 MB -> bytes of text that must do for max_tokens."""
     size = sum(p.stat().st_size * (3 if p.suffix in (".gz", ".zst", ".parquet") else 1) for p in files)    # 3: a guess
-    if not max_tokens and (streams or size < POOL_BYTES):
+    if not max_tokens and (streams or size < LARGE_BYTES):
         return math.inf
     first, start = "", time.monotonic()
     with contextlib.suppress(Exception, SystemExit):             # what is wrong with a source is said when it is read
@@ -772,109 +753,66 @@ def survey(read, tokenizer, val_fraction: float, sample_bytes: int, most_bytes: 
 def with_split(read, side, val_fraction: float):
     """Read again, with survey's answer: ("train" or "val", document), in order. A document on both sides is cut."""
     for (_, document), bits in zip(read(defaultdict(list)), side, strict=False):
-        cut = len(document) if bits & TRAIN else 0
-        if bits & TRAIN and bits & VAL:                # at a line end, if there is one in what would be held out
+        if bits & TRAIN and bits & VAL:
             cut = int(len(document) * (1 - val_fraction))
-            if isinstance(document, str):
+            if isinstance(document, str):              # at a line end, if there is one in what would be held out
                 cut = document.find("\n", cut, len(document) - 1) + 1 or cut
-        yield from (part for part in (("train", document[:cut]), ("val", document[cut:])) if bits and len(part[1]))
-
-
-def chunks_of(documents, size: int):
-    """Lists of (split, document), of at least `size` characters or ids together but for the end."""
-    chunk, total = [], 0
-    for split, document in documents:
-        chunk.append((split, document))
-        total += len(document)
-        if total >= size:
-            yield chunk
-            chunk, total = [], 0
-    if chunk:
-        yield chunk
+            yield from (part for part in (("train", document[:cut]), ("val", document[cut:])) if len(part[1]))
+        elif bits:
+            yield "train" if bits & TRAIN else "val", document
 
 
 def encode_chunk(tokenizer, chunk) -> dict:
     """-> {split: (ids (n,), Counter of documents, bytes, tokens)}"""
     begin, arrays, counts = first_id(tokenizer), defaultdict(list), defaultdict(Counter)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    encoded = iter(tokenizer.encode_batch([document for _, document in chunk if isinstance(document, str)]))
     for split, document in chunk:
-        parts = ([document] if isinstance(document, np.ndarray) else
-                 map(tokenizer.encode, split_text(document, 2**20)))                 # not all of a huge file at once
+        ids = next(encoded) if isinstance(document, str) else document
         end = [tokenizer.eos_id] * (tokenizer.eos_id != begin)
-        new = [np.array(part, dtype) for part in itertools.chain([[begin]], parts, [end])]
-        arrays[split] += new
-        counts[split].update(documents=1, bytes=size_of(document, tokenizer), tokens=sum(map(len, new)))
+        arrays[split].append(np.array([begin, *ids, *end], dtype))
+        counts[split].update(documents=1, bytes=size_of(document, tokenizer), tokens=len(arrays[split][-1]))
     return {split: (np.concatenate(arrays[split]), counts[split]) for split in arrays}
 
 
-def start_worker(folder):
-    """A process of the pool: it reads the tokenizer, and ends with its parent, however that ends."""
-    global worker_tokenizer
-    worker_tokenizer = load_tokenizer(folder)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-
-
-def encode_in_worker(chunk):
-    return encode_chunk(worker_tokenizer, chunk)
-
-
-def encode_all(tokenizer, folder, chunks, total_bytes: int):
-    """encode_chunk of every chunk, in order: here, or of a large text on all cores."""
-    if total_bytes < POOL_BYTES or num_cores() == 1:
-        yield from (encode_chunk(tokenizer, chunk) for chunk in chunks)
-        return
-    with concurrent.futures.ProcessPoolExecutor(num_cores(), multiprocessing.get_context("spawn"), start_worker,
-                                                (folder,)) as pool:
-        running = deque()
-        for chunk in chunks:
-            running.append(pool.submit(encode_in_worker, chunk))
-            if len(running) > 2 * num_cores():                                       # so many are in memory, not all
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-
-
 def write_shards(folder: Path, tokenizer, documents, total_bytes: int, shard_tokens: int, max_tokens: int, log) -> dict:
-    """(split, document), ... -> shards, and {split: {"documents", "bytes", "tokens", "shards": what close() says}}.
-    When a shard is full, the other split's shard ends too. progress/shards.json then says what is whole: so many
+    """(split, document), ... -> shards, and {split: {"documents", "bytes", "tokens", "shards"}}. A shard is in memory
+    until it is full; then the other split's shard ends too. progress/shards.json then says what is whole: so many
     chunks of documents in these shards. Called again, it goes on from there."""
-    file, writers = folder / "progress" / "shards.json", {}
+    file, unwritten = folder / "progress" / "shards.json", {"train": [], "val": []}         # ids of the shards to come
     state = read_sealed(file, "shards") if file.exists() else {
         "kind": "shards", "version": FORMAT_VERSION, "chunks": 0,
         "splits": {split: {"documents": 0, "bytes": 0, "tokens": 0, "shards": []} for split in ("train", "val")}}
     splits, train = state["splits"], state["splits"]["train"]
 
     def end_shards():
-        for split, writer in writers.items():
-            splits[split]["shards"].append({"file": writer.path.name} | writer.close())
-        writers.clear()
+        for split, arrays in unwritten.items():
+            if arrays:
+                path = folder / f"{split}-{len(splits[split]['shards']):05d}.bin"
+                splits[split]["shards"].append(write_shard(path, np.concatenate(arrays)))
+                arrays.clear()
         write_sealed(file, state)
 
     size = min(2**20, shard_tokens, max_tokens // 16 or 2**20)
-    chunks = itertools.islice(chunks_of(documents, size), state["chunks"], None)
     started = said = time.monotonic()
     bytes_before = sum(split["bytes"] for split in splits.values())
-    with contextlib.ExitStack() as stack:
-        encoded = stack.enter_context(contextlib.closing(encode_all(tokenizer, folder, chunks, total_bytes)))
-        while (not max_tokens or train["tokens"] < max_tokens) and (chunk := next(encoded, None)):
-            state["chunks"] += 1
-            for split, (ids, counts) in chunk.items():
-                if split not in writers:
-                    path = folder / f"{split}-{len(splits[split]['shards']):05d}.bin"
-                    writers[split] = ShardWriter(path, ids.dtype)
-                    stack.callback(writers[split].file.close)
-                writers[split].write(ids)
-                for what, count in counts.items():
-                    splits[split][what] += count
-            if any(writer.tokens >= shard_tokens for writer in writers.values()):
-                end_shards()
-            if time.monotonic() > said + 10:
-                said, done = time.monotonic(), sum(split["bytes"] for split in splits.values())
-                part = max(done / total_bytes, train["tokens"] / (max_tokens or math.inf))
-                rate = (done - bytes_before) / (said - started)
-                log(f"{done / 1e6:,.0f} MB of text are tokens, {part:.1%}, {rate / 1e6:.1f} MB/s, eta "
-                    f"{datetime.timedelta(seconds=int((done / part - done) / max(1, rate)))}")
-        end_shards()
+    for chunk in itertools.islice(chunks_of(documents, size, lambda pair: len(pair[1])), state["chunks"], None):
+        if max_tokens and train["tokens"] >= max_tokens:
+            break
+        state["chunks"] += 1
+        for split, (ids, counts) in encode_chunk(tokenizer, chunk).items():
+            unwritten[split].append(ids)
+            for what, count in counts.items():
+                splits[split][what] += count
+        if any(sum(map(len, arrays)) >= shard_tokens for arrays in unwritten.values()):
+            end_shards()
+        if time.monotonic() > said + 10:
+            said, done = time.monotonic(), sum(split["bytes"] for split in splits.values())
+            part = max(done / total_bytes, train["tokens"] / (max_tokens or math.inf))
+            rate = (done - bytes_before) / (said - started)
+            log(f"{done / 1e6:,.0f} MB of text are tokens, {part:.1%}, {rate / 1e6:.1f} MB/s, eta "
+                f"{datetime.timedelta(seconds=int((done / part - done) / max(1, rate)))}")
+    end_shards()
     for name, split in splits.items():
         log(f"{name}: {split['documents']:,} documents, {split['bytes'] / 1e6:.2f} MB, {split['tokens']:,} tokens")
     return splits
@@ -916,7 +854,7 @@ def permute(i: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 class Batches:
-    """An endless iterator of batches, whatever a window holds: the permuted order, the position, the state.
+    """next() gives batches without end, whatever a window holds. Here are the permuted order, the position, the state.
 
     - The position counts windows of the *global* batch. Each call takes the next micro_batch_size * dp_size windows of
       the permuted epochs and gives this rank its micro_batch_size of them. So what the ranks read together does not
@@ -938,6 +876,9 @@ class Batches:
 
     def windows(self, order) -> np.ndarray:
         """Numbers of the windows at places `order` (B,) of the permuted epochs' endless sequence."""
+        if not self.num_windows:
+            raise DataError(f"{self.path}: its {self.split} tokens must fill a window of seq_len + 1 = "
+                            f"{self.seq_len + 1}, it has {self.manifest['splits'][self.split]['tokens']}")
         unit, row = np.divmod(np.asarray(order, dtype=np.int64), self.rows_together)
         num_units = self.num_windows // self.rows_together
         epoch, place = np.divmod(unit, num_units)
@@ -948,9 +889,6 @@ class Batches:
 
     def batch(self, order):
         return self.read(self.windows(order))
-
-    def __iter__(self):
-        return self
 
     def __next__(self) -> dict:
         order = self.next_order()
@@ -992,7 +930,7 @@ class Loader(Batches):
     window of it is first read. Raises DataError, naming the file, for anything that is not as it was written.
     """
 
-    def __init__(self, path, *, verify: bool = True, **layout):
+    def __init__(self, path, **layout):
         super().__init__(path, **layout)
         manifest = self.path / "manifest.json"
         self.manifest = read_sealed(manifest, "tokens")
@@ -1002,19 +940,11 @@ class Loader(Batches):
             if self.tokenizer.sha256 != about["sha256"]:
                 raise DataError(f"{self.path / about['file']}: does not match the manifest's hash")
             self.files = [self.path / entry["file"] for entry in entries]
-            # a corpus prepared before blocks had checksums is read as a whole
-            self.shards = [open_shard(file, verify and "blocks" not in entry, entry)
-                           for file, entry in zip(self.files, entries, strict=True)]
-            self.unverified = [dict(enumerate(entry.get("blocks", ()) if verify else ())) for entry in entries]
+            self.shards = [open_shard(file, False, entry) for file, entry in zip(self.files, entries, strict=True)]
+            self.unverified = [dict(enumerate(entry["blocks"])) for entry in entries]
         # a window is T inputs and, one later, T targets: it shares one token with the next
         self.first = np.cumsum([0] + [(len(s) - 1) // self.seq_len for s in self.shards])  # first window of each shard
         self.num_windows = int(self.first[-1])
-
-    def windows(self, order) -> np.ndarray:
-        if not self.num_windows:
-            raise DataError(f"{self.path}: its {self.split} tokens must fill a window of seq_len + 1 = "
-                            f"{self.seq_len + 1}, it has {sum(map(len, self.shards))}")
-        return super().windows(order)
 
     def read(self, window: np.ndarray) -> dict:
         shard = np.searchsorted(self.first, window, side="right") - 1
@@ -1115,6 +1045,7 @@ class Mixture(Batches):
         s, k = np.array([(s, k) for s, n in enumerate(self.per_round) for k in range(n)]).T
         order = np.argsort((k + 0.5) / self.per_round[s], kind="stable")
         self.source, self.number = s[order], k[order]
+        # it ends at the first position whose source has no window left
         whole = [divmod(loader.num_windows, n) for loader, n in zip(self.loaders, self.per_round, strict=True)]
         self.num_windows = int(min(rounds * self.round + np.flatnonzero(self.source == s)[rest]
                                    for s, (rounds, rest) in enumerate(whole)))
@@ -1123,8 +1054,7 @@ class Mixture(Batches):
             "sources": [source for m in manifests for source in m["sources"]],
             "knowledge_cutoff": max(m["knowledge_cutoff"] for m in manifests),
             "dropped": dict(sum((Counter(m["dropped"]) for m in manifests), Counter())),
-            "splits": {split: {what: sum(m["splits"][split][what] for m in manifests)
-                               for what in ("documents", "bytes", "tokens")} for split in ("train", "val")},
+            "splits": {"train": {"tokens": sum(m["splits"]["train"]["tokens"] for m in manifests)}},
             "fingerprint": hashlib.sha256(repr([(str(share), loader.manifest["fingerprint"])
                                                 for share, loader in parts]).encode()).hexdigest()}
 
@@ -1892,6 +1822,10 @@ class HFTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return self.hf.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False).ids
+
+    def encode_batch(self, texts) -> list[list[int]]:
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]
+        return [encoding.ids for encoding in self.hf.encode_batch(texts, add_special_tokens=False)]
 
     def save(self, folder) -> str:
         write_atomic(Path(folder) / "tokenizer.json", self.raw)

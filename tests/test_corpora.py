@@ -9,7 +9,6 @@ import math
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 import tracemalloc
@@ -22,8 +21,8 @@ import numpy as np
 import pytest
 import test_train
 import torch
-from conftest import POOL, ROOT
-from test_data import loader, write_shard
+from conftest import POOL
+from test_data import loader
 
 import data
 import train
@@ -256,6 +255,7 @@ def test_token_files_keep_their_ids(gpt2_like, tmp_path, mark_is):
     """nanoGPT ends a document with the mark, llm.c begins it: the same documents, and the same as from the text."""
     t = data.find_tokenizer(str(gpt2_like))
     texts = documents()
+    assert t.encode_batch(texts) == [t.encode(text) for text in texts]
     ids = [[0] * (mark_is == "first") + t.encode(text) + [0] * (mark_is == "last") for text in texts]
     raw = np.array(list(itertools.chain(*ids)), "<u2")
     raw.tofile(tmp_path / "train.bin")
@@ -331,52 +331,22 @@ def test_long_texts_are_encoded_in_parts_without_a_change(tokenizer):
         piece = "".join(rng.choices(odd, k=200))
         for t in (piece, text[(a := rng.randrange(len(text))):a + 3000]):
             assert tokenizer.encode(t) == tokenizer.sp.encode(t)
+    texts = [*documents(), "", "a\u2581b", text[:5000]]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
     model = io.BytesIO()                                                     # its pieces end with spaces: it is not cut
     data.sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(documents()), model_writer=model, model_type="bpe", vocab_size=300, byte_fallback=True,
         normalization_rule_name="identity", add_dummy_prefix=False, treat_whitespace_as_suffix=True, minloglevel=2)
     suffix = data.Tokenizer(model.getvalue())
     assert not suffix.can_cut and tokenizer.can_cut
-    assert all(suffix.encode(text) == suffix.sp.encode(text) for text in documents())
+    assert [suffix.sp.encode(text) for text in documents()] == suffix.encode_batch(documents())
 
 
-def test_all_cores_write_what_one_writes(plain, tmp_path, monkeypatch):
-    options = dict(vocab_size=320, shard_tokens=3000)
-    one = data.prepare([plain], tmp_path / "one", **options)
-    monkeypatch.setattr(data, "POOL_BYTES", 0)
-    monkeypatch.setattr(data, "num_cores", lambda: 2)
-    POOL.start_forkserver()                                                  # its processes have imported torch already
-    monkeypatch.setattr(data.multiprocessing, "get_context", lambda kind: POOL.context)
-    started = []
-    executor = data.concurrent.futures.ProcessPoolExecutor
-    monkeypatch.setattr(data.concurrent.futures, "ProcessPoolExecutor",
-                        lambda n, *args: started.append(n) or executor(n, *args))
+def test_a_large_text_is_estimated_before_it_is_prepared(plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LARGE_BYTES", 0)
     said = []
-    two = data.prepare([plain], tmp_path / "two", **options, log=said.append)
-    assert content(one) == content(two) and started == [2] and len(manifest(two)["splits"]["train"]["shards"]) > 2
+    data.prepare([plain], tmp_path / "out", vocab_size=320, log=said.append)
     assert re.match(r"about 0 MB of text: 0.\d M tokens, ", said[0])
-
-
-def test_few_chunks_are_in_memory_however_long_the_text_is(monkeypatch):
-    class Pool:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def submit(self, work, chunk):
-            future = data.concurrent.futures.Future()
-            future.set_result(chunk)
-            return future
-
-    monkeypatch.setattr(data, "POOL_BYTES", 0)
-    monkeypatch.setattr(data, "num_cores", lambda: 3)
-    monkeypatch.setattr(data.concurrent.futures, "ProcessPoolExecutor", lambda *args: Pool())
-    taken = []
-    chunks = (taken.append(number) or number for number in range(100))
-    for number, chunk in enumerate(data.encode_all(None, None, chunks, 1)):
-        assert chunk == number and len(taken) == min(100, number + 7)                    # 3 cores, 2 chunks each, and 1
 
 
 def prepare_slowly(source, out):
@@ -439,26 +409,6 @@ def test_a_limited_preparation_that_is_killed_ends_where_it_would_have(tmp_path,
     assert content(data.prepare([source], tmp_path / "out", 320, **how)) == content(expected)
 
 
-def test_workers_end_with_a_parent_that_is_killed(tmp_path):
-    source = write_lines(tmp_path / "a.jsonl", documents(400))
-    script = tmp_path / "run.py"
-    script.write_text(f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import data\n"
-                      f"encode = data.encode_chunk\ndata.POOL_BYTES, data.num_cores = 0, lambda: 2\n"
-                      f"data.encode_chunk = lambda *args: time.sleep(0.03) or encode(*args)\n"
-                      "if __name__ == '__main__':\n"
-                      f"    data.prepare([{str(source)!r}], {str(tmp_path / 'out')!r}, 320, shard_tokens=2000)\n")
-    with subprocess.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL) as process:
-        while not (shards := list(tmp_path.glob(".out.tmp/train-*.bin"))) and process.poll() is None:
-            time.sleep(0.02)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        process.send_signal(signal.SIGKILL)
-    assert shards and len(children) >= 3                                        # and the pool's resource tracker
-    end = time.monotonic() + 20
-    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not [child for child in children if Path(f"/proc/{child}").exists()]
-
-
 @pytest.mark.parametrize("limit", [2000, 8000, 10**9])
 def test_tokens_are_limited(plain, tmp_path, limit):
     tokenizer = data.Tokenizer(plain.parent / "prepared" / "tokenizer.model")
@@ -487,19 +437,13 @@ def test_the_sample_is_of_training_documents_and_no_larger_than_asked_for(plain)
     assert (side[sampled] & data.TRAIN).all() and (side == data.VAL).sum() > 8
 
 
-def test_a_shard_that_comes_in_pieces_is_the_one_written_at_once(tmp_path, monkeypatch):
+def test_every_block_of_a_shard_has_a_checksum(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "BLOCK", 64)
     ids = np.random.default_rng(0).integers(0, 2**16, 1001).astype(np.uint16)
-    write_shard(tmp_path / "a.bin", ids)
-    for sizes in ([1001], [1] * 1001, [32, 31, 33, 900, 5], [500, 0, 501]):
-        shard = data.ShardWriter(tmp_path / "b.bin", np.uint16)
-        for part in np.split(ids, np.cumsum(sizes)[:-1]):
-            shard.write(part)
-        entry = shard.close()
-        assert (tmp_path / "b.bin").read_bytes() == (tmp_path / "a.bin").read_bytes() and entry["tokens"] == 1001
-        raw = ids.tobytes()
-        assert entry["blocks"] == [zlib.crc32(raw[i:i + 64]) for i in range(0, len(raw), 64)]
-        assert entry["crc32"] == zlib.crc32(raw)
+    entry = data.write_shard(tmp_path / "a.bin", ids)
+    raw = (tmp_path / "a.bin").read_bytes()[32:]
+    assert raw == ids.tobytes() and entry["tokens"] == 1001 and entry["crc32"] == zlib.crc32(raw)
+    assert entry["blocks"] == [zlib.crc32(raw[i:i + 64]) for i in range(0, len(raw), 64)]
 
 
 # ---- mixtures

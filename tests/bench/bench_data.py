@@ -2,10 +2,9 @@
 
     python tests/bench/bench_data.py [MB]           256; the figures of RESULTS.md: 2000, in the background, with nohup
 
-1. A .jsonl of so many MB, Python source in documents of 4 KB, prepared by a process whose address space, and that of
-   each of its workers, may not exceed 1 GB. It is killed once and called again. Each call says first how many minutes
-   it will take; the file and its tokens lie under TMPDIR. MALLOC_ARENA_MAX=1: SentencePiece trains with 16 threads, and
-   glibc would reserve 64 MB for each.
+1. A .jsonl of so many MB, Python source in documents of 4 KB, prepared by a process whose address space may not exceed
+   1 GB. It is killed once and called again. Each call says first how many minutes it will take; the file and its tokens
+   lie under TMPDIR. MALLOC_ARENA_MAX=1: SentencePiece trains with 16 threads, and glibc would reserve 64 MB for each.
 2. Encoding on one core, in CPU seconds: Tokenizer.encode next to SentencePiece on parts of 1 MB, alternating.
 3. Batches of `tiny`'s shape (8 x 256), and of a mixture, per CPU second; memory before and after 10,000 of them.
 """
@@ -41,8 +40,7 @@ if __name__ == "__main__":
     imports = peak()
     data.prepare([sys.argv[2]], sys.argv[3], shard_tokens=2**24, log=lambda line: print("  " + line, flush=True))
     print(f"  address space: {imports:.0f} MB when imported, {peak():.0f} MB at most; resident at most: "
-          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB, and a worker "
-          f"{resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024:.0f} MB")
+          f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 """
 
 
