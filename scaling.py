@@ -21,8 +21,7 @@ With the constants of Besiroglu 2024 (the default here) that is 26 tokens per pa
 optimizer had stopped early. Kaplan 2020 found N_opt ~ C^0.73: small models, counted without embeddings (Pearce 2024).
 
 The constants come from runs: small models, trained at several budgets C. tests/sweep_runs.csv holds 21 runs of this
-repository. Three approaches fit them. Hoffmann numbers them 1, 2, 3. This file begins with 2, which is the plainest,
-then 1, then 3:
+repository. Three approaches fit them, here with Hoffmann's numbers and the plainest first:
 
     2  fit_isoflop     runs of one budget C: a parabola through loss(ln N). Its vertex is the best size N_opt(C)
     1  fit_envelope    one curve loss(C) per model size. At each C the lowest curve names the best size N_opt(C)
@@ -120,8 +119,6 @@ def kaplan_loss(N=math.inf, D=math.inf, law=KAPLAN):
 HOFFMANN = {"E": 1.693371, "A": 406.4003, "B": 410.7222, "alpha": 0.33917084, "beta": 0.2849083}
 # Besiroglu 2024: the same runs read off the paper's figure, 240 of them, converged
 BESIROGLU = {"E": 1.81686, "A": 482.00572, "B": 2085.4342, "alpha": 0.34781, "beta": 0.36585}
-# the smallest of those runs: parameters (Hoffmann 2022, table A9); tokens (its least budget, 6e18 FLOPs, at 1 B of N)
-FITTED_FROM = {"N": 44e6, "D": 1e9}
 
 
 def chinchilla_loss(N, D, law=BESIROGLU):
@@ -153,7 +150,10 @@ def optimal_tokens(N, law=BESIROGLU) -> float:
     return (N / G) ** (1 / a) / N
 
 
-# ---- (1) (2) the constants from runs: approach 2 ---------------------------------------------------------------------
+# ---- (1) (2) where the constants come from ---------------------------------------------------------------------------
+#
+# From runs. Approach 2 needs no law: it finds N_opt(C) itself. Approach 3 finds all five constants. What runs as people
+# have them also need, approach 1 and intervals, stands below, under "fits of real runs".
 
 def isoflop_plain(groups) -> tuple:
     """Approach 2 as on the board -> (a, k) of N_opt = k C^a. groups: for each budget its runs, rows (N, D, loss, C)."""
@@ -166,178 +166,16 @@ def isoflop_plain(groups) -> tuple:
     return a, math.exp(ln_k)
 
 
-# The rest of approach 2 is for runs as people have them: budgets that no column states, budgets without a best size
-# inside, intervals.
-
-def as_runs(runs, labels=None) -> np.ndarray:
-    """Rows (N, D, loss) or (N, D, loss, C) -> (n, 4) float64. Without a stated budget, C is 6 N D. BadInput names the
-    first value that is not finite and positive, and its row. labels: a name per row; default "row 1", ..."""
-    x = np.array(runs, dtype=np.float64)
-    if x.ndim != 2 or x.shape[1] not in (3, 4):
-        raise BadInput(f"runs must be rows of (N, D, loss) or (N, D, loss, C), got shape {x.shape}")
-    if x.shape[1] == 3:
-        x = np.column_stack((x, 6 * x[:, 0] * x[:, 1]))
-    wrong = np.argwhere(~(np.isfinite(x) & (x > 0)))
-    if len(wrong):
-        row, column = wrong[0]
-        raise BadInput(f"{labels[row] if labels else f'row {row + 1}'}: {('N', 'D', 'loss', 'C')[column]} must be "
-                       f"finite and above 0, got {x[row, column]:g}")
-    return x
-
-
-def distinct(x) -> int:
-    """How many different values, to a millionth."""
-    return len(np.unique(np.round(np.log(x), 6)))
-
-
-def budgets(runs) -> list[np.ndarray]:
-    """The runs (n, 4) of each budget, in the order of C.
-
-    - If each value of C occurs three times or more on average, the values of C are the budgets.
-    - Else a budget ends where the next larger C is more than 1.3 times as large. But if any step inside a budget is
-      above 1.15, the runs are scattered: they have no budgets.
-    - A budget whose C differ by a factor of 1.5 or more is left out.
-    """
-    runs = as_runs(runs)
-    runs = runs[np.argsort(runs[:, 3], kind="stable")]
-    steps, few_values = np.diff(np.log(runs[:, 3])), 3 * distinct(runs[:, 3]) <= len(runs)
-    is_end = steps > (1e-6 if few_values else math.log(1.3))
-    if not few_values and (steps[~is_end] > math.log(1.15)).any():
-        return []
-    groups = np.split(runs, np.flatnonzero(is_end) + 1)
-    return [group for group in groups if np.ptp(np.log(group[:, 3])) < math.log(1.5)]
-
-
-Vertex = namedtuple("Vertex", "C N D loss curvature")
-
-
-def parabola(group) -> Vertex | None:
-    """The best N of one budget's runs, by a parabola through loss(ln N). None without three sizes, or where the vertex
-    is not between the smallest and the largest: then the budget has no best size inside."""
-    ln_N, loss = np.log(group[:, 0]), group[:, 2]
-    if distinct(group[:, 0]) < 3:
-        return None
-    # L = c2 x^2 + c1 x + c0 of x = ln N - mean; the vertex is at x = -c1 / (2 c2)
-    c2, c1, c0 = np.polyfit(ln_N - ln_N.mean(), loss, 2)
-    x = -c1 / (2 * c2) if c2 > 0 else math.inf
-    if not ln_N.min() <= ln_N.mean() + x <= ln_N.max():
-        return None
-    # D at the vertex, by a parabola too: 6 N D need not be the stated C
-    ln_D = np.polyval(np.polyfit(ln_N - ln_N.mean(), np.log(group[:, 1]), 2), x)
-    return Vertex(math.exp(np.log(group[:, 3]).mean()), math.exp(ln_N.mean() + x), math.exp(ln_D),
-                  c0 - c1 * c1 / (4 * c2), c2)
-
-
-def power_law(C, N, D, loss) -> dict:
-    """What all three approaches look for: {"a", "b", "k_N", "k_D"} of N_opt = k_N C^a and D_opt = k_D C^b. Here by
-    straight lines, ln N = ln k_N + a ln C and ln D = ln k_D + b ln C, through points (C, N, D): "points"."""
-    a, ln_k_N = np.polyfit(np.log(C), np.log(N), 1)
-    b, ln_k_D = np.polyfit(np.log(C), np.log(D), 1)
-    points = [{"C": C, "N": N, "D": D, "loss": L} for C, N, D, L in np.stack((C, N, D, loss), 1).tolist()]
-    return {"a": float(a), "b": float(b), "k_N": math.exp(ln_k_N), "k_D": math.exp(ln_k_D), "points": points}
-
-
-def intervals(draws: dict | None, names=()) -> dict | None:
-    """{name: values of many fits} -> {name: [2.5 %, 97.5 %]}, of all names or of `names`; None where an end is
-    infinite; None without draws."""
-    if draws is None:
-        return None
-    with np.errstate(all="ignore"):
-        ends = {name: np.percentile(draws[name], (2.5, 97.5)).tolist() for name in names or draws}
-    return {name: pair if np.isfinite(pair).all() else None for name, pair in ends.items()}
-
-
-def bootstrap(fit_groups, groups, times) -> dict | None:
-    """{"a", "b", "k_N", "k_D": arrays} of `times` fits. Each fit is to a resample: every group is drawn from itself,
-    with replacement, at its own size. None if most draws support no fit."""
-    rng, fits = np.random.default_rng(0), []
-    for _ in range(times):
-        with contextlib.suppress(BadInput):
-            fits.append(fit_groups([group[rng.integers(len(group), size=len(group))] for group in groups]))
-    if len(fits) < max(2, times / 2):
-        return None
-    return {name: np.array([fit[name] for fit in fits]) for name in ("a", "b", "k_N", "k_D")}
-
-
-def isoflop(groups) -> dict:
-    """power_law() through the vertices of the budgets' parabolas."""
-    vertices = [vertex[:4] for vertex in map(parabola, groups) if vertex]
-    if len(vertices) < 2:
-        raise BadInput("isoflop: needs at least 2 budgets of 3 or more sizes with the best inside, got "
-                       f"{len(vertices)} of {len(groups)} groups of equal budget")
-    return power_law(*np.array(vertices).T)
-
-
-def fit_isoflop(runs, *, times=200) -> dict:
-    """Approach 2, the plainest: {"a", "b", "k_N", "k_D": N_opt = k_N C^a, D_opt = k_D C^b, "points": the vertices of
-    the budgets' parabolas, "budgets": how many have three or more sizes, "without_budget": runs in none of those,
-    "intervals"}.
-
-    Even without noise the vertex is off, because loss(ln N) is not symmetric: it is steeper on one side of N_opt, a
-    parabola is not. For sizes spread evenly in ln N, from N_opt / w to N_opt w, ln N of the vertex is off by about
-    (alpha - beta) ln(w)^2 / 10. That is the same at every budget, so k_N and k_D are wrong and a is not. If w, or the
-    middle of the sizes, changes with C, a is wrong too.
-    """
-    groups = [group for group in budgets(runs) if distinct(group[:, 0]) > 2]
-    return isoflop(groups) | {"budgets": len(groups), "without_budget": len(runs) - sum(map(len, groups)),
-                              "intervals": intervals(bootstrap(isoflop, groups, times), ("a", "b"))}
-
-
-# ---- (1) (2) approach 1 ----------------------------------------------------------------------------------------------
-
-def fit_envelope(runs, *, times=200) -> dict:
-    """Approach 1: {"a", "b", "k_N", "k_D", "points", "intervals"}. Each size N has a curve loss(C): a line in logs from
-    run to run, or from point to point of one training curve. The envelope is the lowest curve at each C of a grid.
-
-    - If the lowest curve at a C is that of the smallest or of the largest size tried there, this C is dropped: a better
-      size may lie beyond.
-    - The line is fitted to every kept C of the grid. "points" shows one per size, the one of the largest C.
-    """
-    runs = as_runs(runs)
-    size, grid = np.round(np.log(runs[:, 0]), 6), np.linspace(*np.log([runs[:, 3].min(), runs[:, 3].max()]), 400)
-
-    def fit_groups(groups):
-        sizes, losses, tokens = [], [], []                              # of each curve: N; on the grid: ln loss, ln D
-        for group in groups:
-            ln_C, run_to_C = np.unique(np.log(group[:, 3]), return_inverse=True)
-            if len(ln_C) > 1:
-                # runs of the same N and C count as one: their mean
-                ln_D, ln_loss = (np.bincount(run_to_C, np.log(y)) / np.bincount(run_to_C) for y in group.T[1:3])
-                sizes.append(group[0, 0])
-                losses.append(np.interp(grid, ln_C, ln_loss, left=np.inf, right=np.inf))
-                tokens.append(np.interp(grid, ln_C, ln_D))
-        if len(sizes) < 3:
-            raise BadInput(f"envelope: needs at least 3 values of N with runs of 2 or more budgets, got {len(sizes)}")
-        losses, sizes, tokens = np.array(losses), np.array(sizes), np.array(tokens)
-        lowest, has_loss = losses.argmin(0), np.isfinite(losses)
-        # at each C of the grid, the index of the smallest and of the largest size that has a loss there
-        smallest, largest = has_loss.argmax(0), len(sizes) - 1 - has_loss[::-1].argmax(0)
-        inside = np.flatnonzero((smallest < lowest) & (lowest < largest))
-        best = lowest[inside]
-        if distinct(sizes[best]) < 2:
-            raise BadInput("envelope: needs at least 2 sizes that are best where smaller and larger ones were tried, "
-                           f"got {distinct(sizes[best])}")
-        return power_law(np.exp(grid[inside]), sizes[best], np.exp(tokens[best, inside]), np.exp(losses[best, inside]))
-
-    groups = [runs[size == s] for s in np.unique(size)]
-    result = fit_groups(groups)
-    last_point_by_size = {point["N"]: point for point in result["points"]}
-    return result | {"points": list(last_point_by_size.values()),
-                     "intervals": intervals(bootstrap(fit_groups, groups, times), ("a", "b"))}
-
-
-# ---- (1) (2) approach 3 ----------------------------------------------------------------------------------------------
-#
-# The objective hardly feels outliers. It is nearly flat along two valleys: where A and alpha grow together, and where B
-# and beta do. There L-BFGS, Hoffmann's optimizer, stops early. So here: logs centred on their means, damped least
-# squares, many starts.
+# Approach 3. Its objective hardly feels outliers. It is nearly flat along two valleys: where A and alpha grow together,
+# and where B and beta do. There L-BFGS, Hoffmann's optimizer, stops early. So here: logs centred on their means, damped
+# least squares, many starts (fit_parametric).
 
 DELTA = 1e-3                                  # of Huber's loss, in ln L: deviations beyond 0.1 % count linearly
 
 
 def residuals(theta, runs):
-    """theta (S, 5) = ln_E, ln_A, ln_B, alpha, beta of S laws; runs (S, n, 3) = ln N, ln D, ln L -> r (S, n), how far
-    ln L_predicted is above ln L; J (S, n, 5) = dr / dtheta."""
+    """theta (S, 5) = ln_E, ln_A, ln_B, alpha, beta of S laws; runs = ln N, ln D, ln L, (n, 3) or for each law its own
+    (S, n, 3) -> r (S, n), how far ln L_predicted is above ln L; J (S, n, 5) = dr / dtheta."""
     ln_E, ln_A, ln_B, alpha, beta = theta.T[:, :, None]
     ln_N, ln_D, ln_L = np.moveaxis(runs, -1, 0)
     terms = np.stack(np.broadcast_arrays(ln_E, ln_A - alpha * ln_N, ln_B - beta * ln_D))
@@ -352,8 +190,7 @@ def huber(r):
 
 
 def minimise(theta, runs, iterations):
-    """Improve each of S laws (S, 5) of runs (S, n, 3), until its damping exceeds 1e4 or `iterations` steps are done ->
-    theta, sum of Huber(r).
+    """Improve S laws, in at most `iterations` steps -> theta (S, 5), sum of Huber(r) (S,). Shapes as in residuals().
 
     Least squares with weights that are chosen anew in each step. With W = min(1, DELTA / |r|), the quadratic
     W r^2 / 2 + constant equals Huber's loss at the present r and is never below it. So a step that lowers the quadratic
@@ -361,126 +198,22 @@ def minimise(theta, runs, iterations):
 
         (hessian + mu tr(hessian) I) step = J^T W r,  hessian = J^T W J,  theta <- theta - step     r, J: of residuals()
 
-    mu is the damping (Levenberg). It falls after a step that helped and rises after one that did not.
+    mu is the damping (Levenberg). It falls after a step that helped and rises after one that did not. At 1e4 steps are
+    too short to help.
     """
-    theta, (r, J) = theta.copy(), residuals(theta, runs)
-    f, mu, active = huber(r), np.full(len(theta), 1e-2), np.arange(len(theta))
+    theta, mu, (r, J) = theta.copy(), np.full(len(theta), 1e-2), residuals(theta, runs)
     for _ in range(iterations):
-        JtW = J[active].swapaxes(1, 2) * (DELTA / np.maximum(np.abs(r[active]), DELTA))[:, None]
-        hessian, gradient = JtW @ J[active], JtW @ r[active][..., None]
-        damping = mu[active] * hessian.trace(axis1=1, axis2=2)
-        step = np.linalg.solve(hessian + damping[:, None, None] * np.eye(5), gradient)[..., 0]
-        theta_new = theta[active] - step
-        r_new, J_new = residuals(theta_new, runs[active])
-        f_new = huber(r_new)
-        better = f_new < f[active]
-        for old, new in ((theta, theta_new), (r, r_new), (J, J_new), (f, f_new)):
-            old[active[better]] = new[better]
-        mu[active] = np.where(better, np.maximum(mu[active] / 5, 1e-12), 5 * mu[active])
-        active = active[mu[active] < 1e4]
-        if not len(active):
+        JtW = J.swapaxes(1, 2) * (DELTA / np.maximum(np.abs(r), DELTA))[:, None]
+        hessian, gradient = JtW @ J, JtW @ r[..., None]
+        damping = mu * hessian.trace(axis1=1, axis2=2)
+        theta_new = theta - np.linalg.solve(hessian + damping[:, None, None] * np.eye(5), gradient)[..., 0]
+        r_new, J_new = residuals(theta_new, runs)
+        better = huber(r_new) < huber(r)
+        theta[better], r[better], J[better] = theta_new[better], r_new[better], J_new[better]
+        mu = np.where(better, np.maximum(mu / 5, 1e-12), np.minimum(5 * mu, 1e4))
+        if (mu == 1e4).all():
             break
-    return theta, f
-
-
-def check_five_constants(runs):
-    """Raises BadInput for runs (n, 4) that cannot tell five constants from each other."""
-    (N, D, loss), pairs = runs.T[:3], len(np.unique(np.round(np.log(runs[:, :2]), 6), axis=0))
-    if pairs < 6 or distinct(N) < 3 or distinct(D) < 3 or distinct(loss) < 2:
-        raise BadInput("a law of 5 constants needs at least 6 pairs (N, D), 3 values of N, 3 of D and 2 losses, got "
-                       f"{pairs}, {distinct(N)}, {distinct(D)} and {distinct(loss)}")
-    if np.corrcoef(np.log(N), np.log(D))[0, 1] > 1 - 1e-9:
-        raise BadInput("D must not be a positive power of N, or A / N^alpha and B / D^beta are one: vary D at the same "
-                       "N")
-
-
-def starting_points(loss) -> np.ndarray:
-    """A grid of theta (S, 5), in centred logs. E is a share of the lowest loss. The median loss minus E is split: s for
-    the term of N, 1 - s for the term of D. alpha and beta take five values each."""
-    lowest, median, rates = loss.min(), np.median(loss), (0.05, 0.2, 0.5, 1.0, 2.0)
-    return np.array([(math.log(E), math.log(s * (median - E)), math.log((1 - s) * (median - E)), alpha, beta)
-                     for E in (0.01 * lowest, 0.5 * lowest, 0.95 * lowest)
-                     for s in (0.1, 0.5, 0.9) for alpha in rates for beta in rates])
-
-
-def law_of(theta, center) -> dict:
-    """theta (..., 5), in logs centred on `center` -> the law in units of N and D, and its N_opt = k_N C^a,
-    D_opt = k_D C^b."""
-    ln_E, ln_A, ln_B, alpha, beta = np.moveaxis(theta, -1, 0)
-    E, A, B = np.exp(np.clip((ln_E, ln_A + alpha * center[0], ln_B + beta * center[1]), -700, 700))
-    law = {"E": E, "A": A, "B": B, "alpha": alpha, "beta": beta}
-    with np.errstate(all="ignore"):                  # a resample may give a law without an optimum (alpha <= 0)
-        a, k_N = exponents(law)[0], compute_optimal(1.0, law).N
-        return law | {"a": a, "b": 1 - a, "k_N": k_N, "k_D": 1 / (6 * k_N)}
-
-
-def law_and_resamples(runs, times) -> tuple:
-    """The law of all runs, {"E": float, ..., "objective"}; the laws of `times` resamples, {"E": array, ...} or None."""
-    runs = as_runs(runs)
-    check_five_constants(runs)
-    logs = np.log(runs[:, :3])
-    # with ln N and ln D counted from their means, ln_A and ln_B are logs of the terms in the middle of the runs
-    center = np.array((*logs[:, :2].mean(0), 0.0))
-    logs, theta = logs - center, starting_points(runs[:, 2])
-    # 1. all starts for 60 steps, on at most 999 runs, evenly picked
-    sample = logs[::max(1, len(runs) // 500)]
-    theta, f = minimise(theta, np.broadcast_to(sample, (len(theta), *sample.shape)), 60)
-    # 2. the best 24 to the end, on all runs
-    theta, f = minimise(theta[f.argsort()[:24]], np.broadcast_to(logs, (24, *logs.shape)), 2000)
-    best = f.argsort()[0]
-    law = {name: float(x) for name, x in law_of(theta[best], center).items()}
-    if not (min(law["alpha"], law["beta"]) > 0 and 1e-99 < law["k_N"] < 1e99):
-        raise BadInput("loss must fall with N and with D, or no N and D are best; the fitted law is "
-                       + ", ".join(f"{name} {x:.3g}" for name, x in law.items()))
-    draws = None
-    if times:
-        drawn = np.random.default_rng(0).integers(len(runs), size=(times, len(runs)))
-        draws = law_of(minimise(np.tile(theta[best], (times, 1)), logs[drawn], 300)[0], center)
-    return law | {"objective": float(f[best])}, draws
-
-
-def fit_parametric(runs, *, times=200) -> dict:
-    """Approach 3: {"E", "A", "B", "alpha", "beta", "a", "b", "k_N", "k_D", "objective": sum of Huber(ln L_predicted -
-    ln L), "intervals"}: a law for chinchilla_loss and compute_optimal. Raises BadInput.
-
-    intervals   {"E": [2.5 %, 97.5 %] of `times` resamples, ...}; None without resamples
-    """
-    law, draws = law_and_resamples(runs, times)
-    return law | {"intervals": intervals(draws)}
-
-
-# ---- (1) (2) does a fit hold beyond its runs? ------------------------------------------------------------------------
-
-def holdout(runs, k: int, *, times=200) -> dict:
-    """Fit without the k largest budgets. Then predict the vertex of each: its loss by approach 3, its N by approach 2
-    -> {"fitted_to": C of the largest budget that was fitted, "rows": [{"what": "loss" or "N_opt", "C",
-    "times_larger": C / fitted_to, "predicted", "low" and "high": 95 % of resamples, "measured"}]}. A hidden budget
-    whose best size is not inside has no row. Raises BadInput."""
-    groups = budgets(runs)
-    if not 1 <= k <= len(groups) - 2:
-        raise BadInput(f"holdout must leave 2 budgets or more to fit, got {k} of {len(groups)}")
-    fitted, hidden = np.concatenate(groups[:-k]), list(filter(None, map(parabola, groups[-k:])))
-    if not hidden:
-        raise BadInput("holdout must be of budgets with 3 or more sizes and the best inside, got none")
-    with_sizes = [group for group in groups[:-k] if distinct(group[:, 0]) > 2]
-    fitted_to, rows = groups[-k - 1][:, 3].mean(), []
-    law, laws = law_and_resamples(fitted, times)                                    # approach 3, and its resamples
-    line, lines = isoflop(with_sizes), bootstrap(isoflop, with_sizes, times)        # approach 2, and its resamples
-
-    def loss(law, vertex):
-        return chinchilla_loss(*compute_optimal(6 * vertex.N * vertex.D, law), law)
-
-    def size(line, vertex):
-        return line["k_N"] * vertex.C ** line["a"]
-
-    for vertex in hidden:
-        for what, measured, predict, fit, draws in (("loss", vertex.loss, loss, law, laws),
-                                                    ("N_opt", vertex.N, size, line, lines)):
-            with np.errstate(all="ignore"):                                # of resamples without an optimum
-                lower, upper = (intervals({what: predict(draws, vertex)})[what] if draws else None) or (None, None)
-            rows.append({"what": what, "C": vertex.C, "times_larger": vertex.C / fitted_to,
-                         "predicted": predict(fit, vertex), "low": lower, "high": upper, "measured": measured})
-    return {"fitted_to": fitted_to, "rows": rows}
+    return theta, huber(r)
 
 
 # ---- (3) what did known models leave on the table? -------------------------------------------------------------------
@@ -597,12 +330,11 @@ class Program:
     document_mask: bool = False     # packed documents: a (T, T) mask per sequence, shared by all layers
     fused_norm: bool = True         # False: RMSNorm keeps x / rms as well as x
     muon: bool = False              # the layers' matrices are updated by Muon, all else by Adam
-    chunked_loss: bool = True       # the loss keeps the gradients of its input and weight; False: the logits
     # True: backward's tp messages hide behind the gradients of weights, except two per layer (of four; of six with
     # sequence parallelism). An all-reduce counts as two messages
     overlap_tp: bool = False
     overlap_dp: bool = True         # gradients travel during backward
-    train_py: bool = True           # False: what is kept and sent is as in the papers' programs
+    train_py: bool = True           # False: what is kept (all logits, say) and sent is as in the papers' programs
 
     # bytes of a number in a sum: Adam's moments, log-sum-exps
     sum_bytes = property(lambda self: max(4, self.item))
@@ -610,19 +342,17 @@ class Program:
     states = property(lambda self: 2 * self.sum_bytes + 4 * (self.master_weights and self.item < 4))
 
 
-MEGATRON_2021 = Program(residual=2, gradient=2, flash=False, dropout=True, chunked_loss=False, train_py=False,
-                        overlap_dp=False)
+MEGATRON_2021 = Program(residual=2, gradient=2, flash=False, dropout=True, overlap_dp=False, train_py=False)
 MEGATRON_2022 = replace(MEGATRON_2021, overlap_tp=True)
-LLAMA_3 = Program(residual=2, chunked_loss=False, train_py=False, overlap_tp=True)
+LLAMA_3 = Program(residual=2, overlap_tp=True, train_py=False)
 
 
-@cache
-def layers_per_rank(n_layer: int, pp: int, chunks: int) -> list[int]:
-    """How many layers each pipeline rank has. Stage s of n_stages begins with layer s * n_layer // n_stages; rank r has
+def layers_of(shape: Shape, layout: Layout, pp_rank: int) -> int:
+    """How many layers a pipeline rank has. Stage s of n_stages begins with layer s * n_layer // n_stages; rank r has
     the stages r, r + pp, ..."""
-    n_stages = pp * chunks
-    first = [s * n_layer // n_stages for s in range(n_stages + 1)]
-    return [sum(first[s + 1] - first[s] for s in range(r, n_stages, pp)) for r in range(pp)]
+    n_stages = layout.pp * layout.chunks
+    return sum((s + 1) * shape.n_layer // n_stages - s * shape.n_layer // n_stages
+               for s in range(pp_rank, n_stages, layout.pp))
 
 
 RankParams = namedtuple("RankParams", "count unsplit")
@@ -631,7 +361,7 @@ RankParams = namedtuple("RankParams", "count unsplit")
 def rank_params(shape: Shape, layout: Layout, pp_rank: int) -> RankParams:
     """Of one rank at place `pp_rank` of its pipeline, before ZeRO: how many parameters, how many of them tp does not
     split."""
-    layers = layers_per_rank(shape.n_layer, layout.pp, layout.chunks)[pp_rank]
+    layers = layers_of(shape, layout, pp_rank)
     is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
     # the embedding on the first rank, the head on the last; tied on one rank, they are one
     tables = is_first + is_last - (shape.tie_embeddings and layout.pp == 1)
@@ -639,6 +369,11 @@ def rank_params(shape: Shape, layout: Layout, pp_rank: int) -> RankParams:
     unsplit = layers * shape.unsplit + (learned * shape.seq_len + is_last * shape.norm_vectors) * shape.n_embd
     split = layers * (shape.matrix_params + shape.split_biases) + tables * shape.vocab_size * shape.n_embd
     return RankParams(split // layout.tp + unsplit, unsplit)
+
+
+def table_params(shape: Shape, layout: Layout) -> int:
+    """Parameters of a rank's part of the embedding, or of the head."""
+    return shape.vocab_size // layout.tp * shape.n_embd
 
 
 # ---- (4) machines ----------------------------------------------------------------------------------------------------
@@ -711,7 +446,6 @@ LINE_RATE_SHARE = 0.8                         # share of a network's line rate t
 NVLINK_HOP, NETWORK_HOP = 3.4e-6, 14e-6       # seconds, of rings: NCCL's own tables, src/graph/tuning.cc
 FLASH_SHARE = 0.6                       # FlashAttention-2, figure 4: 187 of A100's 312 TFLOP/s, T 2048, head_dim 128
 USABLE_MEMORY = 0.95                          # share of a GPU's memory. CUDA, NCCL and fragmentation take the rest
-PUE, KG_CO2_PER_KWH = 1.1, 0.385              # building / GPUs; kg CO2 per kWh (LLaMA, arXiv:2302.13971, section 6)
 PRECISIONS = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 2}                     # bytes of a stored weight
 
 
@@ -762,13 +496,13 @@ def norm_bytes(norm: str, width: int, program: Program) -> int:
 
 
 def end_bytes(shape: Shape, layout: Layout, program: Program) -> float:
-    """What the last norm and the loss keep of a micro-batch: their inputs, and the logits in float32. A chunked loss
+    """What the last norm and the loss keep of a micro-batch: their inputs, and the logits in float32. train.py's loss
     computes its gradients in forward, a chunk of logits at a time. It keeps two gradients (of its input, of the head's
     weight) instead of the logits. With sequence parallelism it also keeps its shard of the input, which backward
     gathers again."""
     n, h, vocab_shard = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size / layout.tp
     norm, x = n * norm_bytes(shape.norm, h, program) / layout.norm_split, n * h * program.item / layout.norm_split
-    if program.chunked_loss:
+    if program.train_py:
         return norm + x * (layout.norm_split > 1) + program.sum_bytes * (n * h + vocab_shard * h)
     return norm + x + 4 * n * vocab_shard
 
@@ -783,20 +517,6 @@ def stored(layout: Layout, pp_rank: int) -> float:
     return m if layout.schedule == "gpipe" else min(m, p - pp_rank)
 
 
-def waiting_bytes(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> float:
-    """Zero bubble computes weight gradients later. Until then pairs wait: the input of a linear layer, the gradient of
-    its result. min(m, p) micro-batches have activations (`stored` counts them) or such pairs. If m > p, a forward
-    follows a backward: one linear layer's pair more."""
-    if layout.schedule != "zb":
-        return 0
-    n, h, t = layout.micro_batch_size * shape.seq_len, shape.n_embd, layout.tp
-    layers, m, p = layers_per_rank(shape.n_layer, layout.pp, 1)[pp_rank], layout.micro_batches, layout.pp
-    # inputs: h of q, k, v and of the ups, q/t of o, n_ff/t of down. Gradients: (q + 2 kv)/t, num_up n_ff/t, h and h
-    per_layer = n * program.item * (4 * h + (2 * shape.q + 2 * shape.kv + (shape.num_up + 1) * shape.n_ff) / t)
-    one_more = (m > p) * n * program.item * (h + shape.n_ff / t)
-    return (min(m, p) - stored(layout, pp_rank)) * layers * per_layer + one_more
-
-
 def buffer_bytes(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> float:
     """Gradients on their way, gathered layers, and the block that runs again. psi: parameters of the rank."""
     psi, dp, zero = rank_params(shape, layout, pp_rank).count, layout.dp, layout.zero
@@ -805,7 +525,7 @@ def buffer_bytes(shape: Shape, layout: Layout, program: Program, pp_rank: int) -
         return recomputed + (dp > 1 and layout.micro_batches > 1) * psi * program.gradient
     # ZeRO 3 gathers one layer, or the embedding, at a time; ZeRO 1 and 2 send one bucket at a time
     layer = (shape.matrix_params + shape.split_biases) / layout.tp + shape.unsplit
-    table = shape.vocab_size / layout.tp * shape.n_embd * (pp_rank in (0, layout.pp - 1))
+    table = table_params(shape, layout) * (pp_rank in (0, layout.pp - 1))
     bucket = max(layer, table) if zero == 3 else min(BUCKETS[zero] / program.gradient, psi)
     # gradients: a bucket that is being summed, and the rank's share of it; from ZeRO 2 on, also two buckets as
     # backward left them. ZeRO 3: the gathered weights of this layer and of the next
@@ -821,7 +541,7 @@ def memory(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict
     weight, states = program.item, program.states
     if zero == 3 and program.train_py and program.master_weights:      # train.py's shards are the masters themselves
         weight, states = program.sum_bytes, 2 * program.sum_bytes
-    layers, alive = layers_per_rank(shape.n_layer, layout.pp, layout.chunks)[pp_rank], stored(layout, pp_rank)
+    layers, alive = layers_of(shape, layout, pp_rank), stored(layout, pp_rank)
     one_moment = program.muon * layers * shape.matrix_params / layout.tp * program.sum_bytes   # Adam has two, Muon one
     # what the layers of a micro-batch share: train.py's cos and sin (of each chunk), or positions; a mask
     T, rope = shape.seq_len, shape.position == "rope"
@@ -838,10 +558,10 @@ def memory(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict
 
 
 def fullest(shape: Shape, layout: Layout, program: Program) -> dict:
-    """memory() of the rank that needs most. Candidates: the first rank, the last, and for each number of layers the
-    first rank between them that has so many, since an earlier rank stores more micro-batches."""
-    layers = layers_per_rank(shape.n_layer, layout.pp, layout.chunks)
-    ranks = {0, layout.pp - 1, *(layers.index(x, 1) for x in set(layers[1:]))}
+    """memory() of the rank that needs most: the last, or the first of those that have equally many layers, since an
+    earlier rank stores more micro-batches."""
+    layers = [layers_of(shape, layout, r) for r in range(layout.pp)]
+    ranks = {layout.pp - 1, *map(layers.index, layers)}
     return max((memory(shape, layout, program, r) for r in ranks), key=lambda parts: sum(parts.values()))
 
 
@@ -870,11 +590,6 @@ def messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> di
     return {key: (calls, size) for key, (calls, size) in sent.items() if size and layout.ranks > 1}
 
 
-def table_params(shape: Shape, layout: Layout) -> int:
-    """Parameters of a rank's part of the embedding, or of the head."""
-    return shape.vocab_size // layout.tp * shape.n_embd
-
-
 def dp_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict:
     """Gradients are summed: without ZeRO by an all-reduce, with ZeRO by a reduce-scatter, after which weights are
     gathered. ZeRO 1: once per step. 2: gradients of each micro-batch. 3: also weights, before each pass of each."""
@@ -897,7 +612,7 @@ def tp_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) ->
     per number. The embedding does both once, with `residual` bytes."""
     if layout.tp == 1:
         return {}
-    layers, m = layers_per_rank(shape.n_layer, layout.pp, layout.chunks)[pp_rank], layout.micro_batches
+    layers, m = layers_of(shape, layout, pp_rank), layout.micro_batches
     is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
     n = layout.micro_batch_size * shape.seq_len
 
@@ -917,19 +632,6 @@ def tp_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) ->
     if layout.sequence_parallel:
         return {("tp", "all_gather"): gathers, ("tp", "reduce_scatter"): sums, ("tp", "all_reduce"): (None, reduced)}
     return {("tp", "all_reduce"): (None, reduced + sums[1])}
-
-
-def muon_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict:
-    """Each matrix of a layer goes to its owner, one of R ranks of the stage, and from there to all that hold a part, or
-    a copy (zero.py). The bytes are the mean over the stage's ranks. With ZeRO they are an upper bound: a matrix that
-    lies in few shards has less to send."""
-    R = layout.dp * layout.tp
-    if not program.muon or R == 1:
-        return {}
-    matrices = layers_per_rank(shape.n_layer, layout.pp, layout.chunks)[pp_rank] * shape.matrix_params
-    share = 1 / (R if layout.zero else layout.tp)                            # of each matrix, which a rank holds
-    size = matrices * ((1 - share) + share * (R - 1)) / R * program.sum_bytes       # to the owners, from the owners
-    return {("world", "send"): (None, size), ("world", "recv"): (None, size)}
 
 
 def pp_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict:
@@ -981,18 +683,16 @@ def bubble(layout: Layout, forward: float, backward: float, weight: float) -> fl
     return (layout.pp - 1) / layout.chunks * (forward + backward + weight)
 
 
-def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: float = 1.0) -> dict:
-    """Seconds of a step: {"compute", "tp" (of the layers), "pp", "dp", "bubble", "update"}. Hidden messages take none.
+def layer_seconds(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: float) -> tuple:
+    """Seconds of a micro-batch on a tp rank, without messages: of one layer (forward, backward: gradients of inputs and
+    what runs again, gradients of weights), and of the head, which takes equally long in each of the three.
 
-        step       (m + (p-1)/v) x a micro-batch on the slowest rank + the update + messages that nothing hides
-                   (zb: see bubble)
         product    2 x rows x columns x inner / (c peak) + bytes of all three matrices / HBM's bandwidth
         the rest   5 x what a layer keeps / HBM: forward writes and reads it; backward reads it, reads a gradient and
                    writes one
-
-    speed: of the linear layers' products, relative to bf16's."""
+    """
     b, T, h, n_ff, t = layout.micro_batch_size, shape.seq_len, shape.n_embd, shape.n_ff, layout.tp
-    n, m, vocab_shard = b * T, layout.micro_batches, shape.vocab_size / t
+    n, vocab_shard = b * T, shape.vocab_size / t
     attention_speed = min(speed, 1)                                 # fp8 speeds up linear layers, not attention
 
     def product_seconds(rows, columns, inner, speed=speed):
@@ -1016,50 +716,64 @@ def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: f
         layout.recompute]
     # the head's product; softmax reads 4 bytes and writes 2 of each logit
     head = product_seconds(n, vocab_shard, h) + 6 * n * vocab_shard / gpu.bandwidth
-    # tp's messages of a layer, by pass
-    ring = ring_seconds(gpu, t, n * h * program.item)
-    tp_forward, tp_backward, tp_recomputed = (sum(x) * ring for x in layer_collectives(layout, program).values())
-    if program.overlap_tp:
-        tp_backward = 2 * ring                                                     # two are left, the rest is hidden
+    return (linear + attention + 2 * touch, linear + backward_ratio * attention + 3 * touch + recomputed, linear), head
 
-    # triples are (forward, backward: gradients of inputs and what runs again, gradients of weights)
-    layer = linear + attention + 2 * touch, linear + backward_ratio * attention + 3 * touch + recomputed, linear
-    # of a micro-batch on the slowest rank: computing, tp's messages, messages to other stages
-    of_rank = layers_per_rank(shape.n_layer, layout.pp, layout.chunks)
-    slowest = max(range(layout.pp), key=lambda r: of_rank[r] * sum(layer) + 3 * head * (r == layout.pp - 1))
-    layers, is_last = of_rank[slowest], slowest == layout.pp - 1
-    compute = [layers * seconds + head * is_last for seconds in layer]
-    tp = layers * tp_forward, layers * (tp_backward + tp_recomputed), 0.0
-    rate, delay = (LINE_RATE_SHARE * gpu.network, NETWORK_HOP) if layout.ranks > gpu.node else (gpu.link, NVLINK_HOP)
-    parts = layout.norm_split if program.train_py else t
-    pp = (layout.pp > 1) * layout.chunks * (n * h * program.residual / parts / rate + delay)
-    forward, backward, weight = (sum(x) for x in zip(compute, tp, (pp, pp, 0.0), strict=True))
 
-    # dp: gradients are summed during backward. Parameters are gathered after the update, by ZeRO 3 before each pass.
-    # Messages: one per layer with ZeRO 3; else one per bucket; in the papers' programs one
-    psi = rank_params(shape, layout, slowest).count
+def dp_seconds(gpu: GPU, layout: Layout, program: Program, psi: int, layers: int, forward, backward) -> float:
+    """Of dp's messages in a step, those that nothing hides. psi: parameters of a rank. forward, backward: seconds of a
+    micro-batch, next to which messages travel. Gradients are summed during backward. Parameters are gathered after the
+    update, by ZeRO 3 before each pass. Messages: one per layer with ZeRO 3; else one per bucket; in the papers'
+    programs one."""
     message_count = layers if layout.zero == 3 else max(
         1, program.train_py * psi * program.gradient / BUCKETS[layout.zero])
-    scatter, gather = (ring_seconds(gpu, layout.dp, psi * size, t, message_count)
+    scatter, gather = (ring_seconds(gpu, layout.dp, psi * size, layout.tp, message_count)
                        for size in (program.gradient, program.item))
 
     def exposed(message, compute):
         return max(0.0, message - program.overlap_dp * compute)
 
-    backward_pass = backward + weight
-    dp = {0: exposed(2 * scatter, backward_pass),
-          1: exposed(scatter, backward_pass) + gather,
-          2: m * exposed(scatter, backward_pass) + gather,
-          3: m * (exposed(scatter + gather, backward_pass) + exposed(gather, forward))}[layout.zero]
+    m = layout.micro_batches
+    return {0: exposed(2 * scatter, backward),
+            1: exposed(scatter, backward) + gather,
+            2: m * exposed(scatter, backward) + gather,
+            3: m * (exposed(scatter + gather, backward) + exposed(gather, forward))}[layout.zero]
+
+
+def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: float = 1.0) -> dict:
+    """Seconds of a step: {"compute", "tp" (of the layers), "pp", "dp", "bubble", "update"}. Hidden messages take none.
+
+        step       (m + (p-1)/v) x a micro-batch on the slowest rank + the update + messages that nothing hides
+                   (zb: see bubble)
+
+    speed: of the linear layers' products, relative to bf16's."""
+    layer, head = layer_seconds(shape, gpu, layout, program, speed)
+    m, size = layout.micro_batches, layout.micro_batch_size * shape.seq_len * shape.n_embd   # numbers of a hidden state
+    slowest = max(range(layout.pp), key=lambda r: (
+        layers_of(shape, layout, r) * sum(layer) + 3 * head * (r == layout.pp - 1)))
+    layers, is_last = layers_of(shape, layout, slowest), slowest == layout.pp - 1
+    # of a micro-batch on the slowest rank, (forward, backward, weights): computing, tp's messages; pp's, a pass
+    compute = [layers * seconds + head * is_last for seconds in layer]
+    ring = ring_seconds(gpu, layout.tp, size * program.item)
+    tp_forward, tp_backward, tp_recomputed = (sum(x) * ring for x in layer_collectives(layout, program).values())
+    if program.overlap_tp:
+        tp_backward = 2 * ring                                                     # two are left, the rest is hidden
+    tp = layers * tp_forward, layers * (tp_backward + tp_recomputed), 0.0
+    rate, delay = (LINE_RATE_SHARE * gpu.network, NETWORK_HOP) if layout.ranks > gpu.node else (gpu.link, NVLINK_HOP)
+    parts = layout.norm_split if program.train_py else layout.tp
+    pp = (layout.pp > 1) * layout.chunks * (size * program.residual / parts / rate + delay)
+    forward, backward, weight = (sum(x) for x in zip(compute, tp, (pp, pp, 0.0), strict=True))
+
+    psi = rank_params(shape, layout, slowest).count
     # reads the gradient and the states, writes the states and the weight
     update = psi * (2 * program.states + program.gradient + program.item) / gpu.bandwidth / (
         layout.dp if layout.zero else 1)
     if program.muon:                          # products in float32, shared out by whole matrices; and the exchange
         flops = shape.muon_flops()
-        busiest = max(layers * sum(flops) / (layout.dp * t), max(flops))
+        busiest = max(layers * sum(flops) / (layout.dp * layout.tp), max(flops))
         _, sent = muon_messages(shape, layout, program, slowest).get(("world", "send"), (0, 0))
         update += busiest / (gpu.matmul * gpu.peak / gpu.fp32_slowdown) + sent / rate
-    return {"compute": m * sum(compute), "tp": m * sum(tp), "pp": m * 2 * pp, "dp": dp,
+    return {"compute": m * sum(compute), "tp": m * sum(tp), "pp": m * 2 * pp,
+            "dp": dp_seconds(gpu, layout, program, psi, layers, forward, backward + weight),
             "bubble": bubble(layout, forward, backward, weight), "update": update}
 
 
@@ -1077,12 +791,19 @@ def estimate(shape: Shape, gpu: GPU, layout: Layout, program: Program = Program(
 
 # ---- (5) what it costs -----------------------------------------------------------------------------------------------
 
+PUE, KG_CO2_PER_KWH = 1.1, 0.385              # building / GPUs; kg CO2 per kWh (LLaMA, arXiv:2302.13971, section 6)
+
+
 def cost(gpu: GPU, n_gpus: int, seconds: float) -> dict:
     """{"gpu_hours", "energy_mwh", "tco2", "dollars"}; at full power, as LLaMA's bill: hours x watts x PUE."""
     hours = n_gpus * seconds / 3600
     energy = hours * gpu.watts * PUE / 1e6
     return {"gpu_hours": hours, "energy_mwh": energy, "tco2": energy * KG_CO2_PER_KWH,
             "dollars": gpu.price and hours * gpu.price}
+
+
+# the smallest of those runs: parameters (Hoffmann 2022, table A9); tokens (its least budget, 6e18 FLOPs, at 1 B of N)
+FITTED_FROM = {"N": 44e6, "D": 1e9}
 
 
 def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: str | GPU | None = None,
@@ -1108,7 +829,7 @@ def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: 
               "tokens_per_parameter": tokens / N, "tokens_per_step": layout.batch * shape.seq_len,
               "flops_per_token": shape.flops_per_token(), "flops": flops, "law": law,
               "layout": dataclasses.asdict(layout), "bubble": bubble_seconds / (busy_seconds + bubble_seconds),
-              "layers_per_rank": layers_per_rank(shape.n_layer, layout.pp, layout.chunks),
+              "layers_per_rank": [layers_of(shape, layout, r) for r in range(layout.pp)],
               "memory_bytes": parts | {"total": sum(parts.values())},
               "bytes_sent": {axis: round(max(x.get(axis, 0) for x in sent)) for axis in sorted(set().union(*sent))}}
     if gpu is not None:
@@ -1169,7 +890,7 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
     Raises BadInput if an argument is wrong, if no layout is possible and if none fits.
     """
     shape, gpu = shape_of(config), find_gpu(gpu)
-    precision, fixed = precision_of_gpu(precision, gpu), {name: x for name, x in fixed.items() if x is not None}
+    precision = precision_of_gpu(precision, gpu)
     tokens = optimal_tokens(shape.num_params) if tokens is None else tokens
     if not tokens > 0:
         raise BadInput(f"tokens must be above 0, got {tokens}")
@@ -1195,27 +916,282 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
             | {"command": command(shape, layout, precision, gpu, steps)} for layout in list(best.values())[:top]]
 
 
-def flag_of(field: str) -> str:
-    """The flag of a field: in train.py, and for fields of Layout in `plan` too."""
-    return "--" + {"schedule": "pp_schedule", "chunks": "pp_chunks"}.get(field, field).replace("_", "-")
-
-
-def command(shape: Shape, layout: Layout, precision: str, gpu: GPU, steps: int) -> str:
-    """The torchrun line. Its flags state every field of the shape; --config only fills the rest."""
-    nodes = math.ceil(layout.ranks / gpu.node)
-    launch = f"torchrun --nproc-per-node {min(layout.ranks, gpu.node)}"
-    launch += f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500" if nodes > 1 else ""
-    flags = {"config": "large" if shape.num_params < 3e9 else "7b"} | dataclasses.asdict(shape) | {
-        "steps": steps, "global_batch_size": layout.batch, "precision": precision} | dataclasses.asdict(layout)
-    del flags["micro_batches"]                                                            # follows from the batch
-    words = (f"--no-{flag_of(name)[2:]}" if x is False else flag_of(name) if x is True else f"{flag_of(name)} {x}"
-             for name, x in flags.items())
-    return f"{launch} train.py {' '.join(words)} --data data/mycorpus"                    # your prepared text
-
-
 # ---- the lecture ends here -------------------------------------------------------------------------------------------
 #
-# What follows: names of shapes, GPUs and precisions; text; the command line; the demo, which asserts the lecture.
+# What follows: what the planner's special cases add; fits of real runs; names of shapes, GPUs and precisions; text; the
+# command line; the demo, which asserts the lecture.
+
+# ---- special cases of the planner ------------------------------------------------------------------------------------
+
+def waiting_bytes(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> float:
+    """Zero bubble computes weight gradients later. Until then pairs wait: the input of a linear layer, the gradient of
+    its result. min(m, p) micro-batches have activations (`stored` counts them) or such pairs. If m > p, a forward
+    follows a backward: one linear layer's pair more."""
+    if layout.schedule != "zb":
+        return 0
+    n, h, t = layout.micro_batch_size * shape.seq_len, shape.n_embd, layout.tp
+    layers, m, p = layers_of(shape, layout, pp_rank), layout.micro_batches, layout.pp
+    # inputs: h of q, k, v and of the ups, q/t of o, n_ff/t of down. Gradients: (q + 2 kv)/t, num_up n_ff/t, h and h
+    per_layer = n * program.item * (4 * h + (2 * shape.q + 2 * shape.kv + (shape.num_up + 1) * shape.n_ff) / t)
+    one_more = (m > p) * n * program.item * (h + shape.n_ff / t)
+    return (min(m, p) - stored(layout, pp_rank)) * layers * per_layer + one_more
+
+
+def muon_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict:
+    """Each matrix of a layer goes to its owner, one of R ranks of the stage, and from there to all that hold a part, or
+    a copy (zero.py). The bytes are the mean over the stage's ranks. With ZeRO they are an upper bound: a matrix that
+    lies in few shards has less to send."""
+    R = layout.dp * layout.tp
+    if not program.muon or R == 1:
+        return {}
+    matrices = layers_of(shape, layout, pp_rank) * shape.matrix_params
+    share = 1 / (R if layout.zero else layout.tp)                            # of each matrix, which a rank holds
+    size = matrices * ((1 - share) + share * (R - 1)) / R * program.sum_bytes       # to the owners, from the owners
+    return {("world", "send"): (None, size), ("world", "recv"): (None, size)}
+
+
+# ---- fits of real runs -----------------------------------------------------------------------------------------------
+#
+# Budgets that no column states, budgets without a best size inside, outliers, intervals.
+
+def as_runs(runs, labels=None) -> np.ndarray:
+    """Rows (N, D, loss) or (N, D, loss, C) -> (n, 4) float64. Without a stated budget, C is 6 N D. BadInput names the
+    first value that is not finite and positive, and its row. labels: a name per row; default "row 1", ..."""
+    x = np.array(runs, dtype=np.float64)
+    if x.ndim != 2 or x.shape[1] not in (3, 4):
+        raise BadInput(f"runs must be rows of (N, D, loss) or (N, D, loss, C), got shape {x.shape}")
+    if x.shape[1] == 3:
+        x = np.column_stack((x, 6 * x[:, 0] * x[:, 1]))
+    wrong = np.argwhere(~(np.isfinite(x) & (x > 0)))
+    if len(wrong):
+        row, column = wrong[0]
+        raise BadInput(f"{labels[row] if labels else f'row {row + 1}'}: {('N', 'D', 'loss', 'C')[column]} must be "
+                       f"finite and above 0, got {x[row, column]:g}")
+    return x
+
+
+def distinct(x) -> int:
+    """How many different values, to a millionth."""
+    return len(np.unique(np.round(np.log(x), 6)))
+
+
+def budgets(runs) -> list[np.ndarray]:
+    """The runs (n, 4) of each budget, in the order of C.
+
+    - If each value of C occurs three times or more on average, the values of C are the budgets.
+    - Else a budget ends where the next larger C is more than 1.3 times as large. But if any step inside a budget is
+      above 1.15, the runs are scattered: they have no budgets.
+    - A budget whose C differ by a factor of 1.5 or more, or that has fewer than three sizes, is left out.
+    """
+    runs = as_runs(runs)
+    runs = runs[np.argsort(runs[:, 3], kind="stable")]
+    steps, few_values = np.diff(np.log(runs[:, 3])), 3 * distinct(runs[:, 3]) <= len(runs)
+    is_end = steps > (1e-6 if few_values else math.log(1.3))
+    if not few_values and (steps[~is_end] > math.log(1.15)).any():
+        return []
+    groups = np.split(runs, np.flatnonzero(is_end) + 1)
+    return [group for group in groups if np.ptp(np.log(group[:, 3])) < math.log(1.5) and distinct(group[:, 0]) > 2]
+
+
+Vertex = namedtuple("Vertex", "C N D loss")
+
+
+def parabola(group) -> Vertex | None:
+    """The best N of one budget's runs, by a parabola through loss(ln N). None without three sizes, or where the vertex
+    is not between the smallest and the largest: then the budget has no best size inside."""
+    (ln_N, ln_D, _, ln_C), loss = np.log(group.T), group[:, 2]
+    if distinct(group[:, 0]) < 3:
+        return None
+    c2, c1, c0 = np.polyfit(ln_N, loss, 2)                              # loss = c2 x^2 + c1 x + c0,  x = ln N
+    x = -c1 / (2 * c2) if c2 > 0 else math.inf                          # the vertex
+    if not ln_N.min() <= x <= ln_N.max():
+        return None
+    # D at the vertex, by a parabola too: 6 N D need not be the stated C
+    ln_D = np.polyval(np.polyfit(ln_N, ln_D, 2), x)
+    return Vertex(math.exp(ln_C.mean()), math.exp(x), math.exp(ln_D), c0 - c1 * c1 / (4 * c2))
+
+
+def power_law(C, N, D, loss) -> dict:
+    """What all three approaches look for: {"a", "b", "k_N", "k_D"} of N_opt = k_N C^a and D_opt = k_D C^b. Here by
+    straight lines, ln N = ln k_N + a ln C and ln D = ln k_D + b ln C, through points (C, N, D): "points"."""
+    a, ln_k_N = np.polyfit(np.log(C), np.log(N), 1)
+    b, ln_k_D = np.polyfit(np.log(C), np.log(D), 1)
+    points = [{"C": C, "N": N, "D": D, "loss": L} for C, N, D, L in np.stack((C, N, D, loss), 1).tolist()]
+    return {"a": float(a), "b": float(b), "k_N": math.exp(ln_k_N), "k_D": math.exp(ln_k_D), "points": points}
+
+
+def intervals(draws: dict) -> dict:
+    """{name: values of many fits} -> {name: [2.5 %, 97.5 %]}; None where an end is infinite."""
+    with np.errstate(all="ignore"):
+        ends = {name: np.percentile(values, (2.5, 97.5)).tolist() for name, values in draws.items()}
+    return {name: pair if np.isfinite(pair).all() else None for name, pair in ends.items()}
+
+
+def bootstrap(fit_groups, groups, times) -> dict:
+    """{"a", "b", "k_N", "k_D": arrays} of `times` fits. Each fit is to a resample: every group is drawn from itself,
+    with replacement, at its own size. {} if most draws support no fit."""
+    rng, fits = np.random.default_rng(0), []
+    for _ in range(times):
+        with contextlib.suppress(BadInput):
+            fits.append(fit_groups([group[rng.integers(len(group), size=len(group))] for group in groups]))
+    if len(fits) < max(2, times / 2):
+        return {}
+    return {name: np.array([fit[name] for fit in fits]) for name in ("a", "b", "k_N", "k_D")}
+
+
+def isoflop(groups) -> dict:
+    """power_law() through the vertices of the budgets' parabolas."""
+    vertices = list(filter(None, map(parabola, groups)))
+    if len(vertices) < 2:
+        raise BadInput("isoflop: needs at least 2 budgets of 3 or more sizes with the best inside, got "
+                       f"{len(vertices)} of {len(groups)} groups of equal budget")
+    return power_law(*np.array(vertices).T)
+
+
+def fit_isoflop(runs, *, times=200) -> dict:
+    """Approach 2, the plainest: {"a", "b", "k_N", "k_D": N_opt = k_N C^a, D_opt = k_D C^b, "points": the vertices of
+    the budgets' parabolas, "budgets": how many, "without_budget": runs in none of those, "intervals"}.
+
+    Even without noise the vertex is off, because loss(ln N) is not symmetric: it is steeper on one side of N_opt, a
+    parabola is not. For sizes spread evenly in ln N, from N_opt / w to N_opt w, ln N of the vertex is off by about
+    (alpha - beta) ln(w)^2 / 10. That is the same at every budget, so k_N and k_D are wrong and a is not. If w, or the
+    middle of the sizes, changes with C, a is wrong too.
+    """
+    groups = budgets(runs)
+    return isoflop(groups) | {"budgets": len(groups), "without_budget": len(runs) - sum(map(len, groups)),
+                              "intervals": intervals(bootstrap(isoflop, groups, times))}
+
+
+def envelope(groups) -> dict:
+    """power_law() through the lowest curve at each C of a grid. A C is left out if its lowest curve is that of the
+    smallest or of the largest size tried there: a better size may lie beyond. groups: each size's runs, in order."""
+    C = np.concatenate(groups)[:, 3]
+    grid, curves = np.linspace(*np.log([C.min(), C.max()]), 400), []
+    for group in groups:
+        ln_C, run_to_C = np.unique(np.log(group[:, 3]), return_inverse=True)
+        if len(ln_C) > 1:
+            # runs of the same N and C count as one: their mean
+            ln_D, ln_loss = (np.bincount(run_to_C, np.log(y)) / np.bincount(run_to_C) for y in group.T[1:3])
+            curves.append((group[0, 0], np.interp(grid, ln_C, ln_D),
+                           np.interp(grid, ln_C, ln_loss, left=np.inf, right=np.inf)))
+    if len(curves) < 3:
+        raise BadInput(f"envelope: needs at least 3 values of N with runs of 2 or more budgets, got {len(curves)}")
+    N, ln_D, ln_loss = map(np.array, zip(*curves, strict=True))         # (sizes,); (sizes, 400) twice
+    lowest, has_loss = ln_loss.argmin(0), np.isfinite(ln_loss)
+    # at each C of the grid, the index of the smallest and of the largest size that has a loss there
+    smallest, largest = has_loss.argmax(0), len(N) - 1 - has_loss[::-1].argmax(0)
+    inside = np.flatnonzero((smallest < lowest) & (lowest < largest))
+    best = lowest[inside]
+    if distinct(N[best]) < 2:
+        raise BadInput("envelope: needs at least 2 sizes that are best where smaller and larger ones were tried, got "
+                       f"{distinct(N[best])}")
+    return power_law(np.exp(grid[inside]), N[best], np.exp(ln_D[best, inside]), np.exp(ln_loss[best, inside]))
+
+
+def fit_envelope(runs, *, times=200) -> dict:
+    """Approach 1: {"a", "b", "k_N", "k_D", "points", "intervals"}. Each size N has a curve loss(C): a line in logs from
+    run to run, or from point to point of one training curve. envelope() looks for the lowest. "points" shows one point
+    per size, the one of the largest C."""
+    runs = as_runs(runs)
+    size = np.round(np.log(runs[:, 0]), 6)
+    groups = [runs[size == s] for s in np.unique(size)]
+    result = envelope(groups)
+    last_point_by_size = {point["N"]: point for point in result["points"]}
+    return result | {"points": list(last_point_by_size.values()),
+                     "intervals": intervals(bootstrap(envelope, groups, times))}
+
+
+def check_five_constants(runs):
+    """Raises BadInput for runs (n, 4) that cannot tell five constants from each other."""
+    (N, D, loss), pairs = runs.T[:3], len(np.unique(np.round(np.log(runs[:, :2]), 6), axis=0))
+    if pairs < 6 or distinct(N) < 3 or distinct(D) < 3 or distinct(loss) < 2:
+        raise BadInput("a law of 5 constants needs at least 6 pairs (N, D), 3 values of N, 3 of D and 2 losses, got "
+                       f"{pairs}, {distinct(N)}, {distinct(D)} and {distinct(loss)}")
+    if np.corrcoef(np.log(N), np.log(D))[0, 1] > 1 - 1e-9:
+        raise BadInput("D must not be a positive power of N, or A / N^alpha and B / D^beta are one: vary D at the same "
+                       "N")
+
+
+def starting_points(loss) -> np.ndarray:
+    """A grid of theta (S, 5), in centred logs. E is a share of the lowest loss. The median loss minus E is split: s for
+    the term of N, 1 - s for the term of D. alpha and beta take five values each."""
+    lowest, median, rates = loss.min(), np.median(loss), (0.05, 0.2, 0.5, 1.0, 2.0)
+    return np.array([(math.log(E), math.log(s * (median - E)), math.log((1 - s) * (median - E)), alpha, beta)
+                     for E in (0.01 * lowest, 0.5 * lowest, 0.95 * lowest)
+                     for s in (0.1, 0.5, 0.9) for alpha in rates for beta in rates])
+
+
+def law_of(theta, center) -> dict:
+    """theta (..., 5), in logs centred on `center` -> the law in units of N and D, and its N_opt = k_N C^a,
+    D_opt = k_D C^b."""
+    ln_E, ln_A, ln_B, alpha, beta = np.moveaxis(theta, -1, 0)
+    E, A, B = np.exp(np.clip((ln_E, ln_A + alpha * center[0], ln_B + beta * center[1]), -700, 700))
+    law = {"E": E, "A": A, "B": B, "alpha": alpha, "beta": beta}
+    with np.errstate(all="ignore"):                  # a resample may give a law without an optimum (alpha <= 0)
+        a, k_N = exponents(law)[0], compute_optimal(1.0, law).N
+        return law | {"a": a, "b": 1 - a, "k_N": k_N, "k_D": 1 / (6 * k_N)}
+
+
+def law_and_resamples(runs, times) -> tuple:
+    """The law of all runs, {"E": float, ..., "objective"}; the laws of `times` resamples, {"E": array, ...} or {}."""
+    runs = as_runs(runs)
+    check_five_constants(runs)
+    logs = np.log(runs[:, :3])
+    # with ln N and ln D counted from their means, ln_A and ln_B are logs of the terms in the middle of the runs
+    center = np.array((*logs[:, :2].mean(0), 0.0))
+    logs -= center
+    theta, f = minimise(starting_points(runs[:, 2]), logs, 60)                      # all starts, 60 steps
+    theta, f = minimise(theta[f.argsort()[:24]], logs, 2000)                        # the best 24, to the end
+    best = theta[f.argmin()]
+    law = {name: float(x) for name, x in law_of(best, center).items()}
+    if not (min(law["alpha"], law["beta"]) > 0 and 1e-99 < law["k_N"] < 1e99):
+        raise BadInput("loss must fall with N and with D, or no N and D are best; the fitted law is "
+                       + ", ".join(f"{name} {x:.3g}" for name, x in law.items()))
+    draws = {}
+    if times:
+        drawn = np.random.default_rng(0).integers(len(runs), size=(times, len(runs)))
+        draws = law_of(minimise(np.tile(best, (times, 1)), logs[drawn], 300)[0], center)
+    return law | {"objective": float(f.min())}, draws
+
+
+def fit_parametric(runs, *, times=200) -> dict:
+    """Approach 3: {"E", "A", "B", "alpha", "beta", "a", "b", "k_N", "k_D", "objective": sum of Huber(ln L_predicted -
+    ln L), "intervals": {"E": [2.5 %, 97.5 %] of `times` resamples, ...}}: a law for chinchilla_loss and
+    compute_optimal. Raises BadInput."""
+    law, draws = law_and_resamples(runs, times)
+    return law | {"intervals": intervals(draws)}
+
+
+def holdout(runs, k: int, *, times=200) -> dict:
+    """Fit without the k largest budgets. Then predict the vertex of each: its loss by approach 3, its N by approach 2
+    -> {"fitted_to": C of the largest budget that was fitted, "rows": [{"what": "loss" or "N_opt", "C",
+    "times_larger": C / fitted_to, "predicted", "low" and "high": 95 % of resamples, "measured"}]}. A hidden budget
+    whose best size is not inside has no row. Raises BadInput."""
+    groups = budgets(runs)
+    if not 1 <= k <= len(groups) - 2:
+        raise BadInput(f"holdout must leave 2 budgets or more to fit, got {k} of {len(groups)}")
+    fitted, hidden = groups[:-k], list(filter(None, map(parabola, groups[-k:])))
+    if not hidden:
+        raise BadInput("holdout must be of budgets with the best size inside, got none")
+    fitted_to, rows = fitted[-1][:, 3].mean(), []
+    law, laws = law_and_resamples(np.concatenate(fitted), times)                    # approach 3, and its resamples
+    line, lines = isoflop(fitted), bootstrap(isoflop, fitted, times)                # approach 2, and its resamples
+
+    def loss(law, vertex):
+        return chinchilla_loss(*compute_optimal(6 * vertex.N * vertex.D, law), law)
+
+    def size(line, vertex):
+        return line["k_N"] * vertex.C ** line["a"]
+
+    for vertex in hidden:
+        for what, measured, predict, fit, draws in (("loss", vertex.loss, loss, law, laws),
+                                                    ("N_opt", vertex.N, size, line, lines)):
+            with np.errstate(all="ignore"):                                # of resamples without an optimum
+                lower, upper = (intervals({what: predict(draws, vertex)})[what] if draws else None) or (None, None)
+            rows.append({"what": what, "C": vertex.C, "times_larger": vertex.C / fitted_to,
+                         "predicted": predict(fit, vertex), "low": lower, "high": upper, "measured": measured})
+    return {"fitted_to": fitted_to, "rows": rows}
+
 
 # ---- names -----------------------------------------------------------------------------------------------------------
 
@@ -1340,6 +1316,24 @@ def describe_bill(bill: dict) -> str:
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
+def flag_of(field: str) -> str:
+    """The flag of a field: in train.py, and for fields of Layout in `plan` too."""
+    return "--" + {"schedule": "pp_schedule", "chunks": "pp_chunks"}.get(field, field).replace("_", "-")
+
+
+def command(shape: Shape, layout: Layout, precision: str, gpu: GPU, steps: int) -> str:
+    """The torchrun line. Its flags state every field of the shape; --config only fills the rest."""
+    nodes = math.ceil(layout.ranks / gpu.node)
+    launch = f"torchrun --nproc-per-node {min(layout.ranks, gpu.node)}"
+    launch += f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint HOST:29500" if nodes > 1 else ""
+    flags = {"config": "large" if shape.num_params < 3e9 else "7b"} | dataclasses.asdict(shape) | {
+        "steps": steps, "global_batch_size": layout.batch, "precision": precision} | dataclasses.asdict(layout)
+    del flags["micro_batches"]                                                            # follows from the batch
+    words = (f"--no-{flag_of(name)[2:]}" if x is False else flag_of(name) if x is True else f"{flag_of(name)} {x}"
+             for name, x in flags.items())
+    return f"{launch} train.py {' '.join(words)} --data data/mycorpus"                    # your prepared text
+
+
 class Parser(argparse.ArgumentParser):
     """An argument that is wrong raises BadInput, which main prints as one line."""
 
@@ -1368,24 +1362,20 @@ COLUMNS = {"n": "N", "params": "N", "parameters": "N", "parameter_count": "N", "
 def read_runs(path) -> np.ndarray:
     """A CSV file of runs -> (n, 4): N, D, loss, C. Its first line names the columns, as in COLUMNS; C may be missing.
     Other columns, empty lines and those that begin with # are passed over. BadInput counts lines as an editor does."""
-    column_of, runs = {}, {}
     with open(path, newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
-        for row in reader:
-            line = f"{path}: line {reader.line_num}"
-            if not row or row[0].startswith("#"):
-                continue
-            if not column_of:
-                names = [name.strip().lower() for name in row]
-                column_of = {COLUMNS[name]: i for i, name in enumerate(names) if name in COLUMNS}
-                if not {"N", "D", "loss"} <= column_of.keys():
-                    raise BadInput(f"{line} must name N, D and loss, got {','.join(row)}")
-                continue
-            try:
-                runs[line] = [float(row[column_of[name]]) for name in ("N", "D", "loss", "C") if name in column_of]
-            except (ValueError, IndexError):
-                raise BadInput(f"{line} must have a number for {', '.join(column_of)}, got {','.join(row)}") from None
-    return as_runs(list(runs.values()), list(runs))
+        rows = [(f"{path}: line {reader.line_num}", row) for row in reader if row and not row[0].startswith("#")]
+    (line, head), *rows = rows or [(f"{path}: line 1", [])]
+    names = [COLUMNS.get(name.strip().lower()) for name in head]
+    if not {"N", "D", "loss"} <= set(names):
+        raise BadInput(f"{line} must name N, D and loss, got {','.join(head)}")
+    wanted, runs = [name for name in ("N", "D", "loss", "C") if name in names], []
+    for line, row in rows:
+        try:
+            runs.append([float(row[names.index(name)]) for name in wanted])
+        except (ValueError, IndexError):
+            raise BadInput(f"{line} must have a number for {', '.join(wanted)}, got {','.join(row)}") from None
+    return as_runs(runs, [line for line, _ in rows])
 
 
 def warn_of_units(path, runs):
@@ -1416,7 +1406,7 @@ def report(runs, results):
     for name, result in results.items():
         if result is None:
             continue
-        ends = result.get("intervals") or {}
+        ends = result.get("intervals", {})
         numbers = [(key, x, *(ends.get(key) or (None, None)))
                    for key, x in result.items() if isinstance(x, (int, float))]
         print("\n" + columns(*(row if ends else row[:2] for row in [(name, "", "95 % from", "to"), *numbers])))
@@ -1425,7 +1415,7 @@ def report(runs, results):
     if results["isoflop"] and (count := len(results["isoflop"]["points"])) < 4:
         print(f"isoflop: an exponent from fewer than 4 vertices is hardly known, here are {count}")
     fits = {name: result for name, result in results.items() if result and "a" in result}
-    for one, other in itertools.combinations([name for name, fit in fits.items() if fit["intervals"]], 2):
+    for one, other in itertools.combinations([name for name, fit in fits.items() if fit["intervals"].get("a")], 2):
         (lower, upper), (other_lower, other_upper) = (fits[name]["intervals"]["a"] for name in (one, other))
         if upper < other_lower or other_upper < lower:
             print(f"{one} and {other} disagree: their intervals of a do not overlap")
@@ -1440,8 +1430,9 @@ def plot_isoflop(figure, runs):
     for group in budgets(runs):
         points, = axes.plot(group[:, 0], group[:, 2], "o", label=f"C = {group[:, 3].mean():.1e} FLOPs")
         if vertex := parabola(group):
-            N, color = np.geomspace(group[:, 0].min(), group[:, 0].max(), 100), points.get_color()
-            axes.plot(N, vertex.loss + vertex.curvature * np.log(N / vertex.N) ** 2, color=color)
+            ln_N, color = np.log(group[:, 0]), points.get_color()
+            x = np.linspace(ln_N.min(), ln_N.max(), 100)
+            axes.plot(np.exp(x), np.polyval(np.polyfit(ln_N, group[:, 2], 2), x), color=color)
             axes.plot(vertex.N, vertex.loss, "*", color=color, markersize=15)
     axes.set(xscale="log", xlabel="parameters N", ylabel="loss, nats per token")
     axes.legend()
@@ -1474,9 +1465,9 @@ def command_plan(args):
     gpu, shape = GPUS[args.gpu], shape_for(args.params, args.seq_len)
     if args.price:
         gpu = replace(gpu, price=args.price, source="as given")
-    options = {name: x for name, x in vars(args).items() if name in Layout.__dataclass_fields__}
+    given = {name: x for name, x in vars(args).items() if name in Layout.__dataclass_fields__ and x is not None}
     rows = plan(shape, gpu, args.n_gpus, top=5, tokens=args.tokens, precision=args.precision,
-                global_batch_size=args.global_batch_size, **options)
+                global_batch_size=args.global_batch_size, **given)
     if args.json:
         print(json.dumps({"shape": dataclasses.asdict(shape), "layouts": rows}))
         return
