@@ -629,6 +629,8 @@ def test_a_batch_of_interleaved_stages_is_cut_into_whole_rounds():
 def test_dry_run_of_gpus_that_are_not_here(monkeypatch, capsys):
     """Their own time and cost; the same bill as scaling.py's planner has of that layout."""
     monkeypatch.setattr(train, "time_tokens", None)                                              # nothing is timed here
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():   # also in torchrun's only process
+        monkeypatch.setenv(name, value)
     assert train.main("--config 7b --gpu h100 --dp 8 --tp 4 --dry-run --json".split()) == 0
     b = json.loads(capsys.readouterr().out)
     assert b["gpu"] == "h100" and b["config"]["precision"] == "bf16" and b["layout"]["tp"] == 4
