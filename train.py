@@ -25,9 +25,8 @@ wd: weight decay, on matrices alone.) With --optimizer muon, Muon updates the bl
       p -= lr (m' / (sqrt(v') + eps) + wd p)
 
 Given weights, the optimizer's states and fp16's loss scale, a step depends only on config, data, seed and its number.
-So a run continues from a checkpoint bit for bit on a CPU, and on a GPU as far as its kernels are deterministic. To
-continue a run, give the same command again. Ctrl-C and SIGTERM save first. After kill -9 it goes on from the last
-checkpoint.
+So the same command continues a run from its newest checkpoint: bit for bit on a CPU, and on a GPU as far as its kernels
+are deterministic. Ctrl-C and SIGTERM save one first.
 
     out/RUN/   config.json   metrics.jsonl   card.md   tokenizer.model   checkpoints/step-00000400/...
 
@@ -200,10 +199,6 @@ def train_step(model: Model, optimizer, loader, step: int, c: Config, world: par
 
 # ---- evaluate --------------------------------------------------------------------------------------------------------
 
-class StopAsked(Exception):
-    """A rank was asked to stop while the model was evaluated."""
-
-
 def windows_per_unit(c: Config) -> int:
     """Windows that no micro-batch may part: a pair of answers, a group of answers."""
     return {"dpo": 2, "rl": c.group_size}.get(c.objective, 1)
@@ -216,14 +211,12 @@ def windows_evaluated(loader, c: Config) -> int:
 
 
 @torch.no_grad()
-def forward_passes(model: Model, loader, windows: int, c: Config, world: parallel.World, stop_signals=()):
+def forward_passes(model: Model, loader, windows: int, c: Config, world: parallel.World):
     """Run the first `windows` windows of a split, in micro-batches, each rank its share. Yields (batch, nll) on ranks
-    that count the loss. Raises StopAsked on all ranks if one has received a signal."""
+    that count the loss."""
     num_batches = math.ceil(windows / (world.mesh.dp * c.micro_batch_size))                     # equal on all ranks
     window_starts = [(i * world.mesh.dp + world.mesh.dp_rank) * c.micro_batch_size for i in range(num_batches)]
     for i in range(0, num_batches, 2 * c.pp):            # several at a time, so that all stages of a pipeline have work
-        if any(parallel.gather_objects(bool(stop_signals), world.host)):
-            raise StopAsked
         batches = []
         for start in window_starts[i:i + 2 * c.pp]:
             batch = loader.batch(range(start % windows, min(start % windows + c.micro_batch_size, windows)))
@@ -237,13 +230,13 @@ def forward_passes(model: Model, loader, windows: int, c: Config, world: paralle
             yield from zip(batches, nlls, strict=True)
 
 
-def evaluate(model: Model, loader, c: Config, world: parallel.World, stop_signals=()) -> dict:
+def evaluate(model: Model, loader, c: Config, world: parallel.World) -> dict:
     """Validation loss in nats per target, and bits per byte of text, over the whole split or eval_windows of it. dpo:
-    the loss per pair, the share of pairs that the model ranks right, the mean margin. Raises StopAsked."""
+    the loss per pair, the share of pairs that the model ranks right, the mean margin."""
     token_bytes = torch.from_numpy(loader.tokenizer.token_bytes).to(world.device)
     # sums of: targets, loss, bytes of their text, 0 (dpo: pairs, loss, pairs that are ranked right, margins)
     total = torch.zeros(4, dtype=torch.float64, device=world.device)
-    for batch, nll in forward_passes(model, loader, windows_evaluated(loader, c), c, world, stop_signals):
+    for batch, nll in forward_passes(model, loader, windows_evaluated(loader, c), c, world):
         if c.objective == "dpo":
             total += torch.cat([batch["count"][None], net.preference(batch, nll, c.beta)[1]])
         else:
@@ -264,12 +257,10 @@ class Model(torch.nn.Module):
 
     def __init__(self, c: Config, world: parallel.World, read=None, dtype=None):
         super().__init__()
-        self.c, self.mesh, self.world, dtype = c, world.mesh, world, dtype or c.dtype
-        self.hidden_dtype = torch.promote_types(dtype, torch.float32)
-        # what sums gradients over dp:
-        # - zero 0: DataParallel, below
-        # - zero 1, 2: the optimizer; make_optimizer calls sum_with
-        # - zero 3: each pipeline stage's FullyShard, which make_stage appends to `sync`
+        self.c, self.mesh, self.world = c, world.mesh, world
+        self.hidden_dtype = torch.promote_types(dtype or c.dtype, torch.float32)     # what pipeline stages send
+        # what sums gradients over dp. zero 0: DataParallel, below; 1, 2: the optimizer (make_optimizer calls sum_with);
+        # 3: each pipeline stage's FullyShard, which make_stage appends
         self.sync, self.no_sync = [], contextlib.nullcontext
         self.chunks = torch.nn.ModuleList(make_stage(c, world.device, self.mesh, chunk * c.pp + self.mesh.pp_rank, read,
                                                      dtype, self.sync) for chunk in range(c.stages // c.pp))
@@ -317,24 +308,28 @@ def make_stage(c: Config, device, mesh=None, stage: int = 0, read=None, dtype=No
     In a low precision the modules get its compute policy. No rank ever holds more than its part; at --zero 3 it holds
     shards, and the FullyShard that gathers them is appended to `sync`.
     """
-    dtype = dtype or c.dtype
-    low_dtype = dtype if dtype.itemsize == 2 else None
-    gpt = meta_stage(c, device, mesh, stage, low_dtype)
+    dtype, policy = dtype or c.dtype, None
+    if dtype.itemsize == 2:
+        # on a CPU, low precision is emulated: F.linear gets float32 copies of its input and weight. Not with tp and zb,
+        # which must see the tensors themselves (parallel.py: regather, SplitLinears)
+        emulate = device.type == "cpu" and c.tp == 1 and c.pp_schedule != "zb"
+        policy = precision.ComputePolicy(dtype, emulate=emulate)
+    gpt = meta_stage(c, device, mesh, stage, policy)
     # rounded to dtype, then float32 again: float32 masters start from the same values in a sharded and a whole model
     read = read or (lambda name, box: net.keyed_init(name, box, c.seed, c.model).to(dtype).float())
     sharded = c.zero == 3 and sync is not None
     if not sharded:
         gpt = net.fill(gpt, read, device, dtype)
-    if low_dtype:
+    if policy:
         if c.precision == "fp8":
             precision.fp8_products(gpt, group=mesh and mesh.tp_group)
-        compute_policy(c, device, low_dtype).applied(gpt)
+        policy.applied(gpt)
         for p in gpt.parameters():
             p.grad_dtype = torch.float32                                            # gradients accumulate in float32
     if sharded:
-        master_dtype = torch.float32 if low_dtype and c.master_weights else dtype           # the shards are the masters
-        sync.append(zero.FullyShard(gpt, mesh.dp_group, blocks=gpt.model.layers.values(), compute_dtype=low_dtype,
-                                    reduce_dtype=low_dtype and torch.float32,
+        master_dtype = torch.float32 if policy and c.master_weights else dtype              # the shards are the masters
+        sync.append(zero.FullyShard(gpt, mesh.dp_group, blocks=gpt.model.layers.values(), compute_dtype=dtype,
+                                    reduce_dtype=torch.promote_types(dtype, torch.float32),
                                     init=lambda p: read(p.full_name, p.box).to(device, master_dtype)))
     if compiles(c, device):
         for block in gpt.model.layers.values():     # recomputation and zero.py's gathering stay outside, uncompiled
@@ -344,19 +339,19 @@ def make_stage(c: Config, device, mesh=None, stage: int = 0, read=None, dtype=No
     return gpt
 
 
-def meta_stage(c: Config, device, mesh, stage: int, low_dtype=None) -> net.GPT:
+def meta_stage(c: Config, device, mesh, stage: int, policy=None) -> net.GPT:
     """A stage without numbers: torch's meta device has shapes alone. Attention is chosen, the width is split over tp,
     the depth over pp. Raises ValueError for sizes that the mesh does not divide."""
     backend = c.attention if device.type == "meta" else flash_attn.resolve_backend(c.attention, device)
     if backend == "sdpa":                                 # prepare runs once per micro-batch, for all layers (model.py)
         attention = net.sdpa_attention
-        prepare = lambda documents, dtype: net.document_mask(documents, low_dtype or dtype)
+        prepare = lambda documents, dtype: net.document_mask(documents, policy.low_dtype if policy else dtype)
     else:
         attention = functools.partial(flash_attn.flash_attention, backend=backend)
         prepare = lambda documents, _: flash_attn.document_limits(documents)
-    if low_dtype:
+    if policy:
         # RoPE may return q and k in float32: they are cast here, also where "selective" runs the core again in backward
-        attention = compute_policy(c, device, low_dtype).as_operation(attention)
+        attention = policy.as_operation(attention)
     with torch.device("meta"):
         gpt = net.GPT(c.model, attention, recompute=c.recompute, prepare=prepare)
     if mesh is not None and mesh.tp > 1:
@@ -373,12 +368,6 @@ def meta_stage(c: Config, device, mesh, stage: int, low_dtype=None) -> net.GPT:
         if not is_last:
             gpt.model.norm = gpt.lm_head = None
     return gpt
-
-
-def compute_policy(c: Config, device, low_dtype) -> precision.ComputePolicy:
-    """On a CPU, low precision is emulated: F.linear gets float32 copies of its input and weight. Not with tp and zb,
-    which must see the tensors themselves (parallel.py: regather, SplitLinears)."""
-    return precision.ComputePolicy(low_dtype, emulate=device.type == "cpu" and c.tp == 1 and c.pp_schedule != "zb")
 
 
 def compiles(c: Config, device) -> bool:
@@ -408,18 +397,6 @@ def parameters_of(optimizer) -> list:
 
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
-BadInput = scaling.BadInput                        # one line that names the flag, the rule and the value: exit code 2
-
-
-@contextlib.contextmanager
-def bad_input():
-    """While a run is built: a ValueError of another file is bad input too."""
-    try:
-        yield
-    except ValueError as error:
-        raise BadInput(str(error)) from error
-
-
 def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -> int:
     """Train, or go on training, to c.steps -> exit code. c: after resolve(). on_phase(step, phase) is called as a step
     proceeds: "data", "forward_backward", "reduce", "update", "evaluate", "checkpoint"."""
@@ -434,11 +411,9 @@ def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -
         world.say(announcement(run, time.perf_counter() - started))
         try:
             while True:
-                if run.is_due(c.eval_interval) or run.step == 0 and c.objective != "pretrain":
-                    try:
-                        run.evaluate()
-                    except StopAsked:                                 # the same command will evaluate this step first
-                        stopping = True
+                at_start = run.step == 0 and c.objective != "pretrain"
+                if (run.is_due(c.eval_interval) or at_start) and not stopping:   # else the next start evaluates first
+                    run.evaluate()
                 if run.is_due(c.checkpoint_interval) or run.is_last_before_decay() or stopping:
                     run.save(stopping)
                 if stopping:
@@ -463,47 +438,38 @@ class Run:
                  stack: contextlib.ExitStack):
         self.c, self.world, self.loader, self.val = c, world, loader, val
         self.stop_signals, self.on_phase, self.folder = stop_signals, on_phase, Path(c.out)
-        self.step = 0                         # updates so far
-        self.skipped = 0                      # those of them whose gradients were not finite: no weight changed
-        self.saved = None                     # the step of the newest checkpoint
-        self.evaluation = None                # the newest: {"step": ..., "val_loss": ..., ...}
-        self.card, self.parent_card = {"wall_seconds": 0.0}, {}
         self.checkpoints = data.Checkpoints(self.folder / "checkpoints", c.keep_checkpoints, group=world.host,
                                             first=world.first)
         reader, read_parent = find_checkpoint(c, self.checkpoints, loader), None
-        if reader is not None:
-            loader.load_state_dict(reader.meta["loader"])
-            self.step, self.card, self.evaluation = (reader.meta[name] for name in ("step", "card", "evaluation"))
-            self.saved, self.parent_card = self.step, reader.meta.get("parent_card", {})
-        if c.init_from and (reader is None or c.objective == "rl"):
-            read_parent, parent_card = open_parent(c, world)
-            if reader is not None and parent_card != self.parent_card:
+        meta = {"step": 0, "evaluation": None, "card": {"wall_seconds": 0.0}, "parent_card": {}}
+        if reader:
+            meta = reader.meta
+            loader.load_state_dict(meta["loader"])
+        self.step = self.first_step = world.step = meta["step"]               # updates so far, and before this start
+        self.saved = meta["step"] if reader else None                         # the step of the newest checkpoint
+        self.evaluation = meta["evaluation"]                                  # the newest: {"step", "val_loss", ...}
+        self.parent_card = meta["parent_card"]
+        if c.init_from and (not reader or c.objective == "rl"):
+            read_parent, self.parent_card = open_parent(c, world)
+            if reader and self.parent_card != meta["parent_card"]:
                 raise BadInput(f"init_from must be as it was when the run in {c.out} began, {c.init_from} has changed")
-            self.parent_card = parent_card
         self.model = Model(c, world, reader.read if reader else read_parent)
         self.optimizer = make_optimizer(self.model, c)
         self.scaler = precision.LossScaler(c.loss_scale) if c.precision == "fp16" and c.loss_scale else None
-        if reader is not None:
+        self.skipped = 0                               # updates whose gradients were not finite: no weight changed
+        if reader:
             self.checkpoints.load(self.optimizer, reader)
             if self.scaler:
-                self.scaler.load_state_dict(reader.meta["loss_scaler"])
-                self.skipped = reader.meta["loss_scaler"]["skipped"]
-        self.batches, self.prompts, self.pretraining_val = loader, None, None
+                self.scaler.load_state_dict(meta["loss_scaler"])
+                self.skipped = meta["loss_scaler"]["skipped"]
+        self.batches, self.prompts, self.pretraining_val = loader, None, None     # open_objective may set these
         if c.objective != "pretrain":
             open_objective(self, read_parent)
-        self.metrics = None
-        if world.rank == 0:
-            self.write_identity()
-            is_evaluated = self.evaluation and self.evaluation["step"] == self.step
-            # lines up to the checkpoint's step; its evaluation only if the checkpoint holds it: else it is made again
-            self.metrics = stack.enter_context(data.open_metrics(
-                self.folder / "metrics.jsonl", lambda line: line["step"] < self.step or (
-                    line["step"] == self.step and (is_evaluated or "val_loss" not in line))))
+        self.metrics = stack.enter_context(open_files(self)) if world.rank == 0 else None
         self.bill = make_bill(c, world)
         self.peak, self.peak_source = peak_flops(c, world.device)
-        self.first_step = world.step = self.step
-        self.began = time.perf_counter() - self.card["wall_seconds"]
-        self.step_seconds = []                     # of each step since a line was printed
+        self.began = time.perf_counter() - meta["card"]["wall_seconds"]
+        self.step_seconds = []                                                # of each step since a line was printed
 
     def log(self, **entry):
         """A line of metrics.jsonl, which has one per step and one per evaluation. What is not finite becomes null."""
@@ -524,15 +490,15 @@ class Run:
         self.world.say(f"step {self.step:>{len(str(self.c.steps))}}/{self.c.steps}  {line}")
 
     def newest_saved(self) -> str:
-        return f"the checkpoint of step {self.saved} is intact" if self.saved else "there was no checkpoint yet"
+        return "there was no checkpoint yet" if self.saved is None else f"the checkpoint of step {self.saved} is intact"
 
     def evaluate(self):
-        """Evaluate, unless the checkpoint that was read holds this step's evaluation. Raises StopAsked."""
+        """Evaluate, unless the checkpoint that was read holds this step's evaluation."""
         c, world = self.c, self.world
         if not self.val.num_windows or self.evaluation and self.evaluation["step"] == self.step:
             return
         self.on_phase(self.step, "evaluate")
-        found = evaluate(self.model, self.val, c, world, self.stop_signals) if c.objective != "rl" else {}
+        found = evaluate(self.model, self.val, c, world) if c.objective != "rl" else {}
         if self.prompts:
             reward = reward_of_answers(self.model, self.prompts, c, world)
             if c.objective == "rl":                                  # Checkpoints keeps that of the smallest val_loss
@@ -548,12 +514,7 @@ class Run:
         if not math.isfinite(found["val_loss"]):
             raise FloatingPointError(f"validation loss {found['val_loss']}")
         self.log(**self.evaluation)
-        formats = {"val_loss": "{:.4f} nats/token" if c.objective == "pretrain" else "loss {:.4f}",
-                   "val_bpb": "{:.4f} bits/byte", "val_margin": "margin {:.3f}",
-                   "val_accuracy": "{:.1%} of pairs right", "reward": "reward {:.3f}",
-                   "text_loss": "pre-training text {:.4f}"}
-        shown = [name for name in formats if name in found and (name, c.objective) != ("val_loss", "rl")]
-        self.say("validation " + ", ".join(formats[name].format(found[name]) for name in shown))
+        self.say(evaluation_line(found, c))
 
     def save(self, stopping: bool):
         """Write a checkpoint, unless this step has one. Refused: weights that are not finite (no later loss would
@@ -568,11 +529,10 @@ class Run:
         if self.step == self.c.steps:
             parallel.check_replicas(self.model.parameters(), self.world.host)
         self.on_phase(self.step, "checkpoint")
-        self.card = make_card(self)
         try:
             self.checkpoints.save(self.step, self.optimizer, {
                 "step": self.step, "config": dataclasses.asdict(self.c), "loader": self.loader.state_dict(),
-                "card": self.card, "evaluation": self.evaluation, "keep": self.is_last_before_decay(),
+                "card": make_card(self), "evaluation": self.evaluation, "keep": self.is_last_before_decay(),
                 "parent_card": self.parent_card, "tokenizer_sha256": self.loader.tokenizer.sha256,
                 "loss_scaler": self.scaler and self.scaler.state_dict() | {"skipped": self.skipped}})
         except data.SaveError as error:
@@ -581,45 +541,27 @@ class Run:
             self.say(f"{error}; {self.newest_saved()}; the run goes on and tries again")
             return
         self.saved = self.step
-        if self.world.rank == 0 and not (self.folder / "config.json").exists():            # it was moved away meanwhile
-            self.write_identity()
-
-    def write_identity(self):
-        """The config and the tokenizer: a checkpoint cannot be used without them."""
-        data.write_atomic(self.folder / "config.json", json.dumps(dataclasses.asdict(self.c), indent=1))
-        self.loader.tokenizer.save(self.folder)
 
     def take_step(self) -> bool:
         """One update, logged -> whether any rank was asked to stop."""
-        c, world, scaler, start = self.c, self.world, self.scaler, time.perf_counter()
-        scale, lr, events = {"loss_scale": scaler.scale} if scaler else {}, lr_at(self.step, c), []
-        is_profiled = c.profile and self.step == self.first_step + 2
-        self.model.on_op = (lambda *event: events.append(event)) if is_profiled else None
+        c, start, lr = self.c, time.perf_counter(), lr_at(self.step, self.c)
+        scale = {"loss_scale": self.scaler.scale} if self.scaler else {}
         self.step += 1
-        loss, norm, stopping, statistics = train_step(self.model, self.optimizer, self.batches, self.step - 1, c,
-                                                      world, self.stop_signals, self.on_phase, scaler)
-        world.step = self.step
+        is_profiled = c.profile and self.step == self.first_step + 3
+        with profiled(self) if is_profiled else contextlib.nullcontext():
+            loss, norm, stopping, statistics = train_step(self.model, self.optimizer, self.batches, self.step - 1, c,
+                                                          self.world, self.stop_signals, self.on_phase, self.scaler)
+        self.world.step = self.step
         self.step_seconds.append(time.perf_counter() - start)
-        if is_profiled:
-            timeline = parallel.executed_timeline(parallel.gather_objects(events, world.host))
-            if world.rank == 0:
-                data.write_atomic(self.folder / "trace.json", json.dumps(parallel.chrome_trace(timeline)))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            if not scaler:
+            if not self.scaler:
                 raise FloatingPointError(f"loss {loss}, gradient norm {norm}")
             self.skipped += 1
-        self.log(step=self.step, loss=loss, grad_norm=norm, lr=lr,
-                 tokens_per_s=round(c.tokens_per_step / self.step_seconds[-1], 1), **scale, **statistics)
+        entry = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": lr,
+                 "tokens_per_s": round(c.tokens_per_step / self.step_seconds[-1], 1)} | scale | statistics
+        self.log(**entry)
         if self.step % c.log_interval == 0 or self.step == c.steps:
-            rate = c.tokens_per_step * len(self.step_seconds) / sum(self.step_seconds)
-            mfu = f"{rate * self.bill['flops_per_token'] / self.peak / world.size:5.1%}" if self.peak else "    -"
-            speed = f"{rate:9,.0f} tok/s  mfu {mfu}"
-            if c.objective == "rl":                                             # how long answers are, varies
-                speed = f"{rate / c.seq_len:7,.1f} answers/s"
-            self.say(f"loss {loss:7.4f}  lr {lr:.2e}  norm {norm:7.3f}  {speed}  {world.peak_memory() / 1e9:5.2f} GB  "
-                     f"eta {scaling.clock((c.steps - self.step) * c.tokens_per_step / rate)}"
-                     + (f"  scale {scale['loss_scale']:g}, {self.skipped} skipped" if scaler else "")
-                     + "".join(f"  {name} {value:.3f}" for name, value in statistics.items()))
+            self.say(step_line(self, entry, statistics))
             self.step_seconds.clear()
         return stopping
 
@@ -656,31 +598,6 @@ def rewarded_answers(gpt, tokenizer, questions, c: Config, numbers, max_tokens: 
     reward = data.find_reward(c.reward)
     rewards = [data.call_reward(reward, row, tokenizer.decode(ids)) for row, ids in zip(rows, answers, strict=True)]
     return prompts, answers, torch.tensor(rewards, dtype=torch.float64)
-
-
-def open_objective(run: Run, read_parent):
-    """What an objective also needs: held-out prompts to answer, and the text of pre-training, whose loss shows what is
-    forgotten. Also dpo's reference and rl's answers."""
-    c, world, tokenizer = run.c, run.world, run.loader.tokenizer
-    if every_rank_has_all_weights(c, world):
-        run.prompts = data.Examples(c.data, tokenizer, objective="rl", micro_batch_size=1, seq_len=c.seq_len,
-                                    split="val")
-    text = run.parent_card.get("text")
-    if text and world.first(lambda: Path(text, "manifest.json").exists()):
-        val = data.Loader(text, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
-        if val.num_windows and val.tokenizer.sha256 == tokenizer.sha256:
-            run.pretraining_val = val
-    if c.objective == "rl":
-        start = make_stage(c, world.device, read=read_parent)
-        run.batches = Rollouts(run.loader, run.model.chunks[0], start, c)
-    if c.objective == "dpo":
-        folder, loaders = run.folder / "reference", (run.loader, run.val)
-        if run.saved is None:                                  # the weights are those of the start: the run begins here
-            tables = {loader.split: answers_nll(run.model, loader, c, world) for loader in loaders}
-            world.first(lambda: data.write_tables(folder, tables))
-        reader = data.Reader(folder)
-        for loader in loaders:
-            loader.reference = reader.read(loader.split)
 
 
 class Rollouts:
@@ -735,11 +652,6 @@ def answers_nll(model: Model, loader, c: Config, world: parallel.World) -> torch
         window = batch["window"]                        # one that a rank reads again, without its targets, adds 0
         nll_by_document[window] = nll_by_document[window].scatter_add(1, batch["documents"], nll.double())
     return world.sum(nll_by_document).cpu()
-
-
-def every_rank_has_all_weights(c: Config, world: parallel.World) -> bool:
-    """Sampling needs that."""
-    return c.tp == c.pp == 1 and (c.zero < 3 or world.mesh.dp == 1)
 
 
 # ---- the lecture ends here -------------------------------------------------------------------------------------------
@@ -927,6 +839,18 @@ OBJECTIVE_DEFAULTS = {
 
 # ---- where a run begins: folders, checkpoints, data ------------------------------------------------------------------
 
+BadInput = scaling.BadInput                        # one line that names the flag, the rule and the value: exit code 2
+
+
+@contextlib.contextmanager
+def bad_input():
+    """While a run is built: a ValueError of another file is bad input too."""
+    try:
+        yield
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+
+
 def lock_folder(c: Config, stack: contextlib.ExitStack):
     """Only one process may use out/RUN, until `stack` is closed. A run that was refused leaves no empty folder."""
     checkpoints, lock = Path(c.out, "checkpoints"), Path(c.out, ".lock")
@@ -948,11 +872,7 @@ def lock_folder(c: Config, stack: contextlib.ExitStack):
 
 def find_checkpoint(c: Config, checkpoints: data.Checkpoints, loader) -> data.Reader | None:
     """The newest checkpoint that this run can go on with; None if there is none at all. Raises BadInput."""
-    steps_before = 0
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):                              # absent, or edited
-        steps_before = int(json.loads(Path(c.out, "config.json").read_text())["steps"])
-    # a wsd run may go back to an older checkpoint to become longer, but not to become shorter than it was
-    reader = checkpoints.newest(lambda meta: c.steps >= steps_before and not refusal(c, meta, loader))
+    reader = checkpoints.newest(lambda meta: not refusal(c, meta, loader))
     if reader is not None and (line := refusal(c, reader.meta, loader)):
         raise BadInput(line)
     return reader
@@ -1009,6 +929,46 @@ def open_data(c: Config, world: parallel.World):
     if tokenizer and loader.tokenizer.sha256 != tokenizer.sha256:
         raise BadInput(f"data must be prepared with the tokenizer of {c.init_from or c.tokenizer}, {c.data} is not")
     return loader, val
+
+
+def open_files(run: Run):
+    """Write the config and the tokenizer, without which no checkpoint can be used -> metrics.jsonl, open. Its lines up
+    to the run's step stay; that step's evaluation only if the checkpoint holds it: else it is made again."""
+    data.write_atomic(run.folder / "config.json", json.dumps(dataclasses.asdict(run.c), indent=1))
+    run.loader.tokenizer.save(run.folder)
+    is_evaluated = run.evaluation and run.evaluation["step"] == run.step
+    return data.open_metrics(run.folder / "metrics.jsonl", lambda line: line["step"] < run.step or (
+        line["step"] == run.step and (is_evaluated or "val_loss" not in line)))
+
+
+def every_rank_has_all_weights(c: Config, world: parallel.World) -> bool:
+    """Sampling needs that."""
+    return c.tp == c.pp == 1 and (c.zero < 3 or world.mesh.dp == 1)
+
+
+def open_objective(run: Run, read_parent):
+    """What an objective also needs: held-out prompts to answer, and the text of pre-training, whose loss shows what is
+    forgotten. Also dpo's reference and rl's answers."""
+    c, world, tokenizer = run.c, run.world, run.loader.tokenizer
+    if every_rank_has_all_weights(c, world):
+        run.prompts = data.Examples(c.data, tokenizer, objective="rl", micro_batch_size=1, seq_len=c.seq_len,
+                                    split="val")
+    text = run.parent_card.get("text")
+    if text and world.first(lambda: Path(text, "manifest.json").exists()):
+        val = data.Loader(text, micro_batch_size=c.micro_batch_size, seq_len=c.seq_len, split="val")
+        if val.num_windows and val.tokenizer.sha256 == tokenizer.sha256:
+            run.pretraining_val = val
+    if c.objective == "rl":
+        start = make_stage(c, world.device, read=read_parent)
+        run.batches = Rollouts(run.loader, run.model.chunks[0], start, c)
+    if c.objective == "dpo":
+        folder, loaders = run.folder / "reference", (run.loader, run.val)
+        if run.step == 0:                                      # the weights are still those of the starting model
+            tables = {loader.split: answers_nll(run.model, loader, c, world) for loader in loaders}
+            world.first(lambda: data.write_tables(folder, tables))
+        reader = data.Reader(folder)
+        for loader in loaders:
+            loader.reference = reader.read(loader.split)
 
 
 @functools.cache
@@ -1132,6 +1092,40 @@ def announcement(run: Run, seconds: float) -> str:
     return "\n".join(lines)
 
 
+def step_line(run: Run, entry: dict, statistics: dict) -> str:
+    """entry: of metrics.jsonl. The speed is that of the steps since the last printed line."""
+    c, rate = run.c, run.c.tokens_per_step * len(run.step_seconds) / sum(run.step_seconds)
+    mfu = f"{rate * run.bill['flops_per_token'] / run.peak / run.world.size:5.1%}" if run.peak else "    -"
+    speed = f"{rate:9,.0f} tok/s  mfu {mfu}"
+    if c.objective == "rl":                                                     # how long answers are, varies
+        speed = f"{rate / c.seq_len:7,.1f} answers/s"
+    return (f"loss {entry['loss']:7.4f}  lr {entry['lr']:.2e}  norm {entry['grad_norm']:7.3f}  {speed}  "
+            f"{run.world.peak_memory() / 1e9:5.2f} GB  "
+            f"eta {scaling.clock((c.steps - run.step) * c.tokens_per_step / rate)}"
+            + (f"  scale {entry['loss_scale']:g}, {run.skipped} skipped" if run.scaler else "")
+            + "".join(f"  {name} {value:.3f}" for name, value in statistics.items()))
+
+
+def evaluation_line(found: dict, c: Config) -> str:
+    formats = {"val_loss": "{:.4f} nats/token" if c.objective == "pretrain" else "loss {:.4f}",
+               "val_bpb": "{:.4f} bits/byte", "val_margin": "margin {:.3f}", "val_accuracy": "{:.1%} of pairs right",
+               "reward": "reward {:.3f}", "text_loss": "pre-training text {:.4f}"}
+    shown = [name for name in formats if name in found and (name, c.objective) != ("val_loss", "rl")]
+    return "validation " + ", ".join(formats[name].format(found[name]) for name in shown)
+
+
+@contextlib.contextmanager
+def profiled(run: Run):
+    """--profile: of the step inside, when each rank ran which pipeline operation, as OUT/trace.json."""
+    events = []
+    run.model.on_op = lambda *event: events.append(event)
+    yield
+    run.model.on_op = None
+    timeline = parallel.executed_timeline(parallel.gather_objects(events, run.world.host))
+    if run.world.rank == 0:
+        data.write_atomic(run.folder / "trace.json", json.dumps(parallel.chrome_trace(timeline)))
+
+
 def real_corpus(c: Config, ranks: int, epochs: float) -> str:
     """What to type where this Python's library is too little text for the config."""
     tokens = c.steps * c.tokens_per_step
@@ -1146,7 +1140,7 @@ def finish(run: Run):
     """A run's end: its card, the loss next to general compressors, continuations, and where everything is."""
     c, val, evaluation = run.c, run.val, run.evaluation
     prompts, separator, flag = [], "|", '--sample "def main("'
-    facts = run.card | {name: x for name, x in (evaluation or {}).items() if name != "step"}
+    facts = make_card(run) | (evaluation or {})
     data.write_atomic(run.folder / "card.md", f"# {c.out}\n\n" + "".join(f"- {k}: {v}\n" for k, v in facts.items()))
     if not evaluation:
         print("\nno validation: its documents do not fill one window of seq_len + 1 tokens")

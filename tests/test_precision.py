@@ -1282,7 +1282,8 @@ def test_a_mask_has_the_precision_of_the_products():
     c = train.parse_config([*MINI, "--attention", "sdpa", "--precision", "bf16"])
     documents = torch.ones(2, 8, dtype=torch.int64)
     for low_dtype in (None, torch.bfloat16):
-        gpt = train.meta_stage(c, torch.device("cpu"), None, 0, low_dtype)
+        policy = low_dtype and precision.ComputePolicy(low_dtype)
+        gpt = train.meta_stage(c, torch.device("cpu"), None, 0, policy)
         assert gpt.prepare(documents, torch.float32).dtype == (low_dtype or torch.float32)
 
 

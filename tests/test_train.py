@@ -782,11 +782,11 @@ def test_a_config_that_a_person_edited_is_written_anew(reference, corpus, tmp_pa
         assert (tmp_path / "run" / "config.json").read_text() == written
 
 
-def test_an_evaluation_is_left_when_a_stop_is_asked_for(reference, corpus, tmp_path):
-    """SIGHUP at its first forward pass: the run saves at once; what it leaves is made when it goes on."""
+def test_an_evaluation_is_finished_before_a_run_stops(reference, corpus, tmp_path):
+    """SIGHUP as it begins: the evaluation and one more step are made, then the run saves."""
     out = tmp_path / "run"
     assert child(corpus, out, interrupt=((6, "evaluate"), signal.SIGHUP)) == 0
-    assert steps_saved(out) == [4, 6] and [x["step"] for x in metrics(out)] == [1, 2, 3, 4, 5, 6]
+    assert steps_saved(out) == [4, 7] and [x["step"] for x in metrics(out)] == [1, 2, 3, 4, 5, 6, 6, 7]
     assert child(corpus, out) == 0 and metrics(out) == metrics(reference)
 
 
