@@ -47,9 +47,8 @@ folders hold whole tensors in the same layout, and a tokenizer: models come from
     G             global_batch_size   windows per step: step n takes places n G ... n G + G - 1 of the permuted epochs
 
 Map, in the order of the file
-    pre-training         whole files - sources - sides - tokenizer - shards - prepare - loader - mixture
-    after pre-training   chat - instructions - examples - rewards
-    models on disk       checkpoints - Hugging Face folders; then the demo and the command line
+    the lecture          whole files - tokenizer - sides - shards - prepare - loader; chat - examples; checkpoints
+    to be looked up      sources - mixture - instructions - rewards - Hugging Face folders - demo and command line
 
 Sources: BPE (Sennrich 2016, arXiv:1508.07909), SentencePiece (Kudo 2018, arXiv:1808.06226); Feistel with cycle walking
 (Black and Rogaway 2002); packing without cross-document targets as in Llama 3 (arXiv:2407.21783).
@@ -184,18 +183,6 @@ def new_folder(out: Path, key: str = ""):
     fsync_folder(out.parent)
 
 
-def open_metrics(path, keep):
-    """A .jsonl of one object per line, open for the lines to come. Lines stay where keep(object) is true. (A killed run
-    has lines of steps after its last checkpoint, which will be done again. The last line may be torn.)"""
-    path, lines = Path(path), []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):        # torn, or edited by a person
-            if keep(json.loads(line)):
-                lines.append(line.decode() + "\n")
-    write_atomic(path, "".join(lines))
-    return open(path, "a")
-
-
 def write_sealed(path, content: dict):
     """Write a JSON object with its own checksum, atomically."""
     body = json.dumps(content, indent=1, sort_keys=True)
@@ -214,207 +201,6 @@ def read_sealed(path, kind: str) -> dict:
         raise DataError(f"{path}: must be a {kind} manifest of version {FORMAT_VERSION}, "
                         f"got {content.get('kind')!r} version {content.get('version')!r}")
     return content
-
-
-# ---- sources ---------------------------------------------------------------------------------------------------------
-
-def source_files(sources) -> list[Path]:
-    """Sorted files behind names of files, folders and globs. ["stdlib"]: this Python's own library, without its tests.
-    Raises DataError for a name that matches no file of SUFFIXES. Token files, .bin, are read where a name or a glob
-    says so, not where a folder holds some."""
-    if list(sources) == ["stdlib"]:
-        root = Path(sysconfig.get_path("stdlib"))
-        others = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-        return sorted(p for p in root.rglob("*.py") if not others & set(p.relative_to(root).parts))
-    files = set()
-    for source in map(str, sources):
-        need(source.strip(), "source must be a name of files", source)
-        named = [source] if Path(source).exists() else glob.glob(source, recursive=True)
-        # below a folder: through symbolic links, without hidden files
-        below = [file for path in named for file in glob.glob(glob.escape(path) + "/**", recursive=True)]
-        found = {Path(file) for file in named if file.endswith((*SUFFIXES, ".bin"))}
-        found |= {Path(file) for file in below if file.endswith(SUFFIXES)}
-        # what a run wrote, its metrics and its card, is no text
-        found = {file for file in found if file.is_file() and not (file.parent / "checkpoints").is_dir()}
-        if not found:
-            prepared = (" (it holds tokens already)" if Path(source, "manifest.json").exists() else
-                        " (its manifest.json is missing: prepare it again)" if list(Path(source).glob("*.bin")) else "")
-            raise DataError(f"source {source!r} must match a .txt, .md, .py, .jsonl (or one of these with .gz or "
-                            f".zst), .parquet or .bin file, it matches none{prepared}")
-        files |= found
-    return sorted(files)
-
-
-def optional(module: str, package: str, what):
-    """An optional package's module, or DataError with the command that installs it."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise DataError(f"{what}: must be read by the package {package}: pip install {package}") from None
-
-
-def raw_documents(path: Path, field: str):
-    """Yield a file's documents undecoded. A .jsonl gives its lines, as bytes; a .parquet its rows, as str. Any other
-    file is one document, as bytes. A file larger than TEXT_BYTES is cut into several, at line ends."""
-    if path.suffix == ".parquet":
-        file = optional("pyarrow.parquet", "pyarrow", path).ParquetFile(path)
-        if field not in file.schema_arrow.names:
-            raise DataError(f"{path}: must have a column {field} (--text-field), it has {file.schema_arrow.names}")
-        for rows in file.iter_batches(256, columns=[field]):
-            yield from rows.column(0).to_pylist()
-        return
-    if path.suffix == ".zst":
-        file = io.BufferedReader(optional("pyarrow", "pyarrow", path).input_stream(str(path), compression="zstd"))
-    else:
-        file = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
-    with file:
-        if path.name.endswith(JSONL):
-            yield from file
-        else:
-            yield file.read(TEXT_BYTES) + file.readline()
-            while part := file.read(TEXT_BYTES):
-                yield part + file.readline()
-
-
-def token_documents(path: Path, tokenizer):
-    """The documents of a token file, ids (n,) uint16 without marks. nanoGPT's is ids alone; llm.c's and
-    modded-nanogpt's has 256 int32 first: 20240520, 1, how many ids. In both a document lies between two of the
-    tokenizer's marks, <|endoftext|> = 50256 for GPT-2: it may begin or end with it."""
-    if tokenizer is None:
-        raise DataError(f"{path}: a token file needs --tokenizer, the one that its ids are of (gpt2, say)")
-    head, size = np.fromfile(path, "<i4", 256), path.stat().st_size
-    has_header = len(head) == 256 and (head[:2] == (20240520, 1)).all()
-    if has_header and size != 1024 + 2 * int(head[2]) or size % 2 or size == 0 or head[:2].tobytes() == MAGIC:
-        raise DataError(f"{path}: must be uint16 ids, alone or after llm.c's header; it has {size} bytes, {head[:3]}")
-    ids = np.memmap(path, "<u2", "r", offset=1024 if has_header else 0)
-    marks, start = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None], 0
-    for first in range(0, len(ids), 2**24):
-        part = ids[first:first + 2**24]
-        if part.max() >= tokenizer.vocab_size:
-            raise DataError(f"{path}: ids must be below the tokenizer's {tokenizer.vocab_size}, got {part.max()}")
-        for end in (np.isin(part, marks).nonzero()[0] + first).tolist() + [len(ids)] * (first + 2**24 >= len(ids)):
-            if end > start:
-                yield ids[start:end]
-            start = end + 1
-
-
-def read_documents(files, field: str, tokenizer, dropped):
-    """Yield (path, document) of all files, in order: a str, or the ids (n,) of a token file. raw_documents and
-    token_documents say what a document is. dropped: a defaultdict(list) of files, by why a document was left out. Holds
-    no more than a document (of .parquet 256 rows). Raises DataError for a file that cannot be read."""
-    for path in files:
-        with name_in_errors(path, "cannot be read"):
-            if path.suffix == ".bin":
-                yield from ((path, ids) for ids in token_documents(path, tokenizer))
-                continue
-            for raw in raw_documents(path, field):
-                try:
-                    text = raw if path.suffix == ".parquet" else raw.decode("utf-8-sig")    # less a byte order mark
-                    if path.name.endswith(JSONL):
-                        text = json.loads(text)[field] if text.strip() else ""
-                    text.encode()                          # an escaped lone surrogate is no text, and no str is no text
-                    reason = "" if text.strip() else "empty"
-                except UnicodeError:
-                    reason = "invalid UTF-8"
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                    reason = f"no {field} field"
-                if reason:
-                    dropped[reason].append(path)
-                else:
-                    yield path, text
-
-
-def open_stream(source: str, field: str):
-    """The rows of hf:DATASET[:SUBSET][:SPLIT], an iterable of the package datasets. DATASET is a name on
-    huggingface.co, or a folder. Without SPLIT it is train."""
-    name, subset, split = (source.removeprefix("hf:").split(":") + ["", ""])[:3]
-    datasets = optional("datasets", "datasets", source)
-    rows = datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
-    if rows.column_names and field not in rows.column_names:
-        raise DataError(f"{source}: must have a column {field} (--text-field), it has {rows.column_names}")
-    return rows
-
-
-def chunks_of(items, size: int, length=len):
-    """Lists of items, each list of at least `size` in length together, but for the last."""
-    chunk, total = [], 0
-    for item in items:
-        chunk.append(item)
-        total += length(item)
-        if total >= size:
-            yield chunk
-            chunk, total = [], 0
-    if chunk:
-        yield chunk
-
-
-def write_down(source: str, folder: Path, field: str, most_bytes: float, log) -> list[Path]:
-    """A stream comes once, and preparing reads it again: so it is written down, in parts of PART_BYTES, each whole or
-    absent, until there are most_bytes. Called again, it goes on after the last part. -> the parts, .jsonl.gz."""
-    name = re.sub(r"\W+", "-", source)
-    parts = sorted(folder.glob(f"{name}.*.jsonl.gz"))                 # NAME.DOCUMENTS.BYTES, as many as up to its end
-    count, size = map(int, parts[-1].name.split(".")[1:3]) if parts else (0, 0)
-    if (folder / f"{name}.end").exists() or size >= most_bytes:
-        return parts
-    first, started = size, time.monotonic()
-    with name_in_errors(source, "cannot be read",
-                        ": hf: takes a folder, or a data set on huggingface.co, which needs the network"):
-        lines = (json.dumps({field: row[field]}) + "\n" for row in open_stream(source, field).skip(count))
-        for part in chunks_of(lines, PART_BYTES):
-            count, size = count + len(part), size + sum(map(len, part))
-            parts.append(folder / f"{name}.{count:012d}.{size:015d}.jsonl.gz")
-            write_atomic(parts[-1], gzip.compress("".join(part).encode(), 1, mtime=0))
-            log(f"{source}: {count:,} documents, {size / 1e6:,.0f} MB read, "
-                f"{(size - first) / 1e6 / (time.monotonic() - started):.1f} MB/s")
-            if size >= most_bytes:
-                return parts
-    write_atomic(folder / f"{name}.end", "")
-    return parts
-
-
-def newest_date(sources, files) -> str:
-    """The newest date among the files, ISO format. The files of an installed Python are dated by the installation, so
-    the standard library has the date of its release, which Python stamps into pydoc_data/topics.py."""
-    topics = Path(sysconfig.get_path("stdlib"), "pydoc_data", "topics.py")
-    if list(sources) == ["stdlib"] and topics in files:
-        if stamp := re.search(r"Sphinx on \w+ (\w+ +\d+) [\d:]+ (\d{4})", topics.read_text()[:200]):
-            return datetime.datetime.strptime(" ".join(stamp.groups()), "%b %d %Y").date().isoformat()
-    newest = max(path.stat().st_mtime for path in files)
-    return datetime.datetime.fromtimestamp(newest, datetime.UTC).date().isoformat()
-
-
-# ---- sides: which text is trained on, which is held out --------------------------------------------------------------
-
-TRAIN, VAL, SAMPLE = 1, 2, 4         # bits: the side of a document, both if it is cut; whether the tokenizer reads it
-
-
-def text_hash(text) -> int:
-    """A str's, or ids', 8-byte hash."""
-    raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text.tobytes()
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
-
-
-def held_out(hashes: np.ndarray, val_fraction: float, neither_empty: bool = True) -> np.ndarray:
-    """Which of the texts' hashes (n,) uint64 are held out, (n,) bool. Each hash decides for itself, so it does not
-    matter what else there is. neither_empty: only if that leaves validation or training empty, one text is moved there;
-    training comes first."""
-    need(0 <= val_fraction < 1, "val_fraction must be in [0, 1)", val_fraction)
-    val = hashes % np.uint64(10**6) < val_fraction * 10**6
-    if neither_empty and len(val):
-        if not val.any() and val_fraction > 0:
-            val[hashes.argmin()] = True
-        if val.all():
-            val[hashes.argmax()] = False
-    return val
-
-
-def split_documents(hashes: np.ndarray, sizes: np.ndarray, val_fraction: float) -> np.ndarray:
-    """Hashes and bytes of documents that differ, (n,) -> the side of each, (n,) uint8. About val_fraction of the bytes
-    is held out. A document that is twice as large as that is cut: its end is held out. Each of the others is on the
-    side that its own hash says."""
-    cut = (sizes > 2 * val_fraction * sizes.sum()) & (val_fraction > 0)
-    val = held_out(hashes, val_fraction, neither_empty=not cut.any())       # of a document that is cut both have a part
-    return (TRAIN * (~val | cut) + VAL * (val | cut)).astype(np.uint8)
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
@@ -569,6 +355,40 @@ def first_id(tokenizer) -> int:
     return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 
+# ---- sides: which text is trained on, which is held out --------------------------------------------------------------
+
+TRAIN, VAL, SAMPLE = 1, 2, 4         # bits: the side of a document, both if it is cut; whether the tokenizer reads it
+
+
+def text_hash(text) -> int:
+    """A str's, or ids', 8-byte hash."""
+    raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text.tobytes()
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
+
+
+def held_out(hashes: np.ndarray, val_fraction: float, neither_empty: bool = True) -> np.ndarray:
+    """Which of the texts' hashes (n,) uint64 are held out, (n,) bool. Each hash decides for itself, so it does not
+    matter what else there is. neither_empty: only if that leaves validation or training empty, one text is moved there;
+    training comes first."""
+    need(0 <= val_fraction < 1, "val_fraction must be in [0, 1)", val_fraction)
+    val = hashes % np.uint64(10**6) < val_fraction * 10**6
+    if neither_empty and len(val):
+        if not val.any() and val_fraction > 0:
+            val[hashes.argmin()] = True
+        if val.all():
+            val[hashes.argmax()] = False
+    return val
+
+
+def split_documents(hashes: np.ndarray, sizes: np.ndarray, val_fraction: float) -> np.ndarray:
+    """Hashes and bytes of documents that differ, (n,) -> the side of each, (n,) uint8. About val_fraction of the bytes
+    is held out. A document that is twice as large as that is cut: its end is held out. Each of the others is on the
+    side that its own hash says."""
+    cut = (sizes > 2 * val_fraction * sizes.sum()) & (val_fraction > 0)
+    val = held_out(hashes, val_fraction, neither_empty=not cut.any())       # of a document that is cut both have a part
+    return (TRAIN * (~val | cut) + VAL * (val | cut)).astype(np.uint8)
+
+
 # ---- shards ----------------------------------------------------------------------------------------------------------
 
 MAGIC, HEADER = b"LLMTOKEN", struct.Struct("<8sIIQII")        # 32 bytes
@@ -689,39 +509,6 @@ def size_of(document, tokenizer) -> int:
     return len(document.encode()) if isinstance(document, str) else int(tokenizer.token_bytes[document].sum())
 
 
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def estimate(files, streams, tokenizer, vocab_size: int, field: str, max_tokens: int, log) -> float:
-    """Say how large and how long it will be, from the first 2 MB -> bytes of text that must do for max_tokens."""
-    size = sum(p.stat().st_size * (3 if p.suffix in (".gz", ".zst", ".parquet") else 1) for p in files)    # 3: a guess
-    if not max_tokens and (streams or size < LARGE_BYTES):
-        return math.inf
-    first, start = "", time.monotonic()
-    with contextlib.suppress(Exception, SystemExit):             # what is wrong with a source is said when it is read
-        texts = (t for _, t in read_documents(files, field, tokenizer, defaultdict(list)))
-        rows = (row[field] for source in streams for row in open_stream(source, field))
-        for text in itertools.chain(texts, rows):
-            first += text[:2**21] if isinstance(text, str) else ""
-            if len(first) >= 2**21:
-                break
-    if len(first) < 2**10:                                                                   # token files alone, say
-        return math.inf
-    reading, middle = time.monotonic() - start, len(first) // 2
-    tokenizer = tokenizer or Tokenizer.train([first[:middle]], vocab_size)
-    start = time.monotonic()
-    per_token = len(first[middle:].encode()) / len(tokenizer.encode(first[middle:]))
-    encoding = 2 * (time.monotonic() - start)
-    size = min([size] * (not streams) + [max_tokens * per_token] * (max_tokens > 0))
-    seconds = size / len(first) * (3 * reading + encoding / num_cores())        # 3: survey, sample, shards read it
-    log(f"about {size / 1e6:,.0f} MB of text: {size / per_token / 1e6:,.1f} M tokens, "
-        f"{size / per_token * (2 if tokenizer.vocab_size <= 2**16 else 4) / 1e6:,.0f} MB on disk, "
-        f"some {math.ceil(seconds / 60)} min on {num_cores()} cores")
-    # more than it takes: a tokenizer of more text has more bytes per token, and some of the text is held out
-    return 1.3 * max_tokens * per_token if max_tokens else math.inf
-
-
 def survey(read, tokenizer, val_fraction: float, sample_bytes: int, most_bytes: float, log):
     """Read the documents, at most most_bytes of text -> what becomes of each, (n,) uint8 of the bits TRAIN, VAL and
     SAMPLE, 0 for a duplicate; {"dropped": counts, "bytes", "sample": bytes of it}."""
@@ -775,6 +562,19 @@ def encode_chunk(tokenizer, chunk) -> dict:
     return {split: (np.concatenate(arrays[split]), counts[split]) for split in arrays}
 
 
+def chunks_of(items, size: int, length=len):
+    """Lists of items, each list of at least `size` in length together, but for the last."""
+    chunk, total = [], 0
+    for item in items:
+        chunk.append(item)
+        total += length(item)
+        if total >= size:
+            yield chunk
+            chunk, total = [], 0
+    if chunk:
+        yield chunk
+
+
 def write_shards(folder: Path, tokenizer, documents, total_bytes: int, shard_tokens: int, max_tokens: int, log) -> dict:
     """(split, document), ... -> shards, and {split: {"documents", "bytes", "tokens", "shards"}}. A shard is in memory
     until it is full; then the other split's shard ends too. progress/shards.json then says what is whole: so many
@@ -816,13 +616,6 @@ def write_shards(folder: Path, tokenizer, documents, total_bytes: int, shard_tok
     for name, split in splits.items():
         log(f"{name}: {split['documents']:,} documents, {split['bytes'] / 1e6:.2f} MB, {split['tokens']:,} tokens")
     return splits
-
-
-def compressed_bpb(text: bytes) -> dict:
-    """Bits per byte that general compressors reach on the same text: a yardstick for a language model."""
-    import lzma
-    return {"gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
-            "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text)}
 
 
 # ---- loader ----------------------------------------------------------------------------------------------------------
@@ -981,106 +774,6 @@ class Loader(Batches):
         return b"".join(self.tokenizer.bytes[i] for i in targets.flatten().tolist() if i >= 0)
 
 
-# ---- mixture ---------------------------------------------------------------------------------------------------------
-
-def mixture(text: str) -> list:
-    """"0.7*web/,0.3*code/*.py" -> [(0.7, "web/"), (0.3, "code/*.py")], shares as Fractions whose sum is 1; [] for a
-    text without shares. Raises DataError."""
-    parts = [re.fullmatch(r"(\d+\.?\d*|\.\d+)\*(.+)", part) for part in text.split(",")]
-    if len(parts) < 2 or not any(parts):
-        return []
-    if not all(parts):
-        raise DataError(f"every source of a mixture must have a share, SHARE*SOURCE,SHARE*SOURCE; got {text}")
-    total = sum(Fraction(part[1]) for part in parts) or Fraction(1)
-    shares = [Fraction(part[1]) / total for part in parts]
-    if min(shares) < Fraction(1, 1000):
-        raise DataError(f"a source's share of a mixture must be at least 1/1000, got {text}")
-    return [(share, part[2]) for share, part in zip(shares, parts, strict=True)]
-
-
-def prepare_all(text: str, tokenizer=None, **settings) -> list:
-    """What --data names -> [(share, prepared folder), ...]: a prepared folder, sources between commas, or a mixture of
-    these. Each source of a mixture has a folder of its own, which serves other mixtures too. All have one tokenizer:
-    the given one; else that of the prepared folder with the largest share; else the largest source's new one."""
-    is_prepared = lambda source: Path(source, "manifest.json").exists()
-    parts, folders = mixture(text) or [(Fraction(1), text)], {}
-    for _, source in sorted(parts, key=lambda part: (not is_prepared(part[1]), -part[0])):
-        folders[source] = Path(source) if is_prepared(source) else prepare(
-            [source] if Path(source).exists() else source.split(","), tokenizer=tokenizer, **settings)
-        tokenizer = tokenizer or load_tokenizer(folders[source])
-    return [(share, folders[source]) for share, source in parts]
-
-
-def open_loader(parts, **layout):
-    """The Loader of prepare_all's only folder, or a Mixture of several."""
-    return Loader(parts[0][1], **layout) if len(parts) == 1 else Mixture(parts, **layout)
-
-
-class Mixture(Batches):
-    """Batches of several prepared folders with one tokenizer, each its share of the windows, which all have as many
-    tokens. parts: [(share, folder), ...], shares as Fractions whose sum is 1.
-
-    - The windows come in rounds, so long (1,000 windows and more) that each share of a round is a whole number n. (At
-      most 100,000: odder shares are rounded.) Window k of a source's n stands at (k + 1/2) / n of the round. So there
-      is no state but the position.
-    - Each source's windows come in the order of its own epochs.
-    - A held-out split ends where its first source ends; sources without a window of it are left out of it.
-    """
-
-    def __init__(self, parts, **layout):
-        super().__init__(max(parts, key=lambda part: part[0])[1], **layout)
-        parts = [(share, Loader(folder, **layout)) for share, folder in parts]
-        self.tokenizer = parts[0][1].tokenizer
-        if len({loader.tokenizer.sha256 for _, loader in parts}) > 1:
-            raise DataError("a mixture's folders must have one tokenizer (--tokenizer), these differ: "
-                            + ", ".join(str(loader.path) for _, loader in parts))
-        read = [part for part in parts if part[1].num_windows or self.split == "train"] or parts
-        self.loaders, total = [loader for _, loader in read], sum(share for share, _ in read)
-        self.shards = [shard for loader in self.loaders for shard in loader.shards]
-        ends = list(itertools.accumulate(share / total for share, _ in read))
-        multiple = min(math.lcm(*(end.denominator for end in ends)), 10**5)
-        self.round = math.ceil(1000 / multiple) * multiple
-        self.per_round = np.diff([0, *(round(end * self.round) for end in ends)])                   # n of each source
-        # of each window of a round: its source s, and its number k among the source's n
-        s, k = np.array([(s, k) for s, n in enumerate(self.per_round) for k in range(n)]).T
-        order = np.argsort((k + 0.5) / self.per_round[s], kind="stable")
-        self.source, self.number = s[order], k[order]
-        # it ends at the first position whose source has no window left
-        whole = [divmod(loader.num_windows, n) for loader, n in zip(self.loaders, self.per_round, strict=True)]
-        self.num_windows = int(min(rounds * self.round + np.flatnonzero(self.source == s)[rest]
-                                   for s, (rounds, rest) in enumerate(whole)))
-        manifests = [loader.manifest for _, loader in parts]
-        self.manifest = {
-            "sources": [source for m in manifests for source in m["sources"]],
-            "knowledge_cutoff": max(m["knowledge_cutoff"] for m in manifests),
-            "dropped": dict(sum((Counter(m["dropped"]) for m in manifests), Counter())),
-            "splits": {"train": {"tokens": sum(m["splits"]["train"]["tokens"] for m in manifests)}},
-            "fingerprint": hashlib.sha256(repr([(str(share), loader.manifest["fingerprint"])
-                                                for share, loader in parts]).encode()).hexdigest()}
-
-    def counts(self, position: int) -> list[int]:
-        """How many windows of each source come before a position."""
-        rounds, place = divmod(position, self.round)
-        return (rounds * self.per_round + np.bincount(self.source[:place], minlength=len(self.loaders))).tolist()
-
-    def batch(self, order) -> dict:
-        rounds, place = np.divmod(np.asarray(order, dtype=np.int64), self.round)
-        source, batch = self.source[place], {}
-        number = rounds * self.per_round[source] + self.number[place]
-        for s in np.unique(source):
-            rows = torch.from_numpy(source == s)
-            for name, x in self.loaders[s].batch(number[source == s]).items():
-                batch.setdefault(name, x.new_empty(len(rows), *x.shape[1:]))[rows] = x
-        return batch
-
-    def epochs(self, position: int) -> dict:
-        return {str(loader.path): n / max(1, loader.num_windows)
-                for loader, n in zip(self.loaders, self.counts(position), strict=True)}
-
-    def text(self, num_windows: int) -> bytes:
-        return b"".join(loader.text(n) for loader, n in zip(self.loaders, self.counts(num_windows), strict=True))
-
-
 # ---- chat ------------------------------------------------------------------------------------------------------------
 
 # Who speaks is told by marks. Each family of models has its own; a model that goes on training keeps those it knows.
@@ -1134,92 +827,6 @@ def encode_chat(tokenizer, messages, reply: bool = False) -> tuple[list[int], li
 def end_of_turn(tokenizer) -> int:
     """The id that ends an assistant's answer."""
     return mark_id(tokenizer, chat_format(tokenizer)[1])
-
-
-def chat_template(tokenizer) -> str:
-    """The convention of encode_chat as a Jinja template, what Hugging Face calls chat_template. It reads messages,
-    add_generation_prompt, bos_token and eos_token."""
-    def expression(text):
-        names = {"{role}": "message['role']", "{eos}": "eos_token"}
-        return " + ".join(names.get(part, repr(part)) for part in re.split("({role}|{eos})", text) if part) or "''"
-
-    opening, end, after_answer, after_other = chat_format(tokenizer)
-    after = f"({expression(end + after_answer)} if message['role'] == 'assistant' else {expression(after_other)})"
-    return ("{{ bos_token }}{% for message in messages %}{{ " + f"{expression(opening)} + message['content'] + {after}"
-            + " }}{% endfor %}{% if add_generation_prompt %}{{ "
-            + expression(opening.replace("{role}", "assistant")) + " }}{% endif %}")
-
-
-# ---- instructions ----------------------------------------------------------------------------------------------------
-
-WRITE_DOCSTRING = "Write the docstring of this function.\n\n"
-WRITE_FUNCTION = "Write a function with this docstring.\n\n"
-NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError)
-
-
-def parse_python(text: str) -> ast.Module:
-    """The syntax tree of a text; raises one of NOT_PYTHON, prints no warnings."""
-    with warnings.catch_warnings(action="ignore"):
-        return ast.parse(text)
-
-
-def functions(body):
-    """The functions among statements, and the methods of their classes."""
-    for node in body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node
-        elif isinstance(node, ast.ClassDef):
-            yield from functions(node.body)
-
-
-def function_rows(text: str):
-    """(prompt, answer) twice for every function that has a docstring and a body: write either from the other."""
-    for node in functions(parse_python(text).body):
-        docstring = ast.get_docstring(node)                                    # cleaned by inspect.cleandoc
-        if docstring and len(node.body) > 1:
-            node.body = node.body[1:]
-            function = ast.unparse(node)
-            yield WRITE_DOCSTRING + function, f'"""{docstring}"""'
-            yield WRITE_FUNCTION + docstring, function
-
-
-def instructions(sources, out, *, val_fraction: float = 0.05, max_chars: int = 600) -> dict:
-    """Instructions for fine-tuning, made from the functions of Python files -> counts of what was written and dropped.
-    out: a .jsonl of rows of sft, for Examples; prompts.jsonl in the same folder has the prompts that ask for a
-    function, for rewards. A row is on its document's side: documents that prepare() holds out make rows of split "val".
-    A prompt is on one side alone. Rows of more than max_chars characters are dropped, so are repeated ones."""
-    out, rows, prompts = Path(out), {}, {}
-    if out.name == "prompts.jsonl":
-        raise DataError(f"{out}: out must have another name, prompts.jsonl is written in the same folder")
-    read = functools.partial(read_documents, source_files(sources), "text", None)
-    side, found = survey(read, None, val_fraction, 0, math.inf, lambda line: None)
-    dropped = Counter(found["dropped"])
-    documents = [(bits & TRAIN, text) for (_, text), bits in zip(read(defaultdict(list)), side, strict=True) if bits]
-    for is_train, text in sorted(documents, key=lambda pair: pair[0]):                          # held-out ones first
-        split = "train" if is_train else "val"
-        try:
-            pairs = list(function_rows(text))
-        except NOT_PYTHON:
-            dropped["not Python"] += 1
-            continue
-        for prompt, answer in pairs:
-            if len(prompt) + len(answer) > max_chars:
-                dropped["too long"] += 1
-            elif (prompt, answer) in rows:
-                dropped["duplicate row"] += 1
-            elif prompts.setdefault(prompt, split) != split:                             # where it was seen first
-                dropped["prompt is held out"] += 1
-            else:
-                rows[prompt, answer] = split
-    if not rows:
-        raise DataError(f"{out}: sources must hold functions with docstrings, dropped: {dict(dropped)}")
-    chats = [{"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
-              "split": split} for (prompt, answer), split in rows.items()]
-    functions_asked = [{"prompt": p, "split": split} for p, split in prompts.items() if p.startswith(WRITE_FUNCTION)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for path, content in ((out, chats), (out.with_name("prompts.jsonl"), functions_asked)):
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in content))
-    return {**Counter(rows.values()), "prompts": len(functions_asked), "dropped": dict(dropped)}
 
 
 # ---- examples --------------------------------------------------------------------------------------------------------
@@ -1376,54 +983,6 @@ def rows_of(prompts, answers) -> dict:
     pad = functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     return {"tokens": pad([ids[:-1] for ids, _ in rows]),
             "targets": pad([targets[1:] for _, targets in rows], padding_value=NO_TARGET)}
-
-
-# ---- rewards ---------------------------------------------------------------------------------------------------------
-
-def parses(row: dict, answer: str) -> float:
-    """1.0 if the answer is Python and holds exactly one function at its top level, else 0.0."""
-    try:
-        body = parse_python(answer).body
-    except NOT_PYTHON:
-        return 0.0
-    return float(sum(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for node in body) == 1)
-
-
-def follows_format(row: dict, answer: str) -> float:
-    """1.0 if the answer to a prompt of instructions() looks like what was asked for, else 0.0; nan: another prompt."""
-    prompt, _ = conversation(row, "rl")
-    text = prompt[-1]["content"] if prompt else ""
-    if text.startswith(WRITE_DOCSTRING):
-        return float(answer.startswith('"""') and answer.endswith('"""') and bool(answer.strip('"').strip()))
-    return float(answer.startswith(("def ", "async def ", "@"))) if text.startswith(WRITE_FUNCTION) else math.nan
-
-
-REWARDS = {"parses": parses, "format": follows_format}       # f(row of the file, answer) -> a number
-
-
-@functools.cache                                             # a file of rewards is run once
-def find_reward(name: str):
-    """A function of REWARDS by its name, or FILE:FUNCTION from a Python file. Raises DataError."""
-    if name in REWARDS:
-        return REWARDS[name]
-    file, _, function = name.rpartition(":")
-    if not Path(file).is_file():
-        raise DataError(f"reward must be {', '.join(REWARDS)} or FILE:FUNCTION with a file that exists, got {name!r}")
-    with name_in_errors(file, "raised while it was loaded"):
-        found = runpy.run_path(file).get(function)
-    if not callable(found):
-        raise DataError(f"{file}: must hold a function named {function}, it does not")
-    return found
-
-
-def call_reward(reward, row: dict, answer: str) -> float:
-    """reward(row, answer), checked: a finite number; nan from follows_format alone. Raises DataError."""
-    name = getattr(reward, "__name__", reward)
-    with name_in_errors(f"reward {name}", "must give a finite number"):
-        value = reward(row, answer)
-    if not isinstance(value, numbers.Real) or not (math.isfinite(value) or reward is follows_format):
-        raise DataError(f"reward {name}: must give a finite number, got {value!r:.80}")
-    return float(value)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -1721,10 +1280,442 @@ class Checkpoints:
                     optimizer.state[p][key] = reader.read(name).to(p.device) if is_number else read(name, p)
 
 
+# ---- the lecture ends here -------------------------------------------------------------------------------------------
+#
+# What follows is for looking things up. Each section can be read alone.
+
+# ---- sources: kinds of files, streams --------------------------------------------------------------------------------
+
+def source_files(sources) -> list[Path]:
+    """Sorted files behind names of files, folders and globs. ["stdlib"]: this Python's own library, without its tests.
+    Raises DataError for a name that matches no file of SUFFIXES. Token files, .bin, are read where a name or a glob
+    says so, not where a folder holds some."""
+    if list(sources) == ["stdlib"]:
+        root = Path(sysconfig.get_path("stdlib"))
+        others = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+        return sorted(p for p in root.rglob("*.py") if not others & set(p.relative_to(root).parts))
+    files = set()
+    for source in map(str, sources):
+        need(source.strip(), "source must be a name of files", source)
+        named = [source] if Path(source).exists() else glob.glob(source, recursive=True)
+        # below a folder: through symbolic links, without hidden files
+        below = [file for path in named for file in glob.glob(glob.escape(path) + "/**", recursive=True)]
+        found = {Path(file) for file in named if file.endswith((*SUFFIXES, ".bin"))}
+        found |= {Path(file) for file in below if file.endswith(SUFFIXES)}
+        # what a run wrote, its metrics and its card, is no text
+        found = {file for file in found if file.is_file() and not (file.parent / "checkpoints").is_dir()}
+        if not found:
+            prepared = (" (it holds tokens already)" if Path(source, "manifest.json").exists() else
+                        " (its manifest.json is missing: prepare it again)" if list(Path(source).glob("*.bin")) else "")
+            raise DataError(f"source {source!r} must match a .txt, .md, .py, .jsonl (or one of these with .gz or "
+                            f".zst), .parquet or .bin file, it matches none{prepared}")
+        files |= found
+    return sorted(files)
+
+
+def optional(module: str, package: str, what):
+    """An optional package's module, or DataError with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise DataError(f"{what}: must be read by the package {package}: pip install {package}") from None
+
+
+def raw_documents(path: Path, field: str):
+    """Yield a file's documents undecoded. A .jsonl gives its lines, as bytes; a .parquet its rows, as str. Any other
+    file is one document, as bytes. A file larger than TEXT_BYTES is cut into several, at line ends."""
+    if path.suffix == ".parquet":
+        file = optional("pyarrow.parquet", "pyarrow", path).ParquetFile(path)
+        if field not in file.schema_arrow.names:
+            raise DataError(f"{path}: must have a column {field} (--text-field), it has {file.schema_arrow.names}")
+        for rows in file.iter_batches(256, columns=[field]):
+            yield from rows.column(0).to_pylist()
+        return
+    if path.suffix == ".zst":
+        file = io.BufferedReader(optional("pyarrow", "pyarrow", path).input_stream(str(path), compression="zstd"))
+    else:
+        file = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+    with file:
+        if path.name.endswith(JSONL):
+            yield from file
+        else:
+            yield file.read(TEXT_BYTES) + file.readline()
+            while part := file.read(TEXT_BYTES):
+                yield part + file.readline()
+
+
+def token_documents(path: Path, tokenizer):
+    """The documents of a token file, ids (n,) uint16 without marks. nanoGPT's is ids alone; llm.c's and
+    modded-nanogpt's has 256 int32 first: 20240520, 1, how many ids. In both a document lies between two of the
+    tokenizer's marks, <|endoftext|> = 50256 for GPT-2: it may begin or end with it."""
+    if tokenizer is None:
+        raise DataError(f"{path}: a token file needs --tokenizer, the one that its ids are of (gpt2, say)")
+    head, size = np.fromfile(path, "<i4", 256), path.stat().st_size
+    has_header = len(head) == 256 and (head[:2] == (20240520, 1)).all()
+    if has_header and size != 1024 + 2 * int(head[2]) or size % 2 or size == 0 or head[:2].tobytes() == MAGIC:
+        raise DataError(f"{path}: must be uint16 ids, alone or after llm.c's header; it has {size} bytes, {head[:3]}")
+    ids = np.memmap(path, "<u2", "r", offset=1024 if has_header else 0)
+    marks, start = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None], 0
+    for first in range(0, len(ids), 2**24):
+        part = ids[first:first + 2**24]
+        if part.max() >= tokenizer.vocab_size:
+            raise DataError(f"{path}: ids must be below the tokenizer's {tokenizer.vocab_size}, got {part.max()}")
+        for end in (np.isin(part, marks).nonzero()[0] + first).tolist() + [len(ids)] * (first + 2**24 >= len(ids)):
+            if end > start:
+                yield ids[start:end]
+            start = end + 1
+
+
+def read_documents(files, field: str, tokenizer, dropped):
+    """Yield (path, document) of all files, in order: a str, or the ids (n,) of a token file. raw_documents and
+    token_documents say what a document is. dropped: a defaultdict(list) of files, by why a document was left out. Holds
+    no more than a document (of .parquet 256 rows). Raises DataError for a file that cannot be read."""
+    for path in files:
+        with name_in_errors(path, "cannot be read"):
+            if path.suffix == ".bin":
+                yield from ((path, ids) for ids in token_documents(path, tokenizer))
+                continue
+            for raw in raw_documents(path, field):
+                try:
+                    text = raw if path.suffix == ".parquet" else raw.decode("utf-8-sig")    # less a byte order mark
+                    if path.name.endswith(JSONL):
+                        text = json.loads(text)[field] if text.strip() else ""
+                    text.encode()                          # an escaped lone surrogate is no text, and no str is no text
+                    reason = "" if text.strip() else "empty"
+                except UnicodeError:
+                    reason = "invalid UTF-8"
+                except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                    reason = f"no {field} field"
+                if reason:
+                    dropped[reason].append(path)
+                else:
+                    yield path, text
+
+
+def open_stream(source: str, field: str):
+    """The rows of hf:DATASET[:SUBSET][:SPLIT], an iterable of the package datasets. DATASET is a name on
+    huggingface.co, or a folder. Without SPLIT it is train."""
+    name, subset, split = (source.removeprefix("hf:").split(":") + ["", ""])[:3]
+    datasets = optional("datasets", "datasets", source)
+    rows = datasets.load_dataset(name, subset or None, split=split or "train", streaming=True)
+    if rows.column_names and field not in rows.column_names:
+        raise DataError(f"{source}: must have a column {field} (--text-field), it has {rows.column_names}")
+    return rows
+
+
+def write_down(source: str, folder: Path, field: str, most_bytes: float, log) -> list[Path]:
+    """A stream comes once, and preparing reads it again: so it is written down, in parts of PART_BYTES, each whole or
+    absent, until there are most_bytes. Called again, it goes on after the last part. -> the parts, .jsonl.gz."""
+    name = re.sub(r"\W+", "-", source)
+    parts = sorted(folder.glob(f"{name}.*.jsonl.gz"))                 # NAME.DOCUMENTS.BYTES, as many as up to its end
+    count, size = map(int, parts[-1].name.split(".")[1:3]) if parts else (0, 0)
+    if (folder / f"{name}.end").exists() or size >= most_bytes:
+        return parts
+    first, started = size, time.monotonic()
+    with name_in_errors(source, "cannot be read",
+                        ": hf: takes a folder, or a data set on huggingface.co, which needs the network"):
+        lines = (json.dumps({field: row[field]}) + "\n" for row in open_stream(source, field).skip(count))
+        for part in chunks_of(lines, PART_BYTES):
+            count, size = count + len(part), size + sum(map(len, part))
+            parts.append(folder / f"{name}.{count:012d}.{size:015d}.jsonl.gz")
+            write_atomic(parts[-1], gzip.compress("".join(part).encode(), 1, mtime=0))
+            log(f"{source}: {count:,} documents, {size / 1e6:,.0f} MB read, "
+                f"{(size - first) / 1e6 / (time.monotonic() - started):.1f} MB/s")
+            if size >= most_bytes:
+                return parts
+    write_atomic(folder / f"{name}.end", "")
+    return parts
+
+
+def newest_date(sources, files) -> str:
+    """The newest date among the files, ISO format. The files of an installed Python are dated by the installation, so
+    the standard library has the date of its release, which Python stamps into pydoc_data/topics.py."""
+    topics = Path(sysconfig.get_path("stdlib"), "pydoc_data", "topics.py")
+    if list(sources) == ["stdlib"] and topics in files:
+        if stamp := re.search(r"Sphinx on \w+ (\w+ +\d+) [\d:]+ (\d{4})", topics.read_text()[:200]):
+            return datetime.datetime.strptime(" ".join(stamp.groups()), "%b %d %Y").date().isoformat()
+    newest = max(path.stat().st_mtime for path in files)
+    return datetime.datetime.fromtimestamp(newest, datetime.UTC).date().isoformat()
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def estimate(files, streams, tokenizer, vocab_size: int, field: str, max_tokens: int, log) -> float:
+    """Say how large and how long it will be, from the first 2 MB -> bytes of text that must do for max_tokens."""
+    size = sum(p.stat().st_size * (3 if p.suffix in (".gz", ".zst", ".parquet") else 1) for p in files)    # 3: a guess
+    if not max_tokens and (streams or size < LARGE_BYTES):
+        return math.inf
+    first, start = "", time.monotonic()
+    with contextlib.suppress(Exception, SystemExit):             # what is wrong with a source is said when it is read
+        texts = (t for _, t in read_documents(files, field, tokenizer, defaultdict(list)))
+        rows = (row[field] for source in streams for row in open_stream(source, field))
+        for text in itertools.chain(texts, rows):
+            first += text[:2**21] if isinstance(text, str) else ""
+            if len(first) >= 2**21:
+                break
+    if len(first) < 2**10:                                                                   # token files alone, say
+        return math.inf
+    reading, middle = time.monotonic() - start, len(first) // 2
+    tokenizer = tokenizer or Tokenizer.train([first[:middle]], vocab_size)
+    start = time.monotonic()
+    per_token = len(first[middle:].encode()) / len(tokenizer.encode(first[middle:]))
+    encoding = 2 * (time.monotonic() - start)
+    size = min([size] * (not streams) + [max_tokens * per_token] * (max_tokens > 0))
+    seconds = size / len(first) * (3 * reading + encoding / num_cores())        # 3: survey, sample, shards read it
+    log(f"about {size / 1e6:,.0f} MB of text: {size / per_token / 1e6:,.1f} M tokens, "
+        f"{size / per_token * (2 if tokenizer.vocab_size <= 2**16 else 4) / 1e6:,.0f} MB on disk, "
+        f"some {math.ceil(seconds / 60)} min on {num_cores()} cores")
+    # more than it takes: a tokenizer of more text has more bytes per token, and some of the text is held out
+    return 1.3 * max_tokens * per_token if max_tokens else math.inf
+
+
+# ---- mixture ---------------------------------------------------------------------------------------------------------
+
+def mixture(text: str) -> list:
+    """"0.7*web/,0.3*code/*.py" -> [(0.7, "web/"), (0.3, "code/*.py")], shares as Fractions whose sum is 1; [] for a
+    text without shares. Raises DataError."""
+    parts = [re.fullmatch(r"(\d+\.?\d*|\.\d+)\*(.+)", part) for part in text.split(",")]
+    if len(parts) < 2 or not any(parts):
+        return []
+    if not all(parts):
+        raise DataError(f"every source of a mixture must have a share, SHARE*SOURCE,SHARE*SOURCE; got {text}")
+    total = sum(Fraction(part[1]) for part in parts) or Fraction(1)
+    shares = [Fraction(part[1]) / total for part in parts]
+    if min(shares) < Fraction(1, 1000):
+        raise DataError(f"a source's share of a mixture must be at least 1/1000, got {text}")
+    return [(share, part[2]) for share, part in zip(shares, parts, strict=True)]
+
+
+def prepare_all(text: str, tokenizer=None, **settings) -> list:
+    """What --data names -> [(share, prepared folder), ...]: a prepared folder, sources between commas, or a mixture of
+    these. Each source of a mixture has a folder of its own, which serves other mixtures too. All have one tokenizer:
+    the given one; else that of the prepared folder with the largest share; else the largest source's new one."""
+    is_prepared = lambda source: Path(source, "manifest.json").exists()
+    parts, folders = mixture(text) or [(Fraction(1), text)], {}
+    for _, source in sorted(parts, key=lambda part: (not is_prepared(part[1]), -part[0])):
+        folders[source] = Path(source) if is_prepared(source) else prepare(
+            [source] if Path(source).exists() else source.split(","), tokenizer=tokenizer, **settings)
+        tokenizer = tokenizer or load_tokenizer(folders[source])
+    return [(share, folders[source]) for share, source in parts]
+
+
+def open_loader(parts, **layout):
+    """The Loader of prepare_all's only folder, or a Mixture of several."""
+    return Loader(parts[0][1], **layout) if len(parts) == 1 else Mixture(parts, **layout)
+
+
+class Mixture(Batches):
+    """Batches of several prepared folders with one tokenizer, each its share of the windows, which all have as many
+    tokens. parts: [(share, folder), ...], shares as Fractions whose sum is 1.
+
+    - The windows come in rounds, so long (1,000 windows and more) that each share of a round is a whole number n. (At
+      most 100,000: odder shares are rounded.) Window k of a source's n stands at (k + 1/2) / n of the round. So there
+      is no state but the position.
+    - Each source's windows come in the order of its own epochs.
+    - A held-out split ends where its first source ends; sources without a window of it are left out of it.
+    """
+
+    def __init__(self, parts, **layout):
+        super().__init__(max(parts, key=lambda part: part[0])[1], **layout)
+        parts = [(share, Loader(folder, **layout)) for share, folder in parts]
+        self.tokenizer = parts[0][1].tokenizer
+        if len({loader.tokenizer.sha256 for _, loader in parts}) > 1:
+            raise DataError("a mixture's folders must have one tokenizer (--tokenizer), these differ: "
+                            + ", ".join(str(loader.path) for _, loader in parts))
+        read = [part for part in parts if part[1].num_windows or self.split == "train"] or parts
+        self.loaders, total = [loader for _, loader in read], sum(share for share, _ in read)
+        self.shards = [shard for loader in self.loaders for shard in loader.shards]
+        ends = list(itertools.accumulate(share / total for share, _ in read))
+        multiple = min(math.lcm(*(end.denominator for end in ends)), 10**5)
+        self.round = math.ceil(1000 / multiple) * multiple
+        self.per_round = np.diff([0, *(round(end * self.round) for end in ends)])                   # n of each source
+        # of each window of a round: its source s, and its number k among the source's n
+        s, k = np.array([(s, k) for s, n in enumerate(self.per_round) for k in range(n)]).T
+        order = np.argsort((k + 0.5) / self.per_round[s], kind="stable")
+        self.source, self.number = s[order], k[order]
+        # it ends at the first position whose source has no window left
+        whole = [divmod(loader.num_windows, n) for loader, n in zip(self.loaders, self.per_round, strict=True)]
+        self.num_windows = int(min(rounds * self.round + np.flatnonzero(self.source == s)[rest]
+                                   for s, (rounds, rest) in enumerate(whole)))
+        manifests = [loader.manifest for _, loader in parts]
+        self.manifest = {
+            "sources": [source for m in manifests for source in m["sources"]],
+            "knowledge_cutoff": max(m["knowledge_cutoff"] for m in manifests),
+            "dropped": dict(sum((Counter(m["dropped"]) for m in manifests), Counter())),
+            "splits": {"train": {"tokens": sum(m["splits"]["train"]["tokens"] for m in manifests)}},
+            "fingerprint": hashlib.sha256(repr([(str(share), loader.manifest["fingerprint"])
+                                                for share, loader in parts]).encode()).hexdigest()}
+
+    def counts(self, position: int) -> list[int]:
+        """How many windows of each source come before a position."""
+        rounds, place = divmod(position, self.round)
+        return (rounds * self.per_round + np.bincount(self.source[:place], minlength=len(self.loaders))).tolist()
+
+    def batch(self, order) -> dict:
+        rounds, place = np.divmod(np.asarray(order, dtype=np.int64), self.round)
+        source, batch = self.source[place], {}
+        number = rounds * self.per_round[source] + self.number[place]
+        for s in np.unique(source):
+            rows = torch.from_numpy(source == s)
+            for name, x in self.loaders[s].batch(number[source == s]).items():
+                batch.setdefault(name, x.new_empty(len(rows), *x.shape[1:]))[rows] = x
+        return batch
+
+    def epochs(self, position: int) -> dict:
+        return {str(loader.path): n / max(1, loader.num_windows)
+                for loader, n in zip(self.loaders, self.counts(position), strict=True)}
+
+    def text(self, num_windows: int) -> bytes:
+        return b"".join(loader.text(n) for loader, n in zip(self.loaders, self.counts(num_windows), strict=True))
+
+
+# ---- instructions ----------------------------------------------------------------------------------------------------
+
+WRITE_DOCSTRING = "Write the docstring of this function.\n\n"
+WRITE_FUNCTION = "Write a function with this docstring.\n\n"
+NOT_PYTHON = (SyntaxError, ValueError, RecursionError, MemoryError)
+
+
+def parse_python(text: str) -> ast.Module:
+    """The syntax tree of a text; raises one of NOT_PYTHON, prints no warnings."""
+    with warnings.catch_warnings(action="ignore"):
+        return ast.parse(text)
+
+
+def functions(body):
+    """The functions among statements, and the methods of their classes."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+        elif isinstance(node, ast.ClassDef):
+            yield from functions(node.body)
+
+
+def function_rows(text: str):
+    """(prompt, answer) twice for every function that has a docstring and a body: write either from the other."""
+    for node in functions(parse_python(text).body):
+        docstring = ast.get_docstring(node)                                    # cleaned by inspect.cleandoc
+        if docstring and len(node.body) > 1:
+            node.body = node.body[1:]
+            function = ast.unparse(node)
+            yield WRITE_DOCSTRING + function, f'"""{docstring}"""'
+            yield WRITE_FUNCTION + docstring, function
+
+
+def instructions(sources, out, *, val_fraction: float = 0.05, max_chars: int = 600) -> dict:
+    """Instructions for fine-tuning, made from the functions of Python files -> counts of what was written and dropped.
+    out: a .jsonl of rows of sft, for Examples; prompts.jsonl in the same folder has the prompts that ask for a
+    function, for rewards. A row is on its document's side: documents that prepare() holds out make rows of split "val".
+    A prompt is on one side alone. Rows of more than max_chars characters are dropped, so are repeated ones."""
+    out, rows, prompts = Path(out), {}, {}
+    if out.name == "prompts.jsonl":
+        raise DataError(f"{out}: out must have another name, prompts.jsonl is written in the same folder")
+    read = functools.partial(read_documents, source_files(sources), "text", None)
+    side, found = survey(read, None, val_fraction, 0, math.inf, lambda line: None)
+    dropped = Counter(found["dropped"])
+    documents = [(bits & TRAIN, text) for (_, text), bits in zip(read(defaultdict(list)), side, strict=True) if bits]
+    for is_train, text in sorted(documents, key=lambda pair: pair[0]):                          # held-out ones first
+        split = "train" if is_train else "val"
+        try:
+            pairs = list(function_rows(text))
+        except NOT_PYTHON:
+            dropped["not Python"] += 1
+            continue
+        for prompt, answer in pairs:
+            if len(prompt) + len(answer) > max_chars:
+                dropped["too long"] += 1
+            elif (prompt, answer) in rows:
+                dropped["duplicate row"] += 1
+            elif prompts.setdefault(prompt, split) != split:                             # where it was seen first
+                dropped["prompt is held out"] += 1
+            else:
+                rows[prompt, answer] = split
+    if not rows:
+        raise DataError(f"{out}: sources must hold functions with docstrings, dropped: {dict(dropped)}")
+    chats = [{"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
+              "split": split} for (prompt, answer), split in rows.items()]
+    functions_asked = [{"prompt": p, "split": split} for p, split in prompts.items() if p.startswith(WRITE_FUNCTION)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for path, content in ((out, chats), (out.with_name("prompts.jsonl"), functions_asked)):
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in content))
+    return {**Counter(rows.values()), "prompts": len(functions_asked), "dropped": dict(dropped)}
+
+
+# ---- rewards ---------------------------------------------------------------------------------------------------------
+
+def parses(row: dict, answer: str) -> float:
+    """1.0 if the answer is Python and holds exactly one function at its top level, else 0.0."""
+    try:
+        body = parse_python(answer).body
+    except NOT_PYTHON:
+        return 0.0
+    return float(sum(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for node in body) == 1)
+
+
+def follows_format(row: dict, answer: str) -> float:
+    """1.0 if the answer to a prompt of instructions() looks like what was asked for, else 0.0; nan: another prompt."""
+    prompt, _ = conversation(row, "rl")
+    text = prompt[-1]["content"] if prompt else ""
+    if text.startswith(WRITE_DOCSTRING):
+        return float(answer.startswith('"""') and answer.endswith('"""') and bool(answer.strip('"').strip()))
+    return float(answer.startswith(("def ", "async def ", "@"))) if text.startswith(WRITE_FUNCTION) else math.nan
+
+
+REWARDS = {"parses": parses, "format": follows_format}       # f(row of the file, answer) -> a number
+
+
+@functools.cache                                             # a file of rewards is run once
+def find_reward(name: str):
+    """A function of REWARDS by its name, or FILE:FUNCTION from a Python file. Raises DataError."""
+    if name in REWARDS:
+        return REWARDS[name]
+    file, _, function = name.rpartition(":")
+    if not Path(file).is_file():
+        raise DataError(f"reward must be {', '.join(REWARDS)} or FILE:FUNCTION with a file that exists, got {name!r}")
+    with name_in_errors(file, "raised while it was loaded"):
+        found = runpy.run_path(file).get(function)
+    if not callable(found):
+        raise DataError(f"{file}: must hold a function named {function}, it does not")
+    return found
+
+
+def call_reward(reward, row: dict, answer: str) -> float:
+    """reward(row, answer), checked: a finite number; nan from follows_format alone. Raises DataError."""
+    name = getattr(reward, "__name__", reward)
+    with name_in_errors(f"reward {name}", "must give a finite number"):
+        value = reward(row, answer)
+    if not isinstance(value, numbers.Real) or not (math.isfinite(value) or reward is follows_format):
+        raise DataError(f"reward {name}: must give a finite number, got {value!r:.80}")
+    return float(value)
+
+
+# ---- what a run writes and measures besides --------------------------------------------------------------------------
+
+def open_metrics(path, keep):
+    """A .jsonl of one object per line, open for the lines to come. Lines stay where keep(object) is true. (A killed run
+    has lines of steps after its last checkpoint, which will be done again. The last line may be torn.)"""
+    path, lines = Path(path), []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):        # torn, or edited by a person
+            if keep(json.loads(line)):
+                lines.append(line.decode() + "\n")
+    write_atomic(path, "".join(lines))
+    return open(path, "a")
+
+
 def write_tables(folder, tables: dict):
     """{name: tensor} as a checkpoint folder, in the place of one that was there."""
     shutil.rmtree(folder, ignore_errors=True)
     write_checkpoint(folder, [(name, [(0, size, size) for size in x.shape], x) for name, x in tables.items()], {})
+
+
+def compressed_bpb(text: bytes) -> dict:
+    """Bits per byte that general compressors reach on the same text: a yardstick for a language model."""
+    import lzma
+    return {"gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
+            "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text)}
 
 
 # ---- Hugging Face folders --------------------------------------------------------------------------------------------
@@ -1890,6 +1881,20 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
         "decoder": {"type": "Sequence", "decoders": [
             {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "}, {"type": "ByteFallback"},
             {"type": "Fuse"}]}}
+
+
+def chat_template(tokenizer) -> str:
+    """The convention of encode_chat as a Jinja template, what Hugging Face calls chat_template. It reads messages,
+    add_generation_prompt, bos_token and eos_token."""
+    def expression(text):
+        names = {"{role}": "message['role']", "{eos}": "eos_token"}
+        return " + ".join(names.get(part, repr(part)) for part in re.split("({role}|{eos})", text) if part) or "''"
+
+    opening, end, after_answer, after_other = chat_format(tokenizer)
+    after = f"({expression(end + after_answer)} if message['role'] == 'assistant' else {expression(after_other)})"
+    return ("{{ bos_token }}{% for message in messages %}{{ " + f"{expression(opening)} + message['content'] + {after}"
+            + " }}{% endfor %}{% if add_generation_prompt %}{{ "
+            + expression(opening.replace("{role}", "assistant")) + " }}{% endif %}")
 
 
 def export_folder(out, config: dict, tensors, tokenizer: Tokenizer, *, chat_template: str | None = None,

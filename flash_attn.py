@@ -43,8 +43,9 @@ What it costs, T = S, forward / backward:  FLOPs 4 T^2 D / 10 T^2 D per head (re
 separate backward kernels make it seven: 14 T^2 D), halved by causality. Memory O(T).
 
 Map: attention_reference - online softmax - causal tiles - the Triton kernels - flash_attention, the function to call -
-masks in general - the tiled version in torch - launching and tuning - checks - demo. Not here: dropout, ALiBi and other
-score changes, paged KV caches, FP8. Counted in tests/test_flash_attn.py: bytes that the kernels ask of HBM.
+masks in general - the tiled version in torch. Below the lecture: launching and tuning - checks - demo. Not here:
+dropout, ALiBi and other score changes, paged KV caches, FP8. Counted in tests/test_flash_attn.py: bytes that the
+kernels ask of HBM.
 
 Sources: FlashAttention (Dao 2022, arXiv:2205.14135); FlashAttention-2 (Dao 2023, 2307.08691): loops swapped;
 online softmax (Milakov and Gimelshein 2018, 1805.02867); GQA (2305.13245); Triton (Tillet 2019).
@@ -707,6 +708,10 @@ def flash_backward_torch(do, dlse, q, k, v, o, lse, causal, sm_scale, window, do
     dkf /= LOG2E                                                                    # q_i carried sm_scale * LOG2E
     return tuple(torch.empty_like(dense(x)).copy_(dx) for x, dx in ((q, dqf.flatten(1, 2)), (k, dkf), (v, dvf)))
 
+
+# ---- the lecture ends here -------------------------------------------------------------------------------------------
+#
+# What follows is for looking things up.
 
 # ---- launching and tuning the kernels --------------------------------------------------------------------------------
 #

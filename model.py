@@ -31,8 +31,8 @@ Three things differ from the textbook, because other files need them:
   * Attention is a function that is handed in, the head is a module, layers are a dictionary: other files replace them
     from outside. Nothing below knows of devices, ranks or precision.
 
-Map: ModelConfig - parts of a block - the loss - GPT - weights by name - counting - SFT, DPO, RL - Hugging Face - demo.
-Not here: tiling of attention, splitting over ranks, number formats.
+Map: ModelConfig - parts of a block - the loss - GPT - weights by name - counting - SFT, DPO, RL. Below the lecture:
+Hugging Face - demo. Not here: tiling of attention, splitting over ranks, number formats.
 
 Sources: Vaswani 2017 (arXiv:1706.03762); GPT-2 (Radford 2019); RMSNorm (1910.07467); RoPE (2104.09864); SwiGLU
 (2002.05202); GQA (2305.13245); QK-norm as in Qwen3 (2505.09388); Llama 2 (2307.09288).
@@ -596,6 +596,10 @@ def nll_of(gpt, batch) -> torch.Tensor:
     device = next(gpt.parameters()).device
     return gpt(batch["tokens"].to(device), batch["targets"].to(device))[1]
 
+
+# ---- the lecture ends here -------------------------------------------------------------------------------------------
+#
+# What follows is for looking things up.
 
 # ---- Hugging Face folders --------------------------------------------------------------------------------------------
 

@@ -46,8 +46,8 @@ A parameter knows which piece it is: full_name; box, a (start, stop, size) per d
 whose ranks have parts of its gradient (of norms under sequence parallelism, of a weight that two stages share).
 
 Map: groups and collectives - three short forms - Mesh - data parallel - tensor parallel - schedules, simulate -
-run_schedule - global quantities - World - CommLedger - demo. Not here: sharded optimizer states (zero.py), context
-parallelism, experts.
+run_schedule. Below the lecture: global quantities - World - CommLedger - demo. Not here: sharded optimizer states
+(zero.py), context parallelism, experts.
 
 run: python parallel.py        (starts its own ranks)
 """
@@ -940,6 +940,10 @@ def run_schedule(schedule, chunks, batches, groups=None, *, loss_grad=1.0, hidde
     channels.finish()
     return nlls
 
+
+# ---- the lecture ends here -------------------------------------------------------------------------------------------
+#
+# What follows is for looking things up.
 
 # ---- global quantities -----------------------------------------------------------------------------------------------
 
