@@ -18,11 +18,12 @@ many ranks, with runs that survive being killed. Training goes on in stages, eac
 
 All four follow the gradient of sum_t w_t nll_t / N, and only the tokens' weights w_t differ (model.py, "the same loss,
 other weights"). nll_t: minus the log-probability of target t. N: how many targets there are (dpo: pairs; rl: answers).
-train_step() does one step. In update k, from 1, AdamW changes a parameter p by its gradient g. (b1, b2: beta1, beta2;
-wd: weight decay, on matrices alone.) With --optimizer muon, Muon updates the blocks' matrices instead (zero.py):
+train_step() does one step. In update k, counted from 1, AdamW changes a parameter p by its gradient g:
 
       m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2           m' = m / (1 - b1^k)      v' = v / (1 - b2^k)
-      p -= lr (m' / (sqrt(v') + eps) + wd p)
+      p -= lr (m' / (sqrt(v') + eps) + wd p)               b1, b2: beta1, beta2; wd: weight decay, on matrices alone
+
+With --optimizer muon, as in `tiny`, Muon updates the blocks' matrices (zero.py, muon_step), and AdamW the rest.
 
 Given weights, the optimizer's states and fp16's loss scale, a step depends only on config, data, seed and its number.
 So the same command continues a run from its newest checkpoint: bit for bit on a CPU, and on a GPU as far as its kernels
@@ -31,7 +32,7 @@ are deterministic. Ctrl-C and SIGTERM save one first.
     out/RUN/   config.json   metrics.jsonl   card.md   tokenizer.model   checkpoints/step-00000400/...
 
 Exit codes: 0 done, or stopped and saved; 2 bad input; 3 diverged; 1 anything else.
-Source: AdamW (Loshchilov 2019, arXiv:1711.05101); SFT and RLHF (Ouyang 2022, 2203.02155); DPO (Rafailov 2023,
+Sources: AdamW (Loshchilov 2019, arXiv:1711.05101); SFT and RLHF (Ouyang 2022, 2203.02155); DPO (Rafailov 2023,
 2305.18290); RLAIF (Bai 2022, 2212.08073).
 In this order: the textbook loop - a step - evaluate - build - the run - the objectives after pre-training. There the
 lecture ends. Below are the configs and what surrounds a run: folders, printed lines, costs, uses, the command line.
@@ -105,8 +106,8 @@ def update_rule(c: Config, group=None, fused: bool = False):
 
 
 def decay_groups(model, c: Config) -> list[dict]:
-    """Weight decay acts on matrices, not on biases and norms. p.box (model.py) has the dimensions of the whole
-    parameter, also where p is a flat shard of it. lr_ratio: a group's learning rate / lr_at."""
+    """Weight decay acts on matrices, not on biases and norms. len(p.box) (model.py) says how many dimensions the whole
+    parameter has, also where p is a flat shard of it (zero.py). lr_ratio: a group's learning rate / lr_at."""
     ratio = {"lr_ratio": c.adamw_lr_ratio if c.optimizer == "muon" else 1.0}
     kinds = {"decay": ratio | {"weight_decay": c.weight_decay}, "vector": ratio | {"weight_decay": 0.0}}
     if c.optimizer == "muon":
@@ -143,8 +144,9 @@ def to_device(batch, c: Config, device):
 
 def train_step(model: Model, optimizer, loader, step: int, c: Config, world: parallel.World, stop_signals=(),
                on_phase=lambda step, phase: None, scaler: precision.LossScaler | None = None):
-    """One update -> (loss per target, pair or answer, gradient norm before clipping, whether any rank was asked to
-    stop, the objective's statistics). stop_signals: the signals that this rank has received.
+    """One update -> (loss, gradient norm before clipping, whether any rank was asked to stop, the objective's
+    statistics). The loss is per target (dpo: per pair; rl: per answer). model.run(), below, does forward and backward
+    and returns each micro-batch's nll (B, T). stop_signals: what this rank has received. on_phase: see train().
     If the loss or the norm is not finite, no weight changes, and the scaler's scale becomes smaller. Raises
     FloatingPointError if the scale cannot become smaller, DataError for a batch without any target."""
     on_phase(step, "data")
@@ -155,8 +157,9 @@ def train_step(model: Model, optimizer, loader, step: int, c: Config, world: par
     # in dpo and rl the tokens' weights w_t depend on the model: a pass without gradient sets them (weigh_tokens)
     weigh, statistic_names = OBJECTIVES.get(c.objective, (None, ()))
     sums = weigh_tokens(weigh, model, batches, c) if weigh else []
-    # 2. the gradient of scale sum_t w_t nll_t / N by the parameters; micro-batches add up
-    scale = scaler.scale if scaler else 1.0
+    # 2. the gradient of scale x sum_t w_t nll_t / N, summed over the micro-batches. The loss of one is the sum without
+    # the factor, so its backward starts from scale / N
+    scale = scaler.scale if scaler else 1.0                                               # fp16's loss scale, or 1
     loss_grad = scale / N.double()
     if c.precision == "fp16":
         # the head rounds the gradient of the logits to fp16 already in forward (model.py). What becomes 0 there, no
@@ -165,7 +168,7 @@ def train_step(model: Model, optimizer, loader, step: int, c: Config, world: par
             batch["weights"] = loss_grad * batch.get("weights", torch.ones_like(batch["targets"], dtype=torch.float32))
         loss_grad = torch.ones_like(loss_grad)
     nlls = model.run(batches, loss_grad)
-    # 3. the sum over dp, and over other ranks that hold a part
+    # 3. a gradient's sum over dp; then, if it has sum_over (parallel.py), over those ranks, each with a part of the sum
     on_phase(step, "reduce")
     model.finish_gradient_synchronization()
     parallel.reduce_partial_gradients(parameters_of(optimizer))
@@ -174,7 +177,8 @@ def train_step(model: Model, optimizer, loader, step: int, c: Config, world: par
     total = torch.zeros(3 + len(statistic_names), dtype=torch.float64, device=world.device)
     total[0] = parallel.squared_norm(p.grad for p in optimizer.owned)
     total[1] = bool(stop_signals)
-    if model.counts_loss:
+    if model.counts_loss:                                         # on one rank of each copy of the model
+        # dpo, rl: sums has the loss and two statistics of each micro-batch; else it is empty, and nll alone is summed
         total[2:] = sum(sums or [nll.double().sum() for nll in nlls]) / N
     sumsq, stop, loss, *statistics = world.sum(total).tolist()
     grad_norm = math.sqrt(sumsq) / scale if math.isfinite(sumsq) else math.nan
@@ -182,7 +186,7 @@ def train_step(model: Model, optimizer, loader, step: int, c: Config, world: par
         raise data.DataError(f"data must have a target in every batch, that of step {step + 1} has none; "
                              f"--seq-len is {c.seq_len}")
     found_inf = not (math.isfinite(loss) and math.isfinite(grad_norm))
-    # 5. skip the update if they are not finite; 6. else clip, unscale, update
+    # 5. no update if the loss or the norm is not finite; 6. else clip, divide by the scale, update
     if not found_inf:
         on_phase(step, "update")
         factor = (c.grad_clip / grad_norm if grad_norm > c.grad_clip > 0 else 1.0) / scale
@@ -200,27 +204,27 @@ def train_step(model: Model, optimizer, loader, step: int, c: Config, world: par
 # ---- evaluate --------------------------------------------------------------------------------------------------------
 
 def windows_per_unit(c: Config) -> int:
-    """Windows that no micro-batch may part: a pair of answers, a group of answers."""
+    """How many windows must be in the same micro-batch: dpo's two of a pair, rl's group of answers to a prompt."""
     return {"dpo": 2, "rl": c.group_size}.get(c.objective, 1)
 
 
 def windows_evaluated(loader, c: Config) -> int:
-    """eval_windows, or all, rounded up to whole pairs or groups."""
+    """How many windows an evaluation reads: eval_windows, or all; with dpo, whole pairs."""
     unit = windows_per_unit(c)
     return min(loader.num_windows, math.ceil((c.eval_windows or loader.num_windows) / unit) * unit)
 
 
 @torch.no_grad()
 def forward_passes(model: Model, loader, windows: int, c: Config, world: parallel.World):
-    """Run the first `windows` windows of a split, in micro-batches, each rank its share. Yields (batch, nll) on ranks
-    that count the loss."""
+    """Run the first `windows` windows of a split, in micro-batches, each rank its share. Yields (batch, nll) where
+    model.counts_loss is true, elsewhere nothing."""
     num_batches = math.ceil(windows / (world.mesh.dp * c.micro_batch_size))                     # equal on all ranks
     window_starts = [(i * world.mesh.dp + world.mesh.dp_rank) * c.micro_batch_size for i in range(num_batches)]
     for i in range(0, num_batches, 2 * c.pp):            # several at a time, so that all stages of a pipeline have work
         batches = []
         for start in window_starts[i:i + 2 * c.pp]:
-            batch = loader.batch(range(start % windows, min(start % windows + c.micro_batch_size, windows)))
             # all ranks must run equally often: a rank with no windows left reads old ones, without their targets
+            batch = loader.batch(range(start % windows, min(start % windows + c.micro_batch_size, windows)))
             if start >= windows:
                 batch["targets"].fill_(data.NO_TARGET)
                 batch["count"] = torch.tensor(0)
@@ -246,21 +250,23 @@ def evaluate(model: Model, loader, c: Config, world: parallel.World) -> dict:
     count, loss, *rest = world.sum(total).tolist()
     if c.objective == "dpo":
         return {"val_loss": loss / count, "val_accuracy": rest[0] / count, "val_margin": rest[1] / count}
-    # bpb = nats / ln 2 / bytes
+    # bits = nats / ln 2; rest[0]: bytes
     return {"val_loss": loss / count, "val_bpb": loss / math.log(2) / rest[0], "val_targets": int(count)}
 
 
 # ---- build -----------------------------------------------------------------------------------------------------------
 
 class Model(torch.nn.Module):
-    """This rank's part of the model: its stages (most often one), and `sync`, which sums their gradients over dp."""
+    """This rank's part of the model: `chunks`, its pipeline stages (most often one), and `sync`, what sums their
+    gradients over dp. Chunk i of pipeline rank r is stage i pp + r of the whole pipeline."""
 
     def __init__(self, c: Config, world: parallel.World, read=None, dtype=None):
         super().__init__()
         self.c, self.mesh, self.world = c, world.mesh, world
         self.hidden_dtype = torch.promote_types(dtype or c.dtype, torch.float32)     # what pipeline stages send
-        # what sums gradients over dp. zero 0: DataParallel, below; 1, 2: the optimizer (make_optimizer calls sum_with);
-        # 3: each pipeline stage's FullyShard, which make_stage appends
+        # sync is, at --zero 0, a DataParallel, below; at 1 and 2, the optimizer (make_optimizer calls sum_with); at 3,
+        # each pipeline stage's FullyShard, which make_stage appends. no_sync: the context of a backward whose gradients
+        # are added up and not yet sent: of all micro-batches but the last (--zero 2 and 3 send each)
         self.sync, self.no_sync = [], contextlib.nullcontext
         self.chunks = torch.nn.ModuleList(make_stage(c, world.device, self.mesh, chunk * c.pp + self.mesh.pp_rank, read,
                                                      dtype, self.sync) for chunk in range(c.stages // c.pp))
@@ -282,8 +288,8 @@ class Model(torch.nn.Module):
         loss_grad = d objective / d loss, the same for every micro-batch. Returns a list: nll (B, T) of each
         micro-batch on the last stage, None on the others."""
         c, m = self.c, len(batches)
-        used_keys = {"tokens", "targets", "weights", "documents"}
-        batches = [{key: x for key, x in batch.items() if key in used_keys} for batch in batches]
+        arguments = {"tokens", "targets", "weights", "documents"}                               # of GPT.forward
+        batches = [{name: x for name, x in batch.items() if name in arguments} for batch in batches]
         order = parallel.forward_only(c.pp, m, len(self.chunks)) if loss_grad is None else pipeline_schedule(c, m)
 
         def hidden_like(batch):
@@ -298,21 +304,22 @@ class Model(torch.nn.Module):
 def pipeline_schedule(c: Config, micro_batches: int) -> list:
     """Each pipeline rank's operations of a step; with one stage, plain accumulation."""
     kind = c.pp_schedule if c.pp > 1 else "1f1b"
-    return parallel.SCHEDULES[kind](c.pp, micro_batches, *[c.pp_chunks] * (kind == "interleaved"))
+    sizes = (c.pp, micro_batches, c.pp_chunks) if kind == "interleaved" else (c.pp, micro_batches)
+    return parallel.SCHEDULES[kind](*sizes)
 
 
 def make_stage(c: Config, device, mesh=None, stage: int = 0, read=None, dtype=None, sync=None) -> net.GPT:
-    """Build pipeline stage `stage` on the device; with one stage it is the model. It has this rank's part of a layer.
+    """Build pipeline stage `stage` on the device; with one stage it is the model. tp splits each layer.
 
     Weights come by name from keyed_init, or from read(name, box), a checkpoint's Reader.read. dtype: default c.dtype.
-    In a low precision the modules get its compute policy. No rank ever holds more than its part; at --zero 3 it holds
-    shards, and the FullyShard that gathers them is appended to `sync`.
+    In 16 bits the modules get a ComputePolicy (precision.py). No rank ever holds more than its part; at --zero 3 it
+    holds shards, and the FullyShard that gathers them is appended to `sync`.
     """
     dtype, policy = dtype or c.dtype, None
     if dtype.itemsize == 2:
-        # on a CPU, low precision is emulated: F.linear gets float32 copies of its input and weight. Not with tp and zb,
-        # which must see the tensors themselves (parallel.py: regather, SplitLinears)
-        emulate = device.type == "cpu" and c.tp == 1 and c.pp_schedule != "zb"
+        # a CPU emulates low precision: matrix products get float32 copies of their inputs. Not with tp, nor with zb:
+        # these must recognise the tensors that F.linear gets (parallel.py: regather, SplitLinears)
+        emulate = device.type == "cpu" and c.tp == 1 and not c.is_zero_bubble
         policy = precision.ComputePolicy(dtype, emulate=emulate)
     gpt = meta_stage(c, device, mesh, stage, policy)
     # rounded to dtype, then float32 again: float32 masters start from the same values in a sharded and a whole model
@@ -350,7 +357,7 @@ def meta_stage(c: Config, device, mesh, stage: int, policy=None) -> net.GPT:
         attention = functools.partial(flash_attn.flash_attention, backend=backend)
         prepare = lambda documents, _: flash_attn.document_limits(documents)
     if policy:
-        # RoPE may return q and k in float32: they are cast here, also where "selective" runs the core again in backward
+        # RoPE may return q and k in float32. The cast is a part of `attention`, so --recompute selective repeats it too
         attention = policy.as_operation(attention)
     with torch.device("meta"):
         gpt = net.GPT(c.model, attention, recompute=c.recompute, prepare=prepare)
@@ -361,7 +368,8 @@ def meta_stage(c: Config, device, mesh, stage: int, policy=None) -> net.GPT:
         own_layers = parallel.stage_layers(c.n_layer, stage, c.stages)
         gpt.model.layers = torch.nn.ModuleDict({n: block for n, block in gpt.model.layers.items()
                                                 if int(n) in own_layers})
-        if c.tie_embeddings and (is_first or is_last):     # one weight in two stages: its gradient is the sum of two
+        # tied, head and embedding are one Parameter. First and last stage have a copy: its gradient is the sum of two
+        if c.tie_embeddings and (is_first or is_last):
             gpt.lm_head.weight.sum_over = (*getattr(gpt.lm_head.weight, "sum_over", ()), mesh.ends_group)
         if not is_first:
             gpt.model.embed_tokens = gpt.model.embed_positions = None
@@ -375,8 +383,8 @@ def compiles(c: Config, device) -> bool:
 
 
 def make_optimizer(model: Model, c: Config):
-    """The update rule on what this rank updates. optimizer.owned: the pieces that this rank counts and saves; of
-    replicas, the lowest rank's."""
+    """The optimizer of all that this rank updates. optimizer.owned: of that, the pieces that this rank adds to the norm
+    and saves. If several ranks have the same piece, the lowest of them owns it."""
     groups, rule = decay_groups(model, c), update_rule(c, model.world.group, fused=True)
     if c.dtype.itemsize == 2:
         rule = functools.partial(precision.MasterWeights, optimizer_cls=rule, keep=c.master_weights)
@@ -398,21 +406,22 @@ def parameters_of(optimizer) -> list:
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -> int:
-    """Train, or go on training, to c.steps -> exit code. c: after resolve(). on_phase(step, phase) is called as a step
-    proceeds: "data", "forward_backward", "reduce", "update", "evaluate", "checkpoint"."""
+    """Train, or go on training, to c.steps -> exit code. c: complete, from resolve(). on_phase(step, phase) is called
+    as a step proceeds: "data", "forward_backward", "reduce", "update", "evaluate", "checkpoint": tests kill
+    a run there."""
     started, stopping = time.perf_counter(), False
     with contextlib.ExitStack() as stack:
-        with bad_input():
+        with bad_input():                                             # a ValueError in here ends with exit code 2
             loader, val = open_data(c, world)
             if world.host is not None:
-                parallel.set_timeout(world.host, c.timeout)           # from here on no rank works for hours alone
+                parallel.set_timeout(world.host, c.timeout)           # it was a day, while rank 0 prepared the data
             world.first(lambda: lock_folder(c, stack))
             run = Run(c, world, loader, val, catch_stop_signals(stack), on_phase, stack)
         world.say(announcement(run, time.perf_counter() - started))
         try:
             while True:
                 at_start = run.step == 0 and c.objective != "pretrain"
-                if (run.is_due(c.eval_interval) or at_start) and not stopping:   # else the next start evaluates first
+                if (run.is_due(c.eval_interval) or at_start) and not stopping:     # when stopping: the next start will
                     run.evaluate()
                 if run.is_due(c.checkpoint_interval) or run.is_last_before_decay() or stopping:
                     run.save(stopping)
@@ -445,11 +454,11 @@ class Run:
         if reader:
             meta = reader.meta
             loader.load_state_dict(meta["loader"])
-        self.step = self.first_step = world.step = meta["step"]               # updates so far, and before this start
+        self.step = self.first_step = world.step = meta["step"]               # updates so far; first_step stays so
         self.saved = meta["step"] if reader else None                         # the step of the newest checkpoint
         self.evaluation = meta["evaluation"]                                  # the newest: {"step", "val_loss", ...}
         self.parent_card = meta["parent_card"]
-        if c.init_from and (not reader or c.objective == "rl"):
+        if c.init_from and (not reader or c.objective == "rl"):         # rl compares with the parent in every step
             read_parent, self.parent_card = open_parent(c, world)
             if reader and self.parent_card != meta["parent_card"]:
                 raise BadInput(f"init_from must be as it was when the run in {c.out} began, {c.init_from} has changed")
@@ -462,7 +471,8 @@ class Run:
             if self.scaler:
                 self.scaler.load_state_dict(meta["loss_scaler"])
                 self.skipped = meta["loss_scaler"]["skipped"]
-        self.batches, self.prompts, self.pretraining_val = loader, None, None     # open_objective may set these
+        # open_objective may set: rl's sampled batches, held-out prompts to answer, the text of pre-training
+        self.batches, self.prompts, self.pretraining_val = loader, None, None
         if c.objective != "pretrain":
             open_objective(self, read_parent)
         self.metrics = stack.enter_context(open_files(self)) if world.rank == 0 else None
@@ -493,7 +503,7 @@ class Run:
         return "there was no checkpoint yet" if self.saved is None else f"the checkpoint of step {self.saved} is intact"
 
     def evaluate(self):
-        """Evaluate, unless the checkpoint that was read holds this step's evaluation."""
+        """Evaluate, unless there is no validation window, or the checkpoint that was read holds this evaluation."""
         c, world = self.c, self.world
         if not self.val.num_windows or self.evaluation and self.evaluation["step"] == self.step:
             return
@@ -501,7 +511,7 @@ class Run:
         found = evaluate(self.model, self.val, c, world) if c.objective != "rl" else {}
         if self.prompts:
             reward = reward_of_answers(self.model, self.prompts, c, world)
-            if c.objective == "rl":                                  # Checkpoints keeps that of the smallest val_loss
+            if c.objective == "rl":                    # the best checkpoint, which is kept, has the smallest val_loss
                 if math.isnan(reward):
                     raise BadInput(f"reward must say something of the prompts in {c.data}, {c.reward} does not")
                 found["val_loss"] = -reward
@@ -517,8 +527,8 @@ class Run:
         self.say(evaluation_line(found, c))
 
     def save(self, stopping: bool):
-        """Write a checkpoint, unless this step has one. Refused: weights that are not finite (no later loss would
-        show it after the last update), and the end of a run whose replicas differ."""
+        """Write a checkpoint, unless this step has one. Refused: weights that are not finite (the loss of a step shows
+        nothing of its own update), and the end of a run whose replicas differ, or that skipped every step."""
         if self.step == self.saved:
             return
         if self.step == self.c.steps == self.skipped:
@@ -546,7 +556,7 @@ class Run:
         """One update, logged -> whether any rank was asked to stop."""
         c, start, lr = self.c, time.perf_counter(), lr_at(self.step, self.c)
         scale = {"loss_scale": self.scaler.scale} if self.scaler else {}
-        self.step += 1
+        self.step += 1                                            # before the update: an error then names this step
         is_profiled = c.profile and self.step == self.first_step + 3
         with profiled(self) if is_profiled else contextlib.nullcontext():
             loss, norm, stopping, statistics = train_step(self.model, self.optimizer, self.batches, self.step - 1, c,
@@ -568,11 +578,12 @@ class Run:
 
 # ---- after pre-training: the objectives ------------------------------------------------------------------------------
 #
-# model.py has their weights of tokens ("the same loss, other weights"). rl samples, so each of its ranks has the whole
-# model. Its baseline is the mean reward of a group of G answers to one prompt. The answer itself is among them, so the
-# expected gradient is smaller by the factor 1 - 1/G (before the advantage is divided by the group's spread).
+# model.py computes the tokens' weights ("the same loss, other weights"). rl samples answers, so each of its ranks has
+# the whole model. It weighs an answer by its advantage: the reward minus a baseline, divided by the group's spread.
+# The baseline is the mean reward of a group of G answers to one prompt. The answer itself is among them, so the
+# expected gradient is smaller by the factor 1 - 1/G (before the division).
 
-# objective -> the function of (batch, nll, config) that weighs tokens, and the names of its statistics
+# objective -> the function of (batch, nll, config) that weighs tokens, and its statistics' names. Others have w = 1
 OBJECTIVES = {
     "dpo": (lambda batch, nll, c: net.preference(batch, nll, c.beta), ("accuracy", "margin")),
     "rl": (lambda batch, nll, c: net.policy_gradient(batch, nll, c.kl_coef), ("reward", "kl"))}
@@ -580,8 +591,9 @@ OBJECTIVES = {
 
 @torch.no_grad()
 def weigh_tokens(weigh, model: Model, batches, c: Config) -> list:
-    """Give each micro-batch its tokens' weights, from a pass without gradient -> its sums of the loss and the two
-    statistics; on the last pipeline stage, elsewhere []. weigh: of OBJECTIVES."""
+    """Set each batch["weights"], from a pass without gradient -> for each micro-batch a tensor of three sums, of the
+    loss and the two statistics. Only the last pipeline stage has nll: on others nothing is set, and the result is [].
+    weigh: a function in OBJECTIVES."""
     sums = []
     for batch, nll in zip(batches, model.run(batches), strict=True):
         if nll is not None:
@@ -591,8 +603,9 @@ def weigh_tokens(weigh, model: Model, batches, c: Config) -> list:
 
 
 def rewarded_answers(gpt, tokenizer, questions, c: Config, numbers, max_tokens: int) -> tuple:
-    """Sample an answer to each question, a pair (ids of the prompt, its row). Returns the prompts and the answers,
-    lists of ids, and the rewards (n,), float64: nan where the reward says nothing of the prompt."""
+    """Sample an answer to each question, (ids of the prompt, its row of the file). numbers: of the answers, which seed
+    their random numbers. Returns the prompts and the answers, lists of ids, and the rewards (n,), float64: nan where
+    the reward function does not apply to the prompt."""
     prompts, rows = zip(*questions, strict=True)
     answers = sample_answers(gpt, tokenizer, prompts, c, numbers, max_tokens)
     reward = data.find_reward(c.reward)
@@ -609,7 +622,7 @@ class Rollouts:
 
     def __init__(self, prompts, gpt, start, c: Config):
         self.prompts, self.gpt, self.start = prompts, gpt, start
-        self.c = dataclasses.replace(c, temperature=1.0, top_k=0, top_p=1.0)                        # the model itself
+        self.c = dataclasses.replace(c, temperature=1.0, top_k=0, top_p=1.0)       # the model's own probabilities
 
     def __next__(self) -> dict:
         c, loader = self.c, self.prompts
@@ -630,8 +643,8 @@ class Rollouts:
 
 
 def reward_of_answers(model: Model, prompts, c: Config, world: parallel.World) -> float:
-    """Mean reward of an answer to each of up to 64 held-out prompts, those for which the reward says something; nan if
-    there are none. Every rank must have the whole model."""
+    """Mean reward of one answer to each of the first 64 held-out prompts, without those to which the reward function
+    does not apply; nan if none is left. Every rank must have the whole model."""
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     numbers = range(world.rank, min(64, prompts.num_windows), world.size)
     if numbers:
