@@ -17,11 +17,13 @@ pair, N_opt and D_opt, one percent more of either lowers L equally:
                                                  a = beta / (alpha + beta),  b = alpha / (alpha + beta)
 
 With the constants of Besiroglu 2024 (the default here) that is 26 tokens per parameter at 1e18 FLOPs, 18 at Gopher's
-5.76e23, 16 at 1e26: "20 tokens per parameter". Hoffmann's constants for the same runs give 59 at Gopher's budget: their
-optimizer had stopped early. Kaplan 2020 found N_opt ~ C^0.73: small models, counted without embeddings (Pearce 2024).
+5.76e23, 16 at 1e26: "20 tokens per parameter". Hoffmann's constants, from the same runs, give 59 at Gopher's budget,
+because that fit had stopped too early. Here a = 0.51. Kaplan 2020 found 0.73, because the models were small and N did
+not count embeddings (Pearce 2024).
 
 The constants come from runs: small models, trained at several budgets C. tests/sweep_runs.csv holds 21 runs of this
-repository. Three approaches fit them, here with Hoffmann's numbers and the plainest first:
+repository. There are three approaches, numbered as in Hoffmann's paper, here the plainest first. 2 and 1 find only the
+line N_opt = k C^a (by the law, k = G / 6^a), 3 finds all five constants:
 
     2  fit_isoflop     runs of one budget C: a parabola through loss(ln N). Its vertex is the best size N_opt(C)
     1  fit_envelope    one curve loss(C) per model size. At each C the lowest curve names the best size N_opt(C)
@@ -29,7 +31,8 @@ repository. Three approaches fit them, here with Hoffmann's numbers and the plai
                        min sum_i Huber_delta(LSE(ln_E, ln_A - alpha ln N_i, ln_B - beta ln D_i) - ln L_i)
                        Huber is a square up to delta = 1e-3 and a straight line beyond it: outliers count little.
 
-`holdout` hides the largest budgets from a fit and then asks the fit for them.
+`holdout` hides the largest budgets from a fit and then asks the fit for them. These four functions stand below the
+lecture. The lecture has the core of approach 2, `isoflop_plain`, and of approach 3, `minimise`.
 
 (3) What did known models leave on the table? GPT-3 spent 3.15e23 FLOPs on 1.7 tokens per parameter. The law says that
 53 billion parameters and 990 billion tokens would have cost the same and been better, and that GPT-3's own loss can be
@@ -51,26 +54,30 @@ GPU each. A `Program` says what the training program keeps and sends. A `Layout`
     zero 1, 2, 3          each dp copy keeps 1/dp of the optimizer states (1), of gradients too (2), of weights too (3)
     recompute             activations are computed again in backward, not kept. selective: attention's; full: a layer's
 
-`memory`: weights, gradients, states, activations, buffers. `messages`: every collective (a message within a group of
-ranks). `step_time`: products, the bubble, messages. A message sent while products run is hidden: it adds no time.
+`memory`: weights, gradients, states, activations, buffers. `messages`: what a rank exchanges with one other rank, or in
+a collective (all ranks of a group at once: all-reduce, all-gather, reduce-scatter). `step_time`: products, the bubble,
+messages. A message sent while products run is hidden: it adds no time.
 
 (5) What does it cost? 7 billion parameters on 140 billion tokens are 6.5e21 FLOPs: 6 for each weight that is multiplied
 (the embedding is not), and attention's products on top (Shape.flops_per_token). 64 H100s do at most 6.3e16 per second.
-So it takes at least 28 hours. A good program needs nearly twice that. The share that a program reaches is its
-MFU, model FLOPs utilisation: FLOPs that the model needs per second / the GPU's peak. `bill` adds up one layout: time,
-energy, CO2, dollars. `plan` estimates the time of every layout that fits, and bills the best. train.py prints the same
-bill before it starts.
+So it takes at least 28 hours. A good program needs nearly twice that. The share of the peak that it reaches is its MFU,
+model FLOPs utilisation. Only FLOPs that the model needs count, not those that recompute adds. `bill` adds up one
+layout: time, energy, CO2, dollars. `plan` estimates the time of every layout that fits, and bills the fastest of each
+(tp, pp, zero). train.py prints the same bill before it starts.
 
     N, D, C, L      parameters, training tokens, FLOPs, loss in nats per token
     law             the constants: {"E", "A", "B", "alpha", "beta"}
-    n               tokens of a micro-batch on a dp rank: micro_batch_size x seq_len. In shapes of the fits: runs
+    (S, n, 5)       shape of an array in the fits: S laws, n runs, 5 constants
+    n               elsewhere: tokens of a micro-batch on a dp rank, micro_batch_size x seq_len
+    psi             parameters of one rank
     h, H, T         n_embd, n_head, seq_len
     m               micro_batches: how many a dp rank computes per step
     p, v, t         pp, chunks (stages per rank), tp
     c               share of the peak that matrix products reach
 
-The lecture ends at the heading "the lecture ends here". Not in this file: context and expert parallelism, failures,
-reading data. Published rows, and the planner's answer to each, are in tests/published.py.
+Below the lecture: special cases (zero bubble, Muon) - fits of real runs - names - text - command line - demo. Not in
+this file: context and expert parallelism, failures, reading data. Published rows, and the planner's answer to each, are
+in tests/published.py.
 
 Sources: Hoffmann 2022 (arXiv:2203.15556), fitted again: Besiroglu 2024 (2404.10102); Kaplan 2020 (2001.08361); Pearce
 2024 (2406.12907); Sardana 2024 (2401.00448); Narayanan 2021 (2104.04473); Korthikanti 2022 (2205.05198); Rajbhandari
@@ -152,11 +159,12 @@ def optimal_tokens(N, law=BESIROGLU) -> float:
 
 # ---- (1) (2) where the constants come from ---------------------------------------------------------------------------
 #
-# From runs. Approach 2 needs no law: it finds N_opt(C) itself. Approach 3 finds all five constants. What runs as people
-# have them also need, approach 1 and intervals, stands below, under "fits of real runs".
+# From runs. Approach 2 needs no law: it finds N_opt(C) itself. Approach 3 finds all five constants. Here is the core of
+# both. Approach 1, intervals and checks of the runs are below the lecture, under "fits of real runs".
 
 def isoflop_plain(groups) -> tuple:
-    """Approach 2 as on the board -> (a, k) of N_opt = k C^a. groups: for each budget its runs, rows (N, D, loss, C)."""
+    """Approach 2 in its plainest form -> (a, k) of N_opt = k C^a. groups: a list with one array of runs per budget; a
+    run is a row (N, D, loss, C)."""
     ln_N_opt = []
     for group in groups:
         N, _, loss, _ = np.transpose(group)
@@ -166,9 +174,12 @@ def isoflop_plain(groups) -> tuple:
     return a, math.exp(ln_k)
 
 
-# Approach 3. Its objective hardly feels outliers. It is nearly flat along two valleys: where A and alpha grow together,
-# and where B and beta do. There L-BFGS, Hoffmann's optimizer, stops early. So here: logs centred on their means, damped
-# least squares, many starts (fit_parametric).
+# Approach 3. Outliers hardly move its objective. But it is nearly flat along two valleys: where A and alpha grow
+# together, so that A / N^alpha stays, and where B and beta do. There L-BFGS, Hoffmann's optimizer, stops early. So:
+#
+# - ln N and ln D are counted from their means. Then alpha no longer changes A / N^alpha in the middle of the runs.
+# - The optimizer is damped least squares: `minimise`.
+# - It has many starts. Starts and means are in law_and_resamples(), below the lecture.
 
 DELTA = 1e-3                                  # of Huber's loss, in ln L: deviations beyond 0.1 % count linearly
 
@@ -180,7 +191,8 @@ def residuals(theta, runs):
     ln_N, ln_D, ln_L = np.moveaxis(runs, -1, 0)
     terms = np.stack(np.broadcast_arrays(ln_E, ln_A - alpha * ln_N, ln_B - beta * ln_D))
     predicted = np.logaddexp.reduce(terms)
-    q_E, q_A, q_B = np.exp(terms - predicted)                           # the share of each term in the predicted loss
+    # each term's share of the predicted loss; also the derivative of `predicted` by that term
+    q_E, q_A, q_B = np.exp(terms - predicted)
     return predicted - ln_L, np.stack((q_E, q_A, q_B, -q_A * ln_N, -q_B * ln_D), -1)
 
 
@@ -192,14 +204,14 @@ def huber(r):
 def minimise(theta, runs, iterations):
     """Improve S laws, in at most `iterations` steps -> theta (S, 5), sum of Huber(r) (S,). Shapes as in residuals().
 
-    Least squares with weights that are chosen anew in each step. With W = min(1, DELTA / |r|), the quadratic
-    W r^2 / 2 + constant equals Huber's loss at the present r and is never below it. So a step that lowers the quadratic
-    lowers Huber's loss.
+    Least squares with weights that are chosen anew in each step: W = min(1, DELTA / |r|) at the present r. With this W
+    held fixed, the parabola W r^2 / 2 + constant touches Huber's loss at the present r and is nowhere below it. So a
+    step that lowers the parabola lowers Huber's loss.
 
         (hessian + mu tr(hessian) I) step = J^T W r,  hessian = J^T W J,  theta <- theta - step     r, J: of residuals()
 
-    mu is the damping (Levenberg). It falls after a step that helped and rises after one that did not. At 1e4 steps are
-    too short to help.
+    This hessian leaves out second derivatives of r (Gauss-Newton). mu is the damping (Levenberg). It falls after a step
+    that helped and rises after one that did not. When mu is 1e4, steps are too short to help.
     """
     theta, mu, (r, J) = theta.copy(), np.full(len(theta), 1e-2), residuals(theta, runs)
     for _ in range(iterations):
@@ -251,7 +263,8 @@ def assess(N, D, law=BESIROGLU) -> dict:
 class Shape:
     """The fields of model.ModelConfig that cost something, and the parameters and FLOPs that follow. q, kv: width of
     all query heads, of all key heads. num_up: the MLP's matrices n_embd -> n_ff (SwiGLU has two: gate and up).
-    norm_vectors: vectors of one norm, its weight and perhaps a bias. The others are numbers of parameters."""
+    norm_vectors: vectors of one norm, its weight and perhaps a bias. matrix_params, unsplit, split_biases: numbers of
+    parameters of one layer. num_params: of the whole model."""
 
     vocab_size: int
     seq_len: int
@@ -279,18 +292,20 @@ class Shape:
     unsplit = cached_property(lambda self: 2 * ((self.norm_vectors + self.bias) * self.n_embd
                                                 + self.qk_norm * self.head_dim))
     split_biases = cached_property(lambda self: self.bias * (self.q + 2 * self.kv + self.num_up * self.n_ff))
+    # Layout() is one rank, which holds the whole model (rank_params: below)
     num_params = cached_property(lambda self: rank_params(self, Layout(), 0).count)
 
     def flops_per_token(self, recompute: str = "none") -> int:
-        """Forward, backward, and what runs again. The full square of attention counts, as in PaLM's MFU
-        (arXiv:2204.02311, appendix B)."""
-        # scores and probabilities x values: 2 products of 2 T FLOPs per element of q, twice more in backward
+        """Forward, backward, and what runs again. All T x T scores of attention count, also those that the causal mask
+        hides, as in PaLM's MFU (arXiv:2204.02311, appendix B)."""
+        # forward: scores, and probabilities x values: 2 products of 2 T FLOPs per element of q. Backward: twice as many
         attention = 4 * self.q * self.seq_len
         recomputed = {"none": 0, "selective": attention, "full": 2 * self.matrix_params + attention}[recompute]
         return self.n_layer * (6 * self.matrix_params + 3 * attention + recomputed) + 6 * self.vocab_size * self.n_embd
 
     def muon_flops(self) -> list[int]:
-        """Of each of a layer's matrices, m x n, in a step of Muon: 5 (4 m^2 n + 2 m^3), m <= n (zero.py)."""
+        """Of each of a layer's matrices in a step of Muon: five times 4 m^2 n + 2 m^3, for its five Newton-Schulz steps
+        (zero.py). Here m <= n are the sides of the matrix."""
         widths = [self.q, self.q, self.kv, self.kv] + [self.n_ff] * (self.num_up + 1)           # the other side: n_embd
         return [5 * (4 * m * m * n + 2 * m**3) for m, n in (sorted((width, self.n_embd)) for width in widths)]
 
@@ -313,7 +328,7 @@ class Layout:
 
     norm_split = property(lambda self: self.tp if self.sequence_parallel else 1)        # parts of norms and residuals
     ranks = property(lambda self: self.dp * self.tp * self.pp)
-    batch = property(lambda self: self.dp * self.micro_batch_size * self.micro_batches)
+    batch = property(lambda self: self.dp * self.micro_batch_size * self.micro_batches)         # sequences per step
 
 
 @dataclass(frozen=True)
@@ -325,7 +340,8 @@ class Program:
     residual: int = 4               # ... in the residual stream and norms
     gradient: int = 4               # ... of a gradient
     master_weights: bool = True     # weights below 4 bytes have a float32 copy, which the optimizer updates
-    flash: bool = True              # False: attention keeps two (T, T) matrices per head: softmax, and its masked copy
+    flash: bool = True              # False: attention keeps two (T, T) matrices per head: softmax, and what mask or
+                                    # dropout makes of it
     dropout: bool = False           # masks of dropout are kept, a byte per number
     document_mask: bool = False     # packed documents: a (T, T) mask per sequence, shared by all layers
     fused_norm: bool = True         # False: RMSNorm keeps x / rms as well as x
@@ -336,7 +352,7 @@ class Program:
     overlap_dp: bool = True         # gradients travel during backward
     train_py: bool = True           # False: what is kept (all logits, say) and sent is as in the papers' programs
 
-    # bytes of a number in a sum: Adam's moments, log-sum-exps
+    # bytes of a number that is kept in float32 or better: Adam's moments, log-sum-exps, the loss's gradients
     sum_bytes = property(lambda self: max(4, self.item))
     # Adam's two moments, and the master
     states = property(lambda self: 2 * self.sum_bytes + 4 * (self.master_weights and self.item < 4))
@@ -365,6 +381,7 @@ def rank_params(shape: Shape, layout: Layout, pp_rank: int) -> RankParams:
     is_first, is_last = pp_rank == 0, pp_rank == layout.pp - 1
     # the embedding on the first rank, the head on the last; tied on one rank, they are one
     tables = is_first + is_last - (shape.tie_embeddings and layout.pp == 1)
+    # the first rank has the learned positions, the last rank the last norm
     learned = is_first and shape.position == "learned"
     unsplit = layers * shape.unsplit + (learned * shape.seq_len + is_last * shape.norm_vectors) * shape.n_embd
     split = layers * (shape.matrix_params + shape.split_biases) + tables * shape.vocab_size * shape.n_embd
@@ -409,7 +426,8 @@ class GPU:
 #   PCIe 5: 63).
 # - Network, Gb/s per GPU: A100, L40S 200 (A100: Narayanan 2021, section 5); V100, T4, L4, RTX 100; rest 400 (Llama 3).
 # - c: the share of the peak that large products reach in a long run: hot, at the power limit, between other kernels.
-#   Two rows are fitted: a100 on six rows of Megatron's table 1, h100 on one row of Llama 3's table 4. A benchmark of
+#   Two rows are fitted: a100 on six rows of Megatron's table 1 (the demo's 1,008 B is one of them, so it tests
+#   little), h100 on one row of Llama 3's table 4 (dp 64; the demo shows dp 128). A benchmark of
 #   nothing but products reaches a larger share: a100's c is 0.88 of it and h100's 0.79, on average 0.83. So the other
 #   rows have c = 0.83 x the benchmark's share, or 0.83 x 0.78 where nobody measured; h200 has h100's.
 GPU_TABLE = """
@@ -443,7 +461,7 @@ def table_row(line: str) -> GPU:
 
 GPUS = {gpu.name: gpu for gpu in map(table_row, GPU_TABLE.strip().splitlines()[1:])}
 LINE_RATE_SHARE = 0.8                         # share of a network's line rate that messages reach, as in the links
-NVLINK_HOP, NETWORK_HOP = 3.4e-6, 14e-6       # seconds, of rings: NCCL's own tables, src/graph/tuning.cc
+NVLINK_HOP, NETWORK_HOP = 3.4e-6, 14e-6       # latency of a ring's hop, seconds: NCCL's own tables, src/graph/tuning.cc
 FLASH_SHARE = 0.6                       # FlashAttention-2, figure 4: 187 of A100's 312 TFLOP/s, T 2048, head_dim 128
 USABLE_MEMORY = 0.95                          # share of a GPU's memory. CUDA, NCCL and fragmentation take the rest
 PRECISIONS = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "fp8": 2}                     # bytes of a stored weight
@@ -458,12 +476,13 @@ def layer_bytes(shape: Shape, layout: Layout, program: Program, recompute: str) 
     """What a layer keeps from forward to backward, of one micro-batch on one rank. Of Megatron's GPT, in bytes
     (Korthikanti 2022, equations 1 to 6), with n tokens, width h, H heads:
 
-        recompute none         n h (10 + 24/t + 5 H T/(h t))       with flash attention 5 H T/(h t) becomes 4 H/(h t):
-                                                                   one log-sum-exp per row and head
-        recompute selective    n h (10 + 24/t)                     sequence parallelism divides the 10 by t
-        recompute full         2 n h                               sequence parallelism divides it by t
+        recompute none         n h (10 + 24/t + 5 H T/(h t))
+        recompute selective    n h (10 + 24/t)
+        recompute full         2 n h
 
-    The code counts the same tensors one by one, so also for SwiGLU, grouped heads and RMSNorm.
+    Sequence parallelism divides the 10 and the 2 by t. With flash attention 5 H T/(h t) becomes 4 H/(h t): one
+    log-sum-exp per row and head. The code counts the same tensors one by one, so also for SwiGLU, grouped heads and
+    RMSNorm.
     """
     h, n = shape.n_embd, layout.micro_batch_size * shape.seq_len
     if recompute == "full":                                                             # its input
@@ -511,7 +530,8 @@ def stored(layout: Layout, pp_rank: int) -> float:
     """Micro-batches whose activations rank r = pp_rank holds at once: GPipe m, 1F1B and zb p - r (never more than m).
     Interleaved, on the first rank: p (1 + (p-1)/(p v)). A micro-batch in one of a rank's v stages counts 1 / v."""
     p, m, v = layout.pp, layout.micro_batches, layout.chunks
-    # interleaved: 2 (p - r - 1) of warm-up, (v - 1) p for the chunks before the last, 1 in work; each is 1/v of a rank
+    # interleaved: forward passes of a chunk before the first backward. 2 (p - r - 1) while later ranks fill, (v - 1) p
+    # for the chunks before the last, and one that this backward belongs to; each is 1/v of a rank
     if v > 1:
         return min(m * v, (p - 1 - pp_rank) * 2 + (v - 1) * p + 1) / v
     return m if layout.schedule == "gpipe" else min(m, p - pp_rank)
@@ -550,6 +570,7 @@ def memory(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict
     activations = alive * (layers * layer_bytes(shape, layout, program, layout.recompute) + shared)
     if pp_rank == layout.pp - 1:                # the loss's backward follows its forward at once, but not with GPipe
         activations += end_bytes(shape, layout, program) * (alive if layout.schedule == "gpipe" else 1)
+    # waiting_bytes (below the lecture): what zero bubble keeps for the gradients of weights; 0 in other schedules
     return {"parameters": psi * weight / (dp if zero >= 3 else 1),
             "gradients": psi * program.gradient / (dp if zero >= 2 else 1),
             "states": (psi * states - one_moment) / (dp if zero >= 1 else 1),
@@ -561,16 +582,17 @@ def fullest(shape: Shape, layout: Layout, program: Program) -> dict:
     """memory() of the rank that needs most: the last, or the first of those that have equally many layers, since an
     earlier rank stores more micro-batches."""
     layers = [layers_of(shape, layout, r) for r in range(layout.pp)]
-    ranks = {layout.pp - 1, *map(layers.index, layers)}
+    ranks = {layout.pp - 1, *map(layers.index, layers)}                     # index: the first rank with so many layers
     return max((memory(shape, layout, program, r) for r in ranks), key=lambda parts: sum(parts.values()))
 
 
 # ---- (4) messages ----------------------------------------------------------------------------------------------------
 
 def layer_collectives(layout: Layout, program: Program) -> dict:
-    """{pass: (all-gathers, reduce-scatters)} of one layer over tp. Forward: attention and MLP gather their input, sum
-    their result. Backward: a gather becomes a sum, a sum a gather. Without sequence parallelism one of each is one
-    all-reduce. With it, backward also gathers the two inputs again. (Korthikanti 2022, section 4.2)"""
+    """{pass: (all-gathers, reduce-scatters)} of one layer over tp. Forward: attention and MLP each gather their input
+    and sum their result, by a reduce-scatter. Backward: a gather becomes a sum, a sum a gather. Without sequence
+    parallelism a gather and a sum together are one all-reduce. With it, backward also gathers the two inputs again.
+    (Korthikanti 2022, section 4.2)"""
     # a block that runs again in backward ends with a sum that is not needed: Megatron-LM repeats it, train.py does not
     sp, scatters = layout.sequence_parallel, 1 if program.train_py else 2
     recomputed = (2 if sp else scatters, scatters) if layout.recompute == "full" else (0, 0)
@@ -584,7 +606,8 @@ def messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> di
     calls    None where the number depends on the size of buckets or of the loss's chunks
     bytes    the payload, all ranks' parts together. With ZeRO ranks' shards differ in size: the mean, without padding
     """
-    sent = {("world", "all_reduce"): (1, 3 * 8)}            # loss, squared norm, whether a rank was asked to stop
+    # the loss, the squared norm, whether a rank was asked to stop. Muon's messages: below the lecture
+    sent = {("world", "all_reduce"): (1, 3 * 8)}
     for axis_messages in (dp_messages, tp_messages, muon_messages, pp_messages):
         sent |= axis_messages(shape, layout, program, pp_rank)
     return {key: (calls, size) for key, (calls, size) in sent.items() if size and layout.ranks > 1}
@@ -608,8 +631,8 @@ def dp_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) ->
 
 
 def tp_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict:
-    """Each layer gathers and sums hidden states (`layer_collectives`). The head does both once. Both have `item` bytes
-    per number. The embedding does both once, with `residual` bytes."""
+    """Each layer gathers and sums hidden states (`layer_collectives`), with `item` bytes per number. So does the head,
+    once per micro-batch. The embedding too, with `residual` bytes per number. of_step: (calls, bytes) in a step."""
     if layout.tp == 1:
         return {}
     layers, m = layers_of(shape, layout, pp_rank), layout.micro_batches
@@ -684,8 +707,9 @@ def bubble(layout: Layout, forward: float, backward: float, weight: float) -> fl
 
 
 def layer_seconds(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: float) -> tuple:
-    """Seconds of a micro-batch on a tp rank, without messages: of one layer (forward, backward: gradients of inputs and
-    what runs again, gradients of weights), and of the head, which takes equally long in each of the three.
+    """Seconds of a micro-batch on a tp rank, without messages -> (forward, backward, weights), head. The first three
+    are of one layer: forward; gradients of inputs, with what runs again; gradients of weights. The head takes `head`
+    seconds in each of the three.
 
         product    2 x rows x columns x inner / (c peak) + bytes of all three matrices / HBM's bandwidth
         the rest   5 x what a layer keeps / HBM: forward writes and reads it; backward reads it, reads a gradient and
@@ -709,6 +733,7 @@ def layer_seconds(shape: Shape, gpu: GPU, layout: Layout, program: Program, spee
         heads, backward_ratio = b * shape.n_head / t, 2
         attention = heads * (product_seconds(T, T, shape.head_dim, attention_speed)
                              + product_seconds(T, shape.head_dim, T, attention_speed))
+        # seconds to write, or to read, the (T, T) matrices once: for recompute, since layer_bytes counts them already
         scores = heads * (2 * program.item + program.dropout) * T * T / gpu.bandwidth
     # seconds to read, or to write, once what a layer keeps
     touch = layer_bytes(shape, layout, program, "none") / gpu.bandwidth
@@ -720,10 +745,10 @@ def layer_seconds(shape: Shape, gpu: GPU, layout: Layout, program: Program, spee
 
 
 def dp_seconds(gpu: GPU, layout: Layout, program: Program, psi: int, layers: int, forward, backward) -> float:
-    """Of dp's messages in a step, those that nothing hides. psi: parameters of a rank. forward, backward: seconds of a
-    micro-batch, next to which messages travel. Gradients are summed during backward. Parameters are gathered after the
-    update, by ZeRO 3 before each pass. Messages: one per layer with ZeRO 3; else one per bucket; in the papers'
-    programs one."""
+    """Of dp's messages in a step, those that nothing hides. psi: parameters of a rank. forward, backward (here with the
+    gradients of weights): seconds of a micro-batch, next to which messages travel. Gradients are summed during
+    backward. Parameters are gathered after the update, by ZeRO 3 before each pass. Messages: one per layer with ZeRO 3;
+    else one per bucket; in the papers' programs one."""
     message_count = layers if layout.zero == 3 else max(
         1, program.train_py * psi * program.gradient / BUCKETS[layout.zero])
     scatter, gather = (ring_seconds(gpu, layout.dp, psi * size, layout.tp, message_count)
@@ -746,13 +771,13 @@ def step_time(shape: Shape, gpu: GPU, layout: Layout, program: Program, speed: f
                    (zb: see bubble)
 
     speed: of the linear layers' products, relative to bf16's."""
-    layer, head = layer_seconds(shape, gpu, layout, program, speed)
+    of_layer, head = layer_seconds(shape, gpu, layout, program, speed)
     m, size = layout.micro_batches, layout.micro_batch_size * shape.seq_len * shape.n_embd   # numbers of a hidden state
     slowest = max(range(layout.pp), key=lambda r: (
-        layers_of(shape, layout, r) * sum(layer) + 3 * head * (r == layout.pp - 1)))
+        layers_of(shape, layout, r) * sum(of_layer) + 3 * head * (r == layout.pp - 1)))
     layers, is_last = layers_of(shape, layout, slowest), slowest == layout.pp - 1
-    # of a micro-batch on the slowest rank, (forward, backward, weights): computing, tp's messages; pp's, a pass
-    compute = [layers * seconds + head * is_last for seconds in layer]
+    # seconds of a micro-batch on the slowest rank. compute, tp: (forward, backward, weights). pp: of one pass
+    compute = [layers * seconds + head * is_last for seconds in of_layer]
     ring = ring_seconds(gpu, layout.tp, size * program.item)
     tp_forward, tp_backward, tp_recomputed = (sum(x) * ring for x in layer_collectives(layout, program).values())
     if program.overlap_tp:
@@ -795,14 +820,16 @@ PUE, KG_CO2_PER_KWH = 1.1, 0.385              # building / GPUs; kg CO2 per kWh 
 
 
 def cost(gpu: GPU, n_gpus: int, seconds: float) -> dict:
-    """{"gpu_hours", "energy_mwh", "tco2", "dollars"}; at full power, as LLaMA's bill: hours x watts x PUE."""
+    """{"gpu_hours", "energy_mwh", "tco2", "dollars" (None without a price)}. Energy is hours x watts x PUE: all GPUs at
+    full power, as in LLaMA's bill."""
     hours = n_gpus * seconds / 3600
     energy = hours * gpu.watts * PUE / 1e6
     return {"gpu_hours": hours, "energy_mwh": energy, "tco2": energy * KG_CO2_PER_KWH,
             "dollars": gpu.price and hours * gpu.price}
 
 
-# the smallest of those runs: parameters (Hoffmann 2022, table A9); tokens (its least budget, 6e18 FLOPs, at 1 B of N)
+# the smallest of the runs that the law was fitted to: parameters (Hoffmann 2022, table A9); tokens (its least budget,
+# 6e18 FLOPs, with 1 B parameters). For smaller ones the law is a guess
 FITTED_FROM = {"N": 44e6, "D": 1e9}
 
 
@@ -810,8 +837,8 @@ def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: 
          precision: str = "bf16", rank_flops: float | None = None) -> dict:
     """What a run of `tokens` tokens takes: a dict, ready for JSON. Most names explain themselves. The others:
 
-    law             what assess() says; "best_tokens" for this size; "extrapolated": N or D are smaller than what the
-                    law was fitted to, and "loss" and "loss_gap" None
+    law             what assess() says; "best_tokens" for this size; "extrapolated": whether N or D is smaller than what
+                    the law was fitted to. Then "loss" and "loss_gap" are None
     bubble          its share of a step, if forward and both parts of backward take equally long
     memory_bytes    of the fullest rank; bytes_sent: {axis: bytes per step of the rank that sends most}
     With a GPU, also seconds, energy and cost. With rank_flops, the FLOP/s that a rank was measured to reach, seconds
@@ -911,7 +938,7 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
                        f"needs {amounts(parts)} per GPU")
     steps, best = math.ceil(tokens / batch / shape.seq_len), {}
     for layout in sorted(fitting, key=lambda layout: estimate(shape, gpu, layout, program, precision)["step"]):
-        best.setdefault((layout.tp, layout.pp, layout.zero), layout)
+        best.setdefault((layout.tp, layout.pp, layout.zero), layout)        # keeps the first, which is the fastest
     return [bill(shape, layout, program, tokens=tokens, gpu=gpu, precision=precision)
             | {"command": command(shape, layout, precision, gpu, steps)} for layout in list(best.values())[:top]]
 
@@ -952,7 +979,8 @@ def muon_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) 
 
 # ---- fits of real runs -----------------------------------------------------------------------------------------------
 #
-# Budgets that no column states, budgets without a best size inside, outliers, intervals.
+# What isoflop_plain and minimise leave out: files that do not state budgets, budgets whose best size was not tried,
+# runs that do not determine a law, intervals.
 
 def as_runs(runs, labels=None) -> np.ndarray:
     """Rows (N, D, loss) or (N, D, loss, C) -> (n, 4) float64. Without a stated budget, C is 6 N D. BadInput names the

@@ -464,7 +464,7 @@ def test_layers_share_one_mask_in_low_precision_too(corpus, monkeypatch):
 
     monkeypatch.setattr(net, "sdpa_attention", watched)
     c = train.parse_config([*MINI, "--data", str(corpus), "--precision", "bf16", "--attention", "sdpa",
-                            "--pp-schedule", "zb"])                                                     # not emulated
+                            "--pp", "2", "--pp-schedule", "zb"])                                        # not emulated
     gpt = train.make_stage(c, torch.device("cpu"))
     with torch.no_grad():
         gpt(**train.to_device(next(data.Loader(corpus, micro_batch_size=2, seq_len=32)), c, torch.device("cpu")))
