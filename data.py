@@ -557,7 +557,7 @@ def encode_chunk(tokenizer, chunk) -> dict:
     for split, document in chunk:
         ids = next(encoded) if isinstance(document, str) else document
         end = [tokenizer.eos_id] * (tokenizer.eos_id != begin)
-        arrays[split].append(np.array([begin, *ids, *end], dtype))
+        arrays[split].append(np.concatenate([np.array(part, dtype) for part in ([begin], ids, end)]))
         counts[split].update(documents=1, bytes=size_of(document, tokenizer), tokens=len(arrays[split][-1]))
     return {split: (np.concatenate(arrays[split]), counts[split]) for split in arrays}
 
@@ -1057,12 +1057,16 @@ def write_checkpoint(folder, pieces, meta: dict, *, group=None):
     if folder.exists():
         raise DataError(f"{folder}: a checkpoint must be written to a new folder, this one exists")
 
+    def make_folder():
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
     def write_pieces():
-        temporary.mkdir(parents=True, exist_ok=True)
         file = f"rank-{rank:05d}.safetensors"
         crcs = write_safetensors(temporary / file, {piece_key(name, box): t for name, box, t in pieces})
-        return [(name, DTYPE_NAMES[t.dtype], {"file": file, "box": box, "crc32": crcs[piece_key(name, box)]})
-                for name, box, t in pieces]
+        return [(name, DTYPE_NAMES[t.dtype], list(t.shape),
+                 {"file": file, "box": box, "crc32": crcs[piece_key(name, box)]}) for name, box, t in pieces]
 
     def write_manifest():
         if rank == 0:
@@ -1073,17 +1077,22 @@ def write_checkpoint(folder, pieces, meta: dict, *, group=None):
 
     try:
         tensors = {}
-        for name, dtype, piece in itertools.chain(*on_all_ranks(write_pieces, group)):
-            shape = [size for _, _, size in piece["box"]]
-            entry = tensors.setdefault(name, {"shape": shape, "dtype": dtype, "pieces": []})
+        on_all_ranks(make_folder, group)
+        for name, dtype, shape, piece in itertools.chain(*on_all_ranks(write_pieces, group)):
+            box = piece["box"]
+            need(shape == [stop - start for start, stop, _ in box], f"{name}: its piece must have the shape of {box}",
+                 shape)
+            entry = tensors.setdefault(name, {"shape": [size for *_, size in box], "dtype": dtype, "pieces": []})
             need(dtype == entry["dtype"], f"{name}: its pieces must all be {entry['dtype']}", dtype)
             entry["pieces"].append(piece)
         check_tiling(tensors)
         on_all_ranks(write_manifest, group)
-    except SaveError as error:
+    except DataError as error:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise SaveError(f"{folder}: cannot be written, {error}") from None
+        if isinstance(error, SaveError):
+            raise SaveError(f"{folder}: cannot be written, {error}") from None
+        raise
 
 
 def boxes(box, lo: int, hi: int):
@@ -1286,6 +1295,23 @@ class Checkpoints:
 
 # ---- sources: kinds of files, streams --------------------------------------------------------------------------------
 
+def is_run(folder: Path) -> bool:
+    """A folder that training wrote; its metrics and cards are no text to train on."""
+    return (folder / "checkpoints").is_dir() and (folder / "config.json").exists()
+
+
+def files_under(folder: Path):
+    """Every file below a folder, through symbolic links too, without hidden ones and without runs."""
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(root) in seen or is_run(Path(root)):
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(root))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(root, name) for name in names if not name.startswith("."))
+
+
 def source_files(sources) -> list[Path]:
     """Sorted files behind names of files, folders and globs. ["stdlib"]: this Python's own library, without its tests.
     Raises DataError for a name that matches no file of SUFFIXES. Token files, .bin, are read where a name or a glob
@@ -1297,13 +1323,10 @@ def source_files(sources) -> list[Path]:
     files = set()
     for source in map(str, sources):
         need(source.strip(), "source must be a name of files", source)
-        named = [source] if Path(source).exists() else glob.glob(source, recursive=True)
-        # below a folder: through symbolic links, without hidden files
-        below = [file for path in named for file in glob.glob(glob.escape(path) + "/**", recursive=True)]
-        found = {Path(file) for file in named if file.endswith((*SUFFIXES, ".bin"))}
-        found |= {Path(file) for file in below if file.endswith(SUFFIXES)}
-        # what a run wrote, its metrics and its card, is no text
-        found = {file for file in found if file.is_file() and not (file.parent / "checkpoints").is_dir()}
+        paths = [Path(source)] if Path(source).exists() else [
+            path for path in map(Path, glob.glob(source, recursive=True)) if not is_run(path.parent)]
+        found = {file for path in paths for file in (files_under(path) if path.is_dir() else [path])
+                 if (file.name.endswith(SUFFIXES) or file == path and file.suffix == ".bin") and file.is_file()}
         if not found:
             prepared = (" (it holds tokens already)" if Path(source, "manifest.json").exists() else
                         " (its manifest.json is missing: prepare it again)" if list(Path(source).glob("*.bin")) else "")
@@ -1415,7 +1438,7 @@ def write_down(source: str, folder: Path, field: str, most_bytes: float, log) ->
     with name_in_errors(source, "cannot be read",
                         ": hf: takes a folder, or a data set on huggingface.co, which needs the network"):
         lines = (json.dumps({field: row[field]}) + "\n" for row in open_stream(source, field).skip(count))
-        for part in chunks_of(lines, PART_BYTES):
+        for part in chunks_of(lines, min(PART_BYTES, most_bytes - size)):
             count, size = count + len(part), size + sum(map(len, part))
             parts.append(folder / f"{name}.{count:012d}.{size:015d}.jsonl.gz")
             write_atomic(parts[-1], gzip.compress("".join(part).encode(), 1, mtime=0))

@@ -1015,8 +1015,8 @@ def parent_fields(folder: str) -> dict:
         return dataclasses.asdict(run.model) | {"config": run.config}
     parent = net.config_from_hf(saved)
     seq_len = min(parent.seq_len, 2048) if parent.position == "rope" else parent.seq_len
-    size = math.log(net.num_params(parent))                               # the named config of about its size
-    nearest = min(CONFIGS, key=lambda name: abs(size - math.log(net.num_params(derive(CONFIGS[name]).model))))
+    size = lambda model: math.log(model.n_layer * model.n_embd**2)                        # about that of its blocks
+    nearest = min(CONFIGS, key=lambda name: abs(size(CONFIGS[name]) - size(parent)))
     return dataclasses.asdict(parent) | {"config": nearest, "seq_len": seq_len}
 
 

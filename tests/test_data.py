@@ -266,13 +266,14 @@ def test_only_what_was_named_is_read(tmp_path, monkeypatch):
         path = tmp_path / hidden
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("hidden\n")
-    for path in ("out/tiny/metrics.jsonl", "out/tiny/card.md", "out/tiny/checkpoints/manifest.json"):
+    for path in ("out/tiny/metrics.jsonl", "out/tiny/card.md", "out/tiny/config.json", "out/tiny/checkpoints/x.txt"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text("of a run\n")
     elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
     elsewhere.mkdir()
     (elsewhere / "c.md").write_text("through a link\n")
     (tmp_path / "texts" / "link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(tmp_path)                                                           # a loop ends
     monkeypatch.chdir(tmp_path)
     expected = ["texts/a,b.txt", "texts/link/c.md"]
     assert [str(p) for p in data.source_files(["."])] == expected
@@ -722,11 +723,12 @@ def test_everything_is_on_disk_before_its_name_is(tmp_path, monkeypatch, what):
     ([("w", ((0, 3, 4),), torch.zeros(3)), ("w", ((2, 3, 4),), torch.zeros(1))], "must tile"),
     ([("w", ((0, 2, 4),), torch.zeros(2)), ("w", ((2, 4, 4),), torch.zeros(2).double())], "must all be F32"),
     ([("w", ((0, 2, 4),), torch.zeros(2)), ("w", ((2, 5, 5),), torch.zeros(3))], "w: box must be .* within shape"),
-    ([("w", ((0, 2, 4),), torch.zeros(2)), ("w", ((4, 6, 4),), torch.zeros(2))], "w: box must be .* within shape")])
+    ([("w", ((0, 2, 4),), torch.zeros(2)), ("w", ((4, 6, 4),), torch.zeros(2))], "w: box must be .* within shape"),
+    ([("w", ((0, 4, 4), (0, 3, 3)), torch.zeros(3, 4))], r"w: its piece must have the shape of .*, got \[3, 4\]")])
 def test_pieces_that_do_not_tile_are_refused(tmp_path, pieces, message):
     with pytest.raises(data.DataError, match=message):
         data.write_checkpoint(tmp_path / "c", pieces, {})
-    assert visible(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []                                              # no temporary folder either
 
 
 def test_reading_what_is_not_there(tmp_path):
