@@ -371,7 +371,8 @@ def shard(p: nn.Parameter, dim: int, group, shards: dict) -> nn.Parameter:
         start = rank(group) * length
         part = nn.Parameter(p.detach().narrow(dim, start, length).clone(), requires_grad=p.requires_grad)
         part.__dict__.update(p.__dict__)
-        part.box = (*p.box[:dim], (start, start + length, p.shape[dim]), *p.box[dim + 1:])
+        first, _, full = p.box[dim]
+        part.box = (*p.box[:dim], (first + start, first + start + length, full), *p.box[dim + 1:])
         shards[p] = part
     return shards[p]
 
@@ -825,6 +826,8 @@ class Channels:
     def __init__(self, timetable, groups, like, timeout: float):
         self.groups, self.like, self.timeout = groups, like, timedelta(seconds=timeout)
         self.rank = 0 if groups is None else rank(groups[0])
+        if any(needs and needs.source == needs.target for line in timetable for _, needs, _ in line):
+            raise ValueError("a pipeline of one rank must have one chunk")
         self.coming, self.receipts, self.arriving, self.sending = defaultdict(deque), {}, {}, {}
         for source, line in enumerate(timetable):
             received = []                                                           # by it, since its message before

@@ -457,10 +457,10 @@ class Run:
         self.step = self.first_step = world.step = meta["step"]               # updates so far; first_step stays so
         self.saved = meta["step"] if reader else None                         # the step of the newest checkpoint
         self.evaluation = meta["evaluation"]                                  # the newest: {"step", "val_loss", ...}
-        self.parent_card = meta["parent_card"]
+        self.parent_card = meta.get("parent_card", {})
         if c.init_from and (not reader or c.objective == "rl"):         # rl compares with the parent in every step
             read_parent, self.parent_card = open_parent(c, world)
-            if reader and self.parent_card != meta["parent_card"]:
+            if reader and self.parent_card != meta.get("parent_card"):
                 raise BadInput(f"init_from must be as it was when the run in {c.out} began, {c.init_from} has changed")
         self.model = Model(c, world, reader.read if reader else read_parent)
         self.optimizer = make_optimizer(self.model, c)
@@ -885,7 +885,11 @@ def lock_folder(c: Config, stack: contextlib.ExitStack):
 
 def find_checkpoint(c: Config, checkpoints: data.Checkpoints, loader) -> data.Reader | None:
     """The newest checkpoint that this run can go on with; None if there is none at all. Raises BadInput."""
-    reader = checkpoints.newest(lambda meta: not refusal(c, meta, loader))
+    steps_before = 0
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):                              # absent, or edited
+        steps_before = int(json.loads(Path(c.out, "config.json").read_text())["steps"])
+    # a wsd run may go back to an older checkpoint to become longer, but not to become shorter than it was
+    reader = checkpoints.newest(lambda meta: c.steps >= steps_before and not refusal(c, meta, loader))
     if reader is not None and (line := refusal(c, reader.meta, loader)):
         raise BadInput(line)
     return reader

@@ -449,6 +449,9 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
         for bucket in self.buckets if size(self.group) > 1 else ():
             dist.all_gather_single(bucket.row, bucket.weights, group=self.group)
 
+    def state_dict(self) -> dict:
+        return self.inner.state_dict()
+
     def load_state_dict(self, state_dict: dict):
         self.inner.load_state_dict(state_dict)
         self.show_inner()
@@ -482,7 +485,7 @@ class Unit(Bucket):
         self.shards = {p: self.shard(p) for p in params}
         self.free()
 
-    whole = property(lambda self: self.row.untyped_storage().nbytes() > 0)
+    whole = property(lambda self: self.row.untyped_storage().nbytes() > 0 or self.length == 0)
 
     def show(self, tensors):
         """The modules have these in the place of the params."""
@@ -612,7 +615,8 @@ class FullyShard(GradientShards, nn.Module):
         used = [block for block in module.modules() if block in units_of]
         self.needs = [units_of[block] for block in used]           # the units of each block, in the order of definition
         for place, block in enumerate(used):
-            block.forward = functools.partial(self.run_block, place, block, block.forward)
+            # a call with the hooks that others put on the block: these see whole parameters too
+            block._call_impl = functools.partial(self.run_block, place, block, block._call_impl)
         self.watch([unit for unit in reversed(self.units) if unit.params[0].requires_grad],
                    {p: shard for unit in self.units for p, shard in unit.shards.items()}, group, reduce)
 
@@ -662,7 +666,7 @@ class FullyShard(GradientShards, nn.Module):
 
         hold(place + 1)                                        # before_forward
         try:
-            if inputs:
+            if inputs and torch.is_grad_enabled():
                 leaves = iter(Leave.apply(release, *inputs))   # after_backward: gradients have left the inputs
                 args, kwargs = tree_map_only(Tensor, lambda x: next(leaves) if x.requires_grad else x, (args, kwargs))
             out = forward(*args, **kwargs)
@@ -810,18 +814,23 @@ def plan_exchange(everyone: list[list[Piece]]) -> tuple[dict, list, list]:
 
 def exchange(routes: list, pieces: dict[Piece, Tensor], like: Tensor, group) -> dict[Piece, Tensor]:
     """routes: (piece, source rank, target rank), the same list on all ranks. pieces: what this rank has, of the dtype
-    and device of `like`. -> what comes to this rank, each a row."""
-    me, arrived, calls = rank(group), {}, []
+    and device of `like`. -> what comes to this rank, each a row. One message from a rank to another, if any."""
+    me, arrived = rank(group), {}
+    outgoing, incoming = defaultdict(list), defaultdict(list)
     for piece, source, target in routes:
-        if me in (source, target):
-            row = pieces[piece].flatten() if source == me else like.new_empty(piece.hi - piece.lo)
-            if target == me:
-                arrived[piece] = row
-            if source != target:
-                call, peer = (dist.isend, target) if source == me else (dist.irecv, source)
-                calls.append(dist.P2POp(call, row, group=group, group_peer=peer))
+        if source == target == me:
+            arrived[piece] = pieces[piece].flatten()
+        elif source == me:
+            outgoing[target].append(pieces[piece].flatten())
+        elif target == me:
+            incoming[source].append(piece)
+    rows = {source: like.new_empty(sum(x.hi - x.lo for x in expected)) for source, expected in incoming.items()}
+    calls = [dist.P2POp(dist.isend, torch.cat(parts), group=group, group_peer=r) for r, parts in outgoing.items()]
+    calls += [dist.P2POp(dist.irecv, row, group=group, group_peer=r) for r, row in rows.items()]
     for work in dist.batch_isend_irecv(calls) if calls else ():
         work.wait()
+    for source, expected in incoming.items():
+        arrived |= zip(expected, rows[source].split([x.hi - x.lo for x in expected]), strict=True)
     return arrived
 
 
@@ -862,9 +871,10 @@ class Muon(torch.optim.Optimizer):
         everyone = [list(self.pieces.values())] * size(group)
         if size(group) > 1:
             dist.all_gather_object(everyone, everyone[0], group=group)
-        owners, *self.routes = plan_exchange(everyone)
+        owners, *routes = plan_exchange(everyone)
         # several ranks exchange all matrices at once; one alone takes a matrix at a time, and holds no more than its U
-        self.rounds = [set(owners)] if size(group) > 1 else [{name} for name in owners]
+        rounds = [set(owners)] if size(group) > 1 else [{name} for name in owners]
+        self.rounds = [[[x for x in r if x[0].name in names] for r in routes] for names in rounds]
 
     @torch.no_grad()
     def step(self):
@@ -873,9 +883,8 @@ class Muon(torch.optim.Optimizer):
         self.rest.step()
         options = {self.pieces[p]: (p, x) for x in self.param_groups if x.get("muon") for p in x["params"]}
         without = {piece.name for piece, (p, _) in options.items() if p.grad is None}
-        for names in self.rounds:
-            chosen = names - without
-            to_owner, to_holders = ([x for x in routes if x[0].name in chosen] for routes in self.routes)
+        for routes in self.rounds:
+            to_owner, to_holders = ([x for x in r if x[0].name not in without] for r in routes)
             # 1  each
             updates = {piece: self.momentum(*options[piece]) for piece, _, r in to_holders if r == rank(self.group)}
             # 2  to the owners

@@ -683,6 +683,16 @@ def test_a_checkpoint_holds_the_step_of_its_name_and_copies_are_not_touched(tmp_
     assert names == {"step-00000004", "step-00000004.mybackup", ".notes.tmp", "damaged-step"}
 
 
+def test_of_old_checkpoints_the_best_and_the_marked_stay(tmp_path):
+    losses = {2: 4.0, 4: 1.0, 6: 3.0, 8: 3.0, 10: 3.0}                                     # 2 is marked, 4 is the best
+    for step, loss in losses.items():
+        folder = simple_checkpoint(tmp_path / f"step-{step:08d}", step)
+        reseal(folder, lambda m, step=step, loss=loss: m["meta"].update(
+            evaluation={"step": step, "val_loss": loss}, keep=step == 2))
+    data.Checkpoints(tmp_path, keep=2).prune()
+    assert [int(path.name[5:]) for path in data.step_folders(tmp_path)] == [2, 4, 8, 10]
+
+
 def test_a_log_that_a_person_edited_goes_on(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n\xff\xfe\n{"loss": 2}\n[1]\n7\n{"step": "x"}\n{"step": 2, "loss": 3.0}\n'

@@ -643,6 +643,8 @@ def test_bubbles_and_stored_micro_batches_are_the_formulas():
                 (parallel.zero_bubble(p, m), ideal + (p - 1) * (f + b - w), p)):
             timeline = parallel.simulate(schedule, f, b, w)
             assert timeline.duration == duration and max(timeline.stored) == stored
+            if schedule[0][-1].kind == "W":                                                            # zero bubble
+                assert timeline.stored == [p] * p
             assert timeline.bubble == pytest.approx(1 - ideal / duration)
         for v in (2, 3):
             timeline = parallel.simulate(parallel.interleaved(p, m, v), f / v, b / v, w / v)

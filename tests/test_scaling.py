@@ -1099,6 +1099,11 @@ def test_gradients_leave_in_as_many_messages_as_buckets(monkeypatch):
         assert scatter[2] == 2 * gather[2] == psi and scatter[4] == gather[4] == pytest.approx(messages)
     scaling.step_time(shape, GPUS["h100"], Layout(64), scaling.MEGATRON_2021)                    # one buffer
     assert calls[-1][4] == 1
+    # stage 1 scatters once per step, stage 2 once per micro-batch; both gather once
+    (one, four), (one_2, four_2) = ([scaling.step_time(shape, GPUS["h100"], Layout(64, zero=stage, micro_batches=m),
+                                                       Program(overlap_dp=False))["dp"] for m in (1, 4)]
+                                    for stage in (1, 2))
+    assert one == four == one_2 and four_2 - one == pytest.approx(3 * plain(*calls[-2]))
 
 
 def test_backward_hides_half_or_two_thirds_of_tps_messages():

@@ -298,9 +298,10 @@ def test_a_wsd_run_is_made_longer_as_if_it_had_been_so_from_the_start(corpus, tm
     assert all(torch.equal(short[name], long[name]) for name in long)
     assert metrics(tmp_path / "short")[-3:] == metrics(tmp_path / "long")[-3:]
     assert list((tmp_path / "short" / "checkpoints").glob("unused-step-00000008-*"))            # nothing is thrown away
-    names = sorted((tmp_path / "short" / "checkpoints").iterdir())
-    assert run(*argv, "--out", tmp_path / "short", "--steps", "16", "--lr", "0.1")[0] == 2        # longer, but another
-    assert sorted((tmp_path / "short" / "checkpoints").iterdir()) == names
+    for wrong in (["--steps", "10"], ["--steps", "16", "--lr", "0.1"]):              # shorter; longer, but another run
+        names = sorted((tmp_path / "short" / "checkpoints").iterdir())
+        assert run(*argv, "--out", tmp_path / "short", *wrong)[0] == 2
+        assert sorted((tmp_path / "short" / "checkpoints").iterdir()) == names
 
 
 def test_a_wsd_run_that_was_stopped_is_not_made_shorter_than_it_is(corpus, tmp_path):

@@ -160,7 +160,9 @@ def test_stopped_at_an_evaluation_then_killed(reference, corpus, tmp_path):
     assert child(corpus, out, interrupt=((5, "data"), signal.SIGTERM)) == 0 and steps_saved(out)[-1] == 6
     assert not [line for line in metrics(out) if "val_loss" in line]                    # left, to be made afterwards
     assert child(corpus, out, interrupt=((7, "data"), 9)) == -9
+    seconds = data.newest_checkpoint(out / "checkpoints")[0].meta["card"]["wall_seconds"]
     assert child(corpus, out) == 0 and metrics(out) == metrics(reference)
+    assert data.newest_checkpoint(out / "checkpoints")[0].meta["card"]["wall_seconds"] > seconds > 0     # of all starts
 
 
 def test_killed_again_and_again(reference, corpus, tmp_path):

@@ -919,6 +919,32 @@ def test_what_is_refused_and_says_so():
         model.finish_gradient_synchronization()
 
 
+class Differentiates(nn.Linear):
+    """An energy's gradient by its input, also where nobody asks for gradients."""
+
+    def forward(self, x):
+        with torch.enable_grad():
+            energy = super().forward(x.requires_grad_()).square().sum()
+            return torch.autograd.grad(energy, x)[0]
+
+
+def test_what_a_block_does_between_the_four_moments():
+    """Hooks see whole parameters; a block may differentiate inside; one that raises is freed; sums are of the shards'
+    dtype."""
+    seen = []
+    module = nn.Sequential(Differentiates(4, 4), nn.Linear(4, 4))
+    module[1].register_forward_pre_hook(lambda block, _: seen.append(block.weight.shape))
+    model = FullyShard(module, blocks=list(module), reduce_dtype=torch.bfloat16)
+    with torch.no_grad():
+        model(torch.ones(2, 4, requires_grad=True))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        model(torch.ones(2, 3))
+    assert seen == [(4, 4)] and not any(unit.whole for unit in model.units)
+    model(torch.ones(2, 4)).sum().backward()
+    model.finish_gradient_synchronization()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+
+
 def test_a_module_that_was_cast_after_sharding_is_refused():
     """Its weights would be others than those that are updated: nothing would be learnt, and nobody would say so."""
     for stage in (1, 2, 3):
