@@ -615,7 +615,6 @@ class FullyShard(GradientShards, nn.Module):
         used = [block for block in module.modules() if block in units_of]
         self.needs = [units_of[block] for block in used]           # the units of each block, in the order of definition
         for place, block in enumerate(used):
-            # a call with the hooks that others put on the block: these see whole parameters too
             block._call_impl = functools.partial(self.run_block, place, block, block._call_impl)
         self.watch([unit for unit in reversed(self.units) if unit.params[0].requires_grad],
                    {p: shard for unit in self.units for p, shard in unit.shards.items()}, group, reduce)
@@ -638,12 +637,8 @@ class FullyShard(GradientShards, nn.Module):
         for unit in self.units:
             unit.free()
 
-    def prefetch(self, place: int):
-        for unit in self.needs[place] if 0 <= place < len(self.needs) else ():
-            unit.gather()
-
     def run_block(self, place, block, forward, /, *args, **kwargs):
-        """What a block's forward becomes: forward() between the four moments."""
+        """What a call of a block becomes: forward(), with the hooks that others put on it, between the four moments."""
         units, visit = self.needs[place], object()
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
         has_leave = bool(inputs)
@@ -652,8 +647,8 @@ class FullyShard(GradientShards, nn.Module):
             again = any(unit.holders for unit in units)                          # a forward that a backward repeats
             for unit in units:
                 unit.hold(visit)
-            if not again:
-                self.prefetch(next_place)
+            for unit in self.needs[next_place] if 0 <= next_place < len(self.needs) and not again else ():
+                unit.gather()
 
         def release():
             for unit in units:
@@ -934,8 +929,7 @@ def demo():
     import parallel
 
     def train(stage, group, muon=False):
-        """Two steps of two micro-batches on each of four ranks -> weights, bytes that a rank keeps at most, bytes sent
-        in the last step, and those of Muon, if it updates the eight layers in the middle."""
+        """Two steps of two micro-batches -> weights, most bytes kept, bytes sent in the last step, those of Muon."""
         torch.manual_seed(0)
         model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(10))).double()     # 10 x 1,024 parameters
         sync = parallel.DataParallel(model, group) if stage == 0 else FullyShard(model, group) if stage == 3 else None

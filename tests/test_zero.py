@@ -924,7 +924,7 @@ class Differentiates(nn.Linear):
 
     def forward(self, x):
         with torch.enable_grad():
-            energy = super().forward(x.requires_grad_()).square().sum()
+            energy = super().forward(x).square().sum()
             return torch.autograd.grad(energy, x)[0]
 
 
@@ -940,7 +940,7 @@ def test_what_a_block_does_between_the_four_moments():
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         model(torch.ones(2, 3))
     assert seen == [(4, 4)] and not any(unit.whole for unit in model.units)
-    model(torch.ones(2, 4)).sum().backward()
+    model(torch.ones(2, 4, requires_grad=True)).sum().backward()
     model.finish_gradient_synchronization()
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
 
