@@ -65,7 +65,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 # ---- the formulas ----------------------------------------------------------------------------------------------------
 
-
 def memory_per_rank(num_params: float, stage: int, dp: int, *, param_bytes: float = 2, grad_bytes: float = 2,
                     state_bytes: float = 12) -> dict:
     """Bytes of model states on each of dp ranks: {"parameters", "gradients", "states", "total"}. The defaults are those
@@ -637,6 +636,10 @@ class FullyShard(GradientShards, nn.Module):
         for unit in self.units:
             unit.free()
 
+    def prefetch(self, place: int):
+        for unit in self.needs[place] if 0 <= place < len(self.needs) else ():
+            unit.gather()
+
     def run_block(self, place, block, forward, /, *args, **kwargs):
         """What a call of a block becomes: forward(), with the hooks that others put on it, between the four moments."""
         units, visit = self.needs[place], object()
@@ -647,8 +650,8 @@ class FullyShard(GradientShards, nn.Module):
             again = any(unit.holders for unit in units)                          # a forward that a backward repeats
             for unit in units:
                 unit.hold(visit)
-            for unit in self.needs[next_place] if 0 <= next_place < len(self.needs) and not again else ():
-                unit.gather()
+            if not again:
+                self.prefetch(next_place)
 
         def release():
             for unit in units:
@@ -810,8 +813,7 @@ def plan_exchange(everyone: list[list[Piece]]) -> tuple[dict, list, list]:
 def exchange(routes: list, pieces: dict[Piece, Tensor], like: Tensor, group) -> dict[Piece, Tensor]:
     """routes: (piece, source rank, target rank), the same list on all ranks. pieces: what this rank has, of the dtype
     and device of `like`. -> what comes to this rank, each a row. One message from a rank to another, if any."""
-    me, arrived = rank(group), {}
-    outgoing, incoming = defaultdict(list), defaultdict(list)
+    me, arrived, outgoing, incoming = rank(group), {}, defaultdict(list), defaultdict(list)
     for piece, source, target in routes:
         if source == target == me:
             arrived[piece] = pieces[piece].flatten()
