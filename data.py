@@ -436,6 +436,7 @@ def open_shard(path, verify: bool = True, entry: dict | None = None) -> np.ndarr
 #     3. survey        hash and size of each document; duplicates, sides and the tokenizer's sample follow
 #     4. Tokenizer.train on the sample
 #     5. write_shards  text to tokens on all cores, shard by shard
+# estimate, write_down and read_documents, which knows the kinds of files, stand below the lecture.
 
 def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fraction: float = 0.05,
             sample_bytes: int = 0, shard_tokens: int = 2**25, tokenizer=None, text_field: str = "text",

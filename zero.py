@@ -31,17 +31,17 @@ g: gradients. 1, 2, 3: the layer. = is a whole layer in memory, - this rank's sh
               g    as at stage 2                                                            the next one ahead of it
 
 A bucket is a flat row: parameters side by side, padded so that n divides it. The r-th of n equal slices is rank r's.
-The optimizer sees, for each parameter, a view of the part that lies in the slice. An elementwise optimizer computes the
-same. Muon needs whole matrices: one rank, a matrix's owner, gets all parts, and sends each rank its part of the update.
+The optimizer sees only the part of a parameter that lies in the rank's slice. For an elementwise optimizer this changes
+no number. Muon needs the whole matrix: one rank, its owner, gets all parts, and sends each rank its part of the result.
 
     symbol   in code                     shape, dtype
     Psi      num_params                  parameters of the model
     n, r     size(group), rank(group)    ranks that share the model states, and which of them this is
     -        Bucket.row                  (n * slice,) the parameters; at stage 3 only while their block runs
-    -        Bucket.weights              (slice,) this rank's part of them
-    -        Bucket.grads, sending       (n * slice,) gradients, arriving, or on their way; None most of the time
+    -        Bucket.weights              (slice,) this rank's part of them; at stages 1 and 2 a view of row
+    -        Bucket.grads, sending       (n * slice,) gradients that still arrive, and that are being sent; else None
     -        Bucket.total                (slice,) their sum over ranks and micro-batches
-    -        shard.box, flat = (lo, hi)  elements lo ... hi - 1, row by row, of the slice `box` of the matrix (model.py)
+    -        shard.box, flat = (lo, hi)  elements lo ... hi - 1, row by row, of the matrix's rectangle `box` (model.py)
 
 Map: formulas - the stages on the board - Bucket - GradientShards (what the stages share) - ShardedOptimizer (1, 2) -
 FullyShard (3) - Muon - the global norm - demo. Not here: offloading, sharded activations.
@@ -80,7 +80,7 @@ def memory_per_rank(num_params: float, stage: int, dp: int, *, param_bytes: floa
 def comm_volume(num_params: float, stage: int, dp: int, micro_batches: int = 1) -> dict:
     """Numbers that a rank sends in a step: {"all_reduce", "reduce_scatter", "all_gather"}. An all-reduce is a
     reduce-scatter and an all-gather. (Rajbhandari 2020, Section 7, is micro_batches = 1)"""
-    memory_per_rank(num_params, stage, dp)                                                             # is it a stage?
+    memory_per_rank(num_params, stage, dp)                                                 # raises if stage is not one
     m, part = micro_batches, num_params * (dp - 1) / dp
     return {"all_reduce": (2, 0, 0, 0)[stage] * part, "reduce_scatter": (0, 1, m, m)[stage] * part,
             "all_gather": (0, 1, 1, 2 * m)[stage] * part}
@@ -121,8 +121,8 @@ def all_gather(part: Tensor, group) -> Tensor:
 
 
 class PlainSharded:
-    """Stage 1: a rank has the optimizer's states of 1/n of each parameter, and updates that. Stage 2: a gradient is
-    scattered, and freed, as soon as backward has made it. ShardedOptimizer does the same in few and large messages."""
+    """Stage 1: a rank updates 1/n of each parameter, and has optimizer states for this part alone. Stage 2: a gradient
+    is scattered, and freed, as soon as backward has made it. ShardedOptimizer does the same with fewer messages."""
 
     def __init__(self, params, optimizer_cls, group, stage: int, **kwargs):
         self.params, self.group = list(params), group
@@ -166,12 +166,12 @@ class PlainShardedLinear(torch.autograd.Function):
 
 # ---- parameters side by side -----------------------------------------------------------------------------------------
 
-storage = lambda x: x.untyped_storage()._cdata                                # of x, and of all views of it
+storage = lambda x: x.untyped_storage()._cdata                   # which memory x lies in: equal for all views of it
 
 
 class Bucket:
-    """Parameters in one flat row of n equal slices; slice r is rank r's. Gradients are put into a row of the same
-    layout. One message reduces it, then it is freed."""
+    """Parameters in one flat row of n equal slices; slice r is rank r's. Their gradients go into a second row of the
+    same layout. One reduce-scatter sums the second row over the ranks, and its memory is freed."""
 
     exchange_on = ("cpu",)        # device types where slices are exchanged and then summed, instead of a reduce-scatter
 
@@ -184,7 +184,7 @@ class Bucket:
         self.row = self.weights = None
         self.grads = self.sending = self.received = self.out = self.work = self.total = None
 
-    grad_dtype = property(lambda self: self.params[0].grad_dtype or self.params[0].dtype)
+    grad_dtype = property(lambda self: self.params[0].grad_dtype or self.params[0].dtype)      # torch's: p.grad's dtype
     total_dtype = property(lambda self: torch.promote_types(self.weights.dtype, self.grad_dtype))
 
     def view(self, row: Tensor, p: Tensor) -> Tensor:
@@ -216,7 +216,7 @@ class Bucket:
     # -- gradients
 
     def take(self, p):
-        """A gradient has arrived: into the row, and what autograd made is freed. The next one is added in place."""
+        """Copy p's new gradient into the row. p.grad becomes a view of the row: there autograd adds the next one."""
         if p.grad.is_sparse:
             raise RuntimeError(f"{getattr(p, 'full_name', 'a parameter')} must not have sparse gradients, it has")
         if self.grads is None:
@@ -228,7 +228,7 @@ class Bucket:
 
     def send(self):
         """Start the reduce-scatter of what has arrived."""
-        if self.grads is None:                                                       # none here; others may have some
+        if self.grads is None:                           # no gradient on this rank: send zeros, as others may have some
             self.grads = self.row.new_empty(self.length, dtype=self.grad_dtype)
         for p in self.params:
             if p.grad is None:
@@ -246,7 +246,7 @@ class Bucket:
             self.work = dist.reduce_scatter_single(self.out, self.sending, group=self.group, async_op=True)
 
     def receive(self, mean: bool):
-        """Wait for it; add the sum to those of earlier micro-batches."""
+        """Wait for the reduce-scatter, and add its result to the total of earlier micro-batches."""
         if self.work is not None:
             self.work.wait()
         self.sending = self.work = None
@@ -261,7 +261,7 @@ class Bucket:
 
 
 def make_buckets(params, group, bucket_mb: float) -> list[Bucket]:
-    """In the order in which gradients come: from the last parameter to the first. Parameters share a bucket if
+    """Buckets in the order in which gradients come: the last parameter's first. Parameters share a bucket only if
     dtypes, device and sum_over (parallel.py) are equal: a weight tied across pipeline stages has its own bucket."""
     filling, buckets = defaultdict(list), []
     for p in reversed(params):
@@ -288,13 +288,13 @@ class GradientShards:
 
         1  a gradient that is ready is copied into its bucket's row
         2  a bucket that is full is sent, but never before those ahead of it: all ranks issue the same calls in the same
-           order. One is under way at a time. When the next one is full, it is received and its row freed
+           order. One bucket is under way at a time: it is received, and its row freed, before the next one is sent
         3  finish_gradient_synchronization() sends the buckets that are left, and gives each shard its gradient
 
-    Backward may be called several times per step, equally often on every rank. Outside no_sync() each call sends every
-    bucket once, with all that has come since. A parameter without a gradient counts as zero. Freeze what is never used:
-    until finish_gradient_synchronization() its bucket, and those after it, cannot leave. All ranks together give up a
-    step by zero_grad().
+    Backward may be called several times per step, equally often on every rank. A call outside no_sync() (stage 1) sends
+    every bucket once, with what calls within no_sync() left there. A parameter without a gradient counts as zero.
+    Freeze what is never used: else its bucket, and those after it, wait for finish_gradient_synchronization(). To skip
+    a step, all ranks together call zero_grad().
     """
 
     def watch(self, buckets: list[Bucket], shards: dict, group, reduce: str):
@@ -313,7 +313,7 @@ class GradientShards:
         """p.grad is complete."""
         self.bucket_of[p].take(p)
         self.arrivals[p] += self.synchronize                                                    # + 0 inside no_sync()
-        # a bucket is full when each of its parameters has had a gradient since it was last sent
+        # sent // len(buckets): how often next_bucket was sent. It is full if each parameter has had more gradients
         while all(self.arrivals[x] > self.sent // len(self.buckets) for x in self.next_bucket.params):
             self.send()
 
@@ -355,9 +355,9 @@ class GradientShards:
             p.grad = None
 
     def zero_grad(self, set_to_none: bool = True):
-        """Clear the shards' gradients, and those that are under way. Every rank must have made as many passes."""
+        """Clear the gradients, also those under way. All ranks must have made the same number of backward passes."""
         super().zero_grad(set_to_none)
-        if self.arrivals:                                                   # other ranks may have sent more of them
+        if self.arrivals:                                         # other ranks may have sent more buckets than this one
             self.send_all()
         self.forget()
 
@@ -378,17 +378,17 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
 
     params          parameters or parameter groups, as for any optimizer. All take the values of the group's rank 0.
                     Trained ones become views of flat rows. One that is frozen now must stay frozen
-    optimizer_cls   a callable (params, **kwargs) -> an elementwise optimizer, or Muon; kwargs are its own
+    optimizer_cls   a callable (params, **kwargs) -> an elementwise optimizer, or this file's Muon; kwargs are its own
     stage           1: gradients are added up within no_sync(), and sent during the last micro-batch's backward
                     2: every micro-batch's are sent during its backward, and freed. no_sync() does nothing
     reduce          "sum" | "mean" over the group
     bucket_mb       MB (1e6 bytes) of gradients per bucket
-    order           the parameters in the order of their use, if params is another: gradients come in the reverse
+    order           the parameters in the order in which forward uses them, if params are in another order
 
-    - param_groups and state are those of the optimizer inside: of this rank's shards, which carry the parameters'
-      attributes and flat. By these data.py's checkpoints write and read them, on any number of ranks.
+    - param_groups and state are the inner optimizer's: they hold this rank's shards. A shard has its parameter's
+      attributes, and flat. So data.py's checkpoints know where it belongs, on any number of ranks.
     - The module's own p.grad is None after finish_gradient_synchronization(): clear and clip the shards' gradients.
-      torch.amp.GradScaler would see one rank's inf alone.
+      Do not use torch.amp.GradScaler: a rank would not see the inf of another rank's shard.
     - Four of torch's optimizers are known to need whole tensors, and refused. Others are not recognised, nor is one
       that clips by its own norm.
     Raises ValueError for these four, a group without this rank, parameters that are sharded; RuntimeError for step()
@@ -459,11 +459,11 @@ class ShardedOptimizer(GradientShards, torch.optim.Optimizer):
 # ---- stage 3 ---------------------------------------------------------------------------------------------------------
 
 class Unit(Bucket):
-    """The parameters of a block: at rest a shard of each; all of them while a forward or a backward runs there. The
-    whole ones are views of row, whose memory is freed and filled again. Autograd keeps such views for backward.
+    """The parameters of a block: whole while its forward or backward runs, else a shard of each. A whole parameter is a
+    view of row. Autograd saves such views for backward: row's memory is freed under them, and filled again in time.
 
     A visit is one forward of a block, and later its backward. holders: the visits that need the row now. There can be
-    several: a block may be used twice, and a parameter by two blocks."""
+    several: a block may be called twice, and two blocks may share a parameter."""
 
     def __init__(self, params, places, group, compute_dtype, reduce_dtype, init):
         super().__init__(params, group)
@@ -471,7 +471,7 @@ class Unit(Bucket):
         for p in params:
             if p.is_meta:
                 attributes = p.__dict__
-                torch.utils.swap_tensors(p, nn.Parameter(init(p), p.requires_grad))
+                torch.utils.swap_tensors(p, nn.Parameter(init(p), p.requires_grad))          # p stays the same object
                 p.__dict__.update(attributes)
             elif size(group) > 1:
                 dist.broadcast(p.detach(), group_src=0, group=group)
@@ -479,7 +479,7 @@ class Unit(Bucket):
                 self.weights = p.new_zeros(self.slice, requires_grad=False)
                 self.row = p.new_empty(self.length, dtype=compute_dtype, requires_grad=False)
             self.part(self.weights, p).copy_(p.detach().flatten()[slice(*self.flat(p))])
-            # through .data p keeps its own version: autograd does not see that the row is filled again
+            # set by .data, p keeps its own version counter: autograd does not take a refilled row for a change in place
             p.data, p.grad_dtype = self.view(self.row, p), reduce_dtype or self.weights.dtype
         self.shards = {p: self.shard(p) for p in params}
         self.free()
@@ -487,7 +487,7 @@ class Unit(Bucket):
     whole = property(lambda self: self.row.untyped_storage().nbytes() > 0 or self.length == 0)
 
     def show(self, tensors):
-        """The modules have these in the place of the params."""
+        """Put tensors (the whole parameters, or their shards) where the modules look for their parameters."""
         for x, places in zip(tensors, self.places, strict=True):
             for module, name in places:
                 module._parameters[name] = x
@@ -548,11 +548,11 @@ class FullyShard(GradientShards, nn.Module):
         before_forward    this block          the next block
         after_forward                                              this block
         before_backward   this block, again   the block before
-        after_backward                                             this block             its gradients
+        after_backward                                             this block             its gradients, by ready()
 
-    blocks          modules to gather as one (default: the members of each ModuleList and ModuleDict). A parameter is
-                    of the innermost block around it. Outside of these, the module that holds it is a block by itself:
-                    an embedding, a head. A parameter that two blocks share is gathered for either
+    blocks          modules to gather as one (default: the members of each ModuleList and ModuleDict). A parameter
+                    belongs to the innermost block around it. If there is none, its module is a block by itself: an
+                    embedding, a head. A parameter that two blocks share is gathered for each of them
     compute_dtype   of the gathered parameters, and of the float inputs of forward() (default: the parameters' own)
     reduce_dtype    of gradients on the wire (default: the parameters' own). They are added up in shards
     reduce          "sum" | "mean" over the group
@@ -564,10 +564,10 @@ class FullyShard(GradientShards, nn.Module):
     - With recomputation inside a block there is one gather in forward and one in backward.
     What it asks of a module:
     - Parameters are used in the forward of their block. requires_grad stays what it was.
-    - All ranks run the same blocks in the same order. In another order than they are defined in, results are the same,
-      but a block too many may be in memory.
-    - Every tensor that carries a gradient out of a block is in its return value (in tuples, lists, dicts, dataclasses),
-      and not changed in place by others. No second derivatives.
+    - All ranks run the same blocks in the same order. If the modules are defined in another order, results are the
+      same, but one block more may be in memory.
+    - A tensor that needs a gradient leaves a block only in its return value (in tuples, lists, dicts, dataclasses), and
+      no code outside the block changes it in place. No second derivatives.
     Raises ValueError for a block that is not in the module, a group without this rank, sharded parameters, meta ones
     without init; RuntimeError for a requires_grad that has changed; TypeError for a deepcopy.
     """
@@ -614,7 +614,7 @@ class FullyShard(GradientShards, nn.Module):
         used = [block for block in module.modules() if block in units_of]
         self.needs = [units_of[block] for block in used]           # the units of each block, in the order of definition
         for place, block in enumerate(used):
-            block._call_impl = functools.partial(self.run_block, place, block, block._call_impl)
+            block._call_impl = functools.partial(self.run_block, place, block, block._call_impl)  # what block(x) calls
         self.watch([unit for unit in reversed(self.units) if unit.params[0].requires_grad],
                    {p: shard for unit in self.units for p, shard in unit.shards.items()}, group, reduce)
 
@@ -644,10 +644,10 @@ class FullyShard(GradientShards, nn.Module):
         """What a call of a block becomes: forward(), with the hooks that others put on it, between the four moments."""
         units, visit = self.needs[place], object()
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.requires_grad]
-        has_leave = bool(inputs)
+        has_leave = bool(inputs)                               # so that before_backward does not keep inputs alive
 
         def hold(next_place):
-            again = any(unit.holders for unit in units)                          # a forward that a backward repeats
+            again = any(unit.holders for unit in units)                    # held already: by recomputation, for example
             for unit in units:
                 unit.hold(visit)
             if not again:
@@ -739,7 +739,7 @@ def orthogonalize_flops(rows: int, columns: int, steps: int = 5) -> int:
 
 
 def scale_of(rows: int, columns: int) -> float:
-    """Jordan's: a linear layer's output then changes by the learning rate, as a root of mean squares, for any shape.
+    """Jordan's: an update then changes a linear layer's output by about lr, for any shape (RMS; an input of RMS 1).
     (Liu 2025 takes 0.2 sqrt(max(rows, columns)): the update is then as large as AdamW's.)"""
     return max(1, rows / columns) ** 0.5
 
@@ -761,7 +761,7 @@ class Piece(NamedTuple):
 
 
 def piece_of(p: Tensor, number: int) -> Piece:
-    """By p's attributes; a tensor without them is a whole, and the `number`-th."""
+    """What p's attributes say. A tensor without them is a whole matrix, and its name is `number`."""
     name, box = getattr(p, "full_name", str(number)), getattr(p, "box", tuple((0, n, n) for n in p.shape))
     if len(box) != 2:
         raise ValueError(f"{name} must be a matrix for Muon, it has {len(box)} dimensions")
@@ -849,9 +849,9 @@ class Muon(torch.optim.Optimizer):
     group    all ranks that may hold a part of these matrices, or a copy. None: this process alone
     lr, momentum, weight_decay   of the groups with "muon", unless a group has its own
 
-    Elements sent for a matrix of m n: 2 m n (R - 1)/R if R ranks share it, m n (R - 1) if R ranks have a copy each.
-    Each could orthogonalize its own copy, with at least 20 m FLOPs per element (m <= n). One owner is cheaper where
-    20 m / (FLOP/s) > 4 bytes / (bytes/s): on H100s (67 TFLOP/s in float32, 50 GB/s of network) above m = 270.
+    Elements sent for an m x n matrix: 2 m n (R - 1)/R if R ranks share it, m n (R - 1) if R ranks have a copy each.
+    Copies need no message if each rank orthogonalizes its own: 20 m FLOPs or more per element (m <= n). An owner is
+    cheaper where 20 m / (FLOP/s) > 4 bytes / (bytes/s): on H100s (67 TFLOP/s float32, 50 GB/s network) above m = 270.
     state[p] has one moment, "momentum"; AdamW has two. A matrix whose gradient is None, on all ranks, stays as it is.
     Raises ValueError for what is not a matrix, and for pieces that do not make one: a group that is too small.
     """
