@@ -2,52 +2,56 @@
 
     s = q k^T * sm_scale        p = softmax(s)        o = p v             q (T, D); k, v (S, D); s, p (T, S); o (T, D)
 
-The products are cheap; the matrix between them is not. At T = S = 8192 one head's s is 134 MB in half precision. The
-textbook program below reads or writes such a matrix in the GPU's memory (HBM) ten times forward and thirteen times
-backward. While HBM moves one number, tensor cores do hundreds of multiplications. So: never write s. Three ideas.
+The products are cheap; the matrix between them is not. With 8192 queries (T) and 8192 keys (S) one head's s is 134 MB
+in half precision. attention_reference, below, reads or writes such a matrix in the GPU's memory (HBM) ten times forward
+and thirteen times backward. While HBM moves one number, tensor cores do hundreds of multiplications. So: never write s.
 
-1. Tiling. A program takes BLOCK_M queries and walks over the keys, BLOCK_N at a time. The tile of scores lives in
-   registers and on-chip memory (SRAM) and is dropped. HBM sees q, o and one number per row; k, v once per program.
+1. Tiling. A GPU runs many copies of a kernel side by side: its programs. A program takes BLOCK_M queries and walks over
+   the keys, BLOCK_N at a time. The tile of scores lives in registers and on-chip memory (SRAM) and is dropped. q, o and
+   one number per row cross HBM once; k and v are read again by every program.
 
-2. Online softmax. A softmax needs the maximum m and the sum l of its row, and the whole row is never there. Start with
-   m = -inf, l = 0, o = 0, and correct all three with every tile of scores:
+2. Online softmax. A softmax needs its row's maximum m and the sum l of exp(s - m), but a program never holds a whole
+   row. So start with m = -inf, l = 0, o = 0, and correct all three with every tile. j runs over the keys of the tile:
 
        m' = max(m, max_j s_j)     alpha = exp(m - m')     l' = alpha l + sum_j exp(s_j - m')
                                                           o' = alpha o + sum_j exp(s_j - m') v_j
    At the end the output is o / l, and lse = m + log l.  Nothing is approximated.
 
-3. Recomputation. Backward needs p, and to keep p would be to keep a matrix. So it computes p again, tile by tile, from
-   q, k and the one number per row that forward kept:  p_ij = exp(s_ij - lse_i).  With dx = d loss / d x:
+3. Recomputation. Backward needs p, and to keep p would be to keep a matrix. So backward computes p again, tile by tile,
+   from q, k and lse, the one number per row that forward kept:  p_ij = exp(s_ij - lse_i).  With dx = d loss / d x:
 
        dv = p^T do      dp = do v^T      ds = p * (dp - delta)      dq = ds k * sm_scale      dk = ds^T q * sm_scale
        delta_i = sum_j p_ij dp_ij = sum_d do_id o_id                      (Dao 2022, section 3.1 and appendix B)
+   ds is softmax's derivative. Put in dp_ij = sum_d do_id v_jd and o_id = sum_j p_ij v_jd: delta needs no matrix.
 
     symbol   in code      what                                 shape          dtype
     q k v o  q k v o      queries, keys, values, output        (B, H, T, D)   any float; k, v (B, H_kv, S, D)
-    m l o    m_i l_i acc  running maximum, sum, o before / l   rows (acc: D)  float32, or float64 for float64
+    m l o    m_i l_i acc  maximum, sum, l * output, so far     M; acc (M, D)  float32, or float64 for float64
     lse      lse          log sum exp of a row                 (B, H, T)      the same; -inf where no key is visible
     delta    delta        rowsum(do * o), minus lse's gradient (B, H, T)      the same
-    alpha    alpha        a new maximum's factor on l and o    rows           the same
+    alpha    alpha        a new maximum's factor on l and o    M              the same
     B_r B_c  BLOCK_M BLOCK_N   queries, keys of a tile: the papers' names; M, N in comments
+    Sizes: B sequences, H query heads, H_kv key/value heads (K in code), T queries, S keys, D numbers per head.
 
-Which keys a query sees. Query i sits at key position i + S - T: the last query sits at the last key. With every mask
-here (causal, sliding window, packed documents) a query sees *an interval of keys*, and a key is seen by *an interval of
-queries*. From one position to the next an interval never moves back, so a tile's first and last position tell what the
-tile sees. A tile of keys that no row sees is skipped. One that all rows see whole needs no mask. The others, at the
-edges, compare positions with the intervals.
+Which keys a query sees. Query i sits at key position i + S - T: the last query sits at the last key. (T < S when a text
+is continued and older keys are kept.) With every mask here (causal, sliding window, packed documents) a query sees *an
+interval of keys*, and a key is seen by *an interval of queries*. From one position to the next neither end of the
+interval moves back. So the queries of a program see only keys from the first one's start to the last one's stop, and
+each of them sees all keys from the last one's start to the first one's stop. A tile of keys that no query sees is
+skipped. A tile that all see whole needs no mask. The others, at the edges, compare positions with the intervals.
 
 Where it rounds. p = exp(s - lse) subtracts two numbers of the size of the scores, so in float32 p's relative error is
 some |s| 2^-22. The textbook's backward does not have this error: it kept p.
 
-What it costs, T = S, forward / backward:  FLOPs 4 T^2 D / 10 T^2 D per head (recomputing s is the fifth product; two
-separate backward kernels make it seven: 14 T^2 D), halved by causality. Memory O(T).
+What it costs, T = S, forward / backward:  FLOPs 4 T^2 D / 10 T^2 D per head: two products / five (s again, dv, dp, dq,
+dk). Backward's two kernels both compute s and dp: seven, 14 T^2 D. Causality halves all. Memory O(T).
 
 Map: attention_reference - online softmax - causal tiles - the Triton kernels - flash_attention, the function to call -
 masks in general - the tiled version in torch. Below the lecture: launching and tuning - checks - demo. Not here:
 dropout, ALiBi and other score changes, paged KV caches, FP8. Counted in tests/test_flash_attn.py: bytes that the
 kernels ask of HBM.
 
-Sources: FlashAttention (Dao 2022, arXiv:2205.14135); FlashAttention-2 (Dao 2023, 2307.08691): loops swapped;
+Sources: FlashAttention (Dao 2022, arXiv:2205.14135); FlashAttention-2 (Dao 2023, 2307.08691): outer loop over queries;
 online softmax (Milakov and Gimelshein 2018, 1805.02867); GQA (2305.13245); Triton (Tillet 2019).
 
 run: python flash_attn.py
@@ -85,8 +89,8 @@ def accumulator(dtype):
 def attention_reference(q, k, v, *, causal, sm_scale=None, window=None, documents=None, return_lse=False):
     """The textbook, in any dtype, differentiated by autograd. Arguments as flash_attention -> o, or (o, lse).
 
-    HBM traffic besides q, k, v, o: 10 passes over a (B, H, T, S) matrix forward, 13 back: dp = do v^T 1, dv 1, the
-    masks' gradients 2 and 2, softmax's 3, the scale's 2, dq 1, dk 1.
+    HBM traffic besides q, k, v, o: forward reads or writes a (B, H, T, S) matrix 10 times, counted at the lines below.
+    Backward does so 13 times: dp 1, dv 1, each masked_fill 2, softmax 3, the scale 2, dq 1, dk 1.
     """
     heads_per_kv = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(heads_per_kv, 1), v.repeat_interleave(heads_per_kv, 1)
@@ -94,8 +98,8 @@ def attention_reference(q, k, v, *, causal, sm_scale=None, window=None, document
     s = q @ k.mT                                                                # write 1
     s = s * (q.shape[-1] ** -0.5 if sm_scale is None else sm_scale)             # read 1, write 1
     s = s.masked_fill(masked, -math.inf)                                        # read 1, write 1
-    p = s.softmax(-1)                                                           # read 1, write 1; NaN in an empty row
-    p = p.masked_fill(masked, 0)                                                # so: read 1, write 1
+    p = s.softmax(-1)                                                           # read 1, write 1; no key seen: NaN
+    p = p.masked_fill(masked, 0)                                                # read 1, write 1: NaN becomes 0
     o = p @ v                                                                   # read 1
     return (o, s.logsumexp(-1).to(accumulator(q.dtype))) if return_lse else o
 
@@ -165,8 +169,13 @@ def causal_backward(do, q, k, v, o, lse, block):
 
 # ---- the Triton kernels ----------------------------------------------------------------------------------------------
 #
-# Three kernels. Each writes what it owns and nothing else: there are no atomics, so one tiling gives the same bits
-# every time (PINNED fixes the tiling: autotune may choose another in the next process).
+# Triton in short: a kernel is started as a grid of programs, here (blocks of positions, heads, batch). tl.program_id
+# tells a program which one it is. x + tl.arange(0, n) are n addresses: tl.load reads those where `mask` is True.
+# tl.dot multiplies two tiles. An `if` on a tl.constexpr or on None is decided when the kernel is compiled.
+#
+# Three kernels. causal_backward adds to dq and to dk in one loop. Programs side by side would add to the same dk, in an
+# order that changes. So backward is two kernels, and a program writes only what it owns, without atomic additions. One
+# tiling gives the same bits every time. (autotune times several and may choose another next time; PINNED fixes one.)
 #
 #     kernel       a program owns                walks over                               writes
 #     _attn_fwd    BLOCK_M queries of a head     the keys                                 o, lse
@@ -181,6 +190,7 @@ def causal_backward(do, q, k, v, o, lse, block):
 # Offsets in a head's matrix are 32-bit numbers, its base is a 64-bit pointer. Scores and sums are float32 (float64 for
 # float64). p and ds are cast to the dtype of the inputs, for the tensor cores. A head dimension that is no power of two
 # is padded with zeros, to BLOCK_D. GROUP: query heads per K/V head. PRECISION: float32 products in "ieee" or "tf32".
+# limits: the intervals, from limits() below; None without documents. Then before and after, from reach(), say the mask.
 
 if triton is not None:
     LN2 = tl.constexpr(math.log(2))                # in base 2: SCALE = sm_scale * log2(e), SCALE * LN2 = sm_scale
@@ -436,12 +446,12 @@ def flash_attention(q, k, v, *, causal=True, sm_scale=None, window=None, documen
 
     q            (B, H, T, D), any strides; float16, bfloat16, float32 or float64; D up to 256
     k, v         (B, H_kv, S, D), H a multiple of H_kv.  (B, T, D) for all three is one head
-    causal       query i, which sits at key position i + S - T, sees keys up to there
+    causal       query i sits at key position i + S - T and sees no key after its own position
     sm_scale     default 1 / sqrt(D)
-    window       only the last `window` keys up to there, whether causal or not
+    window       a query sees only the last `window` keys up to its own position, also with causal=False
     documents    (B, max(T, S)) int ids. The last T are the queries', the last S the keys'. Attention stays in a run of
                  equal ids: an id that comes back after another begins a new document. Or what limits() made of ids,
-                 causal and window, (2, B, T + S) int32: made once per batch, for all layers
+                 causal and window, once for all layers, (2, B, T + S) int32: then causal is unused, window must be None
     return_lse   also lse (B, H, T), float32 (float64 for float64): log sum exp of a row's scaled scores
     backend      "triton" (an NVIDIA GPU, or TRITON_INTERPRET=1), "torch" (tiled), "sdpa" (torch's own; gives no lse),
                  "reference". "auto": triton on an NVIDIA GPU, elsewhere sdpa, or torch for return_lse. On a CPU, with a
@@ -474,10 +484,10 @@ def flash_attention(q, k, v, *, causal=True, sm_scale=None, window=None, documen
 
 
 class FlashAttention(torch.autograd.Function):
-    """Backends torch and triton -> o, lse. Kept for backward: q, k, v, o and one number per row; never s or p.
+    """Backends torch and triton -> o, lse. Kept for backward: q, k, v, o, one number per row, limits; never s or p.
 
-    Where torch.compile makes a graph, or only shapes are asked for, the backend is called through an operator of
-    torch.library: torch.compile does not trace what is inside.
+    While torch.compile traces, and for tensors with a shape but no numbers (meta, fake), the backend is called as one
+    operator of torch.library, defined below: torch.compile does not look inside the operator.
     """
 
     @staticmethod
@@ -491,7 +501,7 @@ class FlashAttention(torch.autograd.Function):
         else:
             o, lse = torch.ops.flash_attn.forward.default(q, k, v, *ctx.options, documents, backend)
         ctx.save_for_backward(q, k, v, o, lse, documents)
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)                      # an output that the loss does not use: None, not zeros
         return o, lse
 
     @staticmethod
@@ -504,7 +514,7 @@ class FlashAttention(torch.autograd.Function):
             grads = BACKENDS[ctx.backend][1](*inputs)
         else:
             grads = torch.ops.flash_attn.backward.default(*inputs, ctx.backend)
-        return *grads, *[None] * 5
+        return *grads, *[None] * 5                            # none for causal, sm_scale, window, documents, backend
 
 
 def computes_now(q) -> bool:
@@ -512,7 +522,7 @@ def computes_now(q) -> bool:
 
 
 def is_dense(shape, stride) -> bool:
-    """What kernels read: numbers of a row side by side; a head's rows, and a tile more, within 2^31 numbers."""
+    """Whether kernels can read it: a row's numbers side by side; a head, and 256 rows more, within 32-bit offsets."""
     return stride[-1] == 1 and (shape[-2] + 256) * stride[-2] < 2**31
 
 
@@ -520,6 +530,7 @@ def dense(x):
     return x if is_dense(x.shape, x.stride()) else x.contiguous()
 
 
+# For torch.compile, each operator has a signature, what it runs, and a "fake" that makes results with shapes alone.
 OPTIONS = "bool causal, float sm_scale, SymInt? window, Tensor? limits, str backend"
 library = torch.library.Library("flash_attn", "DEF")
 library.define(f"forward(Tensor q, Tensor k, Tensor v, {OPTIONS}) -> (Tensor, Tensor)")
@@ -540,9 +551,9 @@ def _(do, dlse, q, k, v, *_):
 
 
 def sdpa(q, k, v, causal, sm_scale, window, documents):
-    """torch's own attention. It has an argument for a causal square alone; another mask it is given as a matrix."""
+    """torch's own attention. Its is_causal is right only for T = S. Any other mask must be passed as a matrix."""
     T, S = q.shape[2], k.shape[2]
-    needs_matrix = window is not None or documents is not None or causal and 1 < T != S
+    needs_matrix = window is not None or documents is not None or causal and 1 < T != S    # one query sees all keys
     mask = visible(q, k, causal, window, documents) if needs_matrix else None
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and T == S and mask is None, scale=sm_scale,
                                           enable_gqa=q.shape[1] != k.shape[1])
@@ -550,32 +561,32 @@ def sdpa(q, k, v, causal, sm_scale, window, documents):
 
 # ---- masks in general ------------------------------------------------------------------------------------------------
 #
-# A mask is an interval per query and an interval per key. For another mask of this kind, a prefix or a chunk, change
-# `interval` and pass what limits() returns as `documents`: every backend reads it.
+# A mask is an interval per query and an interval per key, whose ends never move back. For another such mask, a prefix
+# or a chunk, change `interval` and pass what limits() returns as `documents`: every backend reads it.
 
 def reach(T, S, causal, window):
-    """How many keys before and after its own place a query sees: (before, after). A key sees (after, before)."""
-    far = T + S
+    """How many keys before and after its own place a query sees: (before, after). A key's queries: (after, before)."""
+    far = T + S                                                                        # more than there are: no bound
     return far if window is None else window - 1, far if window is None and not causal else 0
 
 
 def interval(n, other, before, after, runs, device):
     """[start, stop) of what each of the n positions of one side sees of the other side: (2, B or 1, n) int32.
-    runs: start and stop of the document around each position, (2, B, L), or None."""
+    runs: start and stop of the document around each of L = max(T, S) positions, (2, B, L), or None."""
     place = torch.arange(n, device=device, dtype=torch.int32) + (other - n)
     start, stop = (place - before).clamp(0, other), (place + (after + 1)).clamp(0, other)
     if runs is not None:
         L = runs.shape[-1]
-        run_start, run_stop = runs[:, :, L - n:] - (L - other)                                        # (B, n) each
+        run_start, run_stop = runs[:, :, L - n:] - (L - other)      # (B, n) each, counted from the other side's first
         return torch.stack((torch.maximum(start, run_start), torch.minimum(stop, run_stop)))
     return torch.stack((start, stop))[:, None]
 
 
 def limits(T, S, causal=True, window=None, documents=None, device=None) -> Tensor:
-    """The mask, as intervals: (2, B or 1, T + S) int32: the keys that each of T queries sees, then the queries that see
-    each of S keys.  documents (B, max(T, S)) int, on any device; or limits, which are returned.
+    """The mask as starts and stops, (2, B or 1, T + S) int32. First the keys that each of T queries sees, then the
+    queries that see each of S keys.  documents (B, max(T, S)) int, on any device; or limits: returned as they are.
 
-        ids 7 7 3 7    runs: start 0 0 2 3, stop 2 2 3 4    causal keys of a query: [0, 1) [0, 2) [2, 3) [3, 4)
+        ids 7 7 3 7    number 0 0 1 2    runs: start 0 0 2 3, stop 2 2 3 4    causal keys [0, 1) [0, 2) [2, 3) [3, 4)
     """
     if documents is not None and documents.ndim == 3:
         return documents
@@ -613,14 +624,14 @@ def tiles(start: Tensor, stop: Tensor, block: int, step: int) -> Tensor:
 
 # ---- the tiled version in torch --------------------------------------------------------------------------------------
 #
-# The algorithm of the kernels, in any dtype: their oracle, and on a CPU a fast path, whose SRAM is the cache. A tile is
-# 256 x 256 float32 scores, 256 KB, for each of the query heads that share a K/V head: they are rows of one tile.
+# The algorithm of the kernels, in any dtype: the tests compare the kernels with it. On a CPU it is fast: the cache is
+# its SRAM. A tile has 256 x 256 float32 scores, 256 KB, for each query head of a K/V head: these heads are its rows.
 
 TILE = 256
 
 
 def tile_plan(q, k, causal, window, documents):
-    """What forward and backward share -> a list of (batch, K/V head, queries, walk), and masked() and fold(), below."""
+    """What forward and backward share -> a list of (batch, K/V head, rows of queries, tiles()' walk), masked, fold"""
     (B, T), (K, S) = q.shape[::2], k.shape[1:3]
     start, stop = limits(T, S, causal, window, documents, q.device)[:, :, :T].expand(2, B, T)              # (B, T) each
     work = [(b, h, slice(i * TILE, min((i + 1) * TILE, T)), walk)
@@ -685,7 +696,7 @@ def flash_backward_torch(do, dlse, q, k, v, o, lse, causal, sm_scale, window, do
     minus_delta = -(dof * fold(o)).sum(-1, keepdim=True)
     if dlse is not None:                                          # an empty row has no gradient, whatever came for it
         minus_delta += fold(dlse[..., None]).masked_fill(fold(lse[..., None]) == -math.inf, 0)
-    minus_lse = fold(lse[..., None]) * -LOG2E
+    minus_lse = fold(lse[..., None]) * -LOG2E                                                  # minus: addmm adds it
     dqf, dkf, dvf = torch.empty_like(qs), torch.zeros_like(kf), torch.zeros_like(vf)
     for b, h, rows, (lo, full_lo, full_hi, hi) in work:
         q_i, do_i, minus_lse_i, minus_delta_i = (x[b, h, :, rows].flatten(0, 1)
@@ -693,7 +704,7 @@ def flash_backward_torch(do, dlse, q, k, v, o, lse, causal, sm_scale, window, do
         dq_i = torch.zeros_like(q_i)
         for j in range(lo, hi, TILE):
             k_j, v_j, dk_j, dv_j = (x[b, h, j:j + TILE] for x in (kf, vf, dkf, dvf))                 # (N, D)
-            # p = exp(s - lse), all of it transposed as in _bwd_dkdv: one product of the five reads a tile by columns
+            # p = exp(s - lse), transposed as in _bwd_dkdv: so only dq's product reads a tile by columns, not dv's, dk's
             p = torch.addmm(minus_lse_i.T, k_j, q_i.T).exp2_()                                       # (N, M)
             if not full_lo <= j < full_hi:
                 p.unflatten(1, (qs.shape[2], -1)).masked_fill_(masked(b, rows.start, j).T[:, None], 0)
