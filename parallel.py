@@ -1,15 +1,19 @@
 """One training run on many processors: data, tensor, sequence and pipeline parallelism, written out.
 
-AdamW in float32 needs 16 bytes per parameter. A model of 7 billion parameters needs 112 GB, and activations besides: no
-80 GB GPU can hold it, and one alone would need years for its tokens. There are three things to cut:
+AdamW in float32 needs 16 bytes per parameter. A model of 7 billion parameters needs 112 GB, and memory for activations:
+no 80 GB GPU can hold it. One GPU would also need years for 2 trillion tokens. So many processes share the run, mostly
+one per GPU. Each is called a rank. There are three things to cut:
 
     the batch       data parallelism    every rank holds all weights and a part of the batch; gradients are summed
     the width       tensor parallelism  every rank holds a part of each matrix; partial products are summed
     the depth       pipeline            every rank holds some layers; hidden states travel from rank to rank
 
 A rank has a place in a mesh pp x dp x tp. tp changes fastest, so that the ranks that talk most share a node. In every
-mesh the run is the same: sums are split, never redefined (a mean of means is not the mean). What differs is who sends
-what, here in a group of n ranks that hold Psi parameters each, for micro-batches of B x T tokens, C numbers per token:
+mesh the run is the same: ranks add up sums, and divide by the count of all tokens (a mean of means is not the mean).
+What differs is who sends what. all-gather: every rank gets the tensors of all n ranks, one after the other.
+reduce-scatter: every rank gets its 1/n of their sum. all-reduce: every rank gets the sum. In a ring each of the first
+two sends (n-1)/n of the whole tensor. An all-reduce is both: twice that. In the table a rank holds Psi parameters. A
+micro-batch, the part of the batch that runs at once, has B x T tokens, C numbers per token. V is the vocabulary:
 
     axis    when                      what                                       numbers that a rank sends (in a ring)
     dp      backward                  all-reduce of the gradients                2 (n-1)/n Psi
@@ -21,8 +25,8 @@ what, here in a group of n ranks that hold Psi parameters each, for micro-batche
     tp      loss                      max; sum of exponentials, target's logit   2 (n-1)/n 3 B T, and not B T V
     pp      boundary, micro-batch     a hidden state there, its gradient back    B T C each (B T C / tp with sp)
 
-Tensor parallelism (Shoeybi 2019, arXiv:1909.08053). Split the first matrix by columns of the product, the second by
-rows of the input, and a pair of linears needs one sum:
+Tensor parallelism (Shoeybi 2019, arXiv:1909.08053). Split the first matrix by its columns and the second by its rows.
+act works on each number alone, so rank r needs only its own Y_r, and a pair of linears needs one sum:
 
     Y_r = act(X A_r)        Z = sum_r Y_r B_r        A = [A_1 A_2 ...],  B = [B_1; B_2; ...]
 
@@ -32,8 +36,9 @@ rows of the input, and a pair of linears needs one sum:
 Sequence parallelism (Korthikanti 2022, 2205.05198): an all-reduce is a reduce-scatter and an all-gather. Between g and
 the next f every rank needs only its T/n positions, so norms and residuals, and what they keep, are split too.
 
-Pipeline. p stages, m micro-batches. A stage waits while the pipe fills and drains: the bubble. A schedule is data: each
-rank's list of operations. F is forward, B backward. Where backward is split, B is the input's part, W the weights':
+Pipeline. p ranks, m micro-batches. A rank waits while the pipe fills and drains: the bubble. A schedule is data: each
+rank's list of operations. F is forward, B backward (here not the batch). Some schedules split backward: B then gives
+the input's gradient, W the weights'. The last column is what a rank stores for backward, in micro-batches:
 
     gpipe         all F, then all B                      bubble (p-1)/m of the ideal time    m micro-batches stored
     1f1b          one F, one B                           the same                            p at most
@@ -42,8 +47,8 @@ rank's list of operations. F is forward, B backward. Where backward is split, B 
                   W fills the waits                      where F, B, W are their times
     (Huang 2018, 1811.06965; Narayanan 2021, 2104.04473; Qi 2023, 2401.10241)
 
-A parameter knows which piece it is: full_name; box, a (start, stop, size) per dimension. sum_over: groups, besides dp,
-whose ranks have parts of its gradient (of norms under sequence parallelism, of a weight that two stages share).
+A parameter says which piece of which tensor it is: full_name; box, a (start, stop, full size) per dimension. sum_over:
+groups, besides dp, over which its gradient must be summed (norms under sequence parallelism, a tied embedding).
 
 Map: groups and collectives - three short forms - Mesh - data parallel - tensor parallel - schedules, simulate -
 run_schedule. Below the lecture: global quantities - World - CommLedger - demo. Not here: sharded optimizer states
@@ -86,7 +91,7 @@ def rank(group) -> int:
 
 
 def all_reduce(x: Tensor, group, op=dist.ReduceOp.SUM) -> Tensor:
-    """In place, on a contiguous tensor."""
+    """x becomes the sum (or op) of the ranks' x, in place. x must be contiguous."""
     if group is not None:
         dist.all_reduce(x, op, group=group)
     return x
@@ -146,8 +151,8 @@ def all_reduce_gradients(module: nn.Module, group):
 
 
 class Exchange(torch.autograd.Function):
-    """y = forward_op(x), dx = backward_op(dy). keep: x is saved, so that regather(), below, can make y again. An
-    all-reduce writes in place, so it gets a copy: autograd's own tensors must not change."""
+    """y = forward_op(x), dx = backward_op(dy). keep serves regather() alone, far below, which makes y from x again. An
+    all-reduce writes in place, so f and g give it a clone: autograd's own tensors must not change."""
 
     @staticmethod
     def forward(ctx, x, forward_op, backward_op, keep=False):
@@ -163,7 +168,8 @@ class Exchange(torch.autograd.Function):
 
 
 def copy_to_tp_region(x: Tensor, group, sequence_parallel: bool = False) -> Tensor:
-    """f: forward identity, backward all-reduce. With sequence parallelism (B, T/n, C) -> (B, T, C)."""
+    """f: forward identity, backward all-reduce: x meets the columns of all ranks, and a rank's own give a part of dx.
+    With sequence parallelism forward all-gather, (B, T/n, C) -> (B, T, C), and backward reduce-scatter."""
     if sequence_parallel:
         return Exchange.apply(x, lambda x: all_gather(x, group, 1), lambda dy: reduce_scatter(dy, group, 1), True)
     return Exchange.apply(x, lambda x: x, lambda dy: all_reduce(dy.clone(memory_format=torch.contiguous_format), group))
@@ -177,16 +183,16 @@ def reduce_from_tp_region(x: Tensor, group, sequence_parallel: bool = False) -> 
 
 
 def two_linears(x: Tensor, A: Tensor, B: Tensor, group) -> Tensor:
-    """Tensor parallelism: gelu(x A^T) B^T. x is whole. A (H/n, C), B (C, H/n) are this rank's parts of the width H.
-    tensor_parallel() builds this into a model."""
+    """Tensor parallelism: gelu(x A^T) B^T. x is whole. A (H/n, C), B (C, H/n) are this rank's parts of the width H,
+    transposed, as F.linear wants them: columns became rows. tensor_parallel() builds this into a model."""
     h = F.gelu(F.linear(copy_to_tp_region(x, group), A))                                 # (..., H/n)
     return reduce_from_tp_region(F.linear(h, B), group)                                  # (..., C)
 
 
 def two_stages(stage: nn.Module, inputs, targets, loss, group) -> list:
     """A pipeline of two ranks (gpipe): all micro-batches forward, then all backward. stage: this rank's half of the
-    model; inputs, targets: a tensor per micro-batch, on both ranks; hidden states look like inputs. -> the losses, on
-    the second rank. run_schedule() does this for any schedule."""
+    model; inputs, targets: a tensor per micro-batch, on both ranks. A hidden state has the shape and dtype of an input.
+    -> the losses on the second rank, [] on the first. run_schedule() does this for any schedule."""
     if rank(group) == 0:
         outputs = []
         for x in inputs:
@@ -212,11 +218,12 @@ def two_stages(stage: nn.Module, inputs, targets, loss, group) -> list:
 class Mesh:
     """The ranks as a grid pp x dp x tp, tp fastest, and this rank's place in it.
 
-    - dp 0 takes what is left of the world.
+    - dp = 0 stands for the number of ranks / (tp pp).
     - dp_group, tp_group, pp_group: the ranks that differ from this one in that coordinate alone; None where the degree
       is 1. A degree that is the whole world has the world's own group.
-    - pp_groups: two more groups of the pipeline's ranks, for messages to lower and to higher ranks. So each ordered
-      pair of ranks has a channel of its own. ends_group: its first and last rank. None if pp is 1.
+    - pp_groups: two more groups of the pipeline's ranks: [0] for messages to lower ranks, [1] to higher ones. So a pair
+      of ranks has a channel for each direction. ends_group: the pipeline's first and last rank, for a tied embedding
+      and head. Both are None if pp is 1.
     - axes: the groups by name, for CommLedger.
     - timeout: seconds that a rank waits for the others of a group made here. The world's own was set when it was made.
 
@@ -236,7 +243,7 @@ class Mesh:
             """The group of this rank's line; None if it is in no line. Every rank makes all groups, in one order."""
             return dist.new_subgroups_by_enumeration(lines, timeout=timedelta(seconds=timeout))[0]
 
-        grid = torch.arange(n, device="cpu").view(pp, dp, tp)
+        grid = torch.arange(n, device="cpu").view(pp, dp, tp)      # a line of it: ranks that differ in one coordinate
         pp_lines, dp_lines, tp_lines = (grid.movedim(dim, -1).flatten(0, 1).tolist() for dim in range(3))
         self.pp_group, self.dp_group, self.tp_group = (
             None if degree == 1 else world if degree == n else new_group(lines)
@@ -325,7 +332,7 @@ class DataParallel(nn.Module):
             self.synchronize = before
 
     def ready(self, bucket: Bucket, p):
-        """p.grad is complete."""
+        """Runs after each backward that added to p.grad. Outside no_sync() p.grad is now complete."""
         name = getattr(p, "full_name", "a parameter")
         if p.grad.is_sparse:
             raise RuntimeError(f"{name} must not have a sparse gradient, it has")
@@ -364,8 +371,8 @@ uncompiled = torch._disable_dynamo
 
 
 def shard(p: nn.Parameter, dim: int, group, shards: dict) -> nn.Parameter:
-    """This rank's part of p along dim, with p's attributes and its own box. shards: {parameter: its part}, so that tied
-    parameters stay tied."""
+    """This rank's part of p along dim, with p's attributes but the box of the part. shards: {parameter: its part}. So a
+    parameter that two modules share (embedding and head) is split once, and they share the part."""
     if p not in shards:
         length = p.shape[dim] // size(group)
         start = rank(group) * length
@@ -380,7 +387,7 @@ def shard(p: nn.Parameter, dim: int, group, shards: dict) -> nn.Parameter:
 class ParallelModule(nn.Module):
     """A module's twin with this rank's part of its matrix."""
 
-    dim, lacks = 0, ()                                    # the matrix is split along dim; what the module must not have
+    dim, lacks = 0, ()               # the matrix is split along dim; lacks: options of a module that its twin cannot do
 
     def __init__(self, module: nn.Module, group, sequence_parallel: bool, shards: dict):
         super().__init__()
@@ -391,9 +398,9 @@ class ParallelModule(nn.Module):
 
 
 def regather(x: Tensor):
-    """A context in which autograd does not save x (B, T, C), if x is f's output under sequence parallelism. pack keeps
-    its shape alone: f has the shard. unpack: the first linear whose backward wants x runs f's forward again, the last
-    one frees the result."""
+    """A context in which autograd does not save x (B, T, C), if x is f's output under sequence parallelism. Then
+    x.grad_fn is f's ctx (Exchange), which has the shard. Where a linear would save x, pack saves x's shape and counts a
+    reader. Where backward wants x, unpack: the first reader runs f's forward again, the last one frees the result."""
     f, address = x.grad_fn, x.data_ptr()
     if not hasattr(f, "gathered"):
         return contextlib.nullcontext()
@@ -461,8 +468,9 @@ class VocabParallelCrossEntropy(torch.autograd.Function):
         nll = log l + m - z_target                          dz_r = w (exp(z_r - m) / l - [target here])
 
     w is the token's weight; [target here] is 1 at the target's column, else 0. A rank sends m, l, z_target per token.
-    forward takes `rows` tokens at a time, and computes their gradients too, so that their logits need not be kept. f's
-    backward sums the ranks' dx_r = dz_r W_r.
+    x (N, C), weight (V/n, C), which is W_r, targets and weights (N,), which are the w -> sum of w nll, nll (N,). In the
+    code z is z_r - m. forward takes `rows` tokens at a time, and computes their gradients too, so that the logits need
+    not be kept. f's backward sums the ranks' dx_r = dz_r W_r.
     """
 
     @staticmethod
@@ -521,7 +529,7 @@ class VocabParallelHead(ParallelModule):
 
 
 def put_f_before(module: nn.Module, columns: list, group, sequence_parallel: bool):
-    """Put f before `module`, on its first argument, which the column layers in the module alone read."""
+    """Apply f to the first argument of `module`. Only column layers in the module may read that argument."""
     @uncompiled
     def before_forward(_, args, kwargs):
         name = None if args else next(iter(kwargs))
@@ -546,12 +554,12 @@ def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN, sequence_para
 
     plan: {pattern of module names (fnmatch): style}, the first match counts. Styles:
         column, row, vocab, head   the classes above
-        partial                    works on the heads between a column and a row: its gradient is a part, sum_over
-        positions                  an embedding of positions: under sequence parallelism each rank takes its own
+        partial                    not split, but it meets only this rank's heads: sum_over, as its gradient is a part
+        positions                  an embedding of positions: under sequence parallelism a rank keeps its T/n of them
     sequence_parallel: between a row layer and the next column layer hidden states are (B, T/n, C).
         - The model must take T from the tokens, not from hidden states: ours does, transformers' do not.
         - The vocab embedding splits the sequence; a model without one must be fed this rank's positions alone.
-        - All whole parameters get parts of their gradients too: sum_over, reduce_partial_gradients().
+        - Parameters that are not split get sum_over too: call reduce_partial_gradients() (below the lecture).
     Raises ValueError, naming the module, for sizes and heads that the group's size does not divide, a module that is
     no linear or embedding, and a pattern of your plan that meets nothing.
     """
@@ -591,6 +599,7 @@ def tensor_parallel(model: nn.Module, group, *, plan: dict = PLAN, sequence_para
         columns, rows = ([x for x in module.children() if isinstance(x, twin)] for twin in LINEARS.values())
         if not columns:
             continue
+        # between f and g a rank computes a part: any other parameter there would get a part of its gradient, not summed
         planned = {p for x in module.modules() if isinstance(x, ParallelModule) for p in x.parameters()}
         strange = [name for name, p in module.named_parameters()
                    if p not in planned and getattr(p, "sum_over", ()) != (group,)]
@@ -618,7 +627,7 @@ class Op(NamedTuple):
 
 def run_ahead(p: int, m: int, v: int, ahead) -> list[list[Op]]:
     """Rank r runs ahead(r) forwards, then one forward and one backward in turns, then the backwards that are left. With
-    v chunks a rank, p micro-batches go through one chunk before the next. The schedules below differ in ahead alone."""
+    v chunks a rank, p micro-batches go through one chunk before the next. The next three choose ahead and v."""
     rounds = [range(i, min(i + p, m)) for i in range(0, m, p)]
     forward = [Op("F", i, c) for round_ in rounds for c in range(v) for i in round_]
     backward = [Op("B", i, c) for round_ in rounds for c in reversed(range(v)) for i in round_]
@@ -641,7 +650,8 @@ def one_f_one_b(p: int, m: int) -> list[list[Op]]:
 
 
 def interleaved(p: int, m: int, v: int = 2) -> list[list[Op]]:
-    """Ahead: enough for the first micro-batches to be through all chunks. Raises ValueError unless p divides m."""
+    """Ahead, as in Megatron-LM: p forwards of each chunk but the last, and two for each rank after this one. Raises
+    ValueError unless p divides m."""
     if m % p:
         raise ValueError(f"pp_schedule interleaved needs a multiple of pp = {p} micro-batches per step, got {m}")
     return run_ahead(p, m, v, lambda r: (p - 1 - r) * min(v, 2) + (v - 1) * p)            # v = 1: as 1f1b
@@ -688,8 +698,8 @@ class Message(NamedTuple):
 
 
 def with_messages(schedule) -> list[list[tuple]]:
-    """The timetable: for each rank and operation (op, the Message that it needs, the Message that is its result), or
-    None: the first stage's F needs none, and its B has none."""
+    """The timetable: for each rank and operation (op, the Message that op needs, the Message that op sends). A Message
+    is None where there is none: the first stage's F needs none, and its B sends none."""
     p = len(schedule)
     stages = range(p * (1 + max(op.chunk for ops in schedule for op in ops)))
 
@@ -710,14 +720,14 @@ def with_messages(schedule) -> list[list[tuple]]:
 class Timeline:
     events: list             # for each rank: [(op, start, end), ...]
     duration: float
-    bubble: float            # share of the ranks' time in which nothing runs
+    bubble: float            # idle share of the ranks' time. bubble / (1 - bubble) is idle / ideal time, as at the top
     stored: list             # for each rank: the most micro-batches x chunks stored at once
 
 
 def simulate(schedule, forward: float = 1.0, backward: float = 1.0, weight: float = 1.0, p2p: float = 0.0) -> Timeline:
-    """Run a schedule on paper. Costs of F, of the input's and of the weights' part of the backward (a schedule without
-    W does both in B), and the delay of a message. Raises ValueError, naming the operations, if the schedule is not
-    complete, out of order, or waits for itself."""
+    """Run a schedule on paper. forward, backward, weight: the times of F, B and W (without W in the schedule, B takes
+    backward + weight). p2p: the delay of a message. Raises ValueError, naming the operations, if the schedule is out of
+    order, waits for itself, or does not have each operation once."""
     kinds = {op.kind for op in schedule[0]}
     m, chunks = (1 + max(op[i] for ops in schedule for op in ops) for i in (1, 2))
     expected = {Op(*each) for each in itertools.product(kinds, range(m), range(chunks))}
@@ -817,10 +827,10 @@ class Channels:
     """Messages of a pipeline rank. A pair of ranks has one channel each way. Receives are posted in the sender's order,
     read off the timetable (with_messages): no tags, no handshakes. like(micro_batch) is an empty tensor for a message.
 
-    coming     {source rank: the messages that it has yet to send to us, in its order}
-    arriving   receives that are posted        sending   sends that may not be done
-    receipts   {message: all that its sender received between its message to us before and this one}. When this one
-               arrives, so have our messages among those: they are freed
+    coming     {source rank: its messages to us whose receive is not posted (started) yet, in its order}
+    arriving   receives that are posted        sending   sends that may not be done: their tensors are kept
+    receipts   {message: what its sender received after its previous message to us and before this one}. If the message
+               is here, the sender has all of that. What we sent of it is done: those tensors are freed
     """
 
     def __init__(self, timetable, groups, like, timeout: float):
@@ -880,8 +890,8 @@ def run_schedule(schedule, chunks, batches, groups=None, *, loss_grad=1.0, hidde
     groups       Mesh.pp_groups; None for p = 1 (then a schedule is plain gradient accumulation)
     loss_grad    where backward starts: the gradient of each loss. In train.py loss scale / N, or 1
     hidden_like  batch -> an empty tensor like the hidden state between stages
-    no_sync      context around every gradient that is not its parameter's last (DataParallel.no_sync). A W computes
-                 the gradients of linears' weights, its B all others. A parameter in both is not supported
+    no_sync      context around a backward whose parameters get more gradients later (DataParallel.no_sync). W computes
+                 the gradients of linears' weights, B all others. No parameter may get gradients from both
     on_op        on_op(op, start, end): the clock before and after an operation ran
     timeout      seconds that a message may take
 
@@ -909,8 +919,8 @@ def run_schedule(schedule, chunks, batches, groups=None, *, loss_grad=1.0, hidde
     for (op, needs, result), (_, next_needs, _) in itertools.pairwise([*mine, (None, None, None)]):
         kind, i, c = op
         received = None if needs is None else channels.receive(needs)
-        # the next operation's message travels while this one runs. But calls of a group run in order: if this result
-        # leaves in the same group, it would wait for that message
+        # the next operation's message travels while this one runs. But calls of a group run in order: a result sent in
+        # the same group would wait for that message. Then the message is posted when it is needed
         if next_needs is not None and (result is None or result.goes_up != next_needs.goes_up):
             channels.post(next_needs)
         start = clock()
@@ -923,7 +933,8 @@ def run_schedule(schedule, chunks, batches, groups=None, *, loss_grad=1.0, hidde
             else:
                 channels.send(out.detach(), result)
             if "B" in kinds:
-                edge = torch.autograd.graph.get_gradient_edge(out) if out.requires_grad else None       # None: frozen
+                # edge: where backward enters the graph. Unlike out it holds no numbers, so out is freed. None: frozen
+                edge = torch.autograd.graph.get_gradient_edge(out) if out.requires_grad else None
                 graphs[i, c] = hidden, edge, torch.ones_like(out).mul_(loss_grad) if result is None else None
             del out
         elif kind == "B":
