@@ -23,15 +23,15 @@ Order: place i of epoch e has window permute(i, number of windows, hash of seed 
 stored. So step n's global batch depends on the seed and n alone, on any number of ranks. The only state is a counter.
 
 After pre-training come files of rows: conversations (SFT), two answers to a prompt (DPO), prompts (RL). Marks tell who
-speaks; where the tokenizer has marks of its own, no text can produce them. Only an answer's tokens are targets. A
-conversation of n ids makes n - 1 inputs and n - 1 targets: its last id, </s>, is a target only.
+speaks. A mark is an id that no text can produce, if the tokenizer has such ids. Only an answer's tokens and the </s>
+after them are targets. A conversation of n ids makes n - 1 inputs and n - 1 targets: its last id is a target only.
 
     tokens     <s>  <|user|>  q_1  q_2  <|assistant|>  a_1  a_2   <s> ...  <pad>
     targets     -      -       -    -        a_1       a_2  </s>   -  ...    -
     documents   1      1       1    1         1         1    1     2  ...    3
 
-On disk: tokens and checkpoints are written under a temporary name, flushed, then renamed. A manifest that carries its
-own checksum comes last. A shard is a 32-byte header and raw integers:
+On disk: tokens and checkpoints are folders, written and flushed under a temporary name. The last file, a manifest,
+carries its own checksum; then the folder is renamed. A shard of tokens is a 32-byte header and raw integers:
 
     magic "LLMTOKEN" | version u32 | bytes per id u32 | ids u64 | CRC32 of the ids u32 | CRC32 of the header so far u32
 
@@ -48,10 +48,11 @@ folders hold whole tensors in the same layout, and a tokenizer: models come from
 
 Map, in the order of the file
     the lecture          whole files - tokenizer - sides - shards - prepare - loader; chat - examples; checkpoints
-    to be looked up      sources - mixture - instructions - rewards - Hugging Face folders - demo and command line
+                         (owned_pieces and Checkpoints are easier after zero.py)
+    to be looked up      sources - mixture - instructions - rewards - metrics - Hugging Face folders - demo, main
 
 Sources: BPE (Sennrich 2016, arXiv:1508.07909), SentencePiece (Kudo 2018, arXiv:1808.06226); Feistel with cycle walking
-(Black and Rogaway 2002); packing without cross-document targets as in Llama 3 (arXiv:2407.21783).
+(Black and Rogaway 2002); packing without attention across documents as in Llama 3 (arXiv:2407.21783).
 Not here: filtering by quality, near-duplicates at scale, preparing on many machines: datatrove, NeMo Curator and dolma
 do these. Nor which shares a mixture should have (DoReMi, arXiv:2305.10429).
 
@@ -163,9 +164,9 @@ def write_atomic(path, content: str | bytes):
 
 @contextlib.contextmanager
 def new_folder(out: Path, key: str = ""):
-    """A temporary folder to fill. It becomes `out` when all is in it. If that fails, it is removed, or waits to go on.
-    key: what is prepared. Work that was killed, or whose stream broke, goes on at the next call with the same key, from
-    what is whole. progress/ inside has the parts of a stream, and in shards.json the list of whole shards."""
+    """Yields a temporary folder. When the caller has filled the folder, it becomes `out`. Its progress/ says what is
+    whole so far: the parts of a stream, and shards.json, the list of whole shards. After an error the folder is removed
+    if progress/ has neither. Else, and after a kill, the next call with the same key goes on; "" always starts anew."""
     temporary = out.with_name(f".{out.name}.tmp")
     progress = temporary / "progress"
     try:
@@ -220,8 +221,8 @@ def join(parts: list[str], piece: str) -> list[str]:
 
 
 def bpe_train(text: str, num_pieces: int) -> list[str]:
-    """The first pieces that BPE learns from a text, in their order; fewer if the text has no more. (A piece is its
-    text: the pairs a, aa and aa, a count together, as in SentencePiece.)
+    """The first pieces that BPE learns from a text, in their order; fewer if the text has no more. (A pair counts by
+    its joined text: a + aa and aa + a both count for aaa, as in SentencePiece.)
 
     >>> bpe_train("aaabdaaabac", 3)
     ['aa', 'aaa', 'aaab']
@@ -256,10 +257,10 @@ class Tokenizer:
     ['def', '▁f', '(', 'x', '):']
     """
 
-    # U+2581 is SentencePiece's own mark for a space and surrogates have no UTF-8: both go as single bytes
+    # both go as single bytes: U+2581, SentencePiece's own mark for a space, and surrogates (half characters of UTF-16)
     AS_BYTES = re.compile("([\u2581\ud800-\udfff])")
-    # SentencePiece encodes short texts twice as fast as a long one. No piece of ours has a space after another
-    # character, so cutting there changes no id
+    # SentencePiece encodes short texts twice as fast as a long one. So SHORT cuts, every 100 characters or more, before
+    # a space that follows a character other than a space. No piece of ours holds such a place: no id changes
     SHORT = re.compile(r"(?s).{100,}?(?=(?<! ) |\Z)|.+\Z")
 
     def __init__(self, model):
@@ -315,7 +316,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         ids = []
         for i, part in enumerate(self.AS_BYTES.split(text)):
-            if i % 2:
+            if i % 2:                                             # re.split: each second part is what AS_BYTES matched
                 ids += (self.byte_ids[b] for b in part.encode("utf-8", "surrogatepass"))
             elif len(part) <= 200 or not self.can_cut:
                 ids += self.sp.encode(part)
@@ -340,7 +341,7 @@ class Tokenizer:
 
 
 def split_text(text: str, size: int):
-    """Cut text into parts of at most `size` characters, at line ends where there are any; joined, they are text."""
+    """Cut a text into parts of at most `size` characters, at line ends where there are any: joined, the same text."""
     start = 0
     while start < len(text):
         end = start + size
@@ -367,9 +368,9 @@ def text_hash(text) -> int:
 
 
 def held_out(hashes: np.ndarray, val_fraction: float, neither_empty: bool = True) -> np.ndarray:
-    """Which of the texts' hashes (n,) uint64 are held out, (n,) bool. Each hash decides for itself, so it does not
-    matter what else there is. neither_empty: only if that leaves validation or training empty, one text is moved there;
-    training comes first."""
+    """Hashes of texts, (n,) uint64 -> which texts are held out, (n,) bool. Each hash decides for itself, whatever other
+    texts there are. neither_empty: if training or validation would get no text, one text is moved there. (A single text
+    is for training. With val_fraction 0 validation stays empty.)"""
     need(0 <= val_fraction < 1, "val_fraction must be in [0, 1)", val_fraction)
     val = hashes % np.uint64(10**6) < val_fraction * 10**6
     if neither_empty and len(val):
@@ -436,7 +437,7 @@ def open_shard(path, verify: bool = True, entry: dict | None = None) -> np.ndarr
 #     3. survey        hash and size of each document; duplicates, sides and the tokenizer's sample follow
 #     4. Tokenizer.train on the sample
 #     5. write_shards  text to tokens on all cores, shard by shard
-# estimate, write_down and read_documents, which knows the kinds of files, stand below the lecture.
+# Below the lecture: source_files, newest_date, estimate, write_down, load_tokenizer; read_documents (kinds of files).
 
 def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fraction: float = 0.05,
             sample_bytes: int = 0, shard_tokens: int = 2**25, tokenizer=None, text_field: str = "text",
@@ -444,9 +445,9 @@ def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fracti
     """Text to a folder of tokenizer, train-*.bin, val-*.bin and manifest.json -> the folder. Raises DataError.
 
     sources: ["stdlib"], or names of files, folders, globs (SUFFIXES, and token files), or hf:DATASET[:SUBSET][:SPLIT].
-    out: default data/NAME-KEY, KEY a fingerprint of files and settings. A folder already prepared from the same is
-    used as it is; one that holds something else is refused. Killed, the same call goes on with what is whole.
-    sample_bytes: of text, to train a tokenizer on (0: 8 MB, and for more than 2048 pieces as many times as much).
+    out: default data/NAME-KEY, KEY a hash of the settings and of the files' names, sizes and times. A folder prepared
+    with the same KEY is used as it is; any other is refused. After a kill, the same call goes on with what is whole.
+    sample_bytes: of text, to train a tokenizer on (0: 8 MB per 2048 pieces, 8 MB at least).
     tokenizer: used, and saved, instead of training one of vocab_size (a model that goes on training keeps its own).
     max_tokens: stop after so many for training (0: all). knowledge_cutoff: YYYY-MM-DD ("": see newest_date).
     """
@@ -511,8 +512,9 @@ def size_of(document, tokenizer) -> int:
 
 
 def survey(read, tokenizer, val_fraction: float, sample_bytes: int, most_bytes: float, log):
-    """Read the documents, at most most_bytes of text -> what becomes of each, (n,) uint8 of the bits TRAIN, VAL and
-    SAMPLE, 0 for a duplicate; {"dropped": counts, "bytes", "sample": bytes of it}."""
+    """Read documents until they have most_bytes of text -> what becomes of each, (n,) uint8 of the bits TRAIN, VAL and
+    SAMPLE, 0 for a duplicate; {"dropped": counts, "bytes": of text that is kept, "sample": bytes of the sample}.
+    read(dropped) yields (path, document) and lists in `dropped` the files of what it leaves out: read_documents."""
     dropped, paths, hashes, sizes, total = defaultdict(list), [], array.array("Q"), array.array("Q"), 0
     for path, document in read(dropped):
         paths.append(path)
@@ -530,7 +532,7 @@ def survey(read, tokenizer, val_fraction: float, sample_bytes: int, most_bytes: 
         log(f"left out: {len(where):,} {reason}: {names}{', ...' * (len(set(where)) > 3)}")
     side = np.zeros(len(hashes), np.uint8)
     side[first] = split_documents(hashes[first], sizes[first], val_fraction)
-    # the tokenizer reads training documents alone, those of smallest hash
+    # the tokenizer reads training documents alone: those of smallest hash, which is a random sample
     order = first[(side[first] & TRAIN) > 0]
     chosen = order[:np.searchsorted(np.cumsum(sizes[order]), sample_bytes) + 1]
     side[chosen] |= SAMPLE
@@ -539,7 +541,7 @@ def survey(read, tokenizer, val_fraction: float, sample_bytes: int, most_bytes: 
 
 
 def with_split(read, side, val_fraction: float):
-    """Read again, with survey's answer: ("train" or "val", document), in order. A document on both sides is cut."""
+    """Read again -> ("train" or "val", document), in order. side: survey's bits. A document with both sides is cut."""
     for (_, document), bits in zip(read(defaultdict(list)), side, strict=False):
         if bits & TRAIN and bits & VAL:
             cut = int(len(document) * (1 - val_fraction))
@@ -578,8 +580,8 @@ def chunks_of(items, size: int, length=len):
 
 def write_shards(folder: Path, tokenizer, documents, total_bytes: int, shard_tokens: int, max_tokens: int, log) -> dict:
     """(split, document), ... -> shards, and {split: {"documents", "bytes", "tokens", "shards"}}. A shard is in memory
-    until it is full; then the other split's shard ends too. progress/shards.json then says what is whole: so many
-    chunks of documents in these shards. Called again, it goes on from there."""
+    until it is full. Then the shards of both splits are written, so every chunk of documents so far is on disk, and
+    progress/shards.json says how many chunks that is. Called again, write_shards goes on after these chunks."""
     file, unwritten = folder / "progress" / "shards.json", {"train": [], "val": []}         # ids of the shards to come
     state = read_sealed(file, "shards") if file.exists() else {
         "kind": "shards", "version": FORMAT_VERSION, "chunks": 0,
@@ -594,7 +596,7 @@ def write_shards(folder: Path, tokenizer, documents, total_bytes: int, shard_tok
                 arrays.clear()
         write_sealed(file, state)
 
-    size = min(2**20, shard_tokens, max_tokens // 16 or 2**20)
+    size = min(2**20, shard_tokens, max_tokens // 16 or 2**20)            # characters, or ids, of a chunk of documents
     started = said = time.monotonic()
     bytes_before = sum(split["bytes"] for split in splits.values())
     for chunk in itertools.islice(chunks_of(documents, size, lambda pair: len(pair[1])), state["chunks"], None):
@@ -624,8 +626,8 @@ def write_shards(folder: Path, tokenizer, documents, total_bytes: int, shard_tok
 def permute(i: np.ndarray, n: int, key: int) -> np.ndarray:
     """A keyed bijection of 0 .. n-1, evaluated at i (any shape, int64): a shuffle that is computed, in O(1) memory.
     Feistel network on 2b bits, 4^b >= n:  (upper, lower) -> (lower, upper xor f(lower, round key)), invertible whatever
-    f is. An image outside 0 .. n-1 is put through again until it falls inside; since 4^b < 4 n, four tries are enough
-    on average."""
+    f is: lower is kept, so the same f(lower, round key) can be undone. Cycle walking: an image outside 0 .. n-1 is put
+    through again until it falls inside. Since 4^b < 4 n, four tries are enough on average."""
     b = math.ceil(math.log2(max(n, 2)) / 2)
     mask = np.uint64(2**b - 1)
 
@@ -648,7 +650,8 @@ def permute(i: np.ndarray, n: int, key: int) -> np.ndarray:
 
 
 class Batches:
-    """next() gives batches without end, whatever a window holds. Here are the permuted order, the position, the state.
+    """What Loader, Examples and Mixture share: permuted order, position, state. next() gives batches without end.
+    dp_rank: which of the dp_size ranks that divide each batch (data parallel: parallel.py) this one is.
 
     - The position counts windows of the *global* batch. Each call takes the next micro_batch_size * dp_size windows of
       the permuted epochs and gives this rank its micro_batch_size of them. So what the ranks read together does not
@@ -669,7 +672,7 @@ class Batches:
         self.ahead = None, None                                                # places of windows, their batch to come
 
     def windows(self, order) -> np.ndarray:
-        """Numbers of the windows at places `order` (B,) of the permuted epochs' endless sequence."""
+        """Places `order` (B,) in the endless sequence of permuted epochs -> the numbers of the windows there (B,)."""
         if not self.num_windows:
             raise DataError(f"{self.path}: its {self.split} tokens must fill a window of seq_len + 1 = "
                             f"{self.seq_len + 1}, it has {self.manifest['splits'][self.split]['tokens']}")
@@ -701,7 +704,7 @@ class Batches:
         return {name: x.pin_memory() if torch.cuda.is_available() else x for name, x in self.batch(order).items()}
 
     def epochs(self, position: int) -> dict:
-        """{source: how often its windows were read} when so many windows were."""
+        """{source: how many times it has been read (0.59, say)} after `position` windows."""
         return {str(self.path): position / max(1, self.num_windows)}
 
     def state_dict(self) -> dict:
@@ -758,7 +761,7 @@ class Loader(Batches):
         return {k: torch.from_numpy(v) for k, v in (("tokens", tokens), ("targets", targets), ("documents", documents))}
 
     def read_ids(self, shard: int, start: int) -> np.ndarray:
-        """The window (T + 1,) of a shard that begins with token `start`; blocks not read before are verified."""
+        """Ids number start ... start + T of a shard: a window (T + 1,). Blocks not read before are verified."""
         ids, unverified, end = self.shards[shard], self.unverified[shard], start + self.seq_len + 1
         size = BLOCK // ids.itemsize
         for block in range(start // size, (end - 1) // size + 1):
@@ -803,8 +806,8 @@ def chat_format(tokenizer) -> tuple[str, str, str, str]:
 
 
 def encode_chat(tokenizer, messages, reply: bool = False) -> tuple[list[int], list[bool]]:
-    """[{"role", "content"}, ...] -> two lists of one length, (ids, is_answer). The assistant must produce its content
-    and the mark that ends its turn: there is_answer is true. reply: end with its opening, ready to generate."""
+    """[{"role", "content"}, ...] -> two lists of one length, (ids, is_answer). is_answer is true for what the assistant
+    must produce: its content, and the mark that ends its turn. reply: add the opening of an answer that is to come."""
     opening, end, after_answer, after_other = chat_format(tokenizer)
     tokens = [] if tokenizer.bos_id is None else [(tokenizer.bos_id, False)]
 
@@ -862,8 +865,9 @@ def conversation(row, objective: str) -> tuple[list[dict], list[str]]:
 
 
 def pack(lengths, size: int) -> list[list[int]]:
-    """Items -> rows of `size` places: the first of the newest 16 rows where an item fits, or a new one. lengths[i]: its
-    lengths, at most size: one, or for dpo two, of the chosen and the rejected side. All must fit.
+    """Packs items into rows of `size` places (not the file's rows) -> the items of each row. An item goes into the
+    first of the newest 16 rows where it fits, or into a new row. lengths[i]: how long item i is, at most size. For dpo
+    it has two lengths, and a row two sides of `size` places: chosen and rejected. Both must fit.
 
     >>> pack([[6], [5], [4], [3]], 10)
     [[0, 2], [1, 3]]
@@ -930,8 +934,8 @@ class Examples(Batches):
         self.reference = None        # dpo: (num_windows, num_documents + 1) nll of each answer under the starting model
 
     def encode(self, prompt: list[dict], answers: list[str], dropped: Counter):
-        """-> for every answer (or, for rl, for the prompt) its ids and targets, (2, n) int32, n <= T + 1: a target is
-        the id itself or NO_TARGET. None if it is dropped."""
+        """-> for every answer the ids of prompt and answer (rl: one, of the prompt) and their targets, (2, n) int32,
+        n <= T + 1. A target is the id at the same place or NO_TARGET; read() shifts them. None: the row is dropped."""
         opening = [] if self.objective == "sft" else encode_chat(self.tokenizer, prompt, reply=True)[0]
         if self.objective == "rl":
             if self.seq_len - len(opening) < self.seq_len / 4:
@@ -1099,12 +1103,12 @@ def write_checkpoint(folder, pieces, meta: dict, *, group=None):
 def boxes(box, lo: int, hi: int):
     """Elements lo ... hi - 1 of a box, counted row by row, as at most 2 ndim - 1 boxes in their order: the rest of a
     row, whole rows, the beginning of a row. Yields (box, first element, end). Elements 3 ... 13 of a 4 x 4 box are
-    element 3, rows 1 and 2 (4 ... 11), and elements 12 and 13."""
+    element 3, rows 1 and 2 (4 ... 11), and elements 12 and 13. (ZeRO cuts a weight at any element: zero.py.)"""
     strides = [math.prod(stop - start for start, stop, _ in box[d + 1:]) for d in range(len(box))]
     if lo < hi and not box:                                                                    # a number
         yield (), lo, hi
     while lo < hi and box:
-        # d: the first dimension along which a whole step, strides[d] elements, begins at lo. Take all steps that fit
+        # d: the first dimension along which a step, strides[d] elements, begins at lo and ends by hi. Take all that fit
         d = next(d for d, stride in enumerate(strides) if lo % stride == 0 and lo + stride <= hi)
         place = [start + lo // stride % (stop - start) for (start, stop, _), stride in zip(box, strides, strict=True)]
         steps = min(box[d][1] - place[d], (hi - lo) // strides[d])
@@ -1166,7 +1170,7 @@ class Reader:
         check_box(name, box, entry["shape"])
         out = torch.empty([stop - start for start, stop, _ in box], dtype=DTYPES[entry["dtype"]])
 
-        def slices(common, whole):                              # where in the tensor of the box `whole` the part is
+        def slices(common, whole):                              # `common` as slices of the tensor whose box is `whole`
             return tuple(slice(a - start, b - start) for (a, b), (start, _, _) in zip(common, whole, strict=True))
 
         for piece in entry["pieces"]:
@@ -1184,8 +1188,10 @@ class Reader:
 
 def owned_pieces(optimizer):
     """(name, box, tensor) of every weight this rank owns, optimizer.owned, and of what the optimizer keeps for it:
-    NAME.exp_avg, ... A flat shard is written as boxes. A number that is equal on all ranks (NAME.step) is written by
-    the rank that has the weight's first element. The weight is its master, or itself in float32 (float64 stays)."""
+    NAME.exp_avg, ... p is the part p.box of the weight p.full_name (model.py). Under ZeRO p holds only elements p.flat,
+    (lo, hi), of that box (zero.py); they are written as boxes. A number that is equal on all ranks (NAME.step) is
+    written by the rank that has the weight's first element. The weight is its float32 master (precision.py), or p
+    itself in float32 (float64 stays)."""
     for p in optimizer.owned:
         lo, hi = getattr(p, "flat", (0, p.numel()))
         parts = list(boxes(p.box, lo, hi))
@@ -1274,7 +1280,7 @@ class Checkpoints:
             shutil.rmtree(path.rename(path.with_name(f".{path.name}.tmp")))         # whole or, after a kill, stale
 
     def load(self, optimizer, reader: Reader):
-        """Masters and states of what this rank updates; no more of a tensor is read than that."""
+        """Masters and states of what this rank updates, from the pieces that overlap it. (Weights: train.py, Model.)"""
         def read(name, p):
             parts = boxes(p.box, *getattr(p, "flat", (0, p.numel())))
             flat = [reader.read(name, box).flatten() for box, *_ in parts] or [torch.empty(0)]
