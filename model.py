@@ -24,15 +24,15 @@ A token costs 6 FLOPs per weight that is multiplied, 2 forward and 4 backward, a
 (`flops_per_token`). The demo compares that with what torch counts.
 
 Three things differ from the textbook, because other files need them:
-  * Weights are drawn by *name* (`keyed_init`). Any slice of any weight can be made without the rest. So ranks that hold
-    pieces of the model start equal to one process that holds all of it.
+  * A weight's *name* seeds its random numbers (`keyed_init`). Any slice of a weight can be made without the rest. So
+    ranks that hold pieces of the model start equal to one process that holds all of it.
   * The loss never holds the (N, V) logits: for 4096 tokens and 50,304 words they alone are 824 MB. It computes a few
-    rows at a time, and their gradient at once (`ChunkedCrossEntropy`).
+    rows at a time, and in the same pass the gradients that these rows give (`ChunkedCrossEntropy`).
   * Attention is a function that is handed in, the head is a module, layers are a dictionary: other files replace them
-    from outside. Nothing below knows of devices, ranks or precision.
+    from outside. Nothing below talks to another rank. Device and dtype are the caller's choice.
 
 Map: ModelConfig - parts of a block - the loss - GPT - weights by name - counting - SFT, DPO, RL. Below the lecture:
-Hugging Face - demo. Not here: tiling of attention, splitting over ranks, number formats.
+Hugging Face - demo. Not here: tiling of attention (flash_attn.py), ranks (parallel.py), number formats (precision.py).
 
 Sources: Vaswani 2017 (arXiv:1706.03762); GPT-2 (Radford 2019); RMSNorm (1910.07467); RoPE (2104.09864); SwiGLU
 (2002.05202); GQA (2305.13245); QK-norm as in Qwen3 (2505.09388); Llama 2 (2307.09288).
@@ -91,14 +91,15 @@ class ModelConfig:
 # ---- the parts of a block --------------------------------------------------------------------------------------------
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """Over the last dimension. RMSNorm: y = x / sqrt(mean(x^2) + eps) * weight. LayerNorm: that of x - mean(x)."""
+    """Over the last dimension. RMSNorm: x / sqrt(mean(x^2) + eps) * weight. LayerNorm: of x - mean(x), then a bias."""
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.n_embd, config.norm_eps)
     return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
 
 
 def rope_table(config: ModelConfig, start: int, length: int, like: torch.Tensor):
-    """cos and sin of the rotation angles, each (T, D/2), in the dtype of `like`. Angles are computed in float32.
+    """cos and sin of the rotation angles at positions t = start ... start + length - 1: each (T, D/2) with T = length,
+    in the dtype of `like`. Angles are computed in float32.
 
     angle(t, i) = t * theta^(-2 i / D)            pair i is a clock hand that turns once in 2 pi theta^(2 i / D) tokens
     """
@@ -110,7 +111,8 @@ def rope_table(config: ModelConfig, start: int, length: int, like: torch.Tensor)
 
 
 def apply_rope(x, cos, sin):
-    """Rotate each pair (x1_i, x2_i) of a head by its angle: q_t . k_s then depends on t - s alone. x (B, T, H, D)."""
+    """Rotate each pair (x_i, x_{i + D/2}) of a head by angle(t, i). In q_t . k_s the two angles subtract: of the
+    positions only t - s remains. x (B, T, H, D). (The paper pairs neighbours; Hugging Face's weights need halves.)"""
     x1, x2 = x.chunk(2, dim=-1)                                                                # (B, T, H, D/2) each
     cos, sin = cos[:, None], sin[:, None]                                                      # (T, 1, D/2)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)                       # (B, T, H, D)
@@ -118,15 +120,16 @@ def apply_rope(x, cos, sin):
 
 def document_mask(documents, dtype):
     """Ids (B, T) -> what is added to the scores, (B, 1, T, T): 0 where a query may see a key (of its own document, at
-    or before itself), -inf elsewhere. A document is a run of equal ids: one that comes back begins a new document."""
-    number = F.pad((documents[:, 1:] != documents[:, :-1]).cumsum(1), (1, 0))                        # 7 7 3 7: 0 0 1 2
+    or before itself), -inf elsewhere. A document is a run of equal ids: an id that comes back is a new document."""
+    number = F.pad((documents[:, 1:] != documents[:, :-1]).cumsum(1), (1, 0))                # ids 7 7 3 7 -> 0 0 1 2
     visible = (number[:, None, :, None] == number[:, None, None, :]).tril()                          # (B, 1, T, T)
     return torch.zeros(visible.shape, dtype=dtype, device=documents.device).masked_fill(~visible, -math.inf)
 
 
 def sdpa_attention(q, k, v, *, documents=None):
     """Default attention: torch's, causal. q (B, H, T, D); k, v (B, K, S, D) -> (B, H, T, D). Query i sits at key
-    position i + S - T (the last query sees the last key). documents: what document_mask returned; then T = S."""
+    position i + S - T: the last query sees every key, so a query alone (T = 1) needs no mask. documents: what
+    document_mask returned; then T = S."""
     T, S, mask = q.shape[-2], k.shape[-2], documents
     if mask is None and 1 < T < S:
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
@@ -138,7 +141,7 @@ class KVCache:
     """Keys and values of the tokens already read, one pair per attention layer: only new tokens are projected."""
 
     def __init__(self):
-        self.length = 0
+        self.length = 0                                                    # tokens read: GPT.forward counts, not extend
         self.layers = {}
 
     def extend(self, layer, k, v):
@@ -148,13 +151,14 @@ class KVCache:
         return k, v
 
 
-RECOMPUTE = dict(use_reentrant=False, preserve_rng_state=False)     # checkpoint's options: nothing draws random numbers
+# torch's checkpoint(f, x) keeps x, not f's intermediates: backward runs f again. No dropout: no random state to restore
+RECOMPUTE = dict(use_reentrant=False, preserve_rng_state=False)
 
 
 class Attention(nn.Module):
     """o = softmax(q k^T / sqrt(D)) v for each head, then one mixing matrix. (B, T, C) -> (B, T, C).
 
-    The number of heads is read off the projections' outputs, so a tensor-parallel rank that holds fewer runs this code.
+    The number of heads is read off the projections' outputs: a tensor-parallel rank has fewer. H | K: q's H, k's K.
     """
 
     def __init__(self, c: ModelConfig, attention):
@@ -197,7 +201,8 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """x + Attention(Norm(x)), then x + MLP(Norm(x)). recompute: "none" keeps every intermediate for backward,
-    "selective" all but attention's, "full" keeps x alone and runs the block again (a third more FLOPs)."""
+    "selective" all but those between q, k, v and o. "full" keeps x alone, and backward first runs the block again: 8
+    FLOPs per weight instead of 6."""
 
     def __init__(self, config: ModelConfig, attention, recompute: str):
         super().__init__()
@@ -231,11 +236,11 @@ def plain_cross_entropy(x, weight, targets, weights):
 
 
 def softmax_nll(z, targets, weights, with_grad: bool):
-    """The lines of plain_cross_entropy between the matrix products, for some rows, in place. z (n, V): logits, which
-    are overwritten. Returns nll (n,) = -log softmax(z)[target], 0 where targets are negative, and dz (n, V) in z's
-    dtype or, without with_grad, None. Sums are in float32.
+    """The lines of plain_cross_entropy between the matrix products, for some rows. z (n, V): logits, overwritten unless
+    they have 16 bits. Returns nll (n,) = -log softmax(z)[target], 0 where targets are negative, and dz (n, V) in z's
+    dtype or, without with_grad, None. Sums are in float32 (float64 for float64).
 
-    A function by itself, so that torch.compile can make one pass over the logits of what are ten here.
+    Run line by line, this reads the logits about ten times. torch.compile, given this function, makes fewer passes.
     """
     acc, dtype = torch.promote_types(z.dtype, torch.float32), z.dtype
     has_target, index = targets[:, None] >= 0, targets[:, None].clamp(min=0)                   # (n, 1)
@@ -256,10 +261,10 @@ def softmax_nll(z, targets, weights, with_grad: bool):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """plain_cross_entropy, a few rows at a time: the logits of all rows never exist.
 
-    The gradients by x and W need nothing of what comes after the loss but one factor, g = dL/dloss. So forward computes
-    them while a chunk's logits are there, with the same 3 matrix products as the plain head. Backward multiplies by g.
-    Until then gradients stay in float32 (or float64): fp16 would lose small ones. (To compute the logits again in
-    backward would take a fourth product, and keep no dW.)
+    Backward only brings a factor, g = dL/dloss: dx and dW are g times what is known in forward. So forward computes
+    them while a chunk's logits are there, with the same 3 matrix products as the plain head, and backward multiplies
+    by g. Until then dx and dW are kept in float32 (or float64): fp16 would lose small values. The price is to keep dW.
+    (The other way computes the logits again in backward: it keeps no dW, and takes a fourth product.)
     """
 
     @staticmethod
@@ -286,7 +291,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g, _):
-        dx, dw = ctx.saved_tensors                # scaled in place: a second backward is an error, not a wrong result
+        dx, dw = ctx.saved_tensors                # changed in place below: torch notices, and refuses a second backward
         return dx.mul_(g).to(ctx.dtypes[0]), dw.mul_(g).to(ctx.dtypes[1]), *[None] * 5
 
 
@@ -295,9 +300,9 @@ def chunked_cross_entropy(x, weight, targets, weights=None, rows=None, softmax=s
     (N,), default 1.
 
     Returns (loss, nll): loss = sum of weights * nll, differentiable in x and weight; nll (N,) detached, 0 without
-    target. The logits of `rows` rows exist at a time. Default: 2 million logits on a CPU (8 MB, near its caches), 64
-    million elsewhere, and at least 256 rows, since each chunk adds to all of dW. Raises ValueError for a target of V or
-    above (on a CPU: a GPU would have to wait for the answer).
+    target. The logits of `rows` rows exist at a time. Default: as many rows as make 2 million logits on a CPU (8 MB,
+    near its caches), 64 million elsewhere, but at least 256, since each chunk adds to all of dW. softmax: softmax_nll,
+    or what torch.compile made of it. Raises ValueError for a target >= V, on a CPU alone: a GPU would have to wait.
     """
     if targets.device.type == "cpu" and targets.numel() and int(targets.max()) >= weight.shape[0]:
         raise ValueError(f"targets must be below vocab_size {weight.shape[0]}, got {int(targets.max())}")
@@ -327,13 +332,14 @@ class Head(nn.Module):
 # ---- the model -------------------------------------------------------------------------------------------------------
 
 class GPT(nn.Module):
-    """The whole network, or a pipeline stage of it: set model.embed_tokens, model.norm or lm_head to None and delete
-    layers; what is left keeps its names. Parameters are named as in Hugging Face's Llama and know which piece they are:
-    `full_name`, the name in the single-process model, and `box`, one (start, stop, size) per dimension.
+    """The whole network, or a pipeline stage of it: train.py sets what the stage lacks (model.embed_tokens and
+    embed_positions, model.norm and lm_head) to None and deletes layers. Names are Hugging Face's for Llama, and stay.
+    A parameter may be a piece of a weight. Its attributes say which: `full_name`, the name in the whole model, and
+    `box`, one (start, stop, size) per dimension.
 
-    Every layer calls attention(q, k, v, documents=), which is causal. documents is what prepare(ids, dtype of x) made
-    of the batch's ids, once per micro-batch; without prepare, document_mask for the default attention, else the ids.
-    Parameters are allocated, not initialised: build(config, seed) does both.
+    Every layer calls attention(q, k, v, documents=), which is causal. Its documents are prepare(ids, dtype of x), made
+    once per forward for all layers. Default for prepare: document_mask with sdpa_attention, else none (the ids as they
+    are). The weights of GPT(config) are of no use yet: build(config, seed) draws them.
     """
 
     def __init__(self, config: ModelConfig, attention=sdpa_attention, recompute: str = "none", prepare=None):
@@ -357,9 +363,9 @@ class GPT(nn.Module):
         """tokens (B, T) int -> hidden (B, T, C) | logits (B, T, V) | (loss, nll), whichever this stage ends in.
 
         targets    (B, T) int, negative where there is none. weights: (B, T), default 1
-        documents  (B, T) ids: positions attend within equal ids
+        documents  (B, T) ids: positions attend within a run of equal ids
         hidden     (B, T, C), what the stage before returned. cache: a KVCache, whose tokens come before these
-        loss       the differentiable *sum* of weights * nll: a step's loss is one sum divided once, however it is split
+        loss       the *sum* of weights * nll, not the mean: the caller adds micro-batches and ranks, and divides once
         nll        (B, T) of -log p(target), detached, in nats
         """
         m, start, T = self.model, 0 if cache is None else cache.length, tokens.shape[1]
@@ -389,12 +395,13 @@ class GPT(nn.Module):
 
         top_k       keep the k likeliest tokens. top_p: keep the fewest likeliest whose probabilities reach p
         seed        one for all rows, or one per row: then a row's samples do not depend on the rest of the batch
-        stop        the token that ends a row and fills what follows it. Generation ends once it has ended every row
-        vocab_size  never take ids from here on: a tokenizer may have fewer pieces than the model has rows
-        lengths     tokens of each row's prompt, where they differ. What follows them in the row is not read. While some
-                    rows are written, rows of longer prompts are still read: no row needs padding or a mask
+        stop        the token that ends a row: the row is filled with it. When all rows have ended, generation ends
+        vocab_size  never take ids >= vocab_size: a tokenizer may have fewer pieces than the model has rows
+        lengths     tokens of each row's prompt, where they differ; the rest of the row is not read. All rows move one
+                    column at a time: a row takes the prompt's token while it has one, else a sampled one. So no mask
 
-        A context longer than seq_len is cut to its last seq_len / 2 tokens. So it is without the cache: results agree.
+        A prompt is cut to its last seq_len tokens. A context that outgrows seq_len is cut to its last seq_len / 2, and
+        the cache is built again. The same cuts are made without a cache: results agree.
         Raises ValueError for an empty prompt or values out of range.
         """
         lengths = [tokens.shape[1]] * len(tokens) if lengths is None else lengths
@@ -420,9 +427,9 @@ class GPT(nn.Module):
             if vocab_size is not None:
                 logits[:, vocab_size:] = -math.inf
             token = sample_token(logits, temperature, top_k, top_p, generators)                # (B, 1)
-            if position < max(lengths):                                        # rows of longer prompts are still read
+            if position < max(lengths):                                        # some rows are still in their prompts
                 for s, generator, length in zip(seeds, generators, lengths, strict=False):
-                    if position == length - 1:                                 # the next token is the row's first own
+                    if position == length - 1:                   # forget this draw: the next is the row's first token
                         generator.manual_seed(s)
                 token = torch.where((position < ends)[:, None], prompt[:, position:position + 1], token)
             if stop is not None:
@@ -457,9 +464,9 @@ CHUNK = 2**20      # elements drawn by one generator
 def keyed_init(full_name: str, box, seed: int, config: ModelConfig) -> torch.Tensor:
     """The slice `box` of the initial weight `full_name`: CPU, float32. box = ((start, stop, size), ...).
 
-    The full tensor, row by row, is cut into chunks of 2**20 elements. Chunk c is drawn from a generator of its own,
-    whose key is (seed, name, c). So a slice costs the chunks that it touches, one at a time, and equals the same slice
-    of the full tensor bit for bit.
+    The full tensor, row by row, is cut into chunks of 2**20 elements. Chunk number c is drawn from a generator of its
+    own, whose key is a hash of seed, name and c. A slice draws the chunks from its first to its last element, holds one
+    chunk at a time, and equals the same slice of the full tensor bit for bit.
     """
     shape = [stop - start for start, stop, _ in box]
     if full_name.endswith("norm.weight"):
@@ -483,16 +490,18 @@ def keyed_init(full_name: str, box, seed: int, config: ModelConfig) -> torch.Ten
             values = values[inside]
         out[filled:filled + len(values)] = values
         filled += len(values)
-    # as GPT-2. o_proj and down_proj add to the residual stream: a sum of 2 n_layer terms should not grow with depth
+    # std 0.02, as in GPT-2. The outputs of o_proj and down_proj are summed in the residual stream, 2 n_layer of them:
+    # these weights are divided by sqrt(2 n_layer), so that the sum does not grow with depth
     adds = full_name.endswith(("o_proj.weight", "down_proj.weight"))
     return torch.from_numpy(out.reshape(shape)) * (0.02 / math.sqrt(2 * config.n_layer) if adds else 0.02)
 
 
 def fill(module: nn.Module, read, device="cpu", dtype=torch.float32) -> nn.Module:
-    """Replace every parameter, usually of the meta device, by read(full_name, box) in device and dtype. In place.
+    """Replace every parameter by read(full_name, box) in device and dtype. In place. The old parameters usually are on
+    torch's meta device: they have a shape and no memory.
 
-    `read` is keyed_init, a checkpoint's reader or a Hugging Face folder's. Parameters keep their attributes, tied ones
-    stay tied, and no more than one tensor of `read` exists at a time. Raises ValueError for one of another shape.
+    `read` calls keyed_init, or reads a checkpoint or a Hugging Face folder. Parameters keep their attributes, tied ones
+    stay tied, and `read` is asked for one tensor at a time. Raises ValueError if its shape is not the parameter's.
     """
     filled = {}
     for sub in module.modules():
@@ -526,8 +535,8 @@ def num_params(config: ModelConfig) -> int:
 
 def flops_per_token(c: ModelConfig, seq_len: int) -> int:
     """FLOPs of forward and backward for one token: 6 per matrix weight (the embedding is a look-up, the head a
-    product), plus attention's two products over seq_len keys, 12 n_layer H D T. The full square is counted, as in
-    PaLM's MFU (arXiv:2204.02311, appendix B); a causal kernel can skip half of that term."""
+    product), plus 12 n_layer H D T for attention: q k^T and p v take 2 H D T each, and backward twice that again. All T
+    keys are counted, as in PaLM's MFU (arXiv:2204.02311, appendix B); a causal kernel can skip half of that term."""
     projections = 2 * c.n_embd * c.head_dim * (c.n_head + c.n_kv_head)                         # q and o, k and v
     mlp = (3 if c.mlp == "swiglu" else 2) * c.n_embd * c.n_ff
     attention = 12 * c.n_layer * c.n_head * c.head_dim * seq_len
@@ -536,8 +545,8 @@ def flops_per_token(c: ModelConfig, seq_len: int) -> int:
 
 # ---- the same loss, other weights: SFT, DPO, reinforcement learning --------------------------------------------------
 #
-# Every stage of training follows the gradient of sum_t w_t nll_t / N, with w held fixed. Only the weights differ, so
-# there is one way through tp, pp and ZeRO:
+# Every stage of training follows the gradient of sum_t w_t nll_t / N. w_t is a weight of token t, a constant for
+# backward. Only w and N differ, so one code trains them all on many ranks (parallel.py, zero.py):
 #
 #     pretrain   w = 1                                                                             N = targets
 #     sft        w = 1 on the answer; a prompt has no targets                                      N = targets
@@ -554,13 +563,14 @@ def reinforce_loss(log_p, advantage):
     return -(advantage * log_p).mean()
 
 
-# The same gradients, as weights of tokens: (batch, nll (B, T), a coefficient) -> the weights (B, T), and a tensor of
-# three sums over the batch, the loss and two statistics. nll comes from a pass without gradient.
+# The same two gradients as weights of tokens, dpo_loss in preference, reinforce_loss in policy_gradient. Each takes
+# (batch, nll (B, T) from a pass without gradient, a coefficient) and returns the weights (B, T) and a tensor of three
+# sums over the batch: loss, pairs ranked right, margin; or loss, reward, log p/p_start.
 
 def preference(batch, nll, beta: float):
     """DPO (Rafailov 2023, arXiv:2305.18290, eq. 7). Rows 2u and 2u + 1 hold the chosen and the rejected answers to the
     same prompts. documents (B, T): the number, from 1, of the answer that a token belongs to. reference (B, documents):
-    nll of each answer under the starting model, at its number."""
+    column d is the nll of answer d under the starting model; column 0 is empty."""
     answer, documents = batch["targets"] >= 0, batch["documents"]
     zeros = torch.zeros_like(batch["reference"])
 
@@ -574,15 +584,16 @@ def preference(batch, nll, beta: float):
     w = beta * torch.sigmoid(-margin)
     of_answer = torch.stack((w, -w), dim=1).flatten(0, 1)      # (B, documents): row 2u has w, row 2u + 1 has -w
     weights = of_answer.gather(1, documents) * answer          # to the answer's tokens: (B, T)
-    is_pair = per_answer(torch.ones_like(nll))[0::2] > 0       # column 0 and the padding have no target
+    is_pair = per_answer(torch.ones_like(nll))[0::2] > 0       # False in column 0 and for padding: no targets there
     sums = [x[is_pair].double().sum() for x in (F.softplus(-margin), margin > 0, margin)]
     return weights.to(nll.dtype), torch.stack(sums)
 
 
 def policy_gradient(batch, nll, kl_coef: float):
-    """REINFORCE (Williams 1992) with the baseline of GRPO (arXiv:2402.03300) in batch["advantage"]. The sum of
-    log p - log p_start over an answer is, on average, KL(p, p_start). A token changes itself and the tokens after it,
-    so its weight has the price of those, and not of the tokens before it."""
+    """REINFORCE (Williams 1992). A row is one answer. reward, advantage (B,): GRPO's advantage (arXiv:2402.03300) is
+    the reward minus a baseline, divided by a spread. reference (B, T): nll under the starting model. The sum of
+    log p - log p_start over an answer is, on average, KL(p, p_start). A token has an effect only on the terms from
+    itself on: its weight is charged for these, and not for the terms before it."""
     answer = batch["targets"] >= 0
     log_ratio = (batch["reference"] - nll) * answer
     to_come = log_ratio.flip(1).cumsum(1).flip(1)                              # to_come[t] = sum_{s >= t} log_ratio[s]
