@@ -4,7 +4,8 @@ An H100 multiplies bfloat16 matrices at 989 TFLOP/s and FP8 matrices at 1979. A 
 float32's bytes in memory and on the wire. So training wants few bits. A floating-point number has a sign bit s, E
 bits of exponent e, and M bits of mantissa m:
 
-    x = (-1)^s 2^(e - bias) (1 + m / 2^M)        bias = 2^(E - 1) - 1;     e = 0: 2^(1 - bias) (m / 2^M), subnormal
+    x = (-1)^s 2^(e - bias) (1 + m / 2^M)        bias = 2^(E - 1) - 1. The largest e is infinity or NaN, but for e4m3
+    x = (-1)^s 2^(1 - bias) (m / 2^M)            if e = 0: zero and the subnormal numbers
 
     E buys range, M buys precision: the neighbours of x lie ulp(x) = 2^(floor(log2 |x|) - M) apart; eps = ulp(1)
 
@@ -15,29 +16,30 @@ bits of exponent e, and M bits of mantissa m:
 
 Three things fail in few bits. Each has its repair:
 
-    1  an update vanishes     w + dw = w  if |dw| < ulp(w) / 2. In bf16 that is a dw below a 256th to a 512th of w, and
+    1  an update vanishes     w + dw = w  if |dw| < ulp(w) / 2. In bf16, ulp(w) / 2 lies between w / 512 and w / 256.
                               Adam's late steps are smaller. Repair: float32 *master weights*. The optimizer updates
                               them, and the low-precision weights are their rounded copies. Or *stochastic rounding*,
                               which is right on average: E[cast(x)] = x
-    2  a gradient underflows  cast(g) = 0  if |g| <= 2^-25 = 3e-8 in fp16. Repair: *loss scaling*. The backward pass of
-                              S x loss gives S x g, and the division by S is made in float32. S doubles after 2000 good
-                              steps. A gradient that overflows halves S, and that step is skipped
-    3  a number overflows     cast(x) = inf  if |x| >= 65520 in fp16. Repair: range. bf16 has float32's
+    2  a gradient underflows  cast(g) = 0  if |g| <= 2^-25 = 3e-8 in fp16: half its smallest subnormal number. Repair:
+                              *loss scaling*. The backward pass of S x loss gives S x g, and the division by S is made
+                              in float32. S doubles after 2000 good steps in a row. A gradient that overflows halves S,
+                              and that step is skipped
+    3  a number overflows     cast(x) = inf  if |x| >= 65520 = 65504 + ulp / 2 in fp16. Repair: bf16 has float32's range
 
 Bytes per parameter, with Adam:    weight    gradient    master + moments    sum
     fp32                                4           4                   8     16
-    a textbook's bf16 or fp16           2           2               4 + 8     16      (Micikevicius 2017; ZeRO: K = 12)
+    a textbook's bf16 or fp16           2           2               4 + 8     16      (Micikevicius 2017; K of zero.py)
     this file's                         2           4               4 + 8     18      gradients are summed in float32
     without master weights              2           4                   8     14
 
 Which operation runs in which format: `ComputePolicy` casts the inputs of matrix products and of attention to the low
 format. Their kernels add up in float32. Norms, softmax, the loss, sums, the residual stream and the optimizer stay in
 float32. FP8 has so little range that each tensor needs a scale of its own. Weights and inputs take e4m3, gradients take
-e5m2, in matrix products only.
+e5m2. Only the products of linear layers run in FP8, not attention and not the head.
 
 For inference, weights may become integers: w = (code - zero) x scale. Rounding to nearest takes each weight's closest
-code. GPTQ (Frantar 2022) minimises the error of the layer's output, for inputs X (in, positions). It rounds W column by
-column, w_i to q_i of Q. The columns not yet rounded make up for the error so far:
+code. GPTQ (Frantar 2022) minimises the error of the layer's output, for inputs X (in, positions). It rounds W to Q,
+column by column: w_i becomes q_i. Then the columns not yet rounded are changed, to make up for the error of w_i:
 
     min |W X - Q X|^2:    d_i = (w_i - q_i) / U_ii,   w_j -= d_i U_ij  for j > i,   U^T U = (X X^T)^-1, U upper triangle
 
@@ -87,8 +89,8 @@ class Format:
 
     @property
     def max(self) -> float:
-        largest_exponent = 2 ** self.exponent_bits - 1 - self.infinities - self.bias
-        largest_fraction = 2 - self.eps if self.infinities else 2 - 2 * self.eps
+        largest_exponent = 2 ** self.exponent_bits - 1 - self.infinities - self.bias        # True counts as 1
+        largest_fraction = 2 - self.eps if self.infinities else 2 - 2 * self.eps            # else 2 - eps is NaN
         return 2.0 ** largest_exponent * largest_fraction
 
 
@@ -102,14 +104,14 @@ def spacing(x: Tensor, fmt: str) -> Tensor:
     """Distance between the format's numbers around finite x, in float64: 2^(exponent - M). Subnormal numbers lie as far
     apart as the smallest normal ones."""
     f = FORMATS[fmt]
-    exponent = torch.frexp(x.double()).exponent - 1                                         # |x| = 1.f 2^exponent
+    exponent = torch.frexp(x.double()).exponent - 1                         # frexp's fraction is 0.5 ... 1, not 1 ... 2
     exponent = exponent.clamp(min=f.min_exponent).where(x != 0, f.min_exponent)
     return torch.ldexp(torch.ones_like(x, dtype=torch.float64), exponent - f.mantissa_bits)
 
 
 def cast(x: Tensor, fmt: str, rounding: str = "nearest", *, generator=None) -> Tensor:
-    """The numbers of format `fmt` that x becomes, in x's own shape and dtype. torch's casts give the same, except that
-    they round float64 twice: to float32 first.
+    """The numbers of format `fmt` that x becomes, in x's own shape and dtype. torch's casts give the same, except for
+    some float64 numbers: torch rounds them to float32, and the result to `fmt`.
 
     rounding    "nearest": ties go to the even neighbour. "stochastic": rounds up with probability (x - floor) / spacing
     generator   of stochastic rounding's random numbers
@@ -140,8 +142,8 @@ def cast(x: Tensor, fmt: str, rounding: str = "nearest", *, generator=None) -> T
 # ---- the mixed-precision step ----------------------------------------------------------------------------------------
 
 def mixed_precision_step(weights, masters, optimizer, scale: float) -> bool:
-    """One step as on the board. weights: in a low precision; the .grad of each is that of scale x loss. masters: their
-    float32 copies, which `optimizer` updates. Returns whether the step was taken: not if a gradient overflowed.
+    """One step, as a textbook has it. weights: in a low precision; their .grad is that of scale x loss. masters: the
+    weights' float32 copies, which `optimizer` updates. Returns False if a gradient overflowed: no step was taken.
 
     MasterWeights and LossScaler, below, take the same steps bit for bit.
     """
@@ -165,13 +167,13 @@ class MasterWeights(torch.optim.Optimizer):
 
         optimizer = MasterWeights(model.to(torch.bfloat16).parameters(), torch.optim.AdamW, lr=1e-3)
 
-    params         tensors or parameter groups. Each trained one of less than 32 bits has a master. The others are
-                   updated as they are
+    params         tensors or parameter groups. A parameter of less than 32 bits with requires_grad has a master. Any
+                   other is updated as it is
     optimizer_cls  a callable (params, **kwargs) -> optimizer. During its step, a parameter's data *is* its master
     keep           False: the float32 copies exist during a step only, and what rounding cut off is lost
     rounding       of the parameters: "nearest" or "stochastic" (whose random numbers come from `generator`)
 
-    Gradients are summed in float32: torch casts each to p.grad_dtype as it arrives. Clip them there, in p.grad.
+    p.grad is float32: torch casts every gradient to p.grad_dtype before it adds it to p.grad. Clip p.grad.
     state[p] holds the state of optimizer_cls and "master". Schedulers change param_groups, as with any optimizer.
     Pickle and deepcopy raise TypeError. state_dict() and load_state_dict() carry everything but `generator`.
     """
@@ -196,10 +198,10 @@ class MasterWeights(torch.optim.Optimizer):
 
     @contextlib.contextmanager
     def as_masters(self, params: list):
-        """Inside, the parameters are their masters. At the end they are these, rounded."""
+        """Inside, p.data is the master of p. At the end it is the low-precision tensor again: the master, rounded."""
         rounded = [p.data for p in params]
         for p in params:
-            master = self.state[p].pop("master", None)             # torch's optimizers fill in a state that is empty
+            master = self.state[p].pop("master", None)      # out: Adam's first step makes moments if the state is empty
             p.data = p.float() if master is None else master
         try:
             yield
@@ -214,14 +216,15 @@ class MasterWeights(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        self.inner.param_groups, self.inner.state = self.param_groups, self.state       # it works on those of this one
+        # inner works on this optimizer's groups and states. At each step, since load_state_dict() makes new ones
+        self.inner.param_groups, self.inner.state = self.param_groups, self.state
         with self.as_masters([p for p in self.low_parameters() if p.grad is not None]):
             self.inner.step()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict):
-        """The parameters become the masters of state_dict, rounded. Raises ValueError for a state_dict without masters,
-        and as torch does for groups that do not fit."""
+        """With keep, the parameters become the masters of state_dict, rounded. Without keep, they stay as they are.
+        Raises ValueError if keep finds a master missing, and as torch does for groups that do not fit."""
         params, states = self.low_parameters(), state_dict["state"].values()
         if self.keep and sum("master" in state for state in states) < len(params):
             raise ValueError("state_dict must hold the master of every parameter, it does not")
@@ -238,7 +241,7 @@ class LossScaler:
     """The loss scale S, and how it moves: as torch.amp.GradScaler's does. Its state has GradScaler's names. It holds no
     tensors. init_scale should be a power of two: then scaling loses no bit.
 
-        scale = scaler.scale;  (loss * scale).backward()                     update() may change scaler.scale
+        scale = scaler.scale;  (loss * scale).backward()                     a copy: update() may change scaler.scale
         norm = |grad| / scale;  found_inf = norm is not finite;  scaler.update(found_inf)
         if not found_inf: grad *= min(1, clip / norm) / scale; optimizer.step()
 
@@ -276,7 +279,7 @@ class LossScaler:
 
 # ---- which operation runs in which format ----------------------------------------------------------------------------
 
-# --precision -> dtype of parameters and matrix products
+# --precision (train.py) -> dtype of the parameters. Matrix products have it too, except in tf32 and in fp8
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
               "fp8": torch.bfloat16}
 
@@ -288,7 +291,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
     has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
         return "bf16" if has_bf16 else "fp32"
-    # a CPU computes bf16 and fp8 slowly. tf32 came with bf16, in NVIDIA's Ampere, and nothing else has it
+    # a CPU computes bf16 and fp8, slowly. tf32: NVIDIA's GPUs that have bf16 (from Ampere on). version.hip: an AMD GPU
     has = {"tf32": has_bf16 and torch.version.hip is None, "bf16": has_bf16 or not cuda, "fp8": has_bf16 or not cuda}
     if not has.get(name, True):
         raise ValueError(f"precision must be one that the device has, {name} needs an NVIDIA GPU of Ampere or later, "
@@ -303,7 +306,8 @@ def functions(names: str) -> set:
 
 # almost all FLOPs. The kernels add up in float32 and round the result once
 LOW = functions("linear matmul __matmul__ __rmatmul__ mm bmm einsum scaled_dot_product_attention")
-# few FLOPs, and errors that add up, or numbers that overflow. An embedding's gradient is a sum: over each word's places
+# few FLOPs, and errors that add up, or numbers that overflow. embedding: its gradient sums over a token's positions,
+# and its float32 output begins the residual stream
 FULL = functions("""layer_norm rms_norm softmax log_softmax logsumexp cross_entropy nll_loss embedding
                     sum mean var std cumsum exp log pow __pow__ rsqrt""")
 # every other operation runs in the dtype that it is given; torch promotes a low and a float32 tensor to float32
@@ -325,12 +329,12 @@ class ComputePolicy(TorchFunctionMode):
     inputs are cast, as torch.autocast does. The sets may be changed (a vision model adds F.conv2d to LOW).
 
     low_dtype  torch.bfloat16 or torch.float16. Raises ValueError for another
-    emulate    for a CPU without 16-bit kernels: LOW runs float32 kernels on rounded inputs, and the result is rounded.
-               Forward is the same up to the order of sums, and ten times as fast; gradients stay in float32
+    emulate    for a CPU, whose 16-bit kernels are slow: LOW runs float32 kernels on rounded inputs, and the result is
+               rounded. Forward is the same up to the order of sums, ten times as fast. Backward runs float32 kernels
 
     - policy.applied(module) makes each call of the module, or of one of its parts, run inside the policy.
-    - A weight with an attribute `product` (see fp8_products) is multiplied by it in the place of F.linear.
-    - Only calls of Python code are looked up, not those that torch's functions make in their turn.
+    - If a weight has an attribute `product` (see fp8_products), weight.product(...) is called instead of F.linear(...).
+    - Only functions that Python code calls are looked up in LOW and FULL, not what a function of torch calls inside.
     - A policy holds in the thread that entered it.
     """
 
@@ -367,12 +371,12 @@ class ComputePolicy(TorchFunctionMode):
         return functools.partial(self.run_as_operation, function)
 
     def active(self) -> bool:
-        """Whether this thread is inside. Not so in backward(), which torch runs as one operation."""
+        """Whether this thread is inside the policy. It is not while backward() runs: torch turns policies off there."""
         return any(mode is self for mode in _get_current_function_mode_stack())
 
     def applied(self, module: nn.Module) -> nn.Module:
-        """Every part of the module runs under the policy; in place. Every part, and not the whole only: a block that
-        recomputation runs again in backward enters the policy by itself. The module can be pickled and copied."""
+        """Changes the module in place: each of its parts enters the policy when called. For the whole module alone
+        this is not enough: recomputation calls parts again in backward. The module can be pickled and copied."""
         for part in module.modules():
             part.policy = self
             if not isinstance(part, Governed):
@@ -410,9 +414,9 @@ def has_fp8(device) -> bool:
 
 
 def fp8_scales(fmt: str, *tensors, group=None) -> list[Tensor]:
-    """For each tensor a power of two, by which it just fits the format: 2^floor(log2(largest / amax)). A power of two,
-    since to multiply by it loses nothing. group: ranks that hold parts of the tensors and must agree on amax, the
-    largest magnitude."""
+    """For each tensor its scale, 2^floor(log2(largest / amax)): times this, its largest magnitude amax still fits the
+    format. To multiply by a power of two loses no bit. group: ranks that hold parts of the tensors and must agree on
+    amax."""
     amax = torch.stack([t.detach().abs().amax().float() for t in tensors])
     if group is not None and group.size() > 1:
         dist.all_reduce(amax, dist.ReduceOp.MAX, group=group)
@@ -431,6 +435,7 @@ def fp8_matmul(a: Tensor, b: Tensor, scale: Tensor, dtype) -> Tensor:
     multiples of 16. Other sizes, and other devices, multiply the same numbers in float32."""
     if has_fp8(a.device) and a.shape[1] % 16 == b.shape[1] % 16 == 0:
         by_columns = b.T.contiguous().T                                                     # as the hardware reads b
+        # _scaled_mm(a, b, s, t) is a b times s times t
         return torch._scaled_mm(a.contiguous(), by_columns, 1 / scale, torch.ones_like(scale), out_dtype=dtype)
     return (a.float() @ b.float() / scale).to(dtype)
 
@@ -480,8 +485,8 @@ def matrices(module: nn.Module, leave_out=()) -> dict:
 
 
 def fp8_products(module: nn.Module, *, leave_out=("embed", "lm_head"), group=None) -> list:
-    """Give the weights of a module's linear layers fp8_linear as their `product`: under a ComputePolicy they are
-    multiplied by it, in any class that calls F.linear. Returns these weights. group: fp8_linear's.
+    """Sets weight.product = fp8_linear in a module's linear layers. A ComputePolicy then calls it instead of F.linear,
+    whatever the layer's class. Returns these weights. group: fp8_linear's.
 
     Layers whose name contains a word of leave_out are left as they are: the head, since the loss is most sensitive to
     logits. So are weights whose sizes are no multiples of 16. After a deepcopy call it again: torch's copies lose it.
@@ -518,8 +523,8 @@ def round_to_nearest(w: Tensor, max_code: int, group_size: int):
 
 
 def gptq(w: Tensor, gram: Tensor, max_code: int, group_size: int):
-    """As round_to_nearest, but one column after the other: the columns to its right make up for the error of rounding
-    it. gram (in, in) = X X^T of calibration inputs X (in, positions). (Frantar 2022, algorithm 1, without blocks)"""
+    """As round_to_nearest, but codes (out, in), not padded. Column by column: what is right of it makes up for its
+    error. gram (in, in) = X X^T of calibration inputs X (in, positions). (Frantar 2022, algorithm 1, without blocks)"""
     w, diagonal = w.double().clone(), gram.diagonal()
     # a gram that can be inverted, also where inputs repeat each other, or where one is always 0
     gram = gram.double() + torch.diag(0.01 * diagonal.mean() + (diagonal == 0).double())
@@ -539,7 +544,7 @@ def gptq(w: Tensor, gram: Tensor, max_code: int, group_size: int):
 
 
 def pack(codes: Tensor) -> Tensor:
-    """(out, in) codes below 16, in even -> (out, in / 2) bytes, the first code in the low half."""
+    """(out, n) codes below 16, n even -> (out, n / 2) bytes. Of two codes the first is in the byte's low 4 bits."""
     return codes[:, ::2] | codes[:, 1::2] << 4
 
 
@@ -710,6 +715,7 @@ def demo():
     # 1. an update smaller than half the spacing
     w = (0.05 * torch.randn(20_000, generator=generator)).bfloat16().float()
     dw = 1e-4 * (0.5 + torch.rand(w.shape, generator=generator))
+    # nextafter: the spacing just above w. At w = -2^n it is half of the spacing below w
     row("weights that a step of 1e-4 does not move, bf16 | |dw| < ulp(w) / 2", share([cast(w + dw, "bf16") == w]),
         share([dw < spacing(w.nextafter(w + 1), "bf16") / 2]))
     nearest, stochastic, master = w, w, w
