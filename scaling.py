@@ -498,7 +498,8 @@ def layer_bytes(shape: Shape, layout: Layout, program: Program, recompute: str) 
         row = program.sum_bytes if program.flash else (2 * program.item + program.dropout) * shape.seq_len
         split += shape.n_head * row
     if program.train_py and program.item < program.residual:
-        # each linear after a norm keeps its own copy of the norm's output, in `item` bytes; with tp they share one.
+        # each linear after a norm (q, k, v; the ups) keeps its own copy of the norm's output, in `item` bytes. One per
+        # norm is counted above, so 3 + num_up - 2 are left. With tp the linears after a norm share one.
         # "selective" also keeps q and k after the rotation, before their cast
         unsplit += (layout.tp == 1) * (1 + shape.num_up) * h * program.item
         rotated = recompute == "selective" and shape.position == "rope"
@@ -517,8 +518,8 @@ def norm_bytes(norm: str, width: int, program: Program) -> int:
 def end_bytes(shape: Shape, layout: Layout, program: Program) -> float:
     """What the last norm and the loss keep of a micro-batch: their inputs, and the logits in float32. train.py's loss
     computes its gradients in forward, a chunk of logits at a time. It keeps two gradients (of its input, of the head's
-    weight) instead of the logits. With sequence parallelism it also keeps its shard of the input, which backward
-    gathers again."""
+    weight) instead of the logits. With sequence parallelism the gather before it also keeps this rank's shard of the
+    input, as before the linears of a layer, though here backward never gathers it again."""
     n, h, vocab_shard = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size / layout.tp
     norm, x = n * norm_bytes(shape.norm, h, program) / layout.norm_split, n * h * program.item / layout.norm_split
     if program.train_py:

@@ -384,7 +384,8 @@ def compiles(c: Config, device) -> bool:
 
 def make_optimizer(model: Model, c: Config):
     """The optimizer of all that this rank updates. optimizer.owned: of that, the pieces that this rank adds to the norm
-    and saves. If several ranks have the same piece, the lowest of them owns it."""
+    and saves. If several ranks have the same piece, the lowest of them owns it. world.group and world.host are both
+    all the ranks: one over the device's backend, the other over gloo, for objects and long waits (parallel.World)."""
     groups, rule = decay_groups(model, c), update_rule(c, model.world.group, fused=True)
     if c.dtype.itemsize == 2:
         rule = functools.partial(precision.MasterWeights, optimizer_cls=rule, keep=c.master_weights)
