@@ -49,7 +49,8 @@ folders hold whole tensors in the same layout, and a tokenizer: models come from
 Map, in the order of the file
     the lecture          whole files - tokenizer - sides - shards - prepare - loader; chat - examples; checkpoints
                          (owned_pieces and Checkpoints are easier after zero.py)
-    to be looked up      sources - mixture - instructions - rewards - metrics - Hugging Face folders - demo, main
+    to be looked up      sources - mixture - rows of fine-tuning files - instructions - rewards - metrics -
+                         safetensors - Hugging Face folders - demo, main
 
 Sources: BPE (Sennrich 2016, arXiv:1508.07909), SentencePiece (Kudo 2018, arXiv:1808.06226); Feistel with cycle walking
 (Black and Rogaway 2002); packing without attention across documents as in Llama 3 (arXiv:2407.21783).
@@ -115,9 +116,10 @@ class SaveError(DataError):
     """The disk did not take a checkpoint; those that were there are intact."""
 
 
-def need(fact, rule: str, value):
+def need(fact, rule: str, *value):
+    """DataError unless fact: the rule and, where it helps, the value that breaks it."""
     if not fact:
-        raise DataError(f"{rule}, got {value!r:.80}")
+        raise DataError(rule + "".join(f", got {x!r:.80}" for x in value))
 
 
 @contextlib.contextmanager
@@ -196,11 +198,9 @@ def read_sealed(path, kind: str) -> dict:
         sealed = json.loads(Path(path).read_text())
         content = sealed["content"]
         intact = zlib.crc32(json.dumps(content, indent=1, sort_keys=True).encode()) == sealed["crc32"]
-    if not intact or not isinstance(content, dict):
-        raise DataError(f"{path}: its checksum does not match its content")
-    if content.get("kind") != kind or content.get("version") != FORMAT_VERSION:
-        raise DataError(f"{path}: must be a {kind} manifest of version {FORMAT_VERSION}, "
-                        f"got {content.get('kind')!r} version {content.get('version')!r}")
+    need(intact and isinstance(content, dict), f"{path}: its checksum does not match its content")
+    found = content.get("kind"), content.get("version")
+    need(found == (kind, FORMAT_VERSION), f"{path}: must be a {kind} manifest of version {FORMAT_VERSION}", found)
     return content
 
 
@@ -270,6 +270,7 @@ class Tokenizer:
             sp.LoadFromSerializedProto(self.proto)
         self.sha256, self.vocab_size = hashlib.sha256(self.proto).hexdigest(), sp.get_piece_size()
         self.bos_id, self.eos_id, self.pad_id = (None if i < 0 else i for i in (sp.bos_id(), sp.eos_id(), sp.pad_id()))
+        self.piece = sp.id_to_piece
         pieces = [self.piece(i) for i in range(self.vocab_size)]
         self.bytes = [b"" if sp.is_control(i) or sp.is_unknown(i) else
                       bytes.fromhex(piece[3:5]) if sp.is_byte(i) else piece.replace("\u2581", " ").encode()
@@ -277,9 +278,6 @@ class Tokenizer:
         self.byte_ids = [sp.piece_to_id(f"<0x{b:02X}>") for b in range(256)]
         self.token_bytes = np.array([len(b) for b in self.bytes])
         self.can_cut = not any("\u2581" in piece.lstrip("\u2581") for piece in pieces)
-
-    def piece(self, i: int) -> str:
-        return self.sp.id_to_piece(i)
 
     def special_id(self, text: str) -> int | None:
         """The id of a mark, <|user|> say, by its text; None if there is none. No text encodes to a mark's id."""
@@ -301,8 +299,7 @@ class Tokenizer:
         alphabet = {c for c, _ in characters.most_common((vocab_size - 263) // 2)} - {"\u2581"}
         rare = dict.fromkeys(map(ord, characters.keys() - alphabet))
         sentences = [s for d in documents for s in split_text(d.translate(rare), 1000)]
-        if not sentences:
-            raise DataError("tokenizer: the documents must hold some text, they hold none")
+        need(sentences, "tokenizer: the documents must hold some text, they hold none")
         model = io.BytesIO()
         with name_in_errors("tokenizer", "SentencePiece refused"):
             sentencepiece.SentencePieceTrainer.train(
@@ -408,24 +405,19 @@ def write_shard(path: Path, ids: np.ndarray) -> dict:
 def open_shard(path, verify: bool = True, entry: dict | None = None) -> np.ndarray:
     """Memory-mapped ids (n,) of a shard. Raises DataError naming the file if it is not exactly what was written, or not
     the one of the manifest's entry. verify reads it all once (a second per GB); else header and length are checked."""
-    with name_in_errors(path, "cannot be read"), open(path, "rb") as f:
-        head, size = f.read(HEADER.size), os.path.getsize(path)
-    if len(head) < HEADER.size or head[:8] != MAGIC:
-        raise DataError(f"{path}: not a token shard (it must start with {MAGIC.decode()}, it has {size} bytes)")
-    _, version, itemsize, count, crc, head_crc = HEADER.unpack(head)
-    if zlib.crc32(head[:28]) != head_crc or version != FORMAT_VERSION or itemsize not in (2, 4):
-        raise DataError(f"{path}: damaged header or unknown version {version} (this program reads {FORMAT_VERSION})")
-    if count == 0:
-        raise DataError(f"{path}: holds no tokens")
-    if entry is not None and (count, crc) != (entry["tokens"], entry["crc32"]):
-        raise DataError(f"{path}: must be the manifest's shard of {entry['tokens']} tokens and CRC32 {entry['crc32']}, "
-                        f"it has {count} and {crc}")
-    if size != HEADER.size + count * itemsize:
-        raise DataError(f"{path}: must have {HEADER.size + count * itemsize} bytes for {count} tokens, it has {size}")
-    ids = np.memmap(path, dtype=f"<u{itemsize}", mode="r", offset=HEADER.size, shape=(count,))
-    if verify and zlib.crc32(ids.data.cast("B")) != crc:
-        raise DataError(f"{path}: its tokens do not match their checksum")
-    return ids
+    with name_in_errors(path, "cannot be read"):
+        raw = np.memmap(path, np.uint8, mode="r")
+        magic, version, itemsize, count, crc, head_crc = HEADER.unpack(raw[:HEADER.size])
+    need(magic == MAGIC and version == FORMAT_VERSION and itemsize in (2, 4) and zlib.crc32(raw[:28]) == head_crc,
+         f"{path}: must begin with the header of a token shard of version {FORMAT_VERSION}", bytes(raw[:12]))
+    need(count, f"{path}: holds no tokens")
+    if entry is not None:
+        need((count, crc) == (entry["tokens"], entry["crc32"]), f"{path}: must be the manifest's shard of "
+             f"{entry['tokens']} tokens and CRC32 {entry['crc32']}", (count, crc))
+    size = HEADER.size + count * itemsize
+    need(len(raw) == size, f"{path}: must have {size} bytes for {count} tokens", len(raw))
+    need(not verify or zlib.crc32(raw[HEADER.size:]) == crc, f"{path}: its tokens do not match their checksum")
+    return raw[HEADER.size:].view(f"<u{itemsize}")
 
 
 # ---- prepare ---------------------------------------------------------------------------------------------------------
@@ -437,7 +429,6 @@ def open_shard(path, verify: bool = True, entry: dict | None = None) -> np.ndarr
 #     3. survey        hash and size of each document; duplicates, sides and the tokenizer's sample follow
 #     4. Tokenizer.train on the sample
 #     5. write_shards  text to tokens on all cores, shard by shard
-# Below the lecture: source_files, newest_date, estimate, write_down, load_tokenizer; read_documents (kinds of files).
 
 def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fraction: float = 0.05,
             sample_bytes: int = 0, shard_tokens: int = 2**25, tokenizer=None, text_field: str = "text",
@@ -484,9 +475,8 @@ def prepare(sources=("stdlib",), out=None, vocab_size: int = 2048, *, val_fracti
                 files += write_down(source, folder / "progress", text_field, most_bytes, log)
             read = functools.partial(read_documents, files, text_field, tokenizer)
             side, found = survey(read, tokenizer, val_fraction, sample_bytes, most_bytes, log)
-            if not len(side):
-                raise DataError(f"{sources[0]}{' ...' * (len(sources) > 1)}: sources must hold text, "
-                                f"dropped: {found['dropped']}")
+            need(len(side), f"{sources[0]}{' ...' * (len(sources) > 1)}: sources must hold text, "
+                 f"dropped: {found['dropped']}")
             if tokenizer is None and (folder / "tokenizer.model").exists():
                 tokenizer = Tokenizer(folder / "tokenizer.model")
             elif tokenizer is None:
@@ -673,9 +663,8 @@ class Batches:
 
     def windows(self, order) -> np.ndarray:
         """Places `order` (B,) in the endless sequence of permuted epochs -> the numbers of the windows there (B,)."""
-        if not self.num_windows:
-            raise DataError(f"{self.path}: its {self.split} tokens must fill a window of seq_len + 1 = "
-                            f"{self.seq_len + 1}, it has {self.manifest['splits'][self.split]['tokens']}")
+        need(self.num_windows, f"{self.path}: its {self.split} tokens must fill a window of seq_len + 1 = "
+             f"{self.seq_len + 1}", self.manifest["splits"][self.split]["tokens"])
         unit, row = np.divmod(np.asarray(order, dtype=np.int64), self.rows_together)
         num_units = self.num_windows // self.rows_together
         epoch, place = np.divmod(unit, num_units)
@@ -835,35 +824,6 @@ def end_of_turn(tokenizer) -> int:
 
 # ---- examples --------------------------------------------------------------------------------------------------------
 
-def conversation(row, objective: str) -> tuple[list[dict], list[str]]:
-    """A row of a fine-tuning file -> (the messages before the answer, the answers: one for sft; chosen, rejected for
-    dpo; none for rl). Raises DataError with the rule."""
-    need(isinstance(row, dict), "a row must be a JSON object", row)
-    need(row.get("split", "train") in ("train", "val"), 'split must be "train" or "val"', row.get("split"))
-    fields = {"sft": ["answer"], "dpo": ["chosen", "rejected"], "rl": []}[objective]
-    whole = "messages" in row and objective != "dpo"
-    if whole:                                                 # a conversation; its last message is the answer
-        turns = row["messages"]
-        need(isinstance(turns, list) and turns, "messages must be a list of messages", turns)
-        prompt, answers = turns[:-1], turns[-1:]
-    else:
-        need({"prompt", *fields} <= row.keys(), f"a row of {objective} must have "
-             f"{'' if objective == 'dpo' else 'messages, or '}{', '.join(['prompt', *fields])}", list(row))
-        prompt = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
-        need(isinstance(prompt, list) and prompt, "prompt must be a string or a list of messages", prompt)
-        answers = [{"role": "assistant", "content": row[field]} for field in fields]
-    for turn in prompt + answers:
-        need(isinstance(turn, dict) and {"role", "content"} <= turn.keys(), "a message must have role, content", turn)
-        need(turn["role"] in ROLES, f"role must be one of {', '.join(ROLES)}", turn["role"])
-        need(isinstance(turn["content"], str), "content must be a string", turn["content"])
-        need(turn["role"] != "assistant" or turn["content"].strip(), "an answer must not be empty", turn["content"])
-    need(all(turn["role"] == "assistant" for turn in answers), "the last message must be the assistant's", answers)
-    need(whole or prompt[-1]["role"] != "assistant", "a prompt must not end with the assistant's message", prompt[-1:])
-    texts = [turn["content"] for turn in answers]
-    need(len(set(texts)) == len(texts), "chosen and rejected must differ", texts)
-    return prompt, [] if objective == "rl" else texts
-
-
 def pack(lengths, size: int) -> list[list[int]]:
     """Packs items into rows of `size` places (not the file's rows) -> the items of each row. An item goes into the
     first of the newest 16 rows where it fits, or into a new row. lengths[i]: how long item i is, at most size. For dpo
@@ -920,9 +880,8 @@ class Examples(Batches):
         val = set(hashes[held_out(hashes, 0.05)].tolist())
         self.examples = [(row, sides) for row, prompt_hash, sides in examples
                          if row.get("split", "val" if prompt_hash in val else "train") == self.split]
-        if not self.examples and self.split == "train":
-            raise DataError(f"{path}: must hold rows of the {self.split} split for {objective}, "
-                            f"it has {len(examples)} rows in all, dropped: {dict(dropped)}")
+        need(self.examples or self.split == "val", f"{path}: must hold rows of the train split for {objective}, "
+             f"it has {len(examples)} rows in all, dropped: {dict(dropped)}")
         key = hashlib.sha256(content).hexdigest(), tokenizer.sha256, objective, self.seq_len
         self.manifest = {
             "sources": [str(path)], "knowledge_cutoff": None, "dropped": dict(dropped),
@@ -992,46 +951,6 @@ def rows_of(prompts, answers) -> dict:
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-def write_safetensors(path, tensors: dict) -> dict:
-    """{name: tensor} -> a safetensors file, flushed; returns {name: CRC32 of its bytes}."""
-    header, offset, crcs = {"__metadata__": {"format": "pt"}}, 0, {}             # older transformers want the format
-    for name, t in tensors.items():
-        start, offset = offset, offset + t.nbytes
-        header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, offset]}
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    with open(path, "wb") as f:
-        f.write(struct.pack("<Q", len(head)) + head)
-        for name, t in tensors.items():
-            raw = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            crcs[name] = zlib.crc32(raw)
-            f.write(raw)
-        f.flush()
-        os.fsync(f.fileno())
-    return crcs
-
-
-def read_safetensors_header(path) -> dict:
-    """{name: (dtype, shape, first byte in the file, byte count)}; DataError naming the file if it is not whole."""
-    entries = {}
-    with name_in_errors(path, "damaged or missing"), open(path, "rb") as f:
-        size, length = os.path.getsize(path), struct.unpack("<Q", f.read(8))[0]
-        header = json.loads(f.read(min(length, size)))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            if start < 0 or 8 + length + stop > size or stop - start != math.prod(shape) * dtype.itemsize:
-                raise DataError(f"{path}: {name} must lie within its {size} bytes, it says {start} to {stop}")
-            entries[name] = dtype, shape, 8 + length + start, stop - start
-    return entries
-
-
 def piece_key(name: str, box) -> str:
     whole = all(start == 0 and stop == size for start, stop, size in box)
     return name if whole else f"{name}[{','.join(f'{start}:{stop}' for start, stop, _ in box)}]"
@@ -1059,8 +978,7 @@ def write_checkpoint(folder, pieces, meta: dict, *, group=None):
     folder, pieces = Path(folder), list(pieces)
     temporary = folder.with_name(f".{folder.name}.tmp")
     rank = torch.distributed.get_rank(group) if group is not None else 0
-    if folder.exists():
-        raise DataError(f"{folder}: a checkpoint must be written to a new folder, this one exists")
+    need(not folder.exists(), f"{folder}: a checkpoint must be written to a new folder, this one exists")
 
     def make_folder():
         if rank == 0:
@@ -1095,9 +1013,7 @@ def write_checkpoint(folder, pieces, meta: dict, *, group=None):
     except DataError as error:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, SaveError):
-            raise SaveError(f"{folder}: cannot be written, {error}") from None
-        raise
+        raise type(error)(f"{folder}: cannot be written, {error}") from None
 
 
 def boxes(box, lo: int, hi: int):
@@ -1150,21 +1066,18 @@ class Reader:
         if path not in self.headers:
             self.headers[path] = read_safetensors_header(path)
         key = piece_key(name, piece["box"])
-        if key not in self.headers[path]:
-            raise DataError(f"{path}: must hold {key}, it does not")
+        need(key in self.headers[path], f"{path}: must hold {key}, it does not")
         _, _, start, count = self.headers[path][key]
         raw = torch.empty(count, dtype=torch.uint8)                      # torch's allocator: aligned as before the save
         with name_in_errors(path, f"{key} cannot be read"), open(path, "rb") as f:
             f.seek(start)
             read = f.readinto(raw.numpy())
-        if read != count or zlib.crc32(raw.numpy()) != piece["crc32"]:
-            raise DataError(f"{path}: {key} does not match its checksum")
+        need(read == count and zlib.crc32(raw.numpy()) == piece["crc32"], f"{path}: {key} does not match its checksum")
         return raw.view(DTYPES[self.tensors[name]["dtype"]]).reshape([stop - start for start, stop, _ in piece["box"]])
 
     def read(self, name: str, box=None) -> torch.Tensor:
         """The slice `box` = ((start, stop, size), ...) of a full tensor, or all of it, from whatever pieces hold it."""
-        if name not in self.tensors:
-            raise DataError(f"{self.folder}: holds no tensor named {name}")
+        need(name in self.tensors, f"{self.folder}: holds no tensor named {name}")
         entry = self.tensors[name]
         box = tuple((0, size, size) for size in entry["shape"]) if box is None else box
         check_box(name, box, entry["shape"])
@@ -1509,12 +1422,10 @@ def mixture(text: str) -> list:
     parts = [re.fullmatch(r"(\d+\.?\d*|\.\d+)\*(.+)", part) for part in text.split(",")]
     if len(parts) < 2 or not any(parts):
         return []
-    if not all(parts):
-        raise DataError(f"every source of a mixture must have a share, SHARE*SOURCE,SHARE*SOURCE; got {text}")
+    need(all(parts), "every source of a mixture must have a share, SHARE*SOURCE,SHARE*SOURCE", text)
     total = sum(Fraction(part[1]) for part in parts) or Fraction(1)
     shares = [Fraction(part[1]) / total for part in parts]
-    if min(shares) < Fraction(1, 1000):
-        raise DataError(f"a source's share of a mixture must be at least 1/1000, got {text}")
+    need(min(shares) >= Fraction(1, 1000), "a source's share of a mixture must be at least 1/1000", text)
     return [(share, part[2]) for share, part in zip(shares, parts, strict=True)]
 
 
@@ -1551,9 +1462,8 @@ class Mixture(Batches):
         super().__init__(max(parts, key=lambda part: part[0])[1], **layout)
         parts = [(share, Loader(folder, **layout)) for share, folder in parts]
         self.tokenizer = parts[0][1].tokenizer
-        if len({loader.tokenizer.sha256 for _, loader in parts}) > 1:
-            raise DataError("a mixture's folders must have one tokenizer (--tokenizer), these differ: "
-                            + ", ".join(str(loader.path) for _, loader in parts))
+        need(len({loader.tokenizer.sha256 for _, loader in parts}) == 1, "a mixture's folders must have one tokenizer "
+             "(--tokenizer), these differ: " + ", ".join(str(loader.path) for _, loader in parts))
         read = [part for part in parts if part[1].num_windows or self.split == "train"] or parts
         self.loaders, total = [loader for _, loader in read], sum(share for share, _ in read)
         self.shards = [shard for loader in self.loaders for shard in loader.shards]
@@ -1601,6 +1511,37 @@ class Mixture(Batches):
         return b"".join(loader.text(n) for loader, n in zip(self.loaders, self.counts(num_windows), strict=True))
 
 
+# ---- rows of fine-tuning files ---------------------------------------------------------------------------------------
+
+def conversation(row, objective: str) -> tuple[list[dict], list[str]]:
+    """A row of a fine-tuning file -> (the messages before the answer, the answers: one for sft; chosen, rejected for
+    dpo; none for rl). Raises DataError with the rule."""
+    need(isinstance(row, dict), "a row must be a JSON object", row)
+    need(row.get("split", "train") in ("train", "val"), 'split must be "train" or "val"', row.get("split"))
+    fields = {"sft": ["answer"], "dpo": ["chosen", "rejected"], "rl": []}[objective]
+    whole = "messages" in row and objective != "dpo"
+    if whole:                                                 # a conversation; its last message is the answer
+        turns = row["messages"]
+        need(isinstance(turns, list) and turns, "messages must be a list of messages", turns)
+        prompt, answers = turns[:-1], turns[-1:]
+    else:
+        need({"prompt", *fields} <= row.keys(), f"a row of {objective} must have "
+             f"{'' if objective == 'dpo' else 'messages, or '}{', '.join(['prompt', *fields])}", list(row))
+        prompt = [{"role": "user", "content": row["prompt"]}] if isinstance(row["prompt"], str) else row["prompt"]
+        need(isinstance(prompt, list) and prompt, "prompt must be a string or a list of messages", prompt)
+        answers = [{"role": "assistant", "content": row[field]} for field in fields]
+    for turn in prompt + answers:
+        need(isinstance(turn, dict) and {"role", "content"} <= turn.keys(), "a message must have role, content", turn)
+        need(turn["role"] in ROLES, f"role must be one of {', '.join(ROLES)}", turn["role"])
+        need(isinstance(turn["content"], str), "content must be a string", turn["content"])
+        need(turn["role"] != "assistant" or turn["content"].strip(), "an answer must not be empty", turn["content"])
+    need(all(turn["role"] == "assistant" for turn in answers), "the last message must be the assistant's", answers)
+    need(whole or prompt[-1]["role"] != "assistant", "a prompt must not end with the assistant's message", prompt[-1:])
+    texts = [turn["content"] for turn in answers]
+    need(len(set(texts)) == len(texts), "chosen and rejected must differ", texts)
+    return prompt, [] if objective == "rl" else texts
+
+
 # ---- instructions ----------------------------------------------------------------------------------------------------
 
 WRITE_DOCSTRING = "Write the docstring of this function.\n\n"
@@ -1640,8 +1581,7 @@ def instructions(sources, out, *, val_fraction: float = 0.05, max_chars: int = 6
     function, for rewards. A row is on its document's side: documents that prepare() holds out make rows of split "val".
     A prompt is on one side alone. Rows of more than max_chars characters are dropped, so are repeated ones."""
     out, rows, prompts = Path(out), {}, {}
-    if out.name == "prompts.jsonl":
-        raise DataError(f"{out}: out must have another name, prompts.jsonl is written in the same folder")
+    need(out.name != "prompts.jsonl", f"{out}: out must have another name, prompts.jsonl is written in the same folder")
     read = functools.partial(read_documents, source_files(sources), "text", None)
     side, found = survey(read, None, val_fraction, 0, math.inf, lambda line: None)
     dropped = Counter(found["dropped"])
@@ -1662,8 +1602,7 @@ def instructions(sources, out, *, val_fraction: float = 0.05, max_chars: int = 6
                 dropped["prompt is held out"] += 1
             else:
                 rows[prompt, answer] = split
-    if not rows:
-        raise DataError(f"{out}: sources must hold functions with docstrings, dropped: {dict(dropped)}")
+    need(rows, f"{out}: sources must hold functions with docstrings, dropped: {dict(dropped)}")
     chats = [{"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
               "split": split} for (prompt, answer), split in rows.items()]
     functions_asked = [{"prompt": p, "split": split} for p, split in prompts.items() if p.startswith(WRITE_FUNCTION)]
@@ -1702,12 +1641,10 @@ def find_reward(name: str):
     if name in REWARDS:
         return REWARDS[name]
     file, _, function = name.rpartition(":")
-    if not Path(file).is_file():
-        raise DataError(f"reward must be {', '.join(REWARDS)} or FILE:FUNCTION with a file that exists, got {name!r}")
+    need(Path(file).is_file(), f"reward must be {', '.join(REWARDS)} or FILE:FUNCTION with a file that exists", name)
     with name_in_errors(file, "raised while it was loaded"):
         found = runpy.run_path(file).get(function)
-    if not callable(found):
-        raise DataError(f"{file}: must hold a function named {function}, it does not")
+    need(callable(found), f"{file}: must hold a function named {function}, it does not")
     return found
 
 
@@ -1748,6 +1685,48 @@ def compressed_bpb(text: bytes) -> dict:
             "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text)}
 
 
+# ---- files of tensors: safetensors -----------------------------------------------------------------------------------
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def write_safetensors(path, tensors: dict) -> dict:
+    """{name: tensor} -> a safetensors file, flushed; returns {name: CRC32 of its bytes}."""
+    header, offset, crcs = {"__metadata__": {"format": "pt"}}, 0, {}             # older transformers want the format
+    for name, t in tensors.items():
+        start, offset = offset, offset + t.nbytes
+        header[name] = {"dtype": DTYPE_NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, offset]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(head)) + head)
+        for name, t in tensors.items():
+            raw = t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            crcs[name] = zlib.crc32(raw)
+            f.write(raw)
+        f.flush()
+        os.fsync(f.fileno())
+    return crcs
+
+
+def read_safetensors_header(path) -> dict:
+    """{name: (dtype, shape, first byte in the file, byte count)}; DataError naming the file if it is not whole."""
+    entries = {}
+    with name_in_errors(path, "damaged or missing"), open(path, "rb") as f:
+        size, length = os.path.getsize(path), struct.unpack("<Q", f.read(8))[0]
+        header = json.loads(f.read(min(length, size)))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            if start < 0 or 8 + length + stop > size or stop - start != math.prod(shape) * dtype.itemsize:
+                raise DataError(f"{path}: {name} must lie within its {size} bytes, it says {start} to {stop}")
+            entries[name] = dtype, shape, 8 + length + start, stop - start
+    return entries
+
+
 # ---- Hugging Face folders --------------------------------------------------------------------------------------------
 #
 #     config.json                    what the model is (model.py: config_from_hf, config_to_hf)
@@ -1781,8 +1760,7 @@ class HFWeights:
     def get(self, name: str) -> torch.Tensor:
         # saved without the head, as GPT-2 was published, a model's names lack their first part
         found = name if name in self.entries else name.partition(".")[2]
-        if found not in self.entries:
-            raise DataError(f"{self.folder}: must hold a tensor {name}, it does not")
+        need(found in self.entries, f"{self.folder}: must hold a tensor {name}, it does not")
         path, dtype, shape, start, count = self.entries[found]
         return torch.from_numpy(np.memmap(path, np.uint8, "c", start, (count,))).view(dtype).reshape(shape)
 
@@ -1812,9 +1790,8 @@ class HFTokenizer(Tokenizer):
         self.piece = self.hf.id_to_token
         self.special_id = {token["content"]: token["id"] for token in added if token["special"]}.get
         kinds = set(re.findall(r'"type": "(\w+)"', json.dumps([content.get("decoder"), content.get("pre_tokenizer")])))
-        if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
-            raise DataError(f"{path}: its pieces must be bytes (byte-level BPE) or text with U+2581 for a space, its "
-                            f"decoder has {sorted(kinds)}")
+        need(kinds & {"ByteLevel", "ByteFallback", "Metaspace"}, f"{path}: its pieces must be bytes (byte-level BPE) "
+             f"or text with U+2581 for a space, its decoder has {sorted(kinds)}")
         self.bytes = [b""] * self.vocab_size
         for piece, i in self.vocab.items():
             if "ByteLevel" in kinds and BYTE_OF.keys() >= set(piece):
@@ -1932,8 +1909,7 @@ def export_folder(out, config: dict, tensors, tokenizer: Tokenizer, *, chat_temp
     """Write a folder that transformers, and what builds on it, loads. config: of config_to_hf; tensors: an iterable of
     (name, tensor), of hf_tensors, consumed a shard at a time. Whole or absent; raises DataError where `out` exists."""
     out = Path(out)
-    if out.exists():
-        raise DataError(f"{out}: a model must be exported to a new folder, this one exists")
+    need(not out.exists(), f"{out}: a model must be exported to a new folder, this one exists")
     need(tokenizer.vocab_size <= config["vocab_size"],
          f"{out}: vocab_size must be at least the tokenizer's {tokenizer.vocab_size}", config["vocab_size"])
     with new_folder(out) as temporary:

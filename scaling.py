@@ -158,9 +158,6 @@ def optimal_tokens(N, law=BESIROGLU) -> float:
 
 
 # ---- (1) (2) where the constants come from ---------------------------------------------------------------------------
-#
-# From runs. Approach 2 needs no law: it finds N_opt(C) itself. Approach 3 finds all five constants. Here is the core of
-# both. Approach 1, intervals and checks of the runs are below the lecture, under "fits of real runs".
 
 def isoflop_plain(groups) -> tuple:
     """Approach 2 in its plainest form -> (a, k) of N_opt = k C^a. groups: a list with one array of runs per budget; a
@@ -261,10 +258,7 @@ def assess(N, D, law=BESIROGLU) -> dict:
 
 @dataclass(frozen=True)
 class Shape:
-    """The fields of model.ModelConfig that cost something, and the parameters and FLOPs that follow. q, kv: width of
-    all query heads, of all key heads. num_up: the MLP's matrices n_embd -> n_ff (SwiGLU has two: gate and up).
-    norm_vectors: vectors of one norm, its weight and perhaps a bias. matrix_params, unsplit, split_biases: numbers of
-    parameters of one layer. num_params: of the whole model."""
+    """The fields of model.ModelConfig that cost something, and the parameters and FLOPs that follow."""
 
     vocab_size: int
     seq_len: int
@@ -281,12 +275,12 @@ class Shape:
     tie_embeddings: bool = False
     qk_norm: bool = False
 
-    q = cached_property(lambda self: self.n_head * self.head_dim)
-    kv = cached_property(lambda self: self.n_kv_head * self.head_dim)
-    num_up = cached_property(lambda self: 2 if self.mlp == "swiglu" else 1)
-    # all matrices of a layer: q, k, v, o; the MLP's ups and its down
-    matrix_params = cached_property(lambda self: self.n_embd * (2 * self.q + 2 * self.kv
-                                                                + (self.num_up + 1) * self.n_ff))
+    q = cached_property(lambda self: self.n_head * self.head_dim)                           # width of all query heads
+    kv = cached_property(lambda self: self.n_kv_head * self.head_dim)                                # of all key heads
+    num_up = cached_property(lambda self: 2 if self.mlp == "swiglu" else 1)    # matrices n_embd -> n_ff: gate and up
+    # parameters of all matrices of a layer: q, k, v, o; the MLP's ups and its down
+    matrix_params = cached_property(lambda self: self.n_embd * (2 * (self.q + self.kv) + (self.num_up + 1) * self.n_ff))
+    # vectors of one norm: its weight and perhaps a bias
     norm_vectors = cached_property(lambda self: 2 if self.norm == "layernorm" and self.bias else 1)
     # a layer's parameters that tp does not split: norms, biases of o and down. tp splits the other biases
     unsplit = cached_property(lambda self: 2 * ((self.norm_vectors + self.bias) * self.n_embd
@@ -426,10 +420,10 @@ class GPU:
 #   PCIe 5: 63).
 # - Network, Gb/s per GPU: A100, L40S 200 (A100: Narayanan 2021, section 5); V100, T4, L4, RTX 100; rest 400 (Llama 3).
 # - c: the share of the peak that large products reach in a long run: hot, at the power limit, between other kernels.
-#   Two rows are fitted: a100 on six rows of Megatron's table 1 (the demo's 1,008 B is one of them, so it tests
-#   little), h100 on one row of Llama 3's table 4 (dp 64; the demo shows dp 128). A benchmark of
-#   nothing but products reaches a larger share: a100's c is 0.88 of it and h100's 0.79, on average 0.83. So the other
-#   rows have c = 0.83 x the benchmark's share, or 0.83 x 0.78 where nobody measured; h200 has h100's.
+#   Two rows are fitted: a100 on six rows of Megatron's table 1, h100 on one row of Llama 3's table 4 (dp 64; the demo
+#   shows dp 128). A benchmark of nothing but products reaches a larger share: a100's c is 0.88 of it and h100's 0.79,
+#   on average 0.83. So the other rows have c = 0.83 x the benchmark's share, or 0.83 x 0.78 where nobody measured;
+#   h200 has h100's.
 GPU_TABLE = """
 name             TFLOP/s     fp8  GB   GB/s  link network watts    c  1/fp32    $  source of the price
 v100                 125       0  32    900   120    12.5   300 0.65       8 0.79  Lambda, 16 GB, skypilot-catalog v8
@@ -908,20 +902,15 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
     "command", which train.py takes.
 
     config             a Shape, a dict or an object with ModelConfig's fields
-    gpu                a name in GPUS, or a GPU
     global_batch_size  sequences per step; default: of 4 M or half a million tokens
-    precision          train.py's flag
     program            default: train.py in this precision
     tokens             of the run; default: the best number by the law
-    top                how many bills; default: all
     fixed              fields of Layout that are given: tp=8, recompute="full", ...
     Raises BadInput if an argument is wrong, if no layout is possible and if none fits.
     """
     shape, gpu = shape_of(config), find_gpu(gpu)
     precision = precision_of_gpu(precision, gpu)
     tokens = optimal_tokens(shape.num_params) if tokens is None else tokens
-    if not tokens > 0:
-        raise BadInput(f"tokens must be above 0, got {tokens}")
     # 4 M tokens (Llama 2), below 1 B parameters 0.5 M (GPT-3, table 2.1), in sequences, a multiple of the GPUs
     multiple = n_gpus * fixed.get("micro_batch_size", 1)
     default_batch = multiple * max(1, round((2**22 if shape.num_params >= 1e9 else 2**19) / shape.seq_len / multiple))
@@ -945,9 +934,6 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
 
 
 # ---- the lecture ends here -------------------------------------------------------------------------------------------
-#
-# What follows: what the planner's special cases add; fits of real runs; names of shapes, GPUs and precisions; text; the
-# command line; the demo, which asserts the lecture.
 
 # ---- special cases of the planner ------------------------------------------------------------------------------------
 
@@ -979,9 +965,6 @@ def muon_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) 
 
 
 # ---- fits of real runs -----------------------------------------------------------------------------------------------
-#
-# What isoflop_plain and minimise leave out: files that do not state budgets, budgets whose best size was not tried,
-# runs that do not determine a law, intervals.
 
 def as_runs(runs, labels=None) -> np.ndarray:
     """Rows (N, D, loss) or (N, D, loss, C) -> (n, 4) float64. Without a stated budget, C is 6 N D. BadInput names the
@@ -1130,26 +1113,6 @@ def fit_envelope(runs, *, times=200) -> dict:
                      "intervals": intervals(bootstrap(envelope, groups, times))}
 
 
-def check_five_constants(runs):
-    """Raises BadInput for runs (n, 4) that cannot tell five constants from each other."""
-    (N, D, loss), pairs = runs.T[:3], len(np.unique(np.round(np.log(runs[:, :2]), 6), axis=0))
-    if pairs < 6 or distinct(N) < 3 or distinct(D) < 3 or distinct(loss) < 2:
-        raise BadInput("a law of 5 constants needs at least 6 pairs (N, D), 3 values of N, 3 of D and 2 losses, got "
-                       f"{pairs}, {distinct(N)}, {distinct(D)} and {distinct(loss)}")
-    if np.corrcoef(np.log(N), np.log(D))[0, 1] > 1 - 1e-9:
-        raise BadInput("D must not be a positive power of N, or A / N^alpha and B / D^beta are one: vary D at the same "
-                       "N")
-
-
-def starting_points(loss) -> np.ndarray:
-    """A grid of theta (S, 5), in centred logs. E is a share of the lowest loss. The median loss minus E is split: s for
-    the term of N, 1 - s for the term of D. alpha and beta take five values each."""
-    lowest, median, rates = loss.min(), np.median(loss), (0.05, 0.2, 0.5, 1.0, 2.0)
-    return np.array([(math.log(E), math.log(s * (median - E)), math.log((1 - s) * (median - E)), alpha, beta)
-                     for E in (0.01 * lowest, 0.5 * lowest, 0.95 * lowest)
-                     for s in (0.1, 0.5, 0.9) for alpha in rates for beta in rates])
-
-
 def law_of(theta, center) -> dict:
     """theta (..., 5), in logs centred on `center` -> the law in units of N and D, and its N_opt = k_N C^a,
     D_opt = k_D C^b."""
@@ -1162,14 +1125,26 @@ def law_of(theta, center) -> dict:
 
 
 def law_and_resamples(runs, times) -> tuple:
-    """The law of all runs, {"E": float, ..., "objective"}; the laws of `times` resamples, {"E": array, ...} or {}."""
+    """The law of all runs, {"E": float, ..., "objective"}; the laws of `times` resamples, {"E": array, ...} or {}.
+    Raises BadInput for runs that cannot tell five constants from each other."""
     runs = as_runs(runs)
-    check_five_constants(runs)
-    logs = np.log(runs[:, :3])
+    (N, D, loss), logs = runs.T[:3], np.log(runs[:, :3])
+    pairs = len(np.unique(np.round(logs[:, :2], 6), axis=0))
+    if pairs < 6 or distinct(N) < 3 or distinct(D) < 3 or distinct(loss) < 2:
+        raise BadInput("a law of 5 constants needs at least 6 pairs (N, D), 3 values of N, 3 of D and 2 losses, got "
+                       f"{pairs}, {distinct(N)}, {distinct(D)} and {distinct(loss)}")
+    if np.corrcoef(logs[:, 0], logs[:, 1])[0, 1] > 1 - 1e-9:
+        raise BadInput("D must not be a positive power of N, or A / N^alpha and B / D^beta are one: vary D at the same "
+                       "N")
     # with ln N and ln D counted from their means, ln_A and ln_B are logs of the terms in the middle of the runs
     center = np.array((*logs[:, :2].mean(0), 0.0))
     logs -= center
-    theta, f = minimise(starting_points(runs[:, 2]), logs, 60)                      # all starts, 60 steps
+    # starts: E is a share of the lowest loss. The median loss minus E is split: s for A's term, 1 - s for B's
+    lowest, median, rates = loss.min(), np.median(loss), (0.05, 0.2, 0.5, 1.0, 2.0)
+    starts = np.array([(math.log(E), math.log(s * (median - E)), math.log((1 - s) * (median - E)), alpha, beta)
+                       for E in (0.01 * lowest, 0.5 * lowest, 0.95 * lowest)
+                       for s in (0.1, 0.5, 0.9) for alpha in rates for beta in rates])
+    theta, f = minimise(starts, logs, 60)                                           # all starts, 60 steps
     theta, f = minimise(theta[f.argsort()[:24]], logs, 2000)                        # the best 24, to the end
     best = theta[f.argmin()]
     law = {name: float(x) for name, x in law_of(best, center).items()}
@@ -1203,22 +1178,17 @@ def holdout(runs, k: int, *, times=200) -> dict:
     if not hidden:
         raise BadInput("holdout must be of budgets with the best size inside, got none")
     fitted_to, rows = fitted[-1][:, 3].mean(), []
-    law, laws = law_and_resamples(np.concatenate(fitted), times)                    # approach 3, and its resamples
-    line, lines = isoflop(fitted), bootstrap(isoflop, fitted, times)                # approach 2, and its resamples
-
-    def loss(law, vertex):
-        return chinchilla_loss(*compute_optimal(6 * vertex.N * vertex.D, law), law)
-
-    def size(line, vertex):
-        return line["k_N"] * vertex.C ** line["a"]
-
+    # of approach 3 and of approach 2: the fit, then its resamples if there are any
+    laws = [law for law in law_and_resamples(np.concatenate(fitted), times) if law]
+    lines = [line for line in (isoflop(fitted), bootstrap(isoflop, fitted, times)) if line]
     for vertex in hidden:
-        for what, measured, predict, fit, draws in (("loss", vertex.loss, loss, law, laws),
-                                                    ("N_opt", vertex.N, size, line, lines)):
-            with np.errstate(all="ignore"):                                # of resamples without an optimum
-                lower, upper = (intervals({what: predict(draws, vertex)})[what] if draws else None) or (None, None)
+        with np.errstate(all="ignore"):                                    # of resamples without an optimum
+            losses = [chinchilla_loss(*compute_optimal(6 * vertex.N * vertex.D, law), law) for law in laws]
+            sizes = [line["k_N"] * vertex.C ** line["a"] for line in lines]
+        for what, measured, (predicted, *draws) in (("loss", vertex.loss, losses), ("N_opt", vertex.N, sizes)):
+            lower, upper = draws and intervals({what: draws[0]})[what] or (None, None)
             rows.append({"what": what, "C": vertex.C, "times_larger": vertex.C / fitted_to,
-                         "predicted": predict(fit, vertex), "low": lower, "high": upper, "measured": measured})
+                         "predicted": predicted, "low": lower, "high": upper, "measured": measured})
     return {"fitted_to": fitted_to, "rows": rows}
 
 
@@ -1329,9 +1299,8 @@ def describe_bill(bill: dict) -> str:
         lines.append(("messages", f"{amounts(bill['bytes_sent'])} per step, sent by a rank"))
     if "gpu" in bill:
         step = sum(bill["seconds_per_step"].values())
-        price = ""
-        if bill["dollars"]:
-            price = f", ${bill['dollars']:,.0f} at ${bill['dollars_per_gpu_hour']:.2f} per GPU-hour"
+        price = (f", ${bill['dollars']:,.0f} at ${bill['dollars_per_gpu_hour']:.2f} per GPU-hour"
+                 if bill["dollars"] else "")
         lines += [("time", f"about {clock(bill['seconds'])} on {layout.ranks:,} x {bill['gpu']}, {step:.4g} s per "
                            f"step, {short(bill['tokens_per_s'])} tokens/s, MFU {bill['mfu']:.1%}"),
                   ("", ", ".join(f"{name} {x / step:.1%}" for name, x in bill["seconds_per_step"].items() if x)),
@@ -1372,16 +1341,13 @@ class Parser(argparse.ArgumentParser):
 
 def number(lowest: float, highest: float, integer: bool = False):
     """An argparse type: a number from lowest to highest, like 7e9."""
-    def read(text: str):
-        try:
-            x = float(text)
-        except ValueError:
-            x = math.nan
+    def numeric(text: str):                                      # a word: argparse says "invalid numeric value: 'x'"
+        x = float(text)
         if not lowest <= x <= highest or integer and x != int(x):
             raise argparse.ArgumentTypeError(f"must be a {'whole ' * integer}number from {lowest:g} to {highest:g}, "
                                              f"got {text!r}")
         return int(x) if integer else x
-    return read
+    return numeric
 
 
 COLUMNS = {"n": "N", "params": "N", "parameters": "N", "parameter_count": "N", "d": "D", "tokens": "D",
@@ -1480,9 +1446,6 @@ def draw(file: Path, plot, *data):
 
 def command_fit(args):
     runs = read_runs(args.runs)
-    if len(runs) > 2000:
-        print(f"scaling.py: {args.runs}: fitting {len(runs):,} runs, and 200 resamples of them, takes minutes",
-              file=sys.stderr)
     results = fit_all(runs, args.runs) | ({"holdout": holdout(runs, args.holdout)} if args.holdout else {})
     warn_of_units(args.runs, runs)
     print(json.dumps(results)) if args.json else report(runs, results)
@@ -1508,7 +1471,7 @@ def command_plan(args):
         + f"\n\nfirst      {rows[0]['command']}")
 
 
-def parse(argv):
+def main(argv=None) -> int:
     parser = Parser("scaling.py", description="without a command: the demo")
     commands = parser.add_subparsers(dest="command")
     fit_parser = commands.add_parser("fit", help="fit the three approaches to a file of runs")
@@ -1532,12 +1495,8 @@ def parse(argv):
     plan_parser.add_argument("--sequence-parallel", action=argparse.BooleanOptionalAction)
     for command_parser in (fit_parser, plan_parser):
         command_parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser.parse_args(argv)
-
-
-def main(argv=None) -> int:
     try:
-        args = parse(argv)
+        args = parser.parse_args(argv)
         {None: lambda args: demo(), "fit": command_fit, "plan": command_plan}[args.command](args)
         return 0
     except (BadInput, OSError, ImportError, UnicodeDecodeError, csv.Error) as error:
@@ -1571,19 +1530,15 @@ def demo():
     print(columns(("", *known["GPT-3 175B"]), *((name, *r.values()) for name, r in known.items())))
     assert all(r["loss_gap"] > 0 for r in known.values())
 
-    # (4) Korthikanti 2022, equation 4, table 5; ZeRO, table 1; Megatron, table 1; Llama 3, table 4. (5) LLaMA, table 15
+    # (4) Korthikanti 2022, equation 4, table 5; ZeRO, table 1; Llama 3, table 4. (5) LLaMA, table 15
     a100, h100, llama = GPUS["a100"], GPUS["h100"], Shape(128256, 8192, 126, 128, 8, 128, 16384, 53248)
-    gpt22, gpt1000 = (Shape(51200, 2048, layers, heads, heads, width // heads, width, 4 * width, "layernorm", "learned",
-                            "gelu", True, True) for layers, width, heads in ((48, 6144, 64), (128, 25600, 160)))
+    gpt22 = Shape(51200, 2048, 48, 64, 64, 96, 6144, 24576, "layernorm", "learned", "gelu", True, True)
     tp8 = Layout(1, 8, micro_batch_size=4, recompute="selective")
     rows = [("22 B, tp 8, selective: bytes that a layer keeps", 2.139e8, 1e-3,
              layer_bytes(gpt22, tp8, MEGATRON_2022, "selective")),
             ("   seconds per iteration", 1.10, 0.15, estimate(gpt22, a100, tp8, MEGATRON_2022)["step"]),
             ("7.5 B, ZeRO stage 1, dp 64: GB of parameters, gradients, states", 31.4, 0.025,
              7.5 * sum(list(memory(gpt22, Layout(64, zero=1), MEGATRON_2021, 0).values())[:3]) / gpt22.num_params),
-            ("1,008 B, 3,072 A100, tp 8, pp 64: TFLOP/s per GPU, with what runs again", 163.0, 0.15, plan(
-                gpt1000, a100, 3072, tp=8, pp=64, zero=0, recompute="full", program=MEGATRON_2021, top=1,
-                sequence_parallel=False, global_batch_size=3072)[0]["hardware_tflops"]),
             ("405 B, 16,384 H100, tp 8, pp 16, dp 128: TFLOP/s per GPU", 400.0, 0.15, max(estimate(llama, h100, Layout(
                 128, 8, 16, "interleaved", v, 1, 16, 1), LLAMA_3)["tflops"] for v in range(2, 8))),
             ("LLaMA 65B, 1,022,362 A100-hours: MWh", 449.0, 0.003, cost(a100, 1, 1_022_362 * 3600)["energy_mwh"])]

@@ -44,7 +44,6 @@ import argparse
 import contextlib
 import ctypes
 import dataclasses
-import difflib
 import functools
 import io
 import json
@@ -713,8 +712,7 @@ class Config:
     objective: str = option("pretrain", "the stage of training", ("pretrain", "sft", "dpo", "rl"))
     init_from: str = option("", "begin with this model: the folder of a run, or of a Hugging Face model")
     beta: float = option(0.1, "dpo: a larger beta keeps the model closer to the starting model", above=0)
-    reward: str = option("format", "rl: what an answer is worth (sft, dpo: shown only): parses, format or "
-                                   "FILE.py:FUNCTION")
+    reward: str = option("format", "rl: an answer's worth (sft, dpo: shown only): parses, format or FILE.py:FUNCTION")
     group_size: int = option(8, "rl: answers per prompt, whose mean reward is the baseline", at_least=2)
     answer_tokens: int = option(64, "rl: longest answer", at_least=1)
     kl_coef: float = option(0.0, "rl: penalty per nat of difference from the starting model, per answer token")
@@ -733,8 +731,7 @@ class Config:
     warmup_steps: int = option(100, "steps of linear rise")
     schedule: str = option("cosine", "after the rise", ("cosine", "wsd"))
     decay_fraction: float = option(0.2, "wsd: share of the steps in the final decay", at_most=1)
-    optimizer: str = option("adamw", "update rule; muon: for the blocks' matrices, AdamW for the rest",
-                            ("adamw", "muon"))
+    optimizer: str = option("adamw", "update rule; muon: for blocks' matrices, AdamW for the rest", ("adamw", "muon"))
     adamw_lr_ratio: float = option(4.0, "muon: AdamW's learning rate, of all but the blocks' matrices, / lr", above=0)
     momentum: float = option(0.95, "muon: share of the momentum that a step keeps", below=1)
     weight_decay: float = option(0.1, "on matrices")
@@ -743,13 +740,11 @@ class Config:
     adam_eps: float = option(1e-8, "AdamW's epsilon")
     grad_clip: float = option(1.0, "largest global gradient norm (0: no clipping)")
     seed: int = option(0, "of weights and data order", below=2**63)
-    precision: str = option("auto", "of parameters and matrix products; auto: bf16 where the accelerator has it",
-                            ("auto", *precision.PRECISIONS))
+    precision: str = option("auto", "number format; auto: bf16 where the GPU has it", ("auto", *precision.PRECISIONS))
     master_weights: bool = option(True, "in a low precision: float32 copies that the optimizer updates")
     loss_scale: float = option(2.0**16, "fp16: what losses are multiplied by at first (0: no scaling)", below=1e38)
     # how it runs: same result, other cost
-    micro_batch_size: int = runtime(0, "windows per forward pass and rank (0: the largest divisor up to 8, rl: 64. "
-                                       "pp: one that gives at least 2 x pp micro-batches per step, if there is one)")
+    micro_batch_size: int = runtime(0, "windows per forward pass and rank (0: at most 8, rl: 64: largest_micro_batch)")
     recompute: str = runtime("none", "activations computed again in backward", ("none", "selective", "full"))
     attention: str = runtime("auto", "kernel; auto: triton on NVIDIA's GPUs, else sdpa", ("auto", *flash_attn.BACKENDS))
     dp: int = runtime(0, "data-parallel ranks (0: what tp and pp leave of the world)")
@@ -785,8 +780,7 @@ class Config:
     max_pairs: int = runtime(1200, "with --pairs: prompts of each split that are answered", at_least=1)
     judge: str | None = runtime(None, "with --pairs: rank two answers by their probability under the model of this run")
     export: str | None = runtime(None, "write the model in --out as this Hugging Face folder, then exit")
-    quantize: str | None = runtime(None, "evaluate or sample the model in --out with weights as integers, then exit",
-                                   ("int8", "int4"))
+    quantize: str | None = runtime(None, "evaluate or sample the model in --out with integer weights", ("int8", "int4"))
     max_new_tokens: int = runtime(200, "sampling: most tokens to add")
     temperature: float = runtime(0.8, "sampling: 0 takes the likeliest token")
     top_k: int = runtime(0, "sampling: among the k likeliest (0: all)")
@@ -866,22 +860,10 @@ def bad_input():
 
 
 def lock_folder(c: Config, stack: contextlib.ExitStack):
-    """Only one process may use out/RUN, until `stack` is closed. A run that was refused leaves no empty folder."""
-    checkpoints, lock = Path(c.out, "checkpoints"), Path(c.out, ".lock")
-    try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(data.locked(lock, wait=False))
-    except BlockingIOError:
-        raise BadInput(f"out must not be in use by another run, {c.out} is") from None
-    except OSError as error:
-        raise BadInput(f"out must be a folder that can be written, {c.out}: {error.strerror}") from None
-
-    @stack.callback
-    def remove_folder_without_checkpoints():
-        with contextlib.suppress(OSError):                                # rmdir refuses a folder that is not empty
-            checkpoints.rmdir()
-            lock.unlink()
-            Path(c.out).rmdir()
+    """Only one process may use out/RUN, until `stack` is closed."""
+    with data.name_in_errors(f"out {c.out}", "must be a folder that can be written, and not in use by another run"):
+        Path(c.out, "checkpoints").mkdir(parents=True, exist_ok=True)
+        stack.enter_context(data.locked(Path(c.out, ".lock"), wait=False))
 
 
 def find_checkpoint(c: Config, checkpoints: data.Checkpoints, loader) -> data.Reader | None:
@@ -1010,11 +992,8 @@ def parent_folder(init_from: str, out: str | None) -> str:
 @bad_input()
 def parent_fields(folder: str) -> dict:
     """The fields of Config that --init-from decides: the model's, and the name of the config."""
-    try:
+    with data.name_in_errors(f"init_from {folder}", "must be the folder of a run or of a Hugging Face model"):
         saved = json.loads(Path(folder, "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"init_from must be the folder of a run or of a Hugging Face model, {folder} has no config.json "
-                       f"to read ({type(error).__name__})") from None
     if "model_type" not in saved:                                                                     # one of our runs
         run = saved_config(saved)
         return dataclasses.asdict(run.model) | {"config": run.config}
@@ -1093,8 +1072,6 @@ def announcement(run: Run, seconds: float) -> str:
              f"{in_epochs}; knowledge cutoff {make_card(run)['knowledge_cutoff']}",
              f"machine    {run.world.size} x {run.world.device.type}, {torch.get_num_threads()} threads, "
              f"{c.precision}; {peak}"]
-    if c.warmup_steps >= c.steps:
-        lines.append(f"           all {c.steps} steps are warm-up: --warmup-steps is {c.warmup_steps}")
     if any(manifest["dropped"].values()):
         counts = ", ".join(f"{n:,} {why}" for why, n in manifest["dropped"].items() if n)
         lines.append(f"           left out, or cut: {counts}")
@@ -1327,12 +1304,9 @@ def export(reader: data.Reader, tokenizer, c: Config, folder: str):
     """--export: a checkpoint as a folder that transformers loads."""
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
     template = data.chat_template(tokenizer) if c.objective != "pretrain" else None
-    try:
+    with data.name_in_errors(f"export {c.out} to {folder}", "must be a model and a new folder that can be written"):
         data.export_folder(folder, net.config_to_hf(c.model, **ids), net.hf_tensors(c.model, reader.read), tokenizer,
                            chat_template=template)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"export must be a model and a new folder that can be written, {c.out} to {folder}: "
-                       f"{error}") from None
     print(f"{c.out}, step {reader.meta['step']}, written as a Hugging Face model: {folder}")
 
 
@@ -1373,12 +1347,10 @@ def write_pairs(gpt, tokenizer, saved: Config, c: Config, world: parallel.World)
         if judge_tokenizer.sha256 != tokenizer.sha256:
             raise BadInput(f"judge must have the tokenizer of {saved.out}, {c.judge} has another")
         judge = make_stage(judge_c, world.device, read=reader.read)
-    try:                                                                  # said now, not after the work
+    with data.name_in_errors(f"pairs {path}", "must be a new file that can be written"):      # before the work
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(exist_ok=False)
         path.unlink()
-    except OSError as error:
-        raise BadInput(f"pairs must be a new file that can be written, {path}: {error.strerror}") from None
 
     def pairs_of(ids, rows, numbers):
         """Texts (chosen, rejected) for each prompt."""
@@ -1465,12 +1437,7 @@ def parse_config(argv) -> Config:
             parse = types[f.name] if isinstance(types[f.name], type) else str                              # str | None
             settings |= {"type": parse, "choices": choices, "metavar": None if choices else parse.__name__.upper()}
         parser.add_argument(flag_of(f.name), **settings)
-    namespace, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        nearest = difflib.get_close_matches(flag, [flag_of(f.name) for f in fields(Config)], 1)
-        raise BadInput(f"unknown argument {flag}" + (f"; the nearest is {nearest[0]}" if nearest else ""))
-    given, parent = vars(namespace), {}
+    given, parent = vars(parser.parse_args(argv)), {}
     if given.get("init_from"):
         parent = parent_fields(parent_folder(given["init_from"], given.get("out")))
     for name, value in parent.items():
@@ -1538,10 +1505,7 @@ def derive(c: Config) -> Config:
 def join(c: Config) -> parallel.World:
     """This process's world; for --dry-run, of ranks that need not be there."""
     dp = c.dp or (c.nproc // (c.tp * c.pp) if c.dry_run else 0)
-    world = parallel.World(dp, c.tp, c.pp, device=c.device, timeout=c.timeout, fake=c.dry_run)
-    if "RANK" in os.environ and c.nproc not in (0, world.size):
-        raise BadInput(f"nproc must be left out where torchrun started {world.size} ranks, got {c.nproc}")
-    return world
+    return parallel.World(dp, c.tp, c.pp, device=c.device, timeout=c.timeout, fake=c.dry_run)
 
 
 def largest_micro_batch(c: Config, dp: int) -> int:
@@ -1559,8 +1523,6 @@ def resolve(c: Config, world: parallel.World) -> Config:
     """Fill in what depends on the ranks and the device: micro_batch_size 0, precision auto, attention auto. Raises
     BadInput for a batch that does not divide, and for a precision or an attention that the device lacks."""
     dp, batch, unit = world.mesh.dp, c.global_batch_size, windows_per_unit(c)
-    if batch % dp:
-        raise BadInput(f"global_batch_size must be a multiple of the {dp} data-parallel ranks, got {batch}")
     micro = c.micro_batch_size or largest_micro_batch(c, dp)
     if micro % unit:
         raise BadInput(f"micro_batch_size must be a multiple of {unit} with --objective {c.objective}, got {micro}")
@@ -1707,14 +1669,11 @@ def run_command(argv) -> int:
             dry_run(c, world)
             return 0
         return train(c, world)
-    except data.SaveError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 1
     except (BadInput, data.DataError) as error:
         first, _, rest = str(error).partition(" ")
-        flag = flag_of(first) if first in {f.name for f in fields(Config)} else first
+        flag = flag_of(first) if first in Config.__dataclass_fields__ else first
         print(f"train.py: {flag} {rest}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(error, data.SaveError) else 2
     except KeyboardInterrupt:
         print("train.py: interrupted", file=sys.stderr)
         return 1

@@ -1638,5 +1638,5 @@ def test_all_ranks_find_it_one_line_says_it_and_nothing_starts_again(program):
     launcher = start("--nproc", "2", "--global-batch-size", "7", "--max-restarts", "1")
     launcher.join(60)
     assert launcher.exitcode == 2, said("stderr")
-    assert "--global-batch-size must be a multiple of the 2 data-parallel ranks, got 7" in said("stderr")
+    assert "--global-batch-size must be a multiple of micro_batch_size x dp = 3 x 2 = 6, got 7" in said("stderr")
     assert said("stderr").count("\n") == 1

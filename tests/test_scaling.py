@@ -1248,12 +1248,9 @@ def test_a_plan(capsys):
     assert bill["layout"] == dataclasses.asdict(Layout(2, 2, 4, "interleaved", 3, 2, 256, 1, "full", False))
 
 
-@pytest.mark.parametrize("options, message", [
-    *(({"tokens": tokens}, f"tokens must be above 0, got {tokens}") for tokens in (-5, 0, math.nan)),
-    ({"micro_batches": 8}, "fixed must name dp, tp, pp, .*, got micro_batches")])
-def test_what_cannot_be_planned(options, message):
-    with pytest.raises(scaling.BadInput, match=message):
-        scaling.plan(scaling.shape_for(1e9), "h100", 8, **options)
+def test_what_cannot_be_planned():
+    with pytest.raises(scaling.BadInput, match="fixed must name dp, tp, pp, .*, got micro_batches"):
+        scaling.plan(scaling.shape_for(1e9), "h100", 8, micro_batches=8)
 
 
 def test_mfu_is_of_the_precisions_peak():
@@ -1297,8 +1294,8 @@ def test_a_bad_plan_is_one_line(capsys, line, message):
     assert re.match("scaling.py: " + message, err), err
 
 
-def test_many_runs_are_fitted_with_a_word(tmp_path, monkeypatch, capsys):
-    """Beyond 2,000 runs a line says that it takes long. 225 starts see all runs, then the best 24 go on."""
+def test_many_runs_are_fitted(tmp_path, monkeypatch):
+    """225 starts see all runs, then the best 24 go on."""
     N, D = np.geomspace(1e6, 1e9, 2100), 2e10 * np.cos(np.arange(2100)) ** 2 + 1e8
     loss = scaling.chinchilla_loss(N, D)
     np.savetxt(tmp_path / "runs.csv", np.stack((N, D, loss), 1), delimiter=",", header="N,D,loss", comments="")
@@ -1311,7 +1308,6 @@ def test_many_runs_are_fitted_with_a_word(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(scaling, "minimise", minimise)
     assert scaling.main(["fit", str(tmp_path / "runs.csv"), "--json"]) == 0
     assert sizes == [(225, (2100, 3)), (24, (2100, 3)), (200, (200, 2100, 3))]
-    assert "fitting 2,100 runs, and 200 resamples of them, takes minutes\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [
