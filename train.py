@@ -9,15 +9,17 @@
     python train.py --objective sft --init-from out/tiny --data data/instructions.jsonl --seq-len 256 --out out/sft
 
 Pre-training is one loop, and textbook_loop() below is all of it, for one rank. The rest of the file is the same loop on
-many ranks, with runs that survive being killed. Training goes on in stages, each with the weights of the one before:
+many ranks, with runs that survive being killed. dp ranks share the batch, tp ranks each layer, pp ranks the depth
+(parallel.py). --zero splits what dp ranks would all hold (zero.py). Training goes on in stages, each with the weights
+of the one before:
 
     pretrain   predict the next token of text           a base model: it continues
     sft        ... of answers, after their prompts      it answers, in the form that it was shown
     dpo        prefer the chosen answer of a pair       it gives the answers that people, or a judge, preferred
     rl         sample answers, reward the good ones     it gets what the reward pays for
 
-All four follow the gradient of sum_t w_t nll_t / N, and only the tokens' weights w_t differ (model.py, "the same loss,
-other weights"). nll_t: minus the log-probability of target t. N: how many targets there are (dpo: pairs; rl: answers).
+All four follow the gradient of sum_t w_t nll_t / N. Only the tokens' weights w_t and N differ (model.py, "the same
+loss, other weights"). nll_t: minus the log-probability of target t. N: how many targets (dpo: pairs; rl: answers).
 train_step() does one step. In update k, counted from 1, AdamW changes a parameter p by its gradient g:
 
       m = b1 m + (1 - b1) g      v = b2 v + (1 - b2) g^2           m' = m / (1 - b1^k)      v' = v / (1 - b2^k)
@@ -25,17 +27,16 @@ train_step() does one step. In update k, counted from 1, AdamW changes a paramet
 
 With --optimizer muon, as in `tiny`, Muon updates the blocks' matrices (zero.py, muon_step), and AdamW the rest.
 
-Given weights, the optimizer's states and fp16's loss scale, a step depends only on config, data, seed and its number.
-So the same command continues a run from its newest checkpoint: bit for bit on a CPU, and on a GPU as far as its kernels
-are deterministic. Ctrl-C and SIGTERM save one first.
+Given weights, the optimizer's states and fp16's loss scale, a step depends only on config, data, seed and its number
+(dpo, rl: and the starting model). So the same command continues a run from its newest checkpoint: bit for bit on a CPU,
+on a GPU as far as its kernels are deterministic. Ctrl-C and SIGTERM save one first.
 
     out/RUN/   config.json   metrics.jsonl   card.md   tokenizer.model   checkpoints/step-00000400/...
 
 Exit codes: 0 done, or stopped and saved; 2 bad input; 3 diverged; 1 anything else.
 Sources: AdamW (Loshchilov 2019, arXiv:1711.05101); SFT and RLHF (Ouyang 2022, 2203.02155); DPO (Rafailov 2023,
 2305.18290); RLAIF (Bai 2022, 2212.08073).
-In this order: the textbook loop - a step - evaluate - build - the run - the objectives after pre-training. There the
-lecture ends. Below are the configs and what surrounds a run: folders, printed lines, costs, uses, the command line.
+In this order: the textbook loop - a step - evaluate - build - the run - the objectives. Then what is looked up.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ import zero
 # ---- the textbook loop -----------------------------------------------------------------------------------------------
 
 def textbook_loop(c: Config, loader, dtype=torch.float32):
-    """Pre-training on one rank, as on the board. Yields (loss, gradient norm, model) after each step. The tests hold
-    every layout of the real loop to this one. A comment names a file that goes further. documents: see data.py."""
+    """Pre-training on one rank, in its plainest form. Yields (loss, gradient norm, model) after each step. The tests
+    compare every layout of the real loop with it. A comment names a file that goes further. documents: see data.py."""
     model = net.build(c.model, c.seed, dtype=dtype)                  # parallel.py: a rank builds only its part
     optimizer = update_rule(c)(decay_groups(model, c))               # AdamW, or Muon: zero.py
     for step in range(c.steps):
@@ -99,7 +100,7 @@ def textbook_loop(c: Config, loader, dtype=torch.float32):
 
 def update_rule(c: Config, group=None, fused: bool = False):
     """A function that makes the optimizer of decay_groups(): AdamW; or Muon on the blocks' matrices, and AdamW on the
-    rest. group: the ranks that may hold a part of the same matrix."""
+    rest. group: the ranks that may hold a part, or a copy, of the same matrix."""
     adamw = functools.partial(torch.optim.AdamW, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.adam_eps, fused=fused)
     return adamw if c.optimizer == "adamw" else functools.partial(zero.Muon, rest=adamw, group=group)
 
@@ -161,13 +162,13 @@ def train_step(model: Model, optimizer, loader, step: int, c: Config, world: par
     scale = scaler.scale if scaler else 1.0                                               # fp16's loss scale, or 1
     loss_grad = scale / N.double()
     if c.precision == "fp16":
-        # the head rounds the gradient of the logits to fp16 already in forward (model.py). What becomes 0 there, no
-        # later factor brings back. So scale / N is part of the tokens' weights, and backward starts from 1
+        # the head computes the logits' gradient in forward (model.py, ChunkedCrossEntropy). fp16 rounds small values of
+        # it to 0, before a factor of backward comes. So scale / N is put into the tokens' weights: backward starts at 1
         for batch in batches:
             batch["weights"] = loss_grad * batch.get("weights", torch.ones_like(batch["targets"], dtype=torch.float32))
         loss_grad = torch.ones_like(loss_grad)
     nlls = model.run(batches, loss_grad)
-    # 3. a gradient's sum over dp; then, if it has sum_over (parallel.py), over those ranks, each with a part of the sum
+    # 3. sum gradients over dp, and those of parameters with sum_over (parallel.py: tied weights, norms) over its groups
     on_phase(step, "reduce")
     model.finish_gradient_synchronization()
     parallel.reduce_partial_gradients(parameters_of(optimizer))
@@ -203,20 +204,20 @@ def train_step(model: Model, optimizer, loader, step: int, c: Config, world: par
 # ---- evaluate --------------------------------------------------------------------------------------------------------
 
 def windows_per_unit(c: Config) -> int:
-    """How many windows must be in the same micro-batch: dpo's two of a pair, rl's group of answers to a prompt."""
+    """How many windows (sequences) one micro-batch must hold together: dpo's chosen and rejected, rl's group."""
     return {"dpo": 2, "rl": c.group_size}.get(c.objective, 1)
 
 
 def windows_evaluated(loader, c: Config) -> int:
-    """How many windows an evaluation reads: eval_windows, or all; with dpo, whole pairs."""
+    """How many windows an evaluation reads: eval_windows, or all; with dpo, an even number."""
     unit = windows_per_unit(c)
     return min(loader.num_windows, math.ceil((c.eval_windows or loader.num_windows) / unit) * unit)
 
 
 @torch.no_grad()
 def forward_passes(model: Model, loader, windows: int, c: Config, world: parallel.World):
-    """Run the first `windows` windows of a split, in micro-batches, each rank its share. Yields (batch, nll) where
-    model.counts_loss is true, elsewhere nothing."""
+    """Run the first `windows` windows of a split, in its permuted order (data.py), in micro-batches, each rank its
+    share. Yields (batch, nll) where model.counts_loss is true, elsewhere nothing."""
     num_batches = math.ceil(windows / (world.mesh.dp * c.micro_batch_size))                     # equal on all ranks
     window_starts = [(i * world.mesh.dp + world.mesh.dp_rank) * c.micro_batch_size for i in range(num_batches)]
     for i in range(0, num_batches, 2 * c.pp):            # several at a time, so that all stages of a pipeline have work
@@ -235,7 +236,7 @@ def forward_passes(model: Model, loader, windows: int, c: Config, world: paralle
 
 def evaluate(model: Model, loader, c: Config, world: parallel.World) -> dict:
     """Validation loss in nats per target, and bits per byte of text, over the whole split or eval_windows of it. dpo:
-    the loss per pair, the share of pairs that the model ranks right, the mean margin."""
+    the loss per pair, the share of pairs that the model ranks right, the mean margin (model.py, preference)."""
     token_bytes = torch.from_numpy(loader.tokenizer.token_bytes).to(world.device)
     # sums of: targets, loss, bytes of their text, 0 (dpo: pairs, loss, pairs that are ranked right, margins)
     total = torch.zeros(4, dtype=torch.float64, device=world.device)
@@ -263,16 +264,16 @@ class Model(torch.nn.Module):
         super().__init__()
         self.c, self.mesh, self.world = c, world.mesh, world
         self.hidden_dtype = torch.promote_types(dtype or c.dtype, torch.float32)     # what pipeline stages send
-        # sync is, at --zero 0, a DataParallel, below; at 1 and 2, the optimizer (make_optimizer calls sum_with); at 3,
-        # each pipeline stage's FullyShard, which make_stage appends. no_sync: the context of a backward whose gradients
-        # are added up and not yet sent: of all micro-batches but the last (--zero 2 and 3 send each)
+        # sync at --zero 0: a DataParallel (parallel.py); 1, 2: the optimizer (make_optimizer calls sum_with); 3: each
+        # pipeline stage's FullyShard (make_stage appends it). no_sync: the context of each backward but the last
+        # micro-batch's. In it gradients are added up, and not sent (--zero 2 and 3 send those of every micro-batch)
         self.sync, self.no_sync = [], contextlib.nullcontext
         self.chunks = torch.nn.ModuleList(make_stage(c, world.device, self.mesh, chunk * c.pp + self.mesh.pp_rank, read,
                                                      dtype, self.sync) for chunk in range(c.stages // c.pp))
         if c.zero == 0:
             self.sum_with(parallel.DataParallel(self.chunks, self.mesh.dp_group))
         self.counts_loss = self.mesh.pp_rank == c.pp - 1 and self.mesh.tp_rank == 0      # tp ranks have equal losses
-        self.on_op = None                                                   # run_schedule's clock
+        self.on_op = None                                   # --profile: called with each operation's start and end
 
     def sum_with(self, sync):
         """`sync` sums the gradients over dp: a DataParallel, or at --zero 1 and 2 the optimizer."""
@@ -301,7 +302,7 @@ class Model(torch.nn.Module):
 
 
 def pipeline_schedule(c: Config, micro_batches: int) -> list:
-    """Each pipeline rank's operations of a step; with one stage, plain accumulation."""
+    """Each pipeline rank's operations of a step. One stage: forward, backward, micro-batch after micro-batch."""
     kind = c.pp_schedule if c.pp > 1 else "1f1b"
     sizes = (c.pp, micro_batches, c.pp_chunks) if kind == "interleaved" else (c.pp, micro_batches)
     return parallel.SCHEDULES[kind](*sizes)
@@ -310,14 +311,14 @@ def pipeline_schedule(c: Config, micro_batches: int) -> list:
 def make_stage(c: Config, device, mesh=None, stage: int = 0, read=None, dtype=None, sync=None) -> net.GPT:
     """Build pipeline stage `stage` on the device; with one stage it is the model. tp splits each layer.
 
-    Weights come by name from keyed_init, or from read(name, box), a checkpoint's Reader.read. dtype: default c.dtype.
+    Weights come from read(name, box: which slice): a checkpoint's, or keyed_init (model.py). dtype: default c.dtype.
     In 16 bits the modules get a ComputePolicy (precision.py). No rank ever holds more than its part; at --zero 3 it
     holds shards, and the FullyShard that gathers them is appended to `sync`.
     """
     dtype, policy = dtype or c.dtype, None
     if dtype.itemsize == 2:
-        # a CPU emulates low precision: matrix products get float32 copies of their inputs. Not with tp, nor with zb:
-        # these must recognise the tensors that F.linear gets (parallel.py: regather, SplitLinears)
+        # a CPU emulates low precision: matrix products get float32 copies of their inputs. Not with tp, nor with zb
+        # (zero bubble): these must recognise the tensors that F.linear gets (parallel.py: regather, SplitLinears)
         emulate = device.type == "cpu" and c.tp == 1 and not c.is_zero_bubble
         policy = precision.ComputePolicy(dtype, emulate=emulate)
     gpt = meta_stage(c, device, mesh, stage, policy)
@@ -399,7 +400,7 @@ def make_optimizer(model: Model, c: Config):
 
 
 def parameters_of(optimizer) -> list:
-    """All that this rank updates. (optimizer.owned leaves out copies that a lower rank counts.)"""
+    """All that this rank updates, copies too (optimizer.owned: without)."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
@@ -408,7 +409,7 @@ def parameters_of(optimizer) -> list:
 def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -> int:
     """Train, or go on training, to c.steps -> exit code. c: complete, from resolve(). on_phase(step, phase) is called
     as a step proceeds: "data", "forward_backward", "reduce", "update", "evaluate", "checkpoint": tests kill
-    a run there."""
+    a run there. world.first(work): rank 0 alone does work, and all get its result. world.say: rank 0 prints."""
     started, stopping = time.perf_counter(), False
     with contextlib.ExitStack() as stack:
         with bad_input():                                             # a ValueError in here ends with exit code 2
@@ -421,7 +422,7 @@ def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -
         try:
             while True:
                 at_start = run.step == 0 and c.objective != "pretrain"
-                if (run.is_due(c.eval_interval) or at_start) and not stopping:     # when stopping: the next start will
+                if (run.is_due(c.eval_interval) or at_start) and not stopping:     # else the next start evaluates
                     run.evaluate()
                 if run.is_due(c.checkpoint_interval) or run.is_last_before_decay() or stopping:
                     run.save(stopping)
@@ -441,7 +442,7 @@ def train(c: Config, world: parallel.World, on_phase=lambda step, phase: None) -
 
 class Run:
     """A run in progress: its parts, the step it is at, and what happens there. It begins with the newest checkpoint in
-    its folder, or with --init-from, or with the seed. `stack` closes its files."""
+    its folder, or with --init-from (its parent), or with the seed. Cards: make_card. `stack` closes its files."""
 
     def __init__(self, c: Config, world: parallel.World, loader, val, stop_signals: list, on_phase,
                  stack: contextlib.ExitStack):
@@ -491,7 +492,7 @@ class Run:
     def is_due(self, interval: int) -> bool:
         return self.step == self.c.steps or self.step > 0 and interval > 0 and self.step % interval == 0
 
-    def is_last_before_decay(self) -> bool:                       # wsd: the next update is the first with a lower rate
+    def is_last_before_decay(self) -> bool:             # wsd: kept, so that a run with more --steps can go on from it
         c, to_go = self.c, self.c.steps - self.step
         return (c.schedule == "wsd" and self.step > c.warmup_steps
                 and to_go < max(1.0, c.steps * c.decay_fraction) <= to_go + 1)
@@ -513,7 +514,7 @@ class Run:
             reward = reward_of_answers(self.model, self.prompts, c, world)
             if c.objective == "rl":                    # the best checkpoint, which is kept, has the smallest val_loss
                 if math.isnan(reward):
-                    raise BadInput(f"reward must say something of the prompts in {c.data}, {c.reward} does not")
+                    raise BadInput(f"reward must apply to prompts in {c.data}, {c.reward} does not")
                 found["val_loss"] = -reward
             if not math.isnan(reward):
                 found["reward"] = reward
@@ -527,8 +528,8 @@ class Run:
         self.say(evaluation_line(found, c))
 
     def save(self, stopping: bool):
-        """Write a checkpoint, unless this step has one. Refused: weights that are not finite (the loss of a step shows
-        nothing of its own update), and the end of a run whose replicas differ, or that skipped every step."""
+        """Write a checkpoint, unless this step has one. Refused: weights that are not finite (a step's loss is computed
+        before its update), and the end of a run whose replicas differ, or that skipped every step."""
         if self.step == self.saved:
             return
         if self.step == self.c.steps == self.skipped:
@@ -579,8 +580,8 @@ class Run:
 # ---- after pre-training: the objectives ------------------------------------------------------------------------------
 #
 # model.py computes the tokens' weights ("the same loss, other weights"). rl samples answers, so each of its ranks has
-# the whole model. It weighs an answer by its advantage: the reward minus a baseline, divided by the group's spread.
-# The baseline is the mean reward of a group of G answers to one prompt. The answer itself is among them, so the
+# the whole model. It weighs an answer by GRPO's advantage: the reward minus the mean reward of G answers to the same
+# prompt (less noise in the gradient), divided by their standard deviation. The answer itself is among the G, so the
 # expected gradient is smaller by the factor 1 - 1/G (before the division).
 
 # objective -> the function of (batch, nll, config) that weighs tokens, and its statistics' names. Others have w = 1
@@ -603,9 +604,9 @@ def weigh_tokens(weigh, model: Model, batches, c: Config) -> list:
 
 
 def rewarded_answers(gpt, tokenizer, questions, c: Config, numbers, max_tokens: int) -> tuple:
-    """Sample an answer to each question, (ids of the prompt, its row of the file). numbers: of the answers, which seed
-    their random numbers. Returns the prompts and the answers, lists of ids, and the rewards (n,), float64: nan where
-    the reward function does not apply to the prompt."""
+    """Sample an answer to each question. A question: (ids of the prompt, its row of the file). numbers: one per answer,
+    its random seed. Returns the prompts and the answers, lists of ids, and the rewards (n,), float64: nan where the
+    reward function does not apply to the prompt."""
     prompts, rows = zip(*questions, strict=True)
     answers = sample_answers(gpt, tokenizer, prompts, c, numbers, max_tokens)
     reward = data.find_reward(c.reward)
@@ -632,8 +633,8 @@ class Rollouts:
         prompts, answers, rewards = rewarded_answers(self.gpt, loader.tokenizer, questions, c,
                                                      range(first, first + len(questions)), c.answer_tokens)
         if rewards.isnan().any():
-            raise data.DataError(f"reward must say something of every prompt, {c.reward} does not")
-        # advantage = (reward - mean of its group) / spread of its group; in float64: equal rewards give 0
+            raise data.DataError(f"reward must apply to every prompt, {c.reward} does not")
+        # advantage = (reward - mean of its group) / standard deviation; in float64: equal rewards give 0, up to 1e-9
         groups = rewards.view(-1, c.group_size)
         advantage = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-6)
         batch = data.rows_of(prompts, answers) | {"reward": rewards, "advantage": advantage.flatten(),
@@ -643,8 +644,8 @@ class Rollouts:
 
 
 def reward_of_answers(model: Model, prompts, c: Config, world: parallel.World) -> float:
-    """Mean reward of one answer to each of the first 64 held-out prompts, without those to which the reward function
-    does not apply; nan if none is left. Every rank must have the whole model."""
+    """Mean reward of one answer to each of 64 held-out prompts, without those to which the reward function does not
+    apply; nan if none is left. Every rank must have the whole model."""
     total = torch.zeros(2, dtype=torch.float64, device=world.device)
     numbers = range(world.rank, min(64, prompts.num_windows), world.size)
     if numbers:
@@ -657,8 +658,8 @@ def reward_of_answers(model: Model, prompts, c: Config, world: parallel.World) -
 
 @torch.no_grad()
 def answers_nll(model: Model, loader, c: Config, world: parallel.World) -> torch.Tensor:
-    """(windows, documents): for each window and document number, the sum of the answer's nll under the model as it is;
-    equal on every rank. DPO's reference."""
+    """DPO's reference, (windows, documents), equal on every rank: the sum of each answer's nll under the model as it
+    is. A window packs several answers; `documents` numbers them from 1 (data.py)."""
     shape = loader.num_windows, loader.num_documents + 1
     nll_by_document = torch.zeros(shape, dtype=torch.float64, device=world.device)
     for batch, nll in forward_passes(model, loader, loader.num_windows, c, world):
@@ -1186,7 +1187,7 @@ def make_bill(c: Config, world: parallel.World, rank_flops: float | None = None)
 
 def describe(c: Config, bill: dict) -> str:
     more = {"dpo": "\n           and a pass without gradient, a third more FLOPs",
-            "rl": "\n           and a pass without gradient, a third more FLOPs, and the sampling"}
+            "rl": "\n           and two passes without gradient, two thirds more FLOPs, and the sampling"}
     return f"model      {c.config}, {c.steps:,} steps{more.get(c.objective, '')}\n{scaling.describe_bill(bill)}"
 
 

@@ -442,7 +442,7 @@ OF_RL, OF_DPO = (["--objective", name, "--init-from", "BASE", "--data", "RL"] fo
     ([*OF_DPO, "--micro-batch-size", "3"], "--micro-batch-size must be a multiple"),
     ([*OF_DPO, "--no-document-mask"], "--document-mask must be on"),
     ([*OF_RL, "--answer-tokens", "65"], "--answer-tokens must be at most seq_len / 4, got 65 of 64"),
-    ([*OF_RL, "--reward", "format"], "--reward must say something of the prompts in"),
+    ([*OF_RL, "--reward", "format"], "--reward must apply to prompts in"),
     (["--pairs", "BROKEN", "--out", "SFT"], "broken.jsonl: must be a new file that can be written (File exists)"),
     (["--pairs", "new.jsonl", "--out", "BASE"], "--pairs must be asked of a run whose data has prompts"),
     (["--judge", "x"], "--judge goes with --pairs"),
