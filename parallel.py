@@ -949,6 +949,7 @@ def run_schedule(schedule, chunks, batches, groups=None, *, loss_grad=1.0, hidde
             while parts:                                                  # one gradient at a time: each frees its input
                 parameter, later = parts.pop()
                 backward(parameter, later(), op != final["W", c] or any(x is parameter for x, _ in parts))
+                del later                                                 # or the last input would stay
         if on_op is not None:
             on_op(op, start, clock())
     channels.finish()

@@ -9,21 +9,21 @@ E is the entropy of text: no model gets below it. A / N^alpha is what a finite m
 data did not teach.
 
 (2) How large, for a budget? Training costs C = 6 N D FLOPs. Per token, a weight is multiplied and added once forward (2
-FLOPs) and twice backward (4): for the gradient of its input and for its own. Minimise L where 6 N D = C. At the best
-pair, N_opt and D_opt, one percent more of either lowers L equally:
+FLOPs) and twice backward (4): for the gradient of its input and for its own. Minimise L where 6 N D = C: one percent
+more N leaves one percent less D. So at the best pair, N_opt and D_opt, one percent of either changes L equally:
 
     alpha A / N^alpha = beta B / D^beta          N_opt = G (C/6)^a,  D_opt = (C/6)^b / G
                                                  G = (alpha A / (beta B))^(1 / (alpha + beta))
                                                  a = beta / (alpha + beta),  b = alpha / (alpha + beta)
 
-With the constants of Besiroglu 2024 (the default here) that is 26 tokens per parameter at 1e18 FLOPs, 18 at Gopher's
-5.76e23, 16 at 1e26: "20 tokens per parameter". Hoffmann's constants, from the same runs, give 59 at Gopher's budget,
-because that fit had stopped too early. Here a = 0.51. Kaplan 2020 found 0.73, because the models were small and N did
-not count embeddings (Pearce 2024).
+With the constants of Besiroglu 2024 (the default here) that is 26 tokens per parameter at 1e18 FLOPs, 18 at 5.76e23
+(Gopher's, as Hoffmann counts), 16 at 1e26: "20 tokens per parameter". Hoffmann's constants, from the same runs, give 59
+at 5.76e23, because that fit had stopped too early. Here a = 0.51. Kaplan 2020 found 0.73, because the models were small
+and N did not count embeddings (Pearce 2024).
 
 The constants come from runs: small models, trained at several budgets C. tests/sweep_runs.csv holds 21 runs of this
-repository. There are three approaches, numbered as in Hoffmann's paper, here the plainest first. 2 and 1 find only the
-line N_opt = k C^a (by the law, k = G / 6^a), 3 finds all five constants:
+repository. There are three approaches, numbered as in Hoffmann's paper, here the plainest first. 2 and 1 find only
+N_opt = k C^a and D_opt (by the law, k = G / 6^a), 3 finds all five constants:
 
     2  fit_isoflop     runs of one budget C: a parabola through loss(ln N). Its vertex is the best size N_opt(C)
     1  fit_envelope    one curve loss(C) per model size. At each C the lowest curve names the best size N_opt(C)
@@ -45,7 +45,7 @@ GPU each. A `Program` says what the training program keeps and sends. A `Layout`
 
     dp  data parallel     copies of the model, each with its own sequences; their gradients are summed
     tp  tensor parallel   each layer's matrices are cut into tp parts, whose results are summed
-    sequence parallelism  between tp's matrices, each rank keeps 1/tp of the tokens
+    sequence parallelism  of norms and hidden states, which tp does not cut, each rank keeps 1/tp of the tokens
     pp  pipeline          the layers are cut into pp stages. A step's batch passes through in parts: micro-batches.
                           Stages wait at the start and at the end of a step: the bubble
     schedule              order of a pipeline's work. gpipe: all forward passes first. 1f1b: a forward and a backward in
@@ -54,9 +54,9 @@ GPU each. A `Program` says what the training program keeps and sends. A `Layout`
     zero 1, 2, 3          each dp copy keeps 1/dp of the optimizer states (1), of gradients too (2), of weights too (3)
     recompute             activations are computed again in backward, not kept. selective: attention's; full: a layer's
 
-`memory`: weights, gradients, states, activations, buffers. `messages`: what a rank exchanges with one other rank, or in
-a collective (all ranks of a group at once: all-reduce, all-gather, reduce-scatter). `step_time`: products, the bubble,
-messages. A message sent while products run is hidden: it adds no time.
+`memory`: weights, gradients, states, activations, buffers. `messages`: to one other rank, or in a group's collective. A
+reduce-scatter leaves each rank a part of the sum, an all-gather gives each all parts, an all-reduce is both in turn.
+`step_time`: products, the bubble, messages. A message sent while products run is hidden: it adds no time.
 
 (5) What does it cost? 7 billion parameters on 140 billion tokens are 6.5e21 FLOPs: 6 for each weight that is multiplied
 (the embedding is not), and attention's products on top (Shape.flops_per_token). 64 H100s do at most 6.3e16 per second.
@@ -75,9 +75,8 @@ layout: time, energy, CO2, dollars. `plan` estimates the time of every layout th
     p, v, t         pp, chunks (stages per rank), tp
     c               share of the peak that matrix products reach
 
-Below the lecture: special cases (zero bubble, Muon) - fits of real runs - names - text - command line - demo. Not in
-this file: context and expert parallelism, failures, reading data. Published rows, and the planner's answer to each, are
-in tests/published.py.
+Below the lecture: details of the planner - fits of real runs - names - text - command line - demo. Not in this file:
+context and expert parallelism, failures, reading data. tests/published.py: published rows, and the planner's answers.
 
 Sources: Hoffmann 2022 (arXiv:2203.15556), fitted again: Besiroglu 2024 (2404.10102); Kaplan 2020 (2001.08361); Pearce
 2024 (2406.12907); Sardana 2024 (2401.00448); Narayanan 2021 (2104.04473); Korthikanti 2022 (2205.05198); Rajbhandari
@@ -337,11 +336,11 @@ class Program:
     flash: bool = True              # False: attention keeps two (T, T) matrices per head: softmax, and what mask or
                                     # dropout makes of it
     dropout: bool = False           # masks of dropout are kept, a byte per number
-    document_mask: bool = False     # packed documents: a (T, T) mask per sequence, shared by all layers
+    document_mask: bool = False     # a token sees its own document only: a (T, T) mask per sequence, for all layers
     fused_norm: bool = True         # False: RMSNorm keeps x / rms as well as x
-    muon: bool = False              # the layers' matrices are updated by Muon, all else by Adam
-    # True: backward's tp messages hide behind the gradients of weights, except two per layer (of four; of six with
-    # sequence parallelism). An all-reduce counts as two messages
+    muon: bool = False              # the layers' matrices are updated by zero.py's Muon, all else by Adam
+    # True: of the tp messages that layer_collectives counts in backward, two per layer take time. The others are hidden
+    # by gradients of weights
     overlap_tp: bool = False
     overlap_dp: bool = True         # gradients travel during backward
     train_py: bool = True           # False: what is kept (all logits, say) and sent is as in the papers' programs
@@ -397,8 +396,8 @@ class GPU:
     peak: float                    # dense bf16 (V100, T4: fp16) products
     fp8: float                     # 0: has none
     memory: float
-    bandwidth: float               # of HBM
-    link: float                    # bus bandwidth of an all-reduce inside a node
+    bandwidth: float               # of HBM, its memory
+    link: float                    # what a rank sends in an all-reduce inside a node (NCCL's bus bandwidth)
     network: float                 # per GPU between nodes
     watts: float
     matmul: float                  # c
@@ -422,7 +421,7 @@ class GPU:
 # - c: the share of the peak that large products reach in a long run: hot, at the power limit, between other kernels.
 #   Two rows are fitted: a100 on six rows of Megatron's table 1, h100 on one row of Llama 3's table 4 (dp 64; the demo
 #   shows dp 128). A benchmark of nothing but products reaches a larger share: a100's c is 0.88 of it and h100's 0.79,
-#   on average 0.83. So the other rows have c = 0.83 x the benchmark's share, or 0.83 x 0.78 where nobody measured;
+#   on average 0.83. So other rows have c = 0.83 x the benchmark's share, 0.78 is assumed where nobody measured it;
 #   h200 has h100's.
 GPU_TABLE = """
 name             TFLOP/s     fp8  GB   GB/s  link network watts    c  1/fp32    $  source of the price
@@ -483,7 +482,7 @@ def layer_bytes(shape: Shape, layout: Layout, program: Program, recompute: str) 
         return n * h * program.residual / layout.norm_split
     # not split by tp: two norms; their outputs, which linear layers read; two masks of dropout
     unsplit = 2 * (norm_bytes(shape.norm, h, program) + h * (program.item + program.dropout))
-    # split by tp: q, k, v, o; the MLP's ups and what its activation makes of them (SwiGLU: silu(gate), and the product)
+    # split by tp: q, k, v, o's input; the ups and what the activation makes of them (SwiGLU: silu(gate), the product)
     split = (2 * shape.q + 2 * shape.kv + 2 * shape.num_up * shape.n_ff) * program.item
     if shape.qk_norm:
         split += (shape.n_head + shape.n_kv_head) * norm_bytes("rmsnorm", shape.head_dim, program)
@@ -501,51 +500,15 @@ def layer_bytes(shape: Shape, layout: Layout, program: Program, recompute: str) 
     return n * (unsplit / layout.norm_split + split / layout.tp)
 
 
-def norm_bytes(norm: str, width: int, program: Program) -> int:
-    """What a norm keeps of one row: its input; x / rms, if it is an RMSNorm that is not fused; and, which the papers do
-    not count, 1 / rms, or LayerNorm's mean and 1 / deviation."""
-    rms = norm == "rmsnorm"
-    statistics = program.train_py * max(4, program.residual) * (1 if rms else 2)
-    return width * program.residual * (2 if rms and not program.fused_norm else 1) + statistics
-
-
-def end_bytes(shape: Shape, layout: Layout, program: Program) -> float:
-    """What the last norm and the loss keep of a micro-batch: their inputs, and the logits in float32. train.py's loss
-    computes its gradients in forward, a chunk of logits at a time. It keeps two gradients (of its input, of the head's
-    weight) instead of the logits. With sequence parallelism the gather before it also keeps this rank's shard of the
-    input, as before the linears of a layer, though here backward never gathers it again."""
-    n, h, vocab_shard = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size / layout.tp
-    norm, x = n * norm_bytes(shape.norm, h, program) / layout.norm_split, n * h * program.item / layout.norm_split
-    if program.train_py:
-        return norm + x * (layout.norm_split > 1) + program.sum_bytes * (n * h + vocab_shard * h)
-    return norm + x + 4 * n * vocab_shard
-
-
 def stored(layout: Layout, pp_rank: int) -> float:
     """Micro-batches whose activations rank r = pp_rank holds at once: GPipe m, 1F1B and zb p - r (never more than m).
     Interleaved, on the first rank: p (1 + (p-1)/(p v)). A micro-batch in one of a rank's v stages counts 1 / v."""
     p, m, v = layout.pp, layout.micro_batches, layout.chunks
-    # interleaved: forward passes of a chunk before the first backward. 2 (p - r - 1) while later ranks fill, (v - 1) p
-    # for the chunks before the last, and one that this backward belongs to; each is 1/v of a rank
+    # interleaved: forward passes of a chunk that end before the first backward. 2 for each later rank, p for each chunk
+    # but the last (Megatron-LM's order), and one in turn with that backward; each is 1/v of a rank
     if v > 1:
         return min(m * v, (p - 1 - pp_rank) * 2 + (v - 1) * p + 1) / v
     return m if layout.schedule == "gpipe" else min(m, p - pp_rank)
-
-
-def buffer_bytes(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> float:
-    """Gradients on their way, gathered layers, and the block that runs again. psi: parameters of the rank."""
-    psi, dp, zero = rank_params(shape, layout, pp_rank).count, layout.dp, layout.zero
-    recomputed = layer_bytes(shape, layout, program, "none") * (layout.recompute == "full")
-    if not zero:                      # several micro-batches: the running sum, next to one micro-batch's gradients
-        return recomputed + (dp > 1 and layout.micro_batches > 1) * psi * program.gradient
-    # ZeRO 3 gathers one layer, or the embedding, at a time; ZeRO 1 and 2 send one bucket at a time
-    layer = (shape.matrix_params + shape.split_biases) / layout.tp + shape.unsplit
-    table = table_params(shape, layout) * (pp_rank in (0, layout.pp - 1))
-    bucket = max(layer, table) if zero == 3 else min(BUCKETS[zero] / program.gradient, psi)
-    # gradients: a bucket that is being summed, and the rank's share of it; from ZeRO 2 on, also two buckets as
-    # backward left them. ZeRO 3: the gathered weights of this layer and of the next
-    gradients = bucket * (1 + 1 / dp) * program.gradient + (zero >= 2) * 2 * bucket * program.item
-    return recomputed + (dp > 1) * gradients + (zero == 3) * 2 * bucket * program.item
 
 
 def memory(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict:
@@ -554,7 +517,7 @@ def memory(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict
     psi, zero, dp = rank_params(shape, layout, pp_rank).count, layout.zero, layout.dp
     # weight, states: bytes per parameter. Below, what ZeRO splits is divided by dp
     weight, states = program.item, program.states
-    if zero == 3 and program.train_py and program.master_weights:      # train.py's shards are the masters themselves
+    if zero == 3 and program.train_py and program.master_weights:      # train.py keeps shards of the masters alone
         weight, states = program.sum_bytes, 2 * program.sum_bytes
     layers, alive = layers_of(shape, layout, pp_rank), stored(layout, pp_rank)
     one_moment = program.muon * layers * shape.matrix_params / layout.tp * program.sum_bytes   # Adam has two, Muon one
@@ -565,7 +528,8 @@ def memory(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict
     activations = alive * (layers * layer_bytes(shape, layout, program, layout.recompute) + shared)
     if pp_rank == layout.pp - 1:                # the loss's backward follows its forward at once, but not with GPipe
         activations += end_bytes(shape, layout, program) * (alive if layout.schedule == "gpipe" else 1)
-    # waiting_bytes (below the lecture): what zero bubble keeps for the gradients of weights; 0 in other schedules
+    # below the lecture: norm_bytes, end_bytes (last norm and loss), buffer_bytes (sums, gathered layers), and
+    # waiting_bytes (what zero bubble keeps for the gradients of weights; 0 in other schedules)
     return {"parameters": psi * weight / (dp if zero >= 3 else 1),
             "gradients": psi * program.gradient / (dp if zero >= 2 else 1),
             "states": (psi * states - one_moment) / (dp if zero >= 1 else 1),
@@ -588,7 +552,7 @@ def layer_collectives(layout: Layout, program: Program) -> dict:
     and sum their result, by a reduce-scatter. Backward: a gather becomes a sum, a sum a gather. Without sequence
     parallelism a gather and a sum together are one all-reduce. With it, backward also gathers the two inputs again.
     (Korthikanti 2022, section 4.2)"""
-    # a block that runs again in backward ends with a sum that is not needed: Megatron-LM repeats it, train.py does not
+    # a layer that runs again in backward ends with a sum that is not needed: Megatron-LM repeats it, train.py does not
     sp, scatters = layout.sequence_parallel, 1 if program.train_py else 2
     recomputed = (2 if sp else scatters, scatters) if layout.recompute == "full" else (0, 0)
     return {"forward": (2, 2), "backward": (2 + 2 * sp, 2), "recomputed": recomputed}
@@ -672,7 +636,7 @@ def bytes_sent(messages: dict, layout: Layout) -> dict:
     ring_sizes, sent = {"world": layout.ranks, "dp": layout.dp, "tp": layout.tp, "ends": 2}, {}
     for (axis, collective), (_, payload) in messages.items():
         R = ring_sizes.get(axis, 1)
-        # an all-reduce is a reduce-scatter and an all-gather, each (R-1)/R of the payload; R: ranks in the ring
+        # in a ring of R ranks, R - 1 times each sends 1/R of the payload to the next; an all-reduce does that twice
         factor = {"all_reduce": 2 * (R - 1) / R, "send": 1, "recv": 0}.get(collective, (R - 1) / R)
         sent[axis] = sent.get(axis, 0) + factor * payload
     return sent
@@ -680,8 +644,8 @@ def bytes_sent(messages: dict, layout: Layout) -> dict:
 
 def ring_seconds(gpu: GPU, ranks: int, size: float, stride: int = 1, message_count: float = 1) -> float:
     """Seconds of an all-gather or a reduce-scatter of `size` bytes (all parts together) in `message_count` messages.
-    Ranks are `stride` apart, which decides how many share a node. Between nodes, the networks of the ring's GPUs in a
-    node add up."""
+    tp's ranks are neighbours, dp's tp apart, pp's farthest apart: `stride` decides how many share a node. Between
+    nodes, the networks of the ring's GPUs in a node add up."""
     inside = max(1, min(ranks, gpu.node // stride))
     nodes = math.ceil(ranks / inside)
     rate = gpu.link if nodes == 1 else min(gpu.link, inside * LINE_RATE_SHARE * gpu.network)
@@ -693,9 +657,9 @@ def ring_seconds(gpu: GPU, ranks: int, size: float, stride: int = 1, message_cou
 # ---- (4) seconds -----------------------------------------------------------------------------------------------------
 
 def bubble(layout: Layout, forward: float, backward: float, weight: float) -> float:
-    """Seconds of a step in which a pipeline rank waits. forward, backward (gradients of inputs), weight (of weights):
-    seconds of a micro-batch in all of a rank's layers. (Narayanan 2021, section 2.2; zero bubble: Qi 2023, table 2 and
-    appendix H)"""
+    """Seconds that a pipeline rank waits in a step: a micro-batch's time in the p - 1 others; with v chunks, 1/v of it.
+    zb computes `weight` of min(m, p) - 1 meanwhile. forward, backward (gradients of inputs), weight (of weights):
+    seconds of a micro-batch in a rank's layers. (Narayanan 2021, section 2.2; Qi 2023, table 2, appendix H)"""
     if layout.schedule == "zb":
         return (layout.pp - 1) * (forward + backward) - (min(layout.micro_batches, layout.pp) - 1) * weight
     return (layout.pp - 1) / layout.chunks * (forward + backward + weight)
@@ -712,7 +676,7 @@ def layer_seconds(shape: Shape, gpu: GPU, layout: Layout, program: Program, spee
     """
     b, T, h, n_ff, t = layout.micro_batch_size, shape.seq_len, shape.n_embd, shape.n_ff, layout.tp
     n, vocab_shard = b * T, shape.vocab_size / t
-    attention_speed = min(speed, 1)                                 # fp8 speeds up linear layers, not attention
+    attention_speed = min(speed, 1)                         # speed: relative to bf16. fp8 does not speed up attention
 
     def product_seconds(rows, columns, inner, speed=speed):
         size = program.item * (rows * columns + columns * inner + rows * inner)
@@ -740,10 +704,10 @@ def layer_seconds(shape: Shape, gpu: GPU, layout: Layout, program: Program, spee
 
 
 def dp_seconds(gpu: GPU, layout: Layout, program: Program, psi: int, layers: int, forward, backward) -> float:
-    """Of dp's messages in a step, those that nothing hides. psi: parameters of a rank. forward, backward (here with the
-    gradients of weights): seconds of a micro-batch, next to which messages travel. Gradients are summed during
-    backward. Parameters are gathered after the update, by ZeRO 3 before each pass. Messages: one per layer with ZeRO 3;
-    else one per bucket; in the papers' programs one."""
+    """Seconds of dp's messages in a step that nothing hides. psi: parameters of a rank. forward, backward (here with
+    the gradients of weights): seconds of a micro-batch, next to which messages travel. Gradients are summed during
+    backward. ZeRO 1 and 2 gather parameters after the update, ZeRO 3 before each pass. Messages: one per layer with
+    ZeRO 3; else one per bucket; in the papers' programs one."""
     message_count = layers if layout.zero == 3 else max(
         1, program.train_py * psi * program.gradient / BUCKETS[layout.zero])
     scatter, gather = (ring_seconds(gpu, layout.dp, psi * size, layout.tp, message_count)
@@ -870,32 +834,6 @@ def bill(shape: Shape, layout: Layout, program: Program, *, tokens: float, gpu: 
 
 # ---- (5) all layouts, ranked -----------------------------------------------------------------------------------------
 
-def layouts(shape: Shape, gpu: GPU, n_gpus: int, batch: int, **fixed):
-    """The layouts of n_gpus ranks to compare, all of which train.py accepts: tp inside a node, 1 to 8 chunks, 1, 2, 4,
-    ... 32 sequences per micro-batch. GPipe only if `fixed` asks for it: 1F1B takes equal time and less memory."""
-    divisors = [n for n in range(1, n_gpus + 1) if n_gpus % n == 0]
-    choices = {"tp": [n for n in divisors if n <= gpu.node], "pp": divisors, "micro_batch_size": (1, 2, 4, 8, 16, 32),
-               "schedule": ("1f1b", "zb", "interleaved"), "chunks": range(1, 9), "zero": range(4),
-               "recompute": ("none", "selective", "full"), "sequence_parallel": (True,)}
-    if unknown := fixed.keys() - {"dp", *choices}:
-        raise BadInput(f"fixed must name {', '.join(['dp', *choices])}, got {', '.join(sorted(unknown))}")
-    choices |= {name: (x,) for name, x in fixed.items() if name != "dp"}
-    for tp, pp, micro_batch, schedule, chunks, zero, recompute, sp in itertools.product(*choices.values()):
-        dp, left_over = divmod(n_gpus, tp * pp)
-        if left_over or dp != fixed.get("dp", dp) or batch % (dp * micro_batch):
-            continue
-        m = batch // (dp * micro_batch)
-        widths = (shape.n_head, shape.n_kv_head, shape.n_ff, shape.vocab_size, shape.seq_len if sp else tp)
-        if (all(x % tp == 0 for x in widths)                               # what tp splits, it splits evenly
-                and pp * chunks <= shape.n_layer                           # a stage has a layer
-                and (pp > 1 or schedule == "1f1b")                         # one stage needs no other schedule
-                and (chunks > 1) == (schedule == "interleaved")
-                and not (chunks > 1 and m % pp)                            # interleaving: pp micro-batches at a time
-                and not (schedule == "zb" and recompute != "none")         # zb keeps the inputs of weight gradients
-                and (dp > 1 or zero == 0 or "zero" in fixed)):             # ZeRO over one rank is no ZeRO
-            yield Layout(dp, tp, pp, schedule, chunks, micro_batch, m, zero, recompute, sp)
-
-
 def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None = None, precision: str = "bf16",
          program: Program | None = None, tokens: float | None = None, top: int | None = None, **fixed) -> list[dict]:
     """The layouts of a training step that fit, fastest first, the best of each (tp, pp, zero): bills, each with
@@ -935,20 +873,53 @@ def plan(config, gpu: str | GPU, n_gpus: int, *, global_batch_size: int | None =
 
 # ---- the lecture ends here -------------------------------------------------------------------------------------------
 
-# ---- special cases of the planner ------------------------------------------------------------------------------------
+# ---- details of the planner ------------------------------------------------------------------------------------------
+
+def norm_bytes(norm: str, width: int, program: Program) -> int:
+    """What a norm keeps of one row: its input; x / rms, if it is an RMSNorm that is not fused; and, which the papers do
+    not count, 1 / rms, or LayerNorm's mean and 1 / deviation."""
+    rms = norm == "rmsnorm"
+    statistics = program.train_py * max(4, program.residual) * (1 if rms else 2)
+    return width * program.residual * (2 if rms and not program.fused_norm else 1) + statistics
+
+
+def end_bytes(shape: Shape, layout: Layout, program: Program) -> float:
+    """What the last norm and the loss keep of a micro-batch: their inputs, and the logits in float32. train.py's loss
+    computes its gradients in forward, a chunk of logits at a time. It keeps two gradients (of its input, of the head's
+    weight) instead of the logits. With sequence parallelism also this rank's part of the input, which nothing reads."""
+    n, h, vocab_shard = layout.micro_batch_size * shape.seq_len, shape.n_embd, shape.vocab_size / layout.tp
+    norm, x = n * norm_bytes(shape.norm, h, program) / layout.norm_split, n * h * program.item / layout.norm_split
+    if program.train_py:
+        return norm + x * (layout.norm_split > 1) + program.sum_bytes * (n * h + vocab_shard * h)
+    return norm + x + 4 * n * vocab_shard
+
+
+def buffer_bytes(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> float:
+    """Gradients that are being summed, gathered layers, the layer that runs again. psi: parameters of the rank."""
+    psi, dp, zero = rank_params(shape, layout, pp_rank).count, layout.dp, layout.zero
+    recomputed = layer_bytes(shape, layout, program, "none") * (layout.recompute == "full")
+    if not zero:                      # several micro-batches: the running sum, next to one micro-batch's gradients
+        return recomputed + (dp > 1 and layout.micro_batches > 1) * psi * program.gradient
+    # ZeRO 3 gathers one layer, or the embedding, at a time; ZeRO 1 and 2 send one bucket at a time
+    layer = (shape.matrix_params + shape.split_biases) / layout.tp + shape.unsplit
+    table = table_params(shape, layout) * (pp_rank in (0, layout.pp - 1))
+    bucket = max(layer, table) if zero == 3 else min(BUCKETS[zero] / program.gradient, psi)
+    # gradients: a bucket that is being summed, and the rank's share of it; from ZeRO 2 on, also two buckets as
+    # backward left them. ZeRO 3: the gathered weights of this layer and of the next
+    gradients = bucket * (1 + 1 / dp) * program.gradient + (zero >= 2) * 2 * bucket * program.item
+    return recomputed + (dp > 1) * gradients + (zero == 3) * 2 * bucket * program.item
+
 
 def waiting_bytes(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> float:
     """Zero bubble computes weight gradients later. Until then pairs wait: the input of a linear layer, the gradient of
-    its result. min(m, p) micro-batches have activations (`stored` counts them) or such pairs. If m > p, a forward
-    follows a backward: one linear layer's pair more."""
+    its result. min(m, p) micro-batches have activations (`stored` counts them) or such pairs."""
     if layout.schedule != "zb":
         return 0
     n, h, t = layout.micro_batch_size * shape.seq_len, shape.n_embd, layout.tp
     layers, m, p = layers_of(shape, layout, pp_rank), layout.micro_batches, layout.pp
     # inputs: h of q, k, v and of the ups, q/t of o, n_ff/t of down. Gradients: (q + 2 kv)/t, num_up n_ff/t, h and h
     per_layer = n * program.item * (4 * h + (2 * shape.q + 2 * shape.kv + (shape.num_up + 1) * shape.n_ff) / t)
-    one_more = (m > p) * n * program.item * (h + shape.n_ff / t)
-    return (min(m, p) - stored(layout, pp_rank)) * layers * per_layer + one_more
+    return (min(m, p) - stored(layout, pp_rank)) * layers * per_layer
 
 
 def muon_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) -> dict:
@@ -962,6 +933,32 @@ def muon_messages(shape: Shape, layout: Layout, program: Program, pp_rank: int) 
     share = 1 / (R if layout.zero else layout.tp)                            # of each matrix, which a rank holds
     size = matrices * ((1 - share) + share * (R - 1)) / R * program.sum_bytes       # to the owners, from the owners
     return {("world", "send"): (None, size), ("world", "recv"): (None, size)}
+
+
+def layouts(shape: Shape, gpu: GPU, n_gpus: int, batch: int, **fixed):
+    """The layouts of n_gpus ranks to compare, all of which train.py accepts: tp inside a node, 1 to 8 chunks, 1, 2, 4,
+    ... 32 sequences per micro-batch. GPipe only if `fixed` asks for it: 1F1B takes equal time and less memory."""
+    divisors = [n for n in range(1, n_gpus + 1) if n_gpus % n == 0]
+    choices = {"tp": [n for n in divisors if n <= gpu.node], "pp": divisors, "micro_batch_size": (1, 2, 4, 8, 16, 32),
+               "schedule": ("1f1b", "zb", "interleaved"), "chunks": range(1, 9), "zero": range(4),
+               "recompute": ("none", "selective", "full"), "sequence_parallel": (True,)}
+    if unknown := fixed.keys() - {"dp", *choices}:
+        raise BadInput(f"fixed must name {', '.join(['dp', *choices])}, got {', '.join(sorted(unknown))}")
+    choices |= {name: (x,) for name, x in fixed.items() if name != "dp"}
+    for tp, pp, micro_batch, schedule, chunks, zero, recompute, sp in itertools.product(*choices.values()):
+        dp, left_over = divmod(n_gpus, tp * pp)
+        if left_over or dp != fixed.get("dp", dp) or batch % (dp * micro_batch):
+            continue
+        m = batch // (dp * micro_batch)
+        widths = (shape.n_head, shape.n_kv_head, shape.n_ff, shape.vocab_size, shape.seq_len if sp else tp)
+        if (all(x % tp == 0 for x in widths)                               # what tp splits, it splits evenly
+                and pp * chunks <= shape.n_layer                           # a stage has a layer
+                and (pp > 1 or schedule == "1f1b")                         # one stage needs no other schedule
+                and (chunks > 1) == (schedule == "interleaved")
+                and not (chunks > 1 and m % pp)                            # interleaving: pp micro-batches at a time
+                and not (schedule == "zb" and recompute != "none")         # zb keeps the inputs of weight gradients
+                and (dp > 1 or zero == 0 or "zero" in fixed)):             # ZeRO over one rank is no ZeRO
+            yield Layout(dp, tp, pp, schedule, chunks, micro_batch, m, zero, recompute, sp)
 
 
 # ---- fits of real runs -----------------------------------------------------------------------------------------------

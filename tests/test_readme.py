@@ -118,13 +118,13 @@ def test_objects_to_change_are_where_they_are_said_to_be():
             assert re.search(rf"^(def|class) {name}\b|^{name} = ", (ROOT / path).read_text(), re.MULTILINE), name
 
 
-def test_minutes_are_those_of_twelve_lines_each():
+def test_minutes_are_those_of_ten_lines_each():
     """Lines of the lecture that are not blank; the README rounds to five minutes, and a file may grow a little."""
     table = re.findall(r"^\| \[(\w+\.py)\]\(\1\) \| (\d+) \|", README, re.MULTILINE)
     assert {name for name, _ in table} == {path.name for path in ROOT.glob("*.py")}
     for name, minutes in table:
         lecture, *_ = (ROOT / name).read_text().split("# ---- the lecture ends here")
-        real = sum(bool(line.strip()) for line in lecture.splitlines()) / 12
+        real = sum(bool(line.strip()) for line in lecture.splitlines()) / 10
         assert abs(int(minutes) - real) <= 5 + real / 10, f"{name}: {5 * round(real / 5)} minutes"
 
 
