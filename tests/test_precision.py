@@ -1320,7 +1320,7 @@ def holds_its_promise(out, capsys, monkeypatch, logits_off, *flags):
 
 def test_a_trained_model_stays_what_it_is_as_integers(corpus, tmp_path, capsys, monkeypatch):
     flags = """--n-layer 1 --n-head 4 --n-kv-head 4 --n-embd 64 --seq-len 64 --micro-batch-size 8 --steps 300
-               --warmup-steps 60 --eval-interval 0 --checkpoint-interval 0"""
+               --warmup-steps 60 --eval-interval 0 --checkpoint-interval 0 --eval-windows 256 --max-new-tokens 8"""
     assert run(corpus, tmp_path / "run", *flags.split())[0] == 0
     assert [x["val_loss"] for x in metrics(tmp_path / "run") if "val_loss" in x][-1] < math.log(512) - 2
     holds_its_promise(tmp_path / "run", capsys, monkeypatch, (0.5, 4.0), "--data", str(corpus), "--eval-windows", "256",
