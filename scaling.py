@@ -61,7 +61,7 @@ reduce-scatter leaves each rank a part of the sum, an all-gather gives each all 
 (5) What does it cost? 7 billion parameters on 140 billion tokens are 6.5e21 FLOPs: 6 for each weight that is multiplied
 (the embedding is not), and attention's products on top (Shape.flops_per_token). 64 H100s do at most 6.3e16 per second.
 So it takes at least 28 hours. A good program needs nearly twice that. The share of the peak that it reaches is its MFU,
-model FLOPs utilisation. Only FLOPs that the model needs count, not those that recompute adds. `bill` adds up one
+model FLOPs utilisation. FLOPs that recompute adds do not count. `bill` adds up one
 layout: time, energy, CO2, dollars. `plan` estimates the time of every layout that fits, and bills the fastest of each
 (tp, pp, zero). train.py prints the same bill before it starts.
 
@@ -657,8 +657,8 @@ def ring_seconds(gpu: GPU, ranks: int, size: float, stride: int = 1, message_cou
 # ---- (4) seconds -----------------------------------------------------------------------------------------------------
 
 def bubble(layout: Layout, forward: float, backward: float, weight: float) -> float:
-    """Seconds that a pipeline rank waits in a step: a micro-batch's time in the p - 1 others; with v chunks, 1/v of it.
-    zb computes `weight` of min(m, p) - 1 meanwhile. forward, backward (gradients of inputs), weight (of weights):
+    """Seconds a pipeline rank waits in a step: a micro-batch's time in the p - 1 others; with v chunks, 1/v of it.
+    zb: no `weight` in it; min(m, p) - 1 run meanwhile. forward, backward (gradients of inputs), weight (of weights):
     seconds of a micro-batch in a rank's layers. (Narayanan 2021, section 2.2; Qi 2023, table 2, appendix H)"""
     if layout.schedule == "zb":
         return (layout.pp - 1) * (forward + backward) - (min(layout.micro_batches, layout.pp) - 1) * weight

@@ -1305,9 +1305,12 @@ def export(reader: data.Reader, tokenizer, c: Config, folder: str):
     """--export: a checkpoint as a folder that transformers loads."""
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
     template = data.chat_template(tokenizer) if c.objective != "pretrain" else None
-    with data.name_in_errors(f"export {c.out} to {folder}", "must be a model and a new folder that can be written"):
+    try:
         data.export_folder(folder, net.config_to_hf(c.model, **ids), net.hf_tensors(c.model, reader.read), tokenizer,
                            chat_template=template)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"export must be a model and a new folder that can be written, {c.out} to {folder}: "
+                       f"{error}") from None
     print(f"{c.out}, step {reader.meta['step']}, written as a Hugging Face model: {folder}")
 
 
